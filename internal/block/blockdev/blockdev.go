@@ -1,0 +1,103 @@
+// Package blockdev is the contract of a block device: what every layer of the
+// data path offers to the layer above it. An encrypted volume, a file, memory,
+// an NBD client and a fault-injecting device are all a [Device].
+//
+// Package blockdevtest holds the conformance suite that each of them passes.
+//
+// The data path allocates nothing per request, so the contract takes the
+// caller's buffers and hands out none. There is no context: like a file, a
+// device is interrupted by closing it.
+package blockdev
+
+import (
+	"errors"
+	"io"
+)
+
+// Sentinels that callers branch on; they are wrapped with the device's name
+// and the range of the request.
+var (
+	// ErrClosed: the device was closed.
+	ErrClosed = errors.New("device is closed")
+	// ErrOutOfRange: the request reaches beyond the end of the device, or its
+	// offset or length is negative. Nothing was read or written.
+	ErrOutOfRange = errors.New("request is outside the device")
+	// ErrReadOnly: the device does not accept writes.
+	ErrReadOnly = errors.New("device is read-only")
+	// ErrNoSpace: the storage below is full. Bytes outside the request are
+	// unchanged; bytes inside it may be old or new.
+	ErrNoSpace = errors.New("no space left on the storage")
+	// ErrInUse: another process has the device open.
+	ErrInUse = errors.New("device is in use")
+)
+
+// Device is random-access storage of a fixed number of bytes.
+//
+// Requests may have any alignment and length; a request aligned to BlockSize
+// is atomic with respect to other requests of this process and, on real
+// storage, each of its blocks is written whole or not at all. Requests that
+// overlap and run at the same time take effect in any order, block by block.
+//
+// All methods may be called concurrently. Buffers belong to the caller again
+// when a method returns, and a Write method never changes its buffer.
+//
+// A write is durable when a Flush that began after it returned has returned
+// without error. After a failed Flush, nothing can be assumed of writes since
+// the last successful one.
+type Device interface {
+	// ReadAt reads len(p) bytes at off. Unlike a file, it never reads fewer
+	// without an error: a range that is not wholly inside the device is
+	// [ErrOutOfRange].
+	io.ReaderAt
+	// WriteAt writes len(p) bytes at off, or returns an error.
+	io.WriterAt
+	// WriteZeroes makes n bytes at off read as zeros. If mayPunch is true the
+	// storage may be given back; it still reads as zeros.
+	WriteZeroes(off, n int64, mayPunch bool) error
+	// Discard tells that the contents of n bytes at off are no longer needed.
+	// They may read as anything that was there before or as zeros.
+	Discard(off, n int64) error
+	// Flush makes all completed writes durable.
+	Flush() error
+	// Size returns the size in bytes. It changes only by Resize.
+	Size() int64
+	// BlockSize returns the size in bytes of the smallest unit that is written
+	// atomically: a power of two, 512 to 65536.
+	BlockSize() int
+	// Close releases the device without a Flush. It waits for running
+	// requests; later ones fail with [ErrClosed]. It is idempotent.
+	Close() error
+}
+
+// Resizer is a Device whose size can change while it is in use.
+type Resizer interface {
+	Device
+	// Resize sets the size in bytes, a multiple of BlockSize. New space reads
+	// as zeros. Shrinking discards what lies beyond.
+	Resize(size int64) error
+}
+
+// Extent is a run of bytes with one allocation state.
+type Extent struct {
+	Offset int64 // bytes from the start of the device
+	Length int64 // bytes, greater than zero
+	Hole   bool  // not allocated; reads as zeros
+}
+
+// Extenter is a Device that knows its holes.
+type Extenter interface {
+	Device
+	// NextExtent returns the extent that starts at off, 0 <= off < Size. It is
+	// a hint: data that happens to be zero may be reported as data, a hole
+	// never as anything but zeros.
+	NextExtent(off int64) (Extent, error)
+}
+
+// CheckRange returns [ErrOutOfRange] unless n bytes at off lie inside a device
+// of size bytes.
+func CheckRange(size, off, n int64) error {
+	if off < 0 || n < 0 || off > size || n > size-off {
+		return ErrOutOfRange
+	}
+	return nil
+}
