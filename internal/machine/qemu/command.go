@@ -1,0 +1,153 @@
+package qemu
+
+import (
+	"encoding/json"
+	"fmt"
+	"strconv"
+	"strings"
+)
+
+// slotsFree is how many disks can be added to a running q35 machine beyond
+// those it starts with: each needs a PCIe root port that exists from the start.
+const slotsFree = 4
+
+// arguments returns QEMU's command line without the program. Options that QEMU
+// takes as JSON are given so, which needs no escaping.
+func (c *Config) arguments() []string {
+	accel := c.Accel
+	if accel == "" {
+		accel = TCG
+	}
+	cpu := "host"
+	if accel == TCG {
+		cpu = "max"
+	}
+	args := []string{
+		"-name", "guest=" + escape(c.Name),
+		"-uuid", c.UUID.String(),
+		"-nodefaults", "-no-user-config",
+		"-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+		"-S", // devices are complete and QMP is up before the first instruction
+		"-machine", c.machine() + ",dump-guest-core=off",
+		"-accel", string(accel),
+		"-cpu", cpu,
+		"-smp", strconv.Itoa(c.CPUs),
+		"-m", strconv.Itoa(c.MemoryMiB) + "M",
+		"-display", "none",
+		"-rtc", "base=utc,driftfix=slew",
+		"-boot", "strict=on",
+		"-msg", "timestamp=on",
+		"-chardev", "socket,id=qmp,path=" + escape(Socket(c.RunDir)) + ",server=on,wait=off",
+		"-mon", "chardev=qmp,mode=control",
+		"-object", `{"qom-type":"rng-random","id":"rng","filename":"/dev/urandom"}`,
+		"-device", `{"driver":"virtio-rng-pci","rng":"rng"}`,
+	}
+	serial := "socket,id=serial,path=" + escape(serialSocket(c.RunDir)) + ",server=on,wait=off"
+	if c.SerialLog != "" {
+		serial += ",logappend=on,logfile=" + escape(c.SerialLog)
+	}
+	args = append(args, "-chardev", serial, "-serial", "chardev:serial")
+
+	if c.Kernel != "" {
+		args = append(args, "-kernel", c.Kernel)
+		if c.Initrd != "" {
+			args = append(args, "-initrd", c.Initrd)
+		}
+		if c.Append != "" {
+			args = append(args, "-append", c.Append)
+		}
+	}
+	if c.machine() == "q35" {
+		for i := range len(c.Disks) + slotsFree {
+			args = append(args, "-device", rootPort(i))
+		}
+	}
+	boot := 0
+	for i, d := range c.Disks {
+		bus := ""
+		if c.machine() == "q35" {
+			bus = portName(i)
+		}
+		if d.Bootable {
+			boot++
+		}
+		args = append(args,
+			"-object", encode(d.iothread()),
+			"-blockdev", encode(d.blockdev()),
+			"-device", encode(d.device(bus, boot)))
+	}
+	for i, n := range c.NICs {
+		args = append(args,
+			"-netdev", encode(map[string]any{"type": "user", "id": fmt.Sprintf("net%d", i)}),
+			"-device", encode(map[string]any{"driver": "virtio-net-pci", "netdev": fmt.Sprintf("net%d", i), "mac": n.MAC}))
+	}
+	return args
+}
+
+func (c *Config) machine() string {
+	if c.Machine == "" {
+		return "q35"
+	}
+	return c.Machine
+}
+
+func portName(i int) string { return fmt.Sprintf("rp%d", i) }
+
+// rootPort returns the i-th hot-plug port. Eight of them share one PCI slot as
+// its functions; slots 0 to 3 and 31 of q35 are the chipset's and ours.
+func rootPort(i int) string {
+	return encode(map[string]any{
+		"driver": "pcie-root-port", "id": portName(i), "chassis": i + 1,
+		"addr": fmt.Sprintf("0x%x.%d", 0x10+i/8, i%8), "multifunction": true,
+	})
+}
+
+// The names of a disk's parts in QEMU.
+func (d *Disk) threadID() string { return "io-" + d.ID }
+func (d *Disk) nodeName() string { return "nbd-" + d.ID }
+func (d *Disk) deviceID() string { return devicePrefix + d.ID }
+
+const devicePrefix = "disk-"
+
+func (d *Disk) iothread() map[string]any {
+	return map[string]any{"qom-type": "iothread", "id": d.threadID()}
+}
+
+func (d *Disk) blockdev() map[string]any {
+	return map[string]any{
+		"driver": "nbd", "node-name": d.nodeName(), "export": d.Export,
+		"server":          map[string]any{"type": "unix", "path": d.Socket},
+		"reconnect-delay": reconnectDelay,
+		"read-only":       d.ReadOnly, "auto-read-only": false,
+		"discard": "unmap",
+	}
+}
+
+// device returns the guest's side of the disk. boot is its place in the boot
+// order if it is bootable; bus may be empty for the default one.
+func (d *Disk) device(bus string, boot int) map[string]any {
+	device := map[string]any{
+		"driver": "virtio-blk-pci", "id": d.deviceID(), "drive": d.nodeName(),
+		"iothread": d.threadID(), "serial": d.ID,
+		// The guest decides what an I/O error means; QEMU does not stop it.
+		"rerror": "report", "werror": "report",
+	}
+	if bus != "" {
+		device["bus"] = bus
+	}
+	if d.Bootable && boot > 0 {
+		device["bootindex"] = boot
+	}
+	return device
+}
+
+func encode(v any) string {
+	b, err := json.Marshal(v)
+	if err != nil {
+		panic(err) // strings, numbers and booleans always encode
+	}
+	return string(b)
+}
+
+// escape doubles commas, which end a value in QEMU's key=value options.
+func escape(value string) string { return strings.ReplaceAll(value, ",", ",,") }

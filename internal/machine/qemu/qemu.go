@@ -1,0 +1,195 @@
+// Package qemu runs virtual machines: one QEMU process each, controlled by QMP
+// over a unix socket.
+//
+// Invariants: no secret is ever in QEMU's command line, environment or files
+// (disks are reached over NBD unix sockets, already decrypted by the volume
+// process); QEMU runs under its seccomp sandbox, without defaults and without
+// core dumps of guest memory; it runs in its own session and lives on when this
+// program ends, to be found again by [Adopt].
+//
+// A [Machine] is safe for concurrent use. Its goroutines end with Close, or with
+// QEMU.
+package qemu
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+
+	"github.com/google/uuid"
+)
+
+// Errors that callers branch on.
+var (
+	// ErrNotRunning: there is no such QEMU process (any more).
+	ErrNotRunning = errors.New("virtual machine is not running")
+	// ErrRunning: a QEMU process already uses the run directory.
+	ErrRunning = errors.New("virtual machine is already running")
+	// ErrNoSlot: every slot for disks is taken.
+	ErrNoSlot = errors.New("no free slot for a disk")
+	// ErrExists: the machine already has a disk of that name.
+	ErrExists = errors.New("disk is already attached")
+	// ErrNotFound: the machine has no disk of that name.
+	ErrNotFound = errors.New("disk is not attached")
+)
+
+// Accel is how guest instructions are run.
+type Accel string
+
+// The accelerators.
+const (
+	KVM Accel = "kvm" // by the processor
+	TCG Accel = "tcg" // translated, many times slower
+)
+
+// Config describes a machine. It holds no secret.
+type Config struct {
+	Name      string    // for people and the process list: no control characters, 1 to 128 bytes
+	UUID      uuid.UUID // the guest sees it as its system UUID; not zero
+	CPUs      int       // 1 to CPUsMax
+	MemoryMiB int       // 16 to MemoryMiBMax
+	Machine   string    // "q35" or "pc"; empty is q35
+	Accel     Accel     // from [Prober]; empty is TCG
+	Disks     []Disk    // at most DisksMax
+	NICs      []NIC     // at most NICsMax
+
+	// Kernel boots a Linux kernel directly instead of from a disk: paths of the
+	// kernel and, optionally, an initramfs, and the kernel's command line.
+	Kernel, Initrd, Append string
+
+	// RunDir holds the machine's sockets and QEMU's own log. It is made if it
+	// is missing; only its owner may enter. One machine per directory. Its
+	// path must leave room for socket names: at most 90 bytes.
+	RunDir string
+	// SerialLog gets what the guest writes to its first serial port, appended.
+	// The port can also be used live at RunDir/serial.sock. Empty: no log.
+	SerialLog string
+
+	// Paused leaves the machine stopped before its first instruction; it runs
+	// on [Machine.Cont].
+	Paused bool
+
+	// Binary is QEMU's path; empty looks for qemu-system-x86_64 in PATH.
+	Binary string
+}
+
+// Limits of a machine.
+const (
+	CPUsMax      = 288
+	MemoryMiBMax = 16 << 20
+	DisksMax     = 24
+	NICsMax      = 8
+)
+
+// Disk is a virtual disk, served over NBD.
+type Disk struct {
+	// ID names the disk in QEMU and is its serial number in the guest
+	// (/dev/disk/by-id/virtio-ID): 1 to 20 of a-z, 0-9, '.', '_', '-', the
+	// first a letter or digit.
+	ID string
+	// Socket and Export say where the disk is served.
+	Socket, Export string
+	// Bootable disks are tried in their order by the firmware.
+	Bootable bool
+	ReadOnly bool
+}
+
+// NIC is a virtual network card on QEMU's user-mode network: the guest reaches
+// out, nothing reaches in.
+type NIC struct {
+	MAC string // such as 52:54:00:12:34:56
+}
+
+// reconnectDelay is how long QEMU holds the guest's requests while the NBD
+// server is away, in seconds: enough to restart a volume process, short of the
+// 30 s after which Linux guests reset a disk.
+const reconnectDelay = 25
+
+var (
+	diskID  = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,19}$`)
+	macForm = regexp.MustCompile(`^[0-9a-f][02468ace](:[0-9a-f]{2}){5}$`)
+)
+
+// socketPathMax is what fits in sockaddr_un with its terminating zero.
+const socketPathMax = 107
+
+func (c *Config) validate() error {
+	switch {
+	case c.Name == "" || len(c.Name) > 128 || strings.ContainsFunc(c.Name, func(r rune) bool { return r < ' ' || r == 0x7f }):
+		return fmt.Errorf("name %q must have 1 to 128 printable characters", c.Name)
+	case c.UUID == uuid.Nil:
+		return errors.New("UUID is missing")
+	case c.CPUs < 1 || c.CPUs > CPUsMax:
+		return fmt.Errorf("%d CPUs: it must be 1 to %d", c.CPUs, CPUsMax)
+	case c.MemoryMiB < 16 || c.MemoryMiB > MemoryMiBMax:
+		return fmt.Errorf("%d MiB of memory: it must be 16 to %d", c.MemoryMiB, MemoryMiBMax)
+	case c.Machine != "" && c.Machine != "q35" && c.Machine != "pc":
+		return fmt.Errorf("machine type %q: it must be q35 or pc", c.Machine)
+	case c.Accel != "" && c.Accel != KVM && c.Accel != TCG:
+		return fmt.Errorf("accelerator %q: it must be kvm or tcg", c.Accel)
+	case len(c.Disks) > DisksMax:
+		return fmt.Errorf("%d disks: at most %d", len(c.Disks), DisksMax)
+	case len(c.NICs) > NICsMax:
+		return fmt.Errorf("%d network cards: at most %d", len(c.NICs), NICsMax)
+	case !filepath.IsAbs(c.RunDir):
+		return fmt.Errorf("run directory %q must be an absolute path", c.RunDir)
+	case len(serialSocket(c.RunDir)) > socketPathMax:
+		return fmt.Errorf("run directory %q has a path too long for a unix socket", c.RunDir)
+	case c.Kernel == "" && (c.Initrd != "" || c.Append != ""):
+		return errors.New("an initramfs or kernel command line needs a kernel")
+	}
+	seen := make(map[string]bool)
+	for _, d := range c.Disks {
+		if err := d.validate(); err != nil {
+			return err
+		}
+		if seen[d.ID] {
+			return fmt.Errorf("disk %s: %w", d.ID, ErrExists)
+		}
+		seen[d.ID] = true
+	}
+	for _, n := range c.NICs {
+		if !macForm.MatchString(n.MAC) {
+			return fmt.Errorf("MAC address %q must be six lower-case octets, not multicast", n.MAC)
+		}
+	}
+	return nil
+}
+
+func (d *Disk) validate() error {
+	switch {
+	case !diskID.MatchString(d.ID):
+		return fmt.Errorf("disk ID %q must be 1 to 20 of a-z, 0-9, '.', '_' and '-'", d.ID)
+	case !filepath.IsAbs(d.Socket) || len(d.Socket) > socketPathMax:
+		return fmt.Errorf("disk %s: NBD socket %q must be an absolute path of at most %d bytes", d.ID, d.Socket, socketPathMax)
+	}
+	return nil
+}
+
+// Socket returns the path of the QMP socket of the machine in runDir.
+func Socket(runDir string) string { return filepath.Join(runDir, "qmp.sock") }
+
+func serialSocket(runDir string) string { return filepath.Join(runDir, "serial.sock") }
+
+func logPath(runDir string) string { return filepath.Join(runDir, "qemu.log") }
+
+// logTail returns the end of QEMU's own messages, at most 2 KiB.
+func logTail(runDir string) string {
+	const tailMax = 2 << 10
+	f, err := os.Open(logPath(runDir))
+	if err != nil {
+		return ""
+	}
+	defer f.Close()
+	size, err := f.Seek(0, 2)
+	if err != nil {
+		return ""
+	}
+	off := max(0, size-tailMax)
+	b := make([]byte, min(size, tailMax))
+	n, _ := f.ReadAt(b, off)
+	return strings.TrimSpace(strings.ToValidUTF8(string(b[:n]), "?"))
+}
