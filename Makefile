@@ -1,0 +1,59 @@
+# Two commands are all a newcomer needs: `make demo` and `make test`.
+
+GO      ?= go
+TOOL    := $(GO) tool -modfile=tools/go.mod
+CACHE   := $(CURDIR)/.cache
+BIN     := $(CURDIR)/bin/strongroom
+FUZZ    ?= 10s
+export STRONGROOM_CACHE ?= $(CACHE)
+# Binaries run in guests and on hosts without a compiler.
+export CGO_ENABLED ?= 1
+
+.PHONY: help demo test setup build check unit race purego fuzz e2e bench generate tidy clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+
+demo: setup build ## show the main job on real QEMU guests, in under two minutes (KEEP=1 leaves it running)
+	@STRONGROOM=$(BIN) KEEP=$(KEEP) $(GO) run ./test/demo
+
+test: setup build check unit race purego fuzz ## everything: what .ci/run runs
+
+setup:
+	@scripts/setup.sh
+
+build: ## bin/strongroom
+	@mkdir -p bin
+	CGO_ENABLED=0 $(GO) build -trimpath -o $(BIN) ./cmd/strongroom
+
+check: ## format, vet, staticcheck, generated files
+	@out=$$($(TOOL) gofumpt -l $$(git ls-files --cached --others --exclude-standard '*.go')); \
+	 if [ -n "$$out" ]; then echo "not formatted (run: make tidy):"; echo "$$out"; exit 1; fi
+	$(GO) vet ./...
+	$(TOOL) staticcheck ./...
+	@scripts/generated.sh
+
+unit: ## all tests, real peers and guests included
+	$(GO) test ./...
+
+race: ## the packages with concurrency, under the race detector
+	$(GO) test -race ./internal/... ./client/...
+
+purego: ## the data path without assembly
+	$(GO) test -tags purego ./internal/crypto/... ./internal/block/volume/...
+
+fuzz: ## every fuzzer for $(FUZZ)
+	@scripts/fuzz.sh $(FUZZ)
+
+bench: setup build ## ours and its peers in turn; writes docs/reference/performance.md
+	$(GO) run ./test/bench
+
+generate: ## regenerate what is generated
+	$(GO) generate ./...
+
+tidy: ## format, go.mod
+	$(TOOL) gofumpt -w $$(git ls-files '*.go')
+	$(GO) mod tidy
+
+clean:
+	rm -rf bin .cache
