@@ -1,0 +1,55 @@
+package luks
+
+import (
+	"crypto/rand"
+	"fmt"
+	"io"
+)
+
+// Storage is what a header is written to. It keeps what was written before a
+// Flush that returned without an error; every blockdev.Device is one.
+type Storage interface {
+	io.WriterAt
+	// Flush makes all completed writes durable.
+	Flush() error
+}
+
+// Commit writes both copies of the header: the primary, a flush, the
+// secondary, a flush. The seqid grows by one. A copy that was damaged is
+// written with a new salt.
+//
+// Cut short at any instant, it leaves the header of before or the header of
+// after. If it returns an error, which of them is not known: it may be called
+// again, or the header read again. A key that only the header of before needs
+// must be kept until Commit has returned without error.
+//
+// It returns an error wrapping [ErrUnsupported], and writes nothing, if the
+// header has requirements that this package does not know.
+func (h *Header) Commit(w Storage) error {
+	if err := h.commit(w); err != nil {
+		return fmt.Errorf("cannot write LUKS2 header: %w", err)
+	}
+	return nil
+}
+
+func (h *Header) commit(w Storage) error {
+	if err := h.checkRequirements(); err != nil {
+		return err
+	}
+	for _, d := range h.damage {
+		rand.Read(h.salts[d.Copy][:])
+	}
+	// Also after a failed attempt, which may be on the storage in part: two
+	// different headers must never have the same seqid.
+	h.bin.seqid++
+	for _, c := range []Copy{Primary, Secondary} {
+		if _, err := w.WriteAt(encodeCopy(h.bin, h.salts[c], h.doc, c), c.offset(h.bin.size)); err != nil {
+			return fmt.Errorf("%s copy: %w", c, err)
+		}
+		if err := w.Flush(); err != nil {
+			return fmt.Errorf("%s copy: cannot flush: %w", c, err)
+		}
+	}
+	h.damage = nil
+	return nil
+}
