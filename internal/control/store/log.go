@@ -1,0 +1,91 @@
+package store
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+	"golang.org/x/sys/unix"
+)
+
+// lockDir takes an exclusive lock on dir and returns its release.
+func lockDir(dir string) (unlock func(), err error) {
+	f, err := os.OpenFile(filepath.Join(dir, ".lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, errors.New("in use by another process")
+		}
+		return nil, fmt.Errorf("cannot lock: %w", err)
+	}
+	return func() { f.Close() }, nil
+}
+
+// zapTo returns a zap logger whose warnings and errors go to log. Below that
+// etcd narrates its every step, which tells an operator nothing.
+func zapTo(log *slog.Logger) *zap.Logger {
+	if log == nil {
+		return zap.NewNop()
+	}
+	return zap.New(&slogCore{log: log.With(slog.String("component", "etcd"))})
+}
+
+// slogCore is a zap core that writes to slog.
+type slogCore struct{ log *slog.Logger }
+
+func (c *slogCore) Enabled(l zapcore.Level) bool { return l >= zapcore.WarnLevel }
+
+func (c *slogCore) With(fields []zapcore.Field) zapcore.Core {
+	return &slogCore{log: slog.New(c.log.Handler().WithAttrs(attrsOf(fields)))}
+}
+
+func (c *slogCore) Check(e zapcore.Entry, ce *zapcore.CheckedEntry) *zapcore.CheckedEntry {
+	if c.Enabled(e.Level) {
+		return ce.AddCore(e, c)
+	}
+	return ce
+}
+
+func (c *slogCore) Write(e zapcore.Entry, fields []zapcore.Field) error {
+	level := slog.LevelWarn
+	switch {
+	case isNoise(e.Message):
+		level = slog.LevelDebug
+	case e.Level >= zapcore.ErrorLevel:
+		level = slog.LevelError
+	}
+	c.log.LogAttrs(context.Background(), level, e.Message, attrsOf(fields)...)
+	return nil
+}
+
+func (c *slogCore) Sync() error { return nil }
+
+// isNoise reports whether etcd raises its voice for nothing: a new database has
+// no schema version yet, and a refused request has its error returned.
+func isNoise(msg string) bool {
+	switch msg {
+	case "Failed to detect schema version", "failed to update storage version", "failed to apply request":
+		return true
+	}
+	return false
+}
+
+func attrsOf(fields []zapcore.Field) []slog.Attr {
+	attrs := make([]slog.Attr, 0, len(fields))
+	for _, f := range fields {
+		enc := zapcore.NewMapObjectEncoder()
+		f.AddTo(enc)
+		for k, v := range enc.Fields {
+			attrs = append(attrs, slog.Any(k, v))
+		}
+	}
+	return attrs
+}
