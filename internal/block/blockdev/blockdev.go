@@ -12,6 +12,7 @@ package blockdev
 import (
 	"errors"
 	"io"
+	"math"
 )
 
 // Sentinels that callers branch on; they are wrapped with the device's name
@@ -29,6 +30,9 @@ var (
 	ErrNoSpace = errors.New("no space left on the storage")
 	// ErrInUse: another process has the device open.
 	ErrInUse = errors.New("device is in use")
+	// ErrBadSize: Resize was asked for a size that the device cannot have.
+	// Nothing was changed.
+	ErrBadSize = errors.New("size is negative, no multiple of the block size, or fixed by the storage")
 )
 
 // Device is random-access storage of a fixed number of bytes.
@@ -93,6 +97,16 @@ type Extenter interface {
 	NextExtent(off int64) (Extent, error)
 }
 
+// HeaderLocker is a Device whose header another program may read or write while
+// the device is open, under a lock that both keep to.
+type HeaderLocker interface {
+	Device
+	// WithHeaderLock runs f while no other program writes the header, nor, if
+	// access is [Exclusive], reads it. It returns f's error, or [ErrInUse] if
+	// the lock could not be had in a few seconds; then f did not run.
+	WithHeaderLock(access Access, f func() error) error
+}
+
 // CheckRange returns [ErrOutOfRange] unless n bytes at off lie inside a device
 // of size bytes.
 func CheckRange(size, off, n int64) error {
@@ -100,4 +114,15 @@ func CheckRange(size, off, n int64) error {
 		return ErrOutOfRange
 	}
 	return nil
+}
+
+// Widen returns the smallest range that holds n bytes at off and starts and
+// ends at multiples of unit, a power of two. A range that is negative or whose
+// end is no int64 is returned as it is, for the caller to refuse.
+func Widen(off, n, unit int64) (wideOff, wideLen int64) {
+	if off < 0 || n < 0 || n > math.MaxInt64-off || off+n > math.MaxInt64-unit {
+		return off, n
+	}
+	start := off &^ (unit - 1)
+	return start, (off+n+unit-1)&^(unit-1) - start
 }

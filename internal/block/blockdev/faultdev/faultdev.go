@@ -1,0 +1,338 @@
+// Package faultdev is a device that fails where it is told to and can lose
+// power, so that a test can prove what survives.
+//
+// Every request counts as one operation, in the order of arrival: reads, writes,
+// zeroes, discards, flushes and resizes. One of them can be made to fail, in one
+// of the [Mode]s, and if the [Fault] is Dead, all later ones fail undone, as if
+// the process had been killed there. The loop of a test is: fail operation 0,
+// then 1, then 2, until one run no longer reaches the fault.
+//
+// # Power loss
+//
+// [Device.PowerLoss] returns what a disk may hold after the power went. The
+// rules, which are those of the contract in package blockdev:
+//
+//   - A block is never torn inside.
+//   - What was written before the last successful flush is there.
+//   - Each block written since, by a write, zeroes or discard, holds, at random
+//     and independently, its flushed contents or any that it was given since. So
+//     a request of several blocks may be there wholly, not at all, or torn.
+//   - After a failed flush, what was written before it stays at random also when
+//     a later flush succeeds: the kernel reports lost writes once and drops them.
+//   - The size is, at random, the flushed one or any that it was given since.
+//     Blocks beyond are gone; a gap reads as zeros.
+//
+// A Device keeps all in memory. It is safe for concurrent use; operations run
+// one at a time.
+package faultdev
+
+import (
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"sync"
+
+	"strongroom/internal/block/blockdev"
+)
+
+// ErrInjected is what a fault returns.
+var ErrInjected = errors.New("injected fault")
+
+// Mode is how an operation fails. It always returns [ErrInjected].
+type Mode int
+
+// The modes.
+const (
+	Undone Mode = iota // nothing was done
+	Done               // all was done
+	Torn               // of a write, read, zeroes or discard, every other block was done; a flush or resize was not
+)
+
+// Modes lists all modes.
+func Modes() []Mode { return []Mode{Undone, Done, Torn} }
+
+// String returns the name of the mode.
+func (m Mode) String() string { return [...]string{"undone", "done", "torn"}[m] }
+
+// Fault says which operation fails, and how.
+type Fault struct {
+	Op   int // counts from 0
+	Mode Mode
+	Dead bool // all later operations fail undone
+}
+
+// Device is a faulty disk in memory.
+type Device struct {
+	mem *blockdev.Memory
+
+	mu       sync.Mutex
+	fault    *Fault
+	ops      int
+	injected bool
+	older    map[int64]*history // by block: what it may hold instead of mem's contents
+	sizes    []int64            // what the size may be instead of mem's
+	closed   bool
+}
+
+// history is the past of a block since it was last known to be durable.
+type history struct {
+	versions [][]byte // oldest first; the first was flushed
+	suspect  bool     // a flush has failed since the last write
+}
+
+var (
+	_ blockdev.Resizer  = (*Device)(nil)
+	_ blockdev.Extenter = (*Device)(nil)
+)
+
+// New returns a device with the contents of mem, all durable. It owns mem from
+// now on. A nil fault means none.
+func New(mem *blockdev.Memory, fault *Fault) *Device {
+	return &Device{mem: mem, fault: fault, older: map[int64]*history{}}
+}
+
+// Ops returns how many operations have arrived.
+func (d *Device) Ops() int {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.ops
+}
+
+// Injected reports whether the fault was reached.
+func (d *Device) Injected() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.injected
+}
+
+// Inject replaces the fault; operations count from 0 again.
+func (d *Device) Inject(fault *Fault) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.fault, d.ops, d.injected = fault, 0, false
+}
+
+// Contents returns what the device holds now, as a process that was killed and
+// started again would find it.
+func (d *Device) Contents() *blockdev.Memory {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.mem.Clone()
+}
+
+// PowerLoss returns what the disk may hold after a power loss now, by the rules
+// in the package comment.
+func (d *Device) PowerLoss(rng *rand.Rand) *blockdev.Memory {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	disk := d.mem.Clone()
+	size := disk.Size()
+	if i := rng.IntN(len(d.sizes) + 1); i < len(d.sizes) {
+		size = d.sizes[i]
+	}
+	must(disk.Resize(size))
+	blocks := make([]int64, 0, len(d.older))
+	for block := range d.older {
+		blocks = append(blocks, block)
+	}
+	slices.Sort(blocks) // so that the seed decides, not the order of the map
+	for _, block := range blocks {
+		h := d.older[block]
+		off := block * int64(d.BlockSize())
+		i := rng.IntN(len(h.versions) + 1)
+		if i == len(h.versions) || off+int64(d.BlockSize()) > size {
+			continue
+		}
+		_, err := disk.WriteAt(h.versions[i], off)
+		must(err)
+	}
+	return disk
+}
+
+// must panics on an error of a healthy memory device, which has none.
+func must(err error) {
+	if err != nil {
+		panic(err)
+	}
+}
+
+// begin counts an operation and says how it goes on. mu is held.
+func (d *Device) begin() (do bool, mode Mode, err error) {
+	if d.closed {
+		return false, Undone, blockdev.ErrClosed
+	}
+	op := d.ops
+	d.ops++
+	switch {
+	case d.fault == nil || op < d.fault.Op:
+		return true, Done, nil
+	case op == d.fault.Op:
+		d.injected = true
+		return d.fault.Mode != Undone, d.fault.Mode, fmt.Errorf("operation %d: %w (%s)", op, ErrInjected, d.fault.Mode)
+	case d.fault.Dead:
+		return false, Undone, fmt.Errorf("operation %d: %w (dead since %d)", op, ErrInjected, d.fault.Op)
+	}
+	return true, Done, nil
+}
+
+// change runs do on the range, or on every other block of it, after saving the
+// blocks that it touches.
+func (d *Device) change(off, n int64, do func(off, n int64) error) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err := blockdev.CheckRange(d.mem.Size(), off, n); err != nil {
+		return err
+	}
+	run, mode, failure := d.begin()
+	if !run {
+		return failure
+	}
+	err := d.pieces(off, n, mode == Torn, func(off, n int64) error {
+		d.save(off, n)
+		return do(off, n)
+	})
+	return errors.Join(failure, err)
+}
+
+// pieces calls f for the whole range, or if torn for every other block of it.
+func (d *Device) pieces(off, n int64, torn bool, f func(off, n int64) error) error {
+	if !torn {
+		return f(off, n)
+	}
+	unit := int64(d.BlockSize())
+	for i, end := int64(0), off+n; off < end; i++ {
+		k := min(unit-off%unit, end-off)
+		if i%2 == 0 {
+			if err := f(off, k); err != nil {
+				return err
+			}
+		}
+		off += k
+	}
+	return nil
+}
+
+// save remembers the present contents of the blocks of a range.
+func (d *Device) save(off, n int64) {
+	unit := int64(d.BlockSize())
+	start, length := blockdev.Widen(off, n, unit)
+	for at := start; at < start+length; at += unit {
+		contents := make([]byte, unit)
+		_, err := d.mem.ReadAt(contents[:min(unit, d.mem.Size()-at)], at)
+		must(err)
+		h := d.older[at/unit]
+		if h == nil {
+			h = &history{}
+			d.older[at/unit] = h
+		}
+		h.versions, h.suspect = append(h.versions, contents), false
+	}
+}
+
+// ReadAt implements [blockdev.Device].
+func (d *Device) ReadAt(p []byte, off int64) (int, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err := blockdev.CheckRange(d.mem.Size(), off, int64(len(p))); err != nil {
+		return 0, err
+	}
+	run, mode, failure := d.begin()
+	if !run {
+		return 0, failure
+	}
+	err := d.pieces(off, int64(len(p)), mode == Torn, func(at, n int64) error {
+		_, err := d.mem.ReadAt(p[at-off:at-off+n], at)
+		return err
+	})
+	if failure != nil || err != nil {
+		return 0, errors.Join(failure, err)
+	}
+	return len(p), nil
+}
+
+// WriteAt implements [blockdev.Device].
+func (d *Device) WriteAt(p []byte, off int64) (int, error) {
+	err := d.change(off, int64(len(p)), func(at, n int64) error {
+		_, err := d.mem.WriteAt(p[at-off:at-off+n], at)
+		return err
+	})
+	if err != nil {
+		return 0, err
+	}
+	return len(p), nil
+}
+
+// WriteZeroes implements [blockdev.Device].
+func (d *Device) WriteZeroes(off, n int64, mayPunch bool) error {
+	return d.change(off, n, func(off, n int64) error { return d.mem.WriteZeroes(off, n, mayPunch) })
+}
+
+// Discard implements [blockdev.Device].
+func (d *Device) Discard(off, n int64) error {
+	return d.change(off, n, d.mem.Discard)
+}
+
+// Flush implements [blockdev.Device].
+func (d *Device) Flush() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	run, mode, failure := d.begin()
+	if errors.Is(failure, blockdev.ErrClosed) {
+		return failure
+	}
+	if !run || mode == Torn {
+		for _, h := range d.older {
+			h.suspect = true
+		}
+		return failure
+	}
+	for block, h := range d.older {
+		if !h.suspect {
+			delete(d.older, block)
+		}
+	}
+	d.sizes = nil
+	return failure
+}
+
+// Resize implements [blockdev.Resizer].
+func (d *Device) Resize(size int64) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	run, mode, failure := d.begin()
+	if !run || mode == Torn {
+		return failure
+	}
+	if old := d.mem.Size(); size >= 0 && size%int64(d.BlockSize()) == 0 && size != old {
+		if size < old {
+			d.save(size, old-size)
+		}
+		d.sizes = append(d.sizes, old)
+	}
+	return errors.Join(failure, d.mem.Resize(size))
+}
+
+// NextExtent implements [blockdev.Extenter]. It is not counted.
+func (d *Device) NextExtent(off int64) (blockdev.Extent, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.closed {
+		return blockdev.Extent{}, blockdev.ErrClosed
+	}
+	return d.mem.NextExtent(off)
+}
+
+// Size implements [blockdev.Device].
+func (d *Device) Size() int64 { return d.mem.Size() }
+
+// BlockSize implements [blockdev.Device].
+func (d *Device) BlockSize() int { return d.mem.BlockSize() }
+
+// Close implements [blockdev.Device]. Contents and PowerLoss work on.
+func (d *Device) Close() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.closed = true
+	return nil
+}
