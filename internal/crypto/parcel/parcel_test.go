@@ -152,7 +152,7 @@ func TestOpenRefuses(t *testing.T) {
 			want = ErrInvalid
 		case i < headerSize:
 			want = ErrVersion
-		// X25519 ignores the topmost bit of a point, but the KEM binds it.
+			// X25519 ignores the topmost bit of a point, but the KEM binds it.
 		}
 		if k != nil || !errors.Is(err, want) {
 			t.Fatalf("byte %d altered: %v, %v; want %v", i, k, err, want)
