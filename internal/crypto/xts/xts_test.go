@@ -3,6 +3,7 @@ package xts_test
 import (
 	"bytes"
 	"crypto/aes"
+	"fmt"
 	"math/rand/v2"
 	"testing"
 
@@ -36,35 +37,48 @@ func TestOracle(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		c := newCipher(t, "portable", key)
-		src := make([]byte, 3*4096)
-		r.Read(src)
-		got := make([]byte, len(src))
-		want := make([]byte, len(src))
-		for _, ss := range []int{512, 4096} {
-			for off := 0; off < len(src); off += ss {
-				o.Encrypt(want[off:off+ss], src[off:off+ss], 77+uint64(off/512))
-			}
-			c.Encrypt(got, src, 77, ss)
-			if !bytes.Equal(got, want) {
-				t.Fatal(n, ss, "differs")
-			}
-			c.Decrypt(got, got, 77, ss)
-			if !bytes.Equal(got, src) {
-				t.Fatal(n, ss, "decrypt differs")
+		for _, name := range xts.Implementations() {
+			c := newCipher(t, name, key)
+			src := make([]byte, 3*4096)
+			r.Read(src)
+			got := make([]byte, len(src))
+			want := make([]byte, len(src))
+			for _, ss := range []int{512, 4096} {
+				for off := 0; off < len(src); off += ss {
+					o.Encrypt(want[off:off+ss], src[off:off+ss], 77+uint64(off/512))
+				}
+				c.Encrypt(got, src, 77, ss)
+				if !bytes.Equal(got, want) {
+					t.Fatal(name, n, ss, "differs")
+				}
+				c.Decrypt(got, got, 77, ss)
+				if !bytes.Equal(got, src) {
+					t.Fatal(name, n, ss, "decrypt differs")
+				}
 			}
 		}
 	}
 }
 
-func BenchmarkPortable(b *testing.B) {
+func BenchmarkCipher(b *testing.B) {
 	key := make([]byte, 64)
 	key[0] = 1
-	c := newCipher(b, "portable", key)
-	buf := make([]byte, 4096)
-	b.SetBytes(4096)
-	b.ReportAllocs()
-	for b.Loop() {
-		c.Encrypt(buf, buf, 1, 512)
+	for _, name := range xts.Implementations() {
+		c := newCipher(b, name, key)
+		for _, n := range []int{512, 4096, 65536} {
+			buf := make([]byte, n)
+			b.Run(fmt.Sprint(name, "/encrypt/", n), func(b *testing.B) {
+				b.SetBytes(int64(n))
+				for b.Loop() {
+					c.Encrypt(buf, buf, 1, 512)
+				}
+			})
+			b.Run(fmt.Sprint(name, "/decrypt/", n), func(b *testing.B) {
+				b.SetBytes(int64(n))
+				for b.Loop() {
+					c.Decrypt(buf, buf, 1, 512)
+				}
+			})
+		}
 	}
 }
