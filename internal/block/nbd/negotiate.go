@@ -1,0 +1,303 @@
+package nbd
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"slices"
+	"strings"
+)
+
+// errAborted: the client ended the negotiation in good order.
+var errAborted = errors.New("client left during the negotiation")
+
+// negotiation is the handshake of one connection, up to the choice of an
+// export. It reads exactly what it needs, so that nothing of the transmission
+// phase is lost in a buffer.
+type negotiation struct {
+	server *Server
+	sock   net.Conn
+	data   []byte // space for one option's data
+	out    []byte // space for one reply
+
+	noZeroes   bool
+	structured bool
+	allocation string // the export whose base:allocation was chosen
+	chosen     bool   // whether one was
+}
+
+// outcome is what was agreed upon.
+type outcome struct {
+	export      *export
+	structured  bool
+	blockStatus bool
+}
+
+// negotiate runs the fixed newstyle handshake. It returns errAborted if the
+// client said good-bye.
+func negotiate(s *Server, sock net.Conn) (outcome, error) {
+	n := &negotiation{server: s, sock: sock, data: make([]byte, maxOptionLength)}
+	out := be.AppendUint64(nil, magicInit)
+	out = be.AppendUint64(out, magicOption)
+	out = be.AppendUint16(out, handshakeFixedNewstyle|handshakeNoZeroes)
+	if _, err := sock.Write(out); err != nil {
+		return outcome{}, err
+	}
+	flags, err := n.read(4)
+	if err != nil {
+		return outcome{}, err
+	}
+	switch f := be.Uint32(flags); {
+	case f&^(handshakeFixedNewstyle|handshakeNoZeroes) != 0:
+		return outcome{}, fmt.Errorf("unknown client flags %#x", f)
+	default:
+		n.noZeroes = f&handshakeNoZeroes != 0
+	}
+
+	for range maxOptions {
+		e, err := n.option()
+		if err != nil {
+			return outcome{}, err
+		}
+		if e != nil {
+			return outcome{
+				export:      e,
+				structured:  n.structured,
+				blockStatus: n.chosen && n.allocation == e.Name,
+			}, nil
+		}
+	}
+	return outcome{}, fmt.Errorf("more than %d options", maxOptions)
+}
+
+// read returns the next count bytes, count <= maxOptionLength. They are valid
+// until the next read.
+func (n *negotiation) read(count int) ([]byte, error) {
+	b := n.data[:count]
+	_, err := io.ReadFull(n.sock, b)
+	return b, err
+}
+
+// option answers one option. It returns the export with which the transmission
+// begins, or nil while the negotiation goes on.
+func (n *negotiation) option() (*export, error) {
+	head, err := n.read(sizeOption)
+	if err != nil {
+		return nil, err
+	}
+	if be.Uint64(head) != magicOption {
+		return nil, errors.New("an option does not begin with its magic")
+	}
+	opt, length := be.Uint32(head[8:]), be.Uint32(head[12:])
+	if length > maxOptionLength {
+		// Reading it only to refuse it is a favour that a broken client can
+		// do without.
+		n.fail(opt, repErrTooBig, fmt.Sprintf("an option may have %d bytes", maxOptionLength))
+		return nil, fmt.Errorf("option %d of %d bytes", opt, length)
+	}
+	data, err := n.read(int(length))
+	if err != nil {
+		return nil, err
+	}
+
+	switch opt {
+	case optExportName:
+		return n.exportName(string(data))
+	case optAbort:
+		n.reply(opt, repAck) // the client may be gone already
+		return nil, errAborted
+	case optList:
+		return nil, n.list(data)
+	case optInfo, optGo:
+		return n.info(opt, data)
+	case optStructuredReply:
+		if len(data) != 0 {
+			return nil, n.fail(opt, repErrInvalid, "STRUCTURED_REPLY has no data")
+		}
+		n.structured = true
+		return nil, n.reply(opt, repAck)
+	case optListMetaContext, optSetMetaContext:
+		return nil, n.metaContext(opt, data)
+	}
+	return nil, n.fail(opt, repErrUnsup, "unknown option")
+}
+
+// exportName is the oldest way to choose an export: it cannot report an error.
+func (n *negotiation) exportName(name string) (*export, error) {
+	e := n.server.find(name)
+	if e == nil {
+		return nil, fmt.Errorf("unknown export %.64q", name)
+	}
+	out := be.AppendUint64(nil, uint64(e.Device.Size()))
+	out = be.AppendUint16(out, e.flags(n.structured))
+	if !n.noZeroes {
+		out = append(out, make([]byte, 124)...)
+	}
+	_, err := n.sock.Write(out)
+	return e, err
+}
+
+func (n *negotiation) list(data []byte) error {
+	if len(data) != 0 {
+		return n.fail(optList, repErrInvalid, "LIST has no data")
+	}
+	for _, e := range n.server.list() {
+		item := be.AppendUint32(nil, uint32(len(e.Name)))
+		item = append(item, e.Name...)
+		item = append(item, e.Description...)
+		if err := n.reply(optList, repServer, item...); err != nil {
+			return err
+		}
+	}
+	return n.reply(optList, repAck)
+}
+
+// info answers INFO and GO; after a GO the export is returned.
+func (n *negotiation) info(opt uint32, data []byte) (*export, error) {
+	d := decoder{data: data}
+	name := d.text()
+	wanted := make([]uint16, 0, 4)
+	for range d.uint16() {
+		wanted = append(wanted, d.uint16())
+		if d.bad {
+			break
+		}
+	}
+	if d.bad || len(d.data) != 0 {
+		return nil, n.fail(opt, repErrInvalid, "malformed option")
+	}
+	e := n.server.find(name)
+	if e == nil {
+		return nil, n.fail(opt, repErrUnknown, "unknown export")
+	}
+
+	item := be.AppendUint16(nil, infoExport)
+	item = be.AppendUint64(item, uint64(e.Device.Size()))
+	item = be.AppendUint16(item, e.flags(n.structured))
+	if err := n.reply(opt, repInfo, item...); err != nil {
+		return nil, err
+	}
+	minimum, preferred, maximum := e.blockSizes()
+	item = be.AppendUint16(item[:0], infoBlockSize)
+	item = be.AppendUint32(item, minimum)
+	item = be.AppendUint32(item, preferred)
+	item = be.AppendUint32(item, maximum)
+	if err := n.reply(opt, repInfo, item...); err != nil {
+		return nil, err
+	}
+	texts := []struct {
+		item uint16
+		text string
+	}{{infoName, e.Name}, {infoDescription, e.Description}}
+	for _, t := range texts {
+		if !slices.Contains(wanted, t.item) {
+			continue
+		}
+		if err := n.reply(opt, repInfo, append(be.AppendUint16(nil, t.item), t.text...)...); err != nil {
+			return nil, err
+		}
+	}
+	if err := n.reply(opt, repAck); err != nil {
+		return nil, err
+	}
+	if opt == optInfo {
+		return nil, nil
+	}
+	return e, nil
+}
+
+// metaContext answers LIST_META_CONTEXT and SET_META_CONTEXT. The one context
+// is base:allocation.
+func (n *negotiation) metaContext(opt uint32, data []byte) error {
+	if !n.structured {
+		return n.fail(opt, repErrInvalid, "structured replies must be negotiated first")
+	}
+	if opt == optSetMetaContext {
+		n.chosen = false // also where this one is refused
+	}
+	d := decoder{data: data}
+	name := d.text()
+	count := d.uint32()
+	if count > maxQueries {
+		return n.fail(opt, repErrTooBig, fmt.Sprintf("an option may have %d queries", maxQueries))
+	}
+	match := opt == optListMetaContext && count == 0
+	for range count {
+		q := d.text()
+		match = match || q == contextAllocation || opt == optListMetaContext && q == "base:"
+	}
+	if d.bad || len(d.data) != 0 {
+		return n.fail(opt, repErrInvalid, "malformed option")
+	}
+	if n.server.find(name) == nil {
+		return n.fail(opt, repErrUnknown, "unknown export")
+	}
+	if opt == optSetMetaContext {
+		n.allocation, n.chosen = strings.Clone(name), match
+	}
+	if match {
+		item := be.AppendUint32(nil, contextAllocationID)
+		if err := n.reply(opt, repMetaContext, append(item, contextAllocation...)...); err != nil {
+			return err
+		}
+	}
+	return n.reply(opt, repAck)
+}
+
+// reply sends one reply to an option.
+func (n *negotiation) reply(opt, typ uint32, data ...byte) error {
+	n.out = be.AppendUint64(n.out[:0], magicOptionReply)
+	n.out = be.AppendUint32(n.out, opt)
+	n.out = be.AppendUint32(n.out, typ)
+	n.out = be.AppendUint32(n.out, uint32(len(data)))
+	n.out = append(n.out, data...)
+	_, err := n.sock.Write(n.out)
+	return err
+}
+
+// fail refuses an option; the negotiation goes on.
+func (n *negotiation) fail(opt, typ uint32, message string) error {
+	return n.reply(opt, typ, []byte(message)...)
+}
+
+// decoder takes fields from the front of an option's data. After a field that
+// is not there or too long, bad is set and all further ones are zero.
+type decoder struct {
+	data []byte
+	bad  bool
+}
+
+func (d *decoder) take(count int) []byte {
+	if d.bad || count > len(d.data) {
+		d.bad = true
+		return nil
+	}
+	b := d.data[:count]
+	d.data = d.data[count:]
+	return b
+}
+
+func (d *decoder) uint16() uint16 {
+	if b := d.take(2); b != nil {
+		return be.Uint16(b)
+	}
+	return 0
+}
+
+func (d *decoder) uint32() uint32 {
+	if b := d.take(4); b != nil {
+		return be.Uint32(b)
+	}
+	return 0
+}
+
+// text takes a length and that many bytes, at most MaxName.
+func (d *decoder) text() string {
+	length := d.uint32()
+	if length > MaxName {
+		d.bad = true
+		return ""
+	}
+	return string(d.take(int(length)))
+}
