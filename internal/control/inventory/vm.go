@@ -1,0 +1,337 @@
+package inventory
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strings"
+	"time"
+
+	"strongroom/internal/control/store"
+	"strongroom/internal/errs"
+)
+
+// KeyRef is the address of a KEK. The empty KeyRef is none.
+type KeyRef struct {
+	Provider string `json:"provider"`
+	KeyID    string `json:"key_id"`
+}
+
+// PowerState of a VM.
+type PowerState string
+
+// The power states, as in vSphere; unknown while the host does not answer.
+const (
+	PoweredOff   PowerState = "poweredOff"
+	PoweredOn    PowerState = "poweredOn"
+	PowerUnknown PowerState = "unknown"
+)
+
+// CryptoState of a VM.
+type CryptoState string
+
+// The crypto states of a VM, as in vSphere.
+const (
+	Unlocked CryptoState = "unlocked"
+	Locked   CryptoState = "locked" // a key cannot be had; nothing is lost
+)
+
+// DiskFormat is how a disk's file is written.
+type DiskFormat string
+
+// The formats of a disk.
+const (
+	Raw  DiskFormat = "raw"  // plain
+	LUKS DiskFormat = "luks" // encrypted
+)
+
+// Disk is one virtual disk of a VM.
+type Disk struct {
+	Name           string     `json:"name"` // "disk-0", unique in its VM
+	File           string     `json:"file"` // in the VM's folder
+	Format         DiskFormat `json:"format"`
+	SizeBytes      int64      `json:"size_bytes"`                // of the guest's disk
+	AllocatedBytes int64      `json:"allocated_bytes,omitempty"` // on the datastore
+	// Key is the KEK that wraps the disk's DEK: set if and only if Format is LUKS.
+	Key        *KeyRef `json:"key,omitempty"`
+	UUID       string  `json:"uuid,omitempty"`       // of the LUKS volume
+	Generation uint64  `json:"generation,omitempty"` // of the key safe
+	Cipher     string  `json:"cipher,omitempty"`
+}
+
+// Settings of a VM's virtual hardware.
+type Settings struct {
+	CPUs      uint32 `json:"cpus"`
+	MemoryMiB uint32 `json:"memory_mib"`
+	Machine   string `json:"machine,omitempty"`
+	Firmware  string `json:"firmware,omitempty"`
+	Kernel    string `json:"kernel,omitempty"`
+	Initrd    string `json:"initrd,omitempty"`
+	Append    string `json:"append,omitempty"`
+	Network   string `json:"network,omitempty"`
+}
+
+// VM is a registered virtual machine. Its folder on the datastore is the truth;
+// this is what the host last said about it.
+type VM struct {
+	ID          string      `json:"id"`   // UUID, also in its vm.json
+	Name        string      `json:"name"` // immutable
+	ClusterID   string      `json:"cluster_id"`
+	HostID      string      `json:"host_id"`
+	Datastore   string      `json:"datastore"`
+	Folder      string      `json:"folder"`
+	PowerState  PowerState  `json:"power_state"`
+	CryptoState CryptoState `json:"crypto_state"`
+	// LockReason says why it is locked: which provider and key is wanted. Empty
+	// if it is not.
+	LockReason string `json:"lock_reason,omitempty"`
+	// Key is the VM's own KEK (config.keyId in vSphere); nil if it has none.
+	Key      *KeyRef   `json:"key,omitempty"`
+	Disks    []Disk    `json:"disks,omitempty"`
+	Settings Settings  `json:"settings"`
+	Created  time.Time `json:"created"`
+}
+
+// Encrypted reports whether the VM or a disk of it has a key.
+func (v VM) Encrypted() bool {
+	return v.Key != nil || slices.ContainsFunc(v.Disks, func(d Disk) bool { return d.Key != nil })
+}
+
+// Keys returns each key that the VM needs, once.
+func (v VM) Keys() []KeyRef {
+	var refs []KeyRef
+	for _, u := range v.keyUsers() {
+		if !slices.Contains(refs, u.Key) {
+			refs = append(refs, u.Key)
+		}
+	}
+	return refs
+}
+
+// KeyUser is one object that needs a key: a VM itself (Disk empty) or a disk.
+type KeyUser struct {
+	VMID   string
+	VM     string
+	HostID string
+	Disk   string
+	Key    KeyRef
+}
+
+func (v VM) keyUsers() []KeyUser {
+	var users []KeyUser
+	if v.Key != nil {
+		users = append(users, KeyUser{VMID: v.ID, VM: v.Name, HostID: v.HostID, Key: *v.Key})
+	}
+	for _, d := range v.Disks {
+		if d.Key != nil {
+			users = append(users, KeyUser{VMID: v.ID, VM: v.Name, HostID: v.HostID, Disk: d.Name, Key: *d.Key})
+		}
+	}
+	return users
+}
+
+// maxDisks is QEMU's comfortable number of virtio disks; vSphere has 60 a
+// controller.
+const maxDisks = 60
+
+func checkVM(v VM) error {
+	if v.ID == "" || v.Folder == "" || strings.ContainsAny(v.Folder, "/\x00") || v.Folder == "." || v.Folder == ".." {
+		return errs.New(errs.Invalid, "a VM needs an id and a folder's name")
+	}
+	switch v.PowerState {
+	case PoweredOff, PoweredOn, PowerUnknown:
+	default:
+		return errs.New(errs.Invalid, "no power state %q", v.PowerState)
+	}
+	switch {
+	case v.CryptoState == Unlocked && v.LockReason == "":
+	case v.CryptoState == Locked && v.LockReason != "":
+	default:
+		return errs.New(errs.Invalid, "crypto state %q with reason %q: a locked VM has a reason, another none", v.CryptoState, v.LockReason)
+	}
+	if v.Key != nil && (v.Key.Provider == "" || v.Key.KeyID == "") {
+		return errs.New(errs.Invalid, "the VM's key has no provider or no id")
+	}
+	if len(v.Disks) > maxDisks {
+		return errs.New(errs.Invalid, "%d disks, at most %d", len(v.Disks), maxDisks)
+	}
+	seen := map[string]bool{}
+	for _, d := range v.Disks {
+		if d.Name == "" || seen[d.Name] {
+			return errs.New(errs.Invalid, "disk name %q is empty or there twice", d.Name)
+		}
+		seen[d.Name] = true
+		switch {
+		case d.Format == Raw && d.Key == nil:
+		case d.Format == LUKS && d.Key != nil && d.Key.Provider != "" && d.Key.KeyID != "":
+		default:
+			return errs.New(errs.Invalid, "disk %s has format %q and key %+v: an encrypted disk has a key, a plain one none", d.Name, d.Format, d.Key)
+		}
+		if d.SizeBytes < 0 || d.AllocatedBytes < 0 {
+			return errs.New(errs.Invalid, "disk %s has a negative size", d.Name)
+		}
+	}
+	return nil
+}
+
+// CreateVM registers v. An empty id is filled in, as are empty states: powered
+// off, unlocked.
+func (inv *Inventory) CreateVM(ctx context.Context, v VM) (VM, error) {
+	if v.ID == "" {
+		v.ID = newID()
+	}
+	if v.PowerState == "" {
+		v.PowerState = PoweredOff
+	}
+	if v.CryptoState == "" {
+		v.CryptoState = Unlocked
+	}
+	if v.Created.IsZero() {
+		v.Created = inv.now()
+	}
+	err := inv.db.Txn(ctx, func(tx *store.Tx) error {
+		if err := checkVM(v); err != nil {
+			return err
+		}
+		if err := inv.checkPlace(ctx, tx, v); err != nil {
+			return err
+		}
+		if err := inv.claimFolder(ctx, tx, v); err != nil {
+			return err
+		}
+		if err := inv.claim(ctx, tx, "vm", v.Name, v.ID); err != nil {
+			return err
+		}
+		err := inv.vms.In(tx).Create(ctx, v.ID, v)
+		if errors.Is(err, store.ErrExists) {
+			return errs.New(errs.Exists, "a VM with id %s is registered already", v.ID)
+		}
+		return err
+	})
+	if err != nil {
+		return VM{}, errs.Wrap(err, "cannot register VM %s", v.Name)
+	}
+	return v, nil
+}
+
+func folderKey(v VM) string { return "folder/" + v.Datastore + "/" + v.Folder }
+
+// claimFolder sees to it that a folder is registered once: two VMs on one
+// folder would write the same disks.
+func (inv *Inventory) claimFolder(ctx context.Context, tx *store.Tx, v VM) error {
+	err := inv.names.In(tx).Create(ctx, folderKey(v), nameOwner{ID: v.ID})
+	if errors.Is(err, store.ErrExists) {
+		return errs.New(errs.Exists, "folder %s on datastore %s is registered already", v.Folder, v.Datastore)
+	}
+	return err
+}
+
+// checkPlace checks that cluster, host and datastore exist and fit.
+func (inv *Inventory) checkPlace(ctx context.Context, tx *store.Tx, v VM) error {
+	if _, err := inv.clusters.In(tx).Get(ctx, v.ClusterID); err != nil {
+		return missing(err, "cluster", v.ClusterID)
+	}
+	h, err := inv.hosts.In(tx).Get(ctx, v.HostID)
+	if err != nil {
+		return missing(err, "host", v.HostID)
+	}
+	d, err := inv.datastores.In(tx).Get(ctx, v.Datastore)
+	if err != nil {
+		return missing(err, "datastore", v.Datastore)
+	}
+	switch {
+	case h.ClusterID != v.ClusterID:
+		return errs.New(errs.Invalid, "host %s is not in the VM's cluster", h.Name)
+	case d.ClusterID != v.ClusterID:
+		return errs.New(errs.Invalid, "datastore %s is not in the VM's cluster", d.Name)
+	}
+	return nil
+}
+
+// VM returns the VM called name.
+func (inv *Inventory) VM(ctx context.Context, name string) (VM, error) {
+	return byName(ctx, inv, inv.vms, "vm", name)
+}
+
+// VMByID returns the VM with that id.
+func (inv *Inventory) VMByID(ctx context.Context, id string) (VM, error) {
+	v, err := inv.vms.Get(ctx, id)
+	return v, missing(err, "vm", id)
+}
+
+// VMs returns all VMs, or those on the host with id hostID if it is not empty.
+func (inv *Inventory) VMs(ctx context.Context, hostID string) ([]VM, error) {
+	vms, err := inv.vms.List(ctx)
+	if hostID != "" {
+		vms = slices.DeleteFunc(vms, func(v VM) bool { return v.HostID != hostID })
+	}
+	return vms, err
+}
+
+// UpdateVM has f change the VM with that id; f may run more than once. Its id
+// and name stay.
+func (inv *Inventory) UpdateVM(ctx context.Context, id string, f func(*VM) error) (VM, error) {
+	var out VM
+	err := inv.db.Txn(ctx, func(tx *store.Tx) error {
+		v, err := inv.vms.In(tx).Get(ctx, id)
+		if err != nil {
+			return missing(err, "vm", id)
+		}
+		before := v
+		if err := f(&v); err != nil {
+			return err
+		}
+		if v.ID != before.ID || v.Name != before.Name {
+			return errs.New(errs.Invalid, "a VM's id and name do not change")
+		}
+		if err := checkVM(v); err != nil {
+			return err
+		}
+		if v.ClusterID != before.ClusterID || v.HostID != before.HostID || v.Datastore != before.Datastore {
+			if err := inv.checkPlace(ctx, tx, v); err != nil {
+				return err
+			}
+		}
+		if folderKey(v) != folderKey(before) {
+			if err := inv.names.In(tx).Delete(ctx, folderKey(before)); err != nil {
+				return err
+			}
+			if err := inv.claimFolder(ctx, tx, v); err != nil {
+				return err
+			}
+		}
+		out = v
+		return inv.vms.In(tx).Put(ctx, id, v)
+	})
+	if err != nil {
+		return VM{}, errs.Wrap(err, "cannot update VM %s", id)
+	}
+	return out, nil
+}
+
+// DeleteVM forgets the VM with that id; its folder is not touched. Forgetting a
+// VM that is not there is no error.
+func (inv *Inventory) DeleteVM(ctx context.Context, id string) error {
+	err := inv.db.Txn(ctx, func(tx *store.Tx) error {
+		v, err := inv.vms.In(tx).Get(ctx, id)
+		if errors.Is(err, store.ErrNotFound) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if err := inv.vms.In(tx).Delete(ctx, id); err != nil {
+			return err
+		}
+		if err := inv.names.In(tx).Delete(ctx, folderKey(v)); err != nil {
+			return err
+		}
+		return inv.release(ctx, tx, "vm", v.Name)
+	})
+	return errs.Wrap(err, "cannot unregister VM %s", id)
+}
+
+// WatchVMs follows the VMs; see [store.Table.Watch].
+func (inv *Inventory) WatchVMs(ctx context.Context, from int64, f func(store.Change[VM]) error) error {
+	return inv.vms.Watch(ctx, "", from, f)
+}
