@@ -1,0 +1,340 @@
+// Package volume is the encrypted disk: a [blockdev.Device] whose contents lie
+// encrypted on another Device. The format is LUKS2 in the profile of
+// docs/spec/volume.md, so that cryptsetup and dm-crypt open it with the DEK and
+// nothing of ours.
+//
+// Invariants:
+//
+//   - No plaintext reaches the Device below, and nothing at all is written to it
+//     before the DEK was checked against the header's digest.
+//   - A crypto sector whose ciphertext is all zeros was never written, or was
+//     discarded; it reads as zeros. Zeros that are written are encrypted like all
+//     other data (docs/spec/volume.md, "Zeros").
+//   - A request changes no byte outside its range, whatever its alignment and
+//     whatever runs beside it.
+//   - At every instant at least one header copy is whole, and its key safe opens
+//     with the KEK of before or of after a rekey.
+//
+// Requests allocate nothing: reads decrypt in the caller's buffer, writes
+// encrypt into buffers of the volume, of which there is a fixed number.
+//
+// Everything here is safe for concurrent use.
+package volume
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+
+	"strongroom/internal/block/blockdev"
+	"strongroom/internal/block/luks"
+	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/xts"
+)
+
+// Sentinels that callers branch on, besides those of packages blockdev and
+// luks. Those of luks are repeated for the callers of this package, who need
+// not know it.
+var (
+	// ErrWrongKey: the DEK is not this volume's. Nothing was read but the header.
+	ErrWrongKey = luks.ErrWrongKey
+	// ErrNotVolume: there is no LUKS header.
+	ErrNotVolume = luks.ErrNotLUKS
+	// ErrCorrupt: both copies of the header are damaged.
+	ErrCorrupt = luks.ErrCorrupt
+	// ErrTruncated: the storage ends before the header or the data do.
+	ErrTruncated = luks.ErrTruncated
+	// ErrUnsupported: it is a LUKS volume, and not one that is encrypted like ours.
+	ErrUnsupported = luks.ErrUnsupported
+	// ErrNotEmpty: there is something where a new volume was to be made.
+	ErrNotEmpty = errors.New("storage is not empty")
+	// ErrChanged: another program has changed the volume's layout while it was open.
+	ErrChanged = errors.New("volume was changed by another program")
+	// ErrWrongSafe: the key safe belongs to another disk.
+	ErrWrongSafe = errors.New("key safe belongs to another disk")
+)
+
+// Options say how a volume is opened.
+type Options struct {
+	// ReadOnly refuses writes; the Device below may be read-only too.
+	ReadOnly bool
+	// SizeMin is the least size in bytes that the volume must have, as it was
+	// recorded elsewhere; a smaller one is [ErrTruncated]. LUKS2 records no size
+	// itself: the data simply end with the storage.
+	SizeMin int64
+}
+
+// Volume is an open encrypted disk. Its BlockSize is the crypto sector's, or
+// that of the Device below if it is larger.
+type Volume struct {
+	dev       blockdev.Device
+	cipher    *xts.Cipher
+	uuid      string
+	segment   luks.Segment
+	blockSize int
+	readOnly  bool
+	discards  bool // discards may reach dev
+
+	guard   blockdev.Guard
+	size    atomic.Int64 // bytes; changes only while guard excludes all requests
+	buffers *buffers
+	header  sync.Mutex // held while the header is rewritten
+}
+
+var (
+	_ blockdev.Resizer  = (*Volume)(nil)
+	_ blockdev.Extenter = (*Volume)(nil)
+)
+
+// Open opens the volume on dev with its DEK, which stays the caller's and is
+// not needed after Open. On success dev belongs to the Volume, on error to the
+// caller. Open writes nothing: a damaged header copy is repaired by the next
+// [Volume.ReplaceSafe]; [Inspect] tells of it.
+//
+// Errors: [ErrWrongKey], [ErrNotVolume], [ErrCorrupt], [ErrTruncated],
+// [ErrUnsupported], or those of dev.
+func Open(dev blockdev.Device, dek *keymem.Key, opts Options) (*Volume, error) {
+	v, err := open(dev, dek, opts)
+	if err != nil {
+		return nil, fmt.Errorf("cannot open volume: %w", err)
+	}
+	return v, nil
+}
+
+func open(dev blockdev.Device, dek *keymem.Key, opts Options) (*Volume, error) {
+	h, err := readHeader(dev)
+	if err != nil {
+		return nil, err
+	}
+	segment, size, err := layout(h, dev.Size())
+	if err != nil {
+		return nil, err
+	}
+	if size < opts.SizeMin {
+		return nil, fmt.Errorf("%w: it has %d bytes of data instead of %d", ErrTruncated, size, opts.SizeMin)
+	}
+	if err := h.VerifyKey(dek); err != nil {
+		return nil, err
+	}
+	cipher, err := xts.New(dek)
+	if err != nil {
+		return nil, err
+	}
+	v := &Volume{
+		dev:       dev,
+		cipher:    cipher,
+		uuid:      h.UUID(),
+		segment:   segment,
+		blockSize: max(segment.SectorSize, dev.BlockSize()),
+		readOnly:  opts.ReadOnly,
+		discards:  h.AllowDiscards(),
+		buffers:   newBuffers(),
+	}
+	v.size.Store(size)
+	return v, nil
+}
+
+// layout returns where the data of a volume on storage of size bytes lie, and
+// their length.
+func layout(h *luks.Header, size int64) (luks.Segment, int64, error) {
+	segment, err := h.Segment()
+	if err != nil {
+		return luks.Segment{}, 0, err
+	}
+	length, err := segment.Length(size)
+	if err != nil {
+		return luks.Segment{}, 0, err
+	}
+	if length == 0 {
+		return luks.Segment{}, 0, fmt.Errorf("%w: it ends where its data should start", ErrTruncated)
+	}
+	return segment, length, nil
+}
+
+// UUID returns the volume's UUID.
+func (v *Volume) UUID() string { return v.uuid }
+
+// SectorSize returns the size of a crypto sector in bytes.
+func (v *Volume) SectorSize() int { return v.segment.SectorSize }
+
+// Size implements [blockdev.Device].
+func (v *Volume) Size() int64 { return v.size.Load() }
+
+// BlockSize implements [blockdev.Device].
+func (v *Volume) BlockSize() int { return v.blockSize }
+
+// enter admits a request on n bytes at off. Whole blocks are taken, so that the
+// read-modify-write of a part of one is alone on it.
+func (v *Volume) enter(op string, off, n int64, access blockdev.Access) (*blockdev.Pass, error) {
+	if access == blockdev.Exclusive && v.readOnly {
+		return nil, v.fail(op, off, n, blockdev.ErrReadOnly)
+	}
+	wideOff, wideLen := blockdev.Widen(off, n, int64(v.blockSize))
+	pass, err := v.guard.Enter(wideOff, wideLen, access)
+	if err != nil {
+		return nil, v.fail(op, off, n, err)
+	}
+	if err := blockdev.CheckRange(v.size.Load(), off, n); err != nil {
+		v.guard.Leave(pass)
+		return nil, v.fail(op, off, n, err)
+	}
+	return pass, nil
+}
+
+func (v *Volume) fail(op string, off, n int64, err error) error {
+	return fmt.Errorf("cannot %s %d bytes at %d of volume %s: %w", op, n, off, v.uuid, err)
+}
+
+// ReadAt implements [blockdev.Device]. It decrypts in p, which on an error may
+// hold anything.
+func (v *Volume) ReadAt(p []byte, off int64) (int, error) {
+	pass, err := v.enter("read", off, int64(len(p)), blockdev.Shared)
+	if err != nil {
+		return 0, err
+	}
+	defer v.guard.Leave(pass)
+	if err := v.read(p, off); err != nil {
+		return 0, v.fail("read", off, int64(len(p)), err)
+	}
+	return len(p), nil
+}
+
+// WriteAt implements [blockdev.Device].
+func (v *Volume) WriteAt(p []byte, off int64) (int, error) {
+	pass, err := v.enter("write", off, int64(len(p)), blockdev.Exclusive)
+	if err != nil {
+		return 0, err
+	}
+	defer v.guard.Leave(pass)
+	if err := v.write(p, off, int64(len(p))); err != nil {
+		return 0, v.fail("write", off, int64(len(p)), err)
+	}
+	return len(p), nil
+}
+
+// WriteZeroes implements [blockdev.Device]. It writes encrypted zeros also if
+// mayPunch is true: zeros that the guest asked for must be zeros for dm-crypt
+// too, which reads a hole as noise.
+func (v *Volume) WriteZeroes(off, n int64, _ bool) error {
+	pass, err := v.enter("zero", off, n, blockdev.Exclusive)
+	if err != nil {
+		return err
+	}
+	defer v.guard.Leave(pass)
+	if err := v.write(nil, off, n); err != nil {
+		return v.fail("zero", off, n, err)
+	}
+	return nil
+}
+
+// Discard implements [blockdev.Device]. It gives back the crypto sectors that
+// lie wholly inside the range, if the volume allows discards, and does nothing
+// otherwise.
+func (v *Volume) Discard(off, n int64) error {
+	pass, err := v.enter("discard", off, n, blockdev.Exclusive)
+	if err != nil {
+		return err
+	}
+	defer v.guard.Leave(pass)
+	if !v.discards {
+		return nil
+	}
+	sector := int64(v.segment.SectorSize)
+	start, end := (off+sector-1)&^(sector-1), (off+n)&^(sector-1)
+	if start >= end {
+		return nil
+	}
+	if err := v.dev.Discard(v.segment.Offset+start, end-start); err != nil {
+		return v.fail("discard", off, n, err)
+	}
+	return nil
+}
+
+// Flush implements [blockdev.Device].
+func (v *Volume) Flush() error {
+	pass, err := v.guard.Enter(0, 0, blockdev.Shared)
+	if err != nil {
+		return fmt.Errorf("cannot flush volume %s: %w", v.uuid, err)
+	}
+	defer v.guard.Leave(pass)
+	if err := v.dev.Flush(); err != nil {
+		return fmt.Errorf("cannot flush volume %s: %w", v.uuid, err)
+	}
+	return nil
+}
+
+// Resize implements [blockdev.Resizer], if the Device below is one. What is
+// added was never written and reads as zeros.
+func (v *Volume) Resize(size int64) error {
+	fail := func(err error) error {
+		return fmt.Errorf("cannot resize volume %s to %d bytes: %w", v.uuid, size, err)
+	}
+	if v.readOnly {
+		return fail(blockdev.ErrReadOnly)
+	}
+	dev, ok := v.dev.(blockdev.Resizer)
+	if !ok || v.segment.Size != 0 || size <= 0 || size%int64(v.blockSize) != 0 || size > 1<<62 {
+		return fail(blockdev.ErrBadSize)
+	}
+	pass, err := v.guard.EnterAll()
+	if err != nil {
+		return fail(err)
+	}
+	defer v.guard.Leave(pass)
+	if err := dev.Resize(v.segment.Offset + size); err != nil {
+		return fail(err)
+	}
+	v.size.Store(size)
+	return nil
+}
+
+// NextExtent implements [blockdev.Extenter]. A hole is what is one in the
+// Device below; sectors of zeros that it has allocated are reported as data.
+func (v *Volume) NextExtent(off int64) (blockdev.Extent, error) {
+	fail := func(err error) (blockdev.Extent, error) {
+		return blockdev.Extent{}, fmt.Errorf("cannot find extent at %d of volume %s: %w", off, v.uuid, err)
+	}
+	pass, err := v.guard.Enter(0, 0, blockdev.Shared)
+	if err != nil {
+		return fail(err)
+	}
+	defer v.guard.Leave(pass)
+	size := v.size.Load()
+	if off < 0 || off >= size {
+		return fail(blockdev.ErrOutOfRange)
+	}
+	dev, ok := v.dev.(blockdev.Extenter)
+	if !ok {
+		return blockdev.Extent{Offset: off, Length: size - off}, nil
+	}
+	base, sector := v.segment.Offset, int64(v.segment.SectorSize)
+	e, err := dev.NextExtent(base + off&^(sector-1))
+	if err != nil {
+		return fail(err)
+	}
+	end := e.Offset + e.Length - base
+	if e.Hole && end < size {
+		end &^= sector - 1 // a sector that is a hole in part is data
+		if end <= off {
+			e.Hole = false
+		}
+	}
+	if !e.Hole {
+		end = max((end+sector-1)&^(sector-1), (off/sector+1)*sector)
+	}
+	return blockdev.Extent{Offset: off, Length: min(end, size) - off, Hole: e.Hole}, nil
+}
+
+// Close implements [blockdev.Device]. It wipes the key and closes the Device
+// below.
+func (v *Volume) Close() error {
+	if !v.guard.Close() {
+		return nil
+	}
+	v.cipher.Close()
+	if err := v.dev.Close(); err != nil {
+		return fmt.Errorf("cannot close volume %s: %w", v.uuid, err)
+	}
+	return nil
+}
