@@ -1,0 +1,144 @@
+package vault
+
+import (
+	"bytes"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/sealed"
+	"strongroom/internal/errs"
+)
+
+func random(t *testing.T, n int) *keymem.Key {
+	t.Helper()
+	k, err := keymem.Random(n)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { k.Close() })
+	return k
+}
+
+func TestUpdateReopen(t *testing.T) {
+	t.Parallel()
+	path, key := filepath.Join(t.TempDir(), "v"), random(t, sealed.KeySize)
+	v, err := New(path, key, "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer v.Close()
+	a, b := random(t, 32), random(t, 100_000)
+	if err := v.Update(map[string]*keymem.Key{"a": a, "b": b}); err != nil {
+		t.Fatal(err)
+	}
+	if err := v.Update(map[string]*keymem.Key{"a": nil}); err != nil {
+		t.Fatal(err)
+	}
+	again, err := Open(path, key, "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer again.Close()
+	for _, v := range []*Vault{v, again} {
+		got, err := v.Get("b")
+		if err != nil || !got.Equal(b) {
+			t.Errorf("Get(b) = %v, %v; want what was put", got, err)
+		}
+		got.Close()
+		if got, err := v.Get("a"); errs.KindOf(err) != errs.NotFound {
+			t.Errorf("Get of a removed secret = %v, %v", got, err)
+		}
+	}
+	text, err := os.ReadFile(path)
+	if err != nil || bytes.Contains(text, b.Bytes()[:16]) {
+		t.Errorf("the file shows a secret (error %v)", err)
+	}
+}
+
+func TestWrongKeyOrContext(t *testing.T) {
+	t.Parallel()
+	path, key := filepath.Join(t.TempDir(), "v"), random(t, sealed.KeySize)
+	v, err := New(path, key, "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer v.Close()
+	if err := v.Update(map[string]*keymem.Key{"a": random(t, 32)}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Open(path, random(t, sealed.KeySize), "test"); !errors.Is(err, sealed.ErrWrongKey) {
+		t.Errorf("wrong key: %v", err)
+	}
+	if _, err := Open(path, key, "other"); !errors.Is(err, sealed.ErrWrongKey) {
+		t.Errorf("wrong context: %v", err)
+	}
+}
+
+// TestFailedUpdate checks that an update that cannot be stored changes nothing.
+func TestFailedUpdate(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	path, key := filepath.Join(dir, "v"), random(t, sealed.KeySize)
+	v, err := New(path, key, "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer v.Close()
+	a := random(t, 32)
+	if err := v.Update(map[string]*keymem.Key{"a": a}); err != nil {
+		t.Fatal(err)
+	}
+	for name, change := range map[string]map[string]*keymem.Key{
+		"too large":     {"b": random(t, SizeMax)},
+		"name too long": {strings.Repeat("n", NameMax+1): random(t, 1)},
+		"empty name":    {"": random(t, 1)},
+	} {
+		if err := v.Update(change); err == nil {
+			t.Errorf("%s: no error", name)
+		}
+		got, err := v.Get("a")
+		if err != nil || !got.Equal(a) {
+			t.Errorf("%s: the update changed the vault: %v", name, err)
+		}
+		got.Close()
+	}
+	if err := os.RemoveAll(dir); err != nil {
+		t.Fatal(err)
+	}
+	if err := v.Update(map[string]*keymem.Key{"a": nil}); err == nil {
+		t.Error("an update that could not be written succeeded")
+	}
+	if got, err := v.Get("a"); err != nil {
+		t.Errorf("the failed update changed the vault: %v", err)
+	} else {
+		got.Close()
+	}
+}
+
+func FuzzDecode(f *testing.F) {
+	f.Add([]byte(magic + "\x00\x00\x00\x01\x00\x00"))
+	f.Add([]byte(magic + "\x00\x00\x00\x01\x00\x02\x01a\x00\x00\x00\x01x\x01b\x00\x00\x00\x02yz"))
+	f.Add([]byte(magic + "\x00\x00\x00\x01\x00\x01\x01a\xff\xff\xff\xffx"))
+	f.Fuzz(func(t *testing.T, content []byte) {
+		secrets, err := decode(content)
+		if err != nil {
+			if secrets != nil {
+				t.Error("secrets beside an error")
+			}
+			return
+		}
+		defer closeAll(secrets)
+		again, err := encode(secrets)
+		if err != nil {
+			t.Fatalf("cannot encode what was decoded: %v", err)
+		}
+		defer again.Close()
+		if !bytes.Equal(again.Bytes(), content) {
+			t.Error("decoding and encoding gave other bytes")
+		}
+	})
+}

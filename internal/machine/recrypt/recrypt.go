@@ -1,0 +1,218 @@
+// Package recrypt changes how a disk of a powered-off VM is encrypted: it
+// encrypts a plain disk, decrypts an encrypted one, and gives an encrypted one
+// a new KEK (shallow rekey) or a new DEK as well (deep rekey).
+//
+// Whatever rewrites data writes a whole new file ("disk-0.luks.new") beside
+// the old one, makes it durable, opens it as a power-on would (from the key
+// safe in its own header), compares it with the original byte by byte, and only
+// then gives it its final name. At every instant, power loss included, the
+// folder holds one complete disk under the name that vm.json tells, or will
+// tell after the caller's next step; tests fail every I/O to show it.
+//
+// Every operation is idempotent: called again after it was interrupted, it
+// recognises what it finished by the KEK's address in the key safe, and throws
+// away only its own unfinished ".new" files.
+//
+// The functions are safe for concurrent use on different disks. The caller
+// holds the VM folder's lock.
+package recrypt
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/google/uuid"
+
+	"strongroom/internal/block/blockdev"
+	"strongroom/internal/block/volume"
+	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/keysafe"
+	"strongroom/internal/errs"
+)
+
+// Unfinished is the suffix of a file that is being written. A file with this
+// suffix may always be deleted while no operation runs.
+const Unfinished = ".new"
+
+// Folder is a VM folder as this package needs it. [Dir] is the real one. Names
+// have no separators.
+type Folder interface {
+	// Exists reports whether there is a file of that name.
+	Exists(name string) (bool, error)
+	// Open opens an existing file for exclusive use. It returns an error
+	// wrapping [blockdev.ErrInUse] if somebody else has it open.
+	Open(name string) (blockdev.Resizer, error)
+	// Create makes an empty file. It returns an error wrapping [fs.ErrExist]
+	// if there is one.
+	Create(name string) (blockdev.Resizer, error)
+	// Rename gives a file another name, replacing what was there, and returns
+	// when that is durable.
+	Rename(old, new string) error
+	// Remove deletes a file, durably. It succeeds if there is none.
+	Remove(name string) error
+}
+
+// KEKs finds the KEK that a key safe names. The caller closes the key.
+type KEKs func(ctx context.Context, ref keysafe.Ref) (*keymem.Key, error)
+
+// Progress is told how many of all bytes are done; it may be nil. Writing and
+// verifying count alike.
+type Progress func(done, total int64)
+
+// Owner returns the owner of the key safe of a disk with this LUKS UUID.
+func Owner(uuid string) string { return "disk:" + uuid }
+
+// NewVolume formats an encrypted volume of size bytes in a new file of that
+// name plus [Unfinished], with a new DEK wrapped under the KEK named by ref,
+// and returns it open. The caller fills it and calls [Finish].
+func NewVolume(ctx context.Context, folder Folder, name string, size int64, ref keysafe.Ref, keks KEKs) (*volume.Volume, error) {
+	return newVolume(ctx, folder, name, freshSpec(size, ref), keks)
+}
+
+// Finish gives name+[Unfinished] its name. The file must be closed and durable.
+func Finish(folder Folder, name string) error {
+	return folder.Rename(name+Unfinished, name)
+}
+
+type volumeSpec struct {
+	size       int64 // bytes
+	sectorSize int   // bytes
+	uuid       string
+	ref        keysafe.Ref
+	generation uint64
+}
+
+// freshSpec describes a volume with an identity of its own.
+func freshSpec(size int64, ref keysafe.Ref) volumeSpec {
+	return volumeSpec{size: size, sectorSize: 512, uuid: uuid.NewString(), ref: ref, generation: 1}
+}
+
+func newVolume(ctx context.Context, folder Folder, name string, spec volumeSpec, keks KEKs) (_ *volume.Volume, err error) {
+	if err := folder.Remove(name + Unfinished); err != nil {
+		return nil, err
+	}
+	kek, err := keks(ctx, spec.ref)
+	if err != nil {
+		return nil, err
+	}
+	defer kek.Close()
+	dek, err := keymem.Random(keysafe.DEKSize)
+	if err != nil {
+		return nil, err
+	}
+	defer dek.Close()
+	safe, err := keysafe.Wrap(kek, dek, spec.ref, Owner(spec.uuid), spec.generation)
+	if err != nil {
+		return nil, err
+	}
+	file, err := folder.Create(name + Unfinished)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, file.Close(), folder.Remove(name+Unfinished))
+		}
+	}()
+	format := volume.FormatOptions{Size: spec.size, SectorSize: spec.sectorSize, UUID: spec.uuid, DEK: dek, Safe: safe, AllowDiscards: true}
+	if err := volume.Format(file, format); err != nil {
+		return nil, err
+	}
+	return volume.Open(file, dek, volume.OpenOptions{})
+}
+
+// OpenVolume opens the encrypted disk in file name by the key safe in its
+// header, as a power-on does. Closing the volume closes the file.
+func OpenVolume(ctx context.Context, folder Folder, name string, keks KEKs) (*volume.Volume, *keysafe.Safe, error) {
+	file, err := folder.Open(name)
+	if err != nil {
+		return nil, nil, err
+	}
+	vol, safe, err := openVolume(ctx, file, keks)
+	if err != nil {
+		return nil, nil, errors.Join(err, file.Close())
+	}
+	return vol, safe, nil
+}
+
+func openVolume(ctx context.Context, file blockdev.Resizer, keks KEKs) (*volume.Volume, *keysafe.Safe, error) {
+	dek, safe, err := UnwrapDEK(ctx, file, keks)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer dek.Close()
+	vol, err := volume.Open(file, dek, volume.OpenOptions{})
+	if err != nil {
+		return nil, nil, err
+	}
+	return vol, safe, nil
+}
+
+// UnwrapDEK returns the DEK of the volume on file, and the key safe it came
+// from. The caller closes the DEK.
+func UnwrapDEK(ctx context.Context, file blockdev.Device, keks KEKs) (*keymem.Key, *keysafe.Safe, error) {
+	info, safe, err := inspect(file)
+	if err != nil {
+		return nil, nil, err
+	}
+	kek, err := keks(ctx, safe.KEK)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer kek.Close()
+	dek, err := safe.Unwrap(kek, Owner(info.UUID))
+	if err != nil {
+		return nil, nil, errs.New(errs.Corrupt, "%w", err)
+	}
+	return dek, safe, nil
+}
+
+// inspect reads the header and its one key safe.
+func inspect(file blockdev.Device) (volume.Info, *keysafe.Safe, error) {
+	info, err := volume.Inspect(file)
+	if err != nil {
+		return volume.Info{}, nil, err
+	}
+	if len(info.Safes) != 1 {
+		return volume.Info{}, nil, errs.New(errs.Corrupt, "the volume has %d key safes, not one", len(info.Safes)).
+			WithHint("open it with its volume key or passphrase: cryptsetup open")
+	}
+	return info, info.Safes[0], nil
+}
+
+// Inspect tells what the volume in file name is, without a key.
+func Inspect(folder Folder, name string) (volume.Info, *keysafe.Safe, error) {
+	file, err := folder.Open(name)
+	if err != nil {
+		return volume.Info{}, nil, err
+	}
+	info, safe, err := inspect(file)
+	return info, safe, errors.Join(err, file.Close())
+}
+
+// copyVerified copies src to dst, makes it durable, closes dst, opens it again
+// by reopen and compares. Both passes are told to progress.
+func copyVerified(ctx context.Context, dst, src blockdev.Device, opts volume.CopyOptions, reopen func() (blockdev.Device, error), progress Progress) error {
+	total := 2 * src.Size()
+	report := func(base int64) func(int64, int64) {
+		return func(done, _ int64) {
+			if progress != nil {
+				progress(base+done, total)
+			}
+		}
+	}
+	opts.Progress = report(0)
+	err := volume.Copy(ctx, dst, src, opts)
+	if err == nil {
+		err = dst.Flush()
+	}
+	if err := errors.Join(err, dst.Close()); err != nil {
+		return err
+	}
+	written, err := reopen()
+	if err != nil {
+		return fmt.Errorf("cannot open what was written: %w", err)
+	}
+	return errors.Join(volume.Compare(ctx, written, src, report(src.Size())), written.Close())
+}

@@ -1,0 +1,119 @@
+package controller
+
+import (
+	"bytes"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/pelletier/go-toml/v2"
+)
+
+// configSizeMax bounds the configuration file, in bytes.
+const configSizeMax = 64 << 10
+
+// Config is the configuration file of a controller, in TOML. Unknown fields
+// are refused. It holds no secret.
+type Config struct {
+	// DataDir is the folder of the inventory (etcd), the sealed key store, the
+	// certificates and the audit log. It must be readable by the controller
+	// only. Needed.
+	DataDir string `toml:"data_dir"`
+
+	// Listen is the address of the API, "host:port". Needed.
+	Listen string `toml:"listen"`
+
+	// Advertise is the address under which users and hosts reach the API,
+	// "host:port". It stands in the certificate. Default: Listen, which must then
+	// name an address.
+	Advertise string `toml:"advertise"`
+
+	// KeyFile holds the 32 bytes that open the sealed key store. Whoever has both
+	// can read the KDKs of all native providers. Default: "controller.key" in
+	// DataDir. It may lie on another medium.
+	KeyFile string `toml:"key_file"`
+
+	KMS KMSConfig `toml:"kms"`
+}
+
+// KMSConfig is the section [kms]: the upkeep of key providers.
+type KMSConfig struct {
+	// RemediationInterval is how often providers and keys on the hosts are put
+	// right, as a duration such as "5m". From 1s to 24h. Default: 5m. In vSphere
+	// it is vpxd.KMS.remediationInterval.
+	RemediationInterval Duration `toml:"remediation_interval"`
+}
+
+// Duration is a time.Duration in the notation of [time.ParseDuration].
+type Duration time.Duration
+
+// UnmarshalText implements [encoding.TextUnmarshaler].
+func (d *Duration) UnmarshalText(text []byte) error {
+	v, err := time.ParseDuration(string(text))
+	*d = Duration(v)
+	return err
+}
+
+// MarshalText implements [encoding.TextMarshaler].
+func (d Duration) MarshalText() ([]byte, error) { return []byte(time.Duration(d).String()), nil }
+
+// LoadConfig reads and checks the configuration file at path.
+func LoadConfig(path string) (Config, error) {
+	c, err := loadConfig(path)
+	if err != nil {
+		return Config{}, fmt.Errorf("cannot read controller configuration %s: %w", path, err)
+	}
+	return c, nil
+}
+
+func loadConfig(path string) (Config, error) {
+	info, err := os.Stat(path)
+	if err != nil {
+		return Config{}, err
+	}
+	if info.Size() > configSizeMax {
+		return Config{}, fmt.Errorf("it has %d bytes, more than %d", info.Size(), configSizeMax)
+	}
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return Config{}, err
+	}
+	return ParseConfig(text)
+}
+
+// ParseConfig reads a configuration file's text and fills in the defaults.
+func ParseConfig(text []byte) (Config, error) {
+	var c Config
+	if err := toml.NewDecoder(bytes.NewReader(text)).DisallowUnknownFields().Decode(&c); err != nil {
+		return Config{}, err
+	}
+	return c.withDefaults()
+}
+
+func (c Config) withDefaults() (Config, error) {
+	if !filepath.IsAbs(c.DataDir) {
+		return Config{}, fmt.Errorf("data_dir %q is not an absolute path", c.DataDir)
+	}
+	if c.KeyFile == "" {
+		c.KeyFile = filepath.Join(c.DataDir, "controller.key")
+	}
+	if c.KMS.RemediationInterval == 0 {
+		c.KMS.RemediationInterval = Duration(5 * time.Minute)
+	}
+	if d := time.Duration(c.KMS.RemediationInterval); d < time.Second || d > 24*time.Hour {
+		return Config{}, fmt.Errorf("kms.remediation_interval %v is not 1s to 24h", d)
+	}
+	if _, _, err := net.SplitHostPort(c.Listen); err != nil {
+		return Config{}, fmt.Errorf("listen %q is not host:port", c.Listen)
+	}
+	if c.Advertise == "" {
+		c.Advertise = c.Listen
+	}
+	name, port, err := net.SplitHostPort(c.Advertise)
+	if err != nil || name == "" || port == "0" || net.ParseIP(name).IsUnspecified() {
+		return Config{}, fmt.Errorf("advertise %q is not an address that hosts and users can reach; set advertise = \"host:port\"", c.Advertise)
+	}
+	return c, nil
+}

@@ -1,0 +1,102 @@
+package host
+
+import (
+	"bytes"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+
+	"github.com/pelletier/go-toml/v2"
+)
+
+// configSizeMax bounds the configuration file, in bytes.
+const configSizeMax = 64 << 10
+
+// Config is the configuration file of a host, in TOML. Unknown fields are
+// refused. It holds no secret: those are in the sealed host configuration.
+type Config struct {
+	// DataDir is the folder of the sealed host configuration and its key file.
+	// It must be readable by the host only. Needed.
+	DataDir string `toml:"data_dir"`
+
+	// RunDir is the folder of sockets and state of running VMs. It is lost with a
+	// reboot, as they are. Its path must be short: a unix socket's path has at
+	// most 107 bytes. Default: "run" below DataDir.
+	RunDir string `toml:"run_dir"`
+
+	// Listen is the address on which the host's agent serves its controller,
+	// "host:port". Needed.
+	Listen string `toml:"listen"`
+
+	// Advertise is the address under which the controller reaches the agent,
+	// "host:port". Default: Listen, which must then name an address.
+	Advertise string `toml:"advertise"`
+
+	// LocalSocket is the unix socket on which the host serves its own
+	// administrators (root, and the user it runs as) while the controller is
+	// away. Default: "host.sock" in RunDir.
+	LocalSocket string `toml:"local_socket"`
+
+	// KeyFile holds the 32 bytes that open the sealed host configuration.
+	// Whoever has both can read this host's provider keys: without a TPM that is
+	// whoever steals the host. Default: "host.key" in DataDir. It may lie on
+	// another medium.
+	KeyFile string `toml:"key_file"`
+}
+
+// LoadConfig reads and checks the configuration file at path.
+func LoadConfig(path string) (Config, error) {
+	c, err := loadConfig(path)
+	if err != nil {
+		return Config{}, fmt.Errorf("cannot read host configuration %s: %w", path, err)
+	}
+	return c, nil
+}
+
+func loadConfig(path string) (Config, error) {
+	info, err := os.Stat(path)
+	if err != nil {
+		return Config{}, err
+	}
+	if info.Size() > configSizeMax {
+		return Config{}, fmt.Errorf("it has %d bytes, more than %d", info.Size(), configSizeMax)
+	}
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return Config{}, err
+	}
+	return ParseConfig(text)
+}
+
+// ParseConfig reads a configuration file's text and fills in the defaults.
+func ParseConfig(text []byte) (Config, error) {
+	var c Config
+	if err := toml.NewDecoder(bytes.NewReader(text)).DisallowUnknownFields().Decode(&c); err != nil {
+		return Config{}, err
+	}
+	return c.withDefaults()
+}
+
+func (c Config) withDefaults() (Config, error) {
+	if !filepath.IsAbs(c.DataDir) {
+		return Config{}, fmt.Errorf("data_dir %q is not an absolute path", c.DataDir)
+	}
+	fill := func(field *string, value string) {
+		if *field == "" {
+			*field = value
+		}
+	}
+	fill(&c.RunDir, filepath.Join(c.DataDir, "run"))
+	fill(&c.LocalSocket, filepath.Join(c.RunDir, "host.sock"))
+	fill(&c.KeyFile, filepath.Join(c.DataDir, "host.key"))
+	if _, _, err := net.SplitHostPort(c.Listen); err != nil {
+		return Config{}, fmt.Errorf("listen %q is not host:port", c.Listen)
+	}
+	fill(&c.Advertise, c.Listen)
+	name, port, err := net.SplitHostPort(c.Advertise)
+	if err != nil || name == "" || port == "0" || net.ParseIP(name).IsUnspecified() {
+		return Config{}, fmt.Errorf("advertise %q is not an address that the controller can reach; set advertise = \"host:port\"", c.Advertise)
+	}
+	return c, nil
+}
