@@ -18,10 +18,6 @@ func (c *Config) arguments() []string {
 	if accel == "" {
 		accel = TCG
 	}
-	cpu := "host"
-	if accel == TCG {
-		cpu = "max"
-	}
 	args := []string{
 		"-name", "guest=" + escape(c.Name),
 		"-uuid", c.UUID.String(),
@@ -30,7 +26,7 @@ func (c *Config) arguments() []string {
 		"-S", // devices are complete and QMP is up before the first instruction
 		"-machine", c.machine() + ",dump-guest-core=off",
 		"-accel", string(accel),
-		"-cpu", cpu,
+		"-cpu", cpuModel(accel),
 		"-smp", strconv.Itoa(c.CPUs),
 		"-m", strconv.Itoa(c.MemoryMiB) + "M",
 		"-display", "none",
@@ -89,6 +85,14 @@ func (c *Config) machine() string {
 		return "q35"
 	}
 	return c.Machine
+}
+
+// cpuModel returns the model with everything that the accelerator can do.
+func cpuModel(accel Accel) string {
+	if accel == KVM {
+		return "host"
+	}
+	return "max"
 }
 
 func portName(i int) string { return fmt.Sprintf("rp%d", i) }

@@ -35,26 +35,40 @@ func (p *process) wait() error {
 	if err != nil {
 		return err
 	}
-	// A pidfd becomes readable when its process ends.
-	return conn.Read(func(fd uintptr) bool {
-		ready := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-		n, err := unix.Poll(ready, 0)
-		return err == nil && n == 1
-	})
+	return conn.Read(isReadable)
+}
+
+// hasEnded tells whether the process has ended.
+func (p *process) hasEnded() bool {
+	conn, err := p.pidfd.SyscallConn()
+	if err != nil {
+		return false
+	}
+	ended := false
+	return conn.Control(func(fd uintptr) { ended = isReadable(fd) }) == nil && ended
+}
+
+// isReadable is true for a pidfd when its process has ended.
+func isReadable(fd uintptr) bool {
+	ready := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+	n, err := unix.Poll(ready, 0)
+	return err == nil && n == 1
 }
 
 // kill ends the process. It is not an error if it has ended.
 func (p *process) kill() error {
 	conn, err := p.pidfd.SyscallConn()
 	if err != nil {
-		return err
+		return os.ErrClosed
 	}
 	var killErr error
-	err = conn.Control(func(fd uintptr) { killErr = unix.PidfdSendSignal(int(fd), unix.SIGKILL, nil, 0) })
-	if err == nil && killErr != nil && !errors.Is(killErr, unix.ESRCH) {
-		err = killErr
+	if conn.Control(func(fd uintptr) { killErr = unix.PidfdSendSignal(int(fd), unix.SIGKILL, nil, 0) }) != nil {
+		return os.ErrClosed
 	}
-	return err
+	if errors.Is(killErr, unix.ESRCH) {
+		return nil
+	}
+	return killErr
 }
 
 func (p *process) close() { p.pidfd.Close() }

@@ -104,9 +104,9 @@ type NIC struct {
 }
 
 // reconnectDelay is how long QEMU holds the guest's requests while the NBD
-// server is away, in seconds: enough to restart a volume process, short of the
-// 30 s after which Linux guests reset a disk.
-const reconnectDelay = 25
+// server is away, in seconds, before it fails them: enough to restart a volume
+// process. Guests do not time out requests to a virtio disk; they only wait.
+const reconnectDelay = 60
 
 var (
 	diskID  = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,19}$`)
