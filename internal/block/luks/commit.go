@@ -2,6 +2,7 @@ package luks
 
 import (
 	"crypto/rand"
+	"errors"
 	"fmt"
 	"io"
 )
@@ -14,9 +15,10 @@ type Storage interface {
 	Flush() error
 }
 
-// Commit writes both copies of the header: the primary, a flush, the
-// secondary, a flush. The seqid grows by one. A copy that was damaged is
-// written with a new salt.
+// Commit writes both copies of the header: one, a flush, the other, a flush.
+// The seqid grows by one. The primary comes first, unless the secondary is
+// damaged or out of date: a good copy is only touched while the other is good
+// too. A damaged copy gets a new salt.
 //
 // Cut short at any instant, it leaves the header of before or the header of
 // after. If it returns an error, which of them is not known: it may be called
@@ -32,24 +34,32 @@ func (h *Header) Commit(w Storage) error {
 	return nil
 }
 
+// errHalfWritten is the damage of a copy that is being written.
+var errHalfWritten = errors.New("it was not written to the end")
+
 func (h *Header) commit(w Storage) error {
 	if err := h.checkRequirements(); err != nil {
 		return err
 	}
-	for _, d := range h.damage {
-		rand.Read(h.salts[d.Copy][:])
+	order := [...]Copy{Primary, Secondary}
+	if h.damage[Secondary] != nil {
+		order = [...]Copy{Secondary, Primary}
 	}
 	// Also after a failed attempt, which may be on the storage in part: two
 	// different headers must never have the same seqid.
 	h.bin.seqid++
-	for _, c := range []Copy{Primary, Secondary} {
+	for _, c := range order {
+		if h.damage[c] != nil {
+			rand.Read(h.salts[c][:])
+		}
+		h.damage[c] = errHalfWritten
 		if _, err := w.WriteAt(encodeCopy(h.bin, h.salts[c], h.doc, c), c.offset(h.bin.size)); err != nil {
 			return fmt.Errorf("%s copy: %w", c, err)
 		}
 		if err := w.Flush(); err != nil {
 			return fmt.Errorf("%s copy: cannot flush: %w", c, err)
 		}
+		h.damage[c] = nil
 	}
-	h.damage = nil
 	return nil
 }

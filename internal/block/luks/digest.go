@@ -12,11 +12,12 @@ const (
 	// digestIterations is the least that cryptsetup accepts. More would only
 	// slow down each opening: a DEK of 512 random bits cannot be guessed.
 	digestIterations = 1000
-	// digestIterationsMax bounds the time that a header can make us spend:
-	// some seconds.
-	digestIterationsMax = 20_000_000
-	digestSize          = 32 // bytes, of digests made here
-	digestSaltSize      = 32 // bytes; cryptsetup takes no other
+	digestSize       = 32 // bytes, of digests made here
+	digestSaltSize   = 32 // bytes; cryptsetup takes no other
+
+	// iterationsMax bounds the time that a PBKDF2 in a header can make us
+	// spend: some 15 seconds.
+	iterationsMax = 50_000_000
 )
 
 // VerifyKey returns nil if dek is the key of the volume's data, an error
@@ -44,8 +45,8 @@ func (g digest) verify(key *keymem.Key) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	if g.iterations > digestIterationsMax {
-		return false, fmt.Errorf("%w: digest with %d iterations, at most %d are accepted", ErrUnsupported, g.iterations, digestIterationsMax)
+	if g.iterations > iterationsMax {
+		return false, fmt.Errorf("%w: digest with %d iterations, at most %d are accepted", ErrUnsupported, g.iterations, iterationsMax)
 	}
 	got := make([]byte, len(g.value))
 	if err := pbkdf2(newHash, got, key, g.salt, g.iterations); err != nil {

@@ -97,7 +97,7 @@ type Header struct {
 	salts  [2]salt // by Copy
 	doc    object  // the JSON metadata, with everything that others put there
 	meta   *metadata
-	damage []Damage
+	damage [2]error // by Copy; what is wrong with it on the storage, or nil
 }
 
 // New makes the header of a new volume. Nothing is written until

@@ -59,18 +59,18 @@ func read(r io.ReaderAt, size int64) (*Header, error) {
 	case primary.err == nil && secondary.err == nil:
 		if secondary.bin.seqid > primary.bin.seqid {
 			chosen = secondary
-			h.damaged(Primary, staleError(primary, secondary))
+			h.damage[Primary] = staleError(primary, secondary)
 		} else if secondary.bin.seqid < primary.bin.seqid {
-			h.damaged(Secondary, staleError(secondary, primary))
+			h.damage[Secondary] = staleError(secondary, primary)
 		}
 	case primary.err == nil:
-		h.damaged(Secondary, secondary.err)
+		h.damage[Secondary] = secondary.err
 	case secondary.err == nil:
 		if startErr == nil && !mayBePrimary(start, secondary.bin) {
 			return nil, fmt.Errorf("%w: something else was written over the start of LUKS2 volume %s", ErrNotLUKS, secondary.bin.uuid)
 		}
 		chosen = secondary
-		h.damaged(Primary, primary.err)
+		h.damage[Primary] = primary.err
 	case startErr != nil:
 		return nil, startErr
 	case errors.Is(primary.err, errMagic):
@@ -162,10 +162,16 @@ func staleError(stale, current candidate) error {
 	return fmt.Errorf("it is from commit %d, the other copy from commit %d", stale.bin.seqid, current.bin.seqid)
 }
 
-func (h *Header) damaged(c Copy, err error) { h.damage = append(h.damage, Damage{c, err}) }
-
 // Damaged returns the header copy that is bad or out of date, if one is.
-func (h *Header) Damaged() []Damage { return append([]Damage(nil), h.damage...) }
+func (h *Header) Damaged() []Damage {
+	var list []Damage
+	for c, err := range h.damage {
+		if err != nil {
+			list = append(list, Damage{Copy(c), err})
+		}
+	}
+	return list
+}
 
 // readFull fills b from off. Unlike [io.ReaderAt], it takes io.EOF with all
 // bytes for a success.

@@ -1,0 +1,246 @@
+package luks_test
+
+import (
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"strongroom/internal/block/blockdev"
+	"strongroom/internal/block/blockdev/faultdev"
+	"strongroom/internal/block/luks"
+	"strongroom/internal/crypto/keymem"
+)
+
+const (
+	headerSize = 16384 // bytes of one copy
+	smallDisk  = luks.DataOffsetMin + 4096
+)
+
+// damages are the states in which a commit may find the header copies, all of
+// them with a good header of generation 1.
+var damages = map[string]func(b []byte){
+	"sound":             func([]byte) {},
+	"primary damaged":   func(b []byte) { b[4096+100] ^= 1 },
+	"secondary damaged": func(b []byte) { b[headerSize+4096+100] ^= 1 },
+	"primary zeroed":    func(b []byte) { clear(b[:headerSize]) },
+	"secondary zeroed":  func(b []byte) { clear(b[headerSize : 2*headerSize]) },
+}
+
+// firstGeneration returns the bytes of a disk with a key safe of generation 1
+// that was committed twice.
+func firstGeneration(t *testing.T, dek *keymem.Key) []byte {
+	t.Helper()
+	mem := memory(t, make([]byte, smallDisk))
+	h := newHeader(t, luks.Options{UUID: testUUID, DataOffset: luks.DataOffsetMin, DEK: dek, Safe: newSafe(t, dek, 1)})
+	commit(t, h, mem)
+	commit(t, h, mem)
+	return contents(t, mem)
+}
+
+func memory(t *testing.T, b []byte) *blockdev.Memory {
+	t.Helper()
+	mem := blockdev.NewMemory(int64(len(b)), 512)
+	if _, err := mem.WriteAt(b, 0); err != nil {
+		t.Fatal(err)
+	}
+	return mem
+}
+
+func contents(t *testing.T, dev blockdev.Device) []byte {
+	t.Helper()
+	b := make([]byte, dev.Size())
+	if _, err := dev.ReadAt(b, 0); err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// generation reads a header and returns the generation of its key safe.
+func generation(t *testing.T, dev blockdev.Device, dek *keymem.Key) uint64 {
+	t.Helper()
+	h, err := luks.Read(dev, dev.Size())
+	if err != nil {
+		t.Fatalf("header is lost: %v", err)
+	}
+	if err := h.VerifyKey(dek); err != nil {
+		t.Fatal(err)
+	}
+	safes, err := h.Safes()
+	if err != nil || len(safes) != 1 {
+		t.Fatalf("key safes are lost: %v, %v", safes, err)
+	}
+	return safes[0].Generation
+}
+
+// TestCommitFaults fails every operation of a commit, in every way, from every
+// state of the header copies; then the power goes.
+func TestCommitFaults(t *testing.T) {
+	t.Parallel()
+	seed := rand.Uint64()
+	if s := os.Getenv("LUKS_SEED"); s != "" {
+		fmt.Sscan(s, &seed)
+	}
+	t.Logf("replay with LUKS_SEED=%d", seed)
+	rng := rand.New(rand.NewPCG(seed, 0))
+	dek := randomKey(t, luks.KeySize)
+	original := firstGeneration(t, dek)
+	next := newSafe(t, dek, 2)
+
+	for state, damage := range damages {
+		before := append([]byte(nil), original...)
+		damage(before)
+		for _, mode := range faultdev.Modes() {
+			for op := 0; ; op++ {
+				h, err := luks.Read(memory(t, before), smallDisk)
+				if err != nil {
+					t.Fatalf("%s: %v", state, err)
+				}
+				if err := h.SetSafe(next); err != nil {
+					t.Fatal(err)
+				}
+				dev := faultdev.New(memory(t, before), &faultdev.Fault{Op: op, Mode: mode})
+				err = h.Commit(dev)
+				if !dev.Injected() {
+					if err != nil {
+						t.Fatalf("%s: commit without a fault: %v", state, err)
+					}
+					break
+				}
+				if !errors.Is(err, faultdev.ErrInjected) {
+					t.Fatalf("%s: operation %d %v: fault is not reported: %v", state, op, mode, err)
+				}
+				for range 20 {
+					if g := generation(t, dev.PowerLoss(rng), dek); g != 1 && g != 2 {
+						t.Fatalf("%s: operation %d %v: generation %d", state, op, mode, g)
+					}
+				}
+				recommit(t, dev.Contents(), dek)
+
+				// The same Header may try again, and fail again.
+				dev.Inject(&faultdev.Fault{Op: op, Mode: mode})
+				if err := h.Commit(dev); err != nil {
+					for range 20 {
+						generation(t, dev.PowerLoss(rng), dek)
+					}
+					dev.Inject(nil)
+					commit(t, h, dev)
+				}
+				for range 20 {
+					if g := generation(t, dev.PowerLoss(rng), dek); g != 2 {
+						t.Fatalf("%s: operation %d %v: generation %d after a good commit", state, op, mode, g)
+					}
+				}
+			}
+		}
+	}
+}
+
+// recommit reads what a crash left, commits it, and checks that both copies
+// are good then.
+func recommit(t *testing.T, dev blockdev.Device, dek *keymem.Key) {
+	t.Helper()
+	h, err := luks.Read(dev, dev.Size())
+	if err != nil {
+		t.Fatal(err)
+	}
+	was := generation(t, dev, dek)
+	commit(t, h, dev)
+	if h, err = luks.Read(dev, dev.Size()); err != nil || len(h.Damaged()) != 0 {
+		t.Fatalf("header is not repaired: %v, %v", h.Damaged(), err)
+	}
+	if is := generation(t, dev, dek); is != was {
+		t.Fatalf("repair changed the generation from %d to %d", was, is)
+	}
+}
+
+// TestCommitHealsWithNewSalt checks which salts change: the specification
+// wants a new one for a repaired copy only.
+func TestCommitHealsWithNewSalt(t *testing.T) {
+	t.Parallel()
+	saltOf := func(b []byte, c luks.Copy) string { return string(b[int(c)*headerSize+0x68 : int(c)*headerSize+0xa8]) }
+	before := firstGeneration(t, randomKey(t, luks.KeySize))
+	if saltOf(before, luks.Primary) == saltOf(before, luks.Secondary) {
+		t.Error("both copies have the same salt")
+	}
+	for state, damage := range damages {
+		damaged := append([]byte(nil), before...)
+		damage(damaged)
+		mem := memory(t, damaged)
+		h, err := luks.Read(mem, smallDisk)
+		if err != nil {
+			t.Fatal(err)
+		}
+		bad := map[luks.Copy]bool{}
+		for _, d := range h.Damaged() {
+			bad[d.Copy] = true
+		}
+		commit(t, h, mem)
+		after := contents(t, mem)
+		for _, c := range []luks.Copy{luks.Primary, luks.Secondary} {
+			if changed := saltOf(before, c) != saltOf(after, c); changed != bad[c] {
+				t.Errorf("%s: salt of the %s copy changed: %v, want %v", state, c, changed, bad[c])
+			}
+		}
+	}
+}
+
+// TestCryptsetupAgreesOnTornHeaders cuts commits short and checks that
+// cryptsetup takes the same header as we do and repairs what is torn.
+func TestCryptsetupAgreesOnTornHeaders(t *testing.T) {
+	t.Parallel()
+	dek := randomKey(t, luks.KeySize)
+	original := firstGeneration(t, dek)
+	for _, test := range []struct {
+		name string
+		op   int // the operation of the commit that is cut short; nothing follows
+		mode faultdev.Mode
+		want uint64 // generation
+	}{
+		{"torn primary", 0, faultdev.Torn, 1},
+		{"primary only", 2, faultdev.Undone, 2},
+		{"torn secondary", 2, faultdev.Torn, 2},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			h, err := luks.Read(memory(t, original), smallDisk)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := h.SetSafe(newSafe(t, dek, 2)); err != nil {
+				t.Fatal(err)
+			}
+			dev := faultdev.New(memory(t, original), &faultdev.Fault{Op: test.op, Mode: test.mode})
+			if err := h.Commit(dev); err == nil {
+				t.Fatal("commit was not cut short")
+			}
+			crashed := dev.Contents()
+			if g := generation(t, crashed, dek); g != test.want {
+				t.Errorf("generation %d, want %d", g, test.want)
+			}
+			damaged, err := luks.Read(crashed, smallDisk)
+			if err != nil || len(damaged.Damaged()) != 1 {
+				t.Fatalf("damage is not reported: %v, %v", damaged.Damaged(), err)
+			}
+
+			name := filepath.Join(t.TempDir(), "disk.img")
+			if err := os.WriteFile(name, contents(t, crashed), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			mustCryptsetup(t, "luksDump", name)
+			healed, err := os.ReadFile(name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			mem := memory(t, healed)
+			if g := generation(t, mem, dek); g != test.want {
+				t.Errorf("generation %d after cryptsetup, want %d", g, test.want)
+			}
+			if h, err := luks.Read(mem, smallDisk); err != nil || len(h.Damaged()) != 0 {
+				t.Errorf("cryptsetup did not repair the header, or we do not see it: %v, %v", h.Damaged(), err)
+			}
+		})
+	}
+}

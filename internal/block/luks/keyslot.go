@@ -1,0 +1,260 @@
+package luks
+
+import (
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strconv"
+
+	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/xts"
+)
+
+// A keyslot holds the volume key, spread over many sectors by the
+// anti-forensic splitter and enciphered under a key derived from a passphrase.
+const (
+	keyslotType   = "luks2"
+	keyslotSector = 512 // bytes; the unit of encryption of a keyslot area
+	saltLength    = 32  // bytes, of the salts made here
+
+	// PassphraseMax is the longest passphrase in bytes, as in cryptsetup.
+	PassphraseMax = 512
+)
+
+// ErrNoPassphrase: the volume has no keyslot that a passphrase can open.
+var ErrNoPassphrase = errors.New("no keyslot for a passphrase")
+
+// AddPassphrase adds a keyslot that gives dek, the volume key, to whoever knows
+// passphrase (1 to [PassphraseMax] bytes), here and in cryptsetup. It writes
+// the keyslot area to w, flushes it, and commits the header. cost may be zero.
+//
+// Errors: [ErrWrongKey] if dek is not the volume's key, [ErrNoSpace] if there
+// is no room for one more keyslot, those of [Header.Commit] and of w. After an
+// error the header in memory is as before, but for its seqid.
+func (h *Header) AddPassphrase(w Storage, dek, passphrase *keymem.Key, cost Argon2id) error {
+	if err := h.addPassphrase(w, dek, passphrase, cost.orDefault()); err != nil {
+		return fmt.Errorf("cannot add passphrase to LUKS2 volume %s: %w", h.bin.uuid, err)
+	}
+	return nil
+}
+
+func (h *Header) addPassphrase(w Storage, dek, passphrase *keymem.Key, cost Argon2id) error {
+	if n := passphrase.Len(); n > PassphraseMax {
+		return fmt.Errorf("passphrase has %d bytes, at most %d are allowed", n, PassphraseMax)
+	}
+	if err := h.checkRequirements(); err != nil {
+		return err
+	}
+	if err := h.VerifyKey(dek); err != nil {
+		return err
+	}
+	size := (int64(afStripes*dek.Len()) + areaAlign - 1) / areaAlign * areaAlign
+	offset, err := h.freeArea(size)
+	if err != nil {
+		return err
+	}
+	salt := make([]byte, saltLength)
+	rand.Read(salt)
+	kdf := argon2KDF{kind: "argon2id", cost: cost, salt: salt}
+	sealed, err := sealKey(dek, passphrase, kdf, int(size))
+	if err != nil {
+		return err
+	}
+
+	doc := cloneJSON(h.doc)
+	keyslots := doc["keyslots"].(object)
+	id, err := freeID(keyslots, keyslotsMax)
+	if err != nil {
+		return err
+	}
+	keyslots[id] = object{
+		"type": keyslotType, "key_size": number(dek.Len()),
+		"af": object{"type": "luks1", "stripes": number(afStripes), "hash": afHash},
+		"area": object{
+			"type": "raw", "encryption": Cipher, "key_size": number(xts.KeySize256),
+			"offset": strconv.FormatInt(offset, 10), "size": strconv.FormatInt(size, 10),
+		},
+		"kdf": kdf.encode(),
+	}
+	for _, g := range h.meta.digestsOf(0) {
+		fields := doc["digests"].(object)[strconv.Itoa(g.id)].(object)
+		fields["keyslots"] = append(fields["keyslots"].([]any), id)
+	}
+
+	before := *h
+	if err := h.replace(doc); err != nil {
+		return err
+	}
+	// The area must be on the storage before a header names it.
+	if _, err = w.WriteAt(sealed, offset); err == nil {
+		err = w.Flush()
+	}
+	if err == nil {
+		err = h.commit(w)
+	}
+	if err != nil {
+		h.doc, h.meta = before.doc, before.meta
+	}
+	return err
+}
+
+// freeArea returns the offset of size bytes in the keyslot area that no
+// keyslot uses.
+func (h *Header) freeArea(size int64) (int64, error) {
+	var used []area
+	for _, k := range h.meta.keyslots {
+		if k.area.size != 0 {
+			used = append(used, k.area)
+		}
+	}
+	slices.SortFunc(used, func(a, b area) int { return int(a.offset - b.offset) })
+	start := 2 * h.bin.size
+	end := start + h.meta.keyslotsSize
+	for _, a := range append(used, area{offset: end}) {
+		if a.offset-start >= size {
+			return start, nil
+		}
+		start = (a.offset + a.size + areaAlign - 1) / areaAlign * areaAlign
+	}
+	return 0, fmt.Errorf("%w: no %d bytes left for a keyslot", ErrNoSpace, size)
+}
+
+// UnlockPassphrase returns the volume key, which the caller must close, from
+// the first keyslot that passphrase opens; it reads the keyslot areas from r.
+//
+// Errors: [ErrWrongKey] if no keyslot opens, [ErrNoPassphrase] if there is
+// none, [ErrUnsupported] if this package can read none of them, which includes
+// those whose cost exceeds the limits in docs/spec/luks2-header.md.
+func (h *Header) UnlockPassphrase(r io.ReaderAt, passphrase *keymem.Key) (*keymem.Key, error) {
+	dek, err := h.unlockPassphrase(r, passphrase)
+	if err != nil {
+		return nil, fmt.Errorf("cannot unlock LUKS2 volume %s: %w", h.bin.uuid, err)
+	}
+	return dek, nil
+}
+
+func (h *Header) unlockPassphrase(r io.ReaderAt, passphrase *keymem.Key) (*keymem.Key, error) {
+	result := ErrNoPassphrase
+	for _, k := range h.meta.keyslots {
+		if k.kind != keyslotType || !h.opensData(k) {
+			continue
+		}
+		dek, err := k.open(r, passphrase)
+		if errors.Is(err, ErrUnsupported) {
+			if result == ErrNoPassphrase {
+				result = fmt.Errorf("keyslot %d: %w", k.id, err)
+			}
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("keyslot %d: %w", k.id, err)
+		}
+		err = h.VerifyKey(dek)
+		if err == nil {
+			return dek, nil
+		}
+		dek.Close()
+		if !errors.Is(err, ErrWrongKey) {
+			return nil, err
+		}
+		result = ErrWrongKey
+	}
+	return nil, result
+}
+
+// opensData reports whether keyslot k holds the key of segment 0.
+func (h *Header) opensData(k keyslot) bool {
+	return slices.ContainsFunc(h.meta.digestsOf(0), func(g digest) bool {
+		return slices.Contains(g.keyslots, strconv.Itoa(k.id))
+	})
+}
+
+// open returns what is in the keyslot: the volume key, if the passphrase is
+// right.
+func (k keyslot) open(r io.ReaderAt, passphrase *keymem.Key) (*keymem.Key, error) {
+	d := new(decoder)
+	f := k.fields
+	f.d = d
+	var (
+		splitter    = f.get("af")
+		stripes     = splitter.get("stripes").integer(1, 1<<20)
+		splitHash   = splitter.get("hash").text()
+		encryption  = f.get("area").get("encryption").text()
+		areaKeySize = f.get("area").get("key_size").integer(1, 512)
+		kdf         = decodeKDF(f.get("kdf"))
+	)
+	if splitter.get("type").text() != "luks1" || stripes != afStripes {
+		d.fail(splitter.path, "is no splitter known here")
+	}
+	if encryption != Cipher || areaKeySize != xts.KeySize256 && areaKeySize != xts.KeySize128 {
+		d.fail(f.path+".area", "is not encrypted with AES-XTS")
+	}
+	split := stripes * k.keySize
+	if split > keymem.SizeMax || k.area.size < int64(roundUp(split)) {
+		d.fail(f.path+".area", "is too small for the key, or the key too large")
+	}
+	if d.err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrUnsupported, d.err)
+	}
+
+	areaKey, err := kdf.derive(passphrase, areaKeySize)
+	if err != nil {
+		return nil, err
+	}
+	defer areaKey.Close()
+	sealed := make([]byte, roundUp(split))
+	if err := readFull(r, sealed, k.area.offset); err != nil {
+		return nil, err
+	}
+	material, err := keymem.New(len(sealed))
+	if err != nil {
+		return nil, err
+	}
+	defer material.Close()
+	cipher, err := xts.New(areaKey)
+	if err != nil {
+		return nil, err
+	}
+	defer cipher.Close()
+	cipher.Decrypt(material.Bytes(), sealed, 0, keyslotSector)
+
+	dek, err := keymem.New(k.keySize)
+	if err != nil {
+		return nil, err
+	}
+	if err := afMerge(dek.Bytes(), material.Bytes()[:split], splitHash); err != nil {
+		dek.Close()
+		return nil, err
+	}
+	return dek, nil
+}
+
+// sealKey returns the size bytes of a keyslot area that holds dek.
+func sealKey(dek, passphrase *keymem.Key, kdf argon2KDF, size int) ([]byte, error) {
+	areaKey, err := kdf.derive(passphrase, xts.KeySize256)
+	if err != nil {
+		return nil, err
+	}
+	defer areaKey.Close()
+	cipher, err := xts.New(areaKey)
+	if err != nil {
+		return nil, err
+	}
+	defer cipher.Close()
+	material, err := keymem.New(size)
+	if err != nil {
+		return nil, err
+	}
+	defer material.Close()
+	if err := afSplit(material.Bytes()[:afStripes*dek.Len()], dek.Bytes(), afHash); err != nil {
+		return nil, err
+	}
+	sealed := make([]byte, size)
+	cipher.Encrypt(sealed, material.Bytes(), 0, keyslotSector)
+	return sealed, nil
+}
+
+// roundUp rounds up to whole sectors of a keyslot area.
+func roundUp(n int) int { return (n + keyslotSector - 1) / keyslotSector * keyslotSector }
