@@ -1,6 +1,7 @@
 package recrypt
 
 import (
+	"bytes"
 	"context"
 	"errors"
 
@@ -27,32 +28,46 @@ func encrypt(ctx context.Context, folder Folder, src blockdev.Device, name strin
 	if err != nil {
 		return err
 	}
-	reopen := func() (blockdev.Device, error) {
-		vol, _, err := OpenVolume(ctx, folder, name, keks)
-		return vol, err
-	}
 	if done {
-		// Made by an earlier call that was interrupted before vm.json named it,
-		// or somebody's file: only the content can tell.
-		_, safe, err := Inspect(folder, name)
-		if err != nil || safe.KEK != ref {
-			return errs.New(errs.Exists, "file %s is in the way", name).
-				WithHint("move it out of the VM folder if it is not wanted")
+		// Made and verified by an earlier call that was interrupted before
+		// vm.json named it, if the KEK is this call's; else somebody's file.
+		if _, safe, err := Inspect(folder, name); err != nil || safe.KEK != ref {
+			return inTheWay(name)
 		}
-		return verify(ctx, src, reopen, progress)
+		return probe(ctx, folder, name, keks)
 	}
 	vol, err := newVolume(ctx, folder, name, freshSpec(src.Size(), ref), keks)
 	if err != nil {
 		return err
 	}
-	reopenNew := func() (blockdev.Device, error) {
-		vol, _, err := OpenVolume(ctx, folder, name+Unfinished, keks)
-		return vol, err
+	return finish(ctx, folder, name, copyTo(ctx, vol, src, volume.CopyOptions{}, progress), keks)
+}
+
+// finish gives a volume that was written without error its name, after a last
+// look that it opens as a power-on would open it. After an error it removes
+// what was written.
+func finish(ctx context.Context, folder Folder, name string, err error, keks KEKs) error {
+	if err == nil {
+		err = probe(ctx, folder, name+Unfinished, keks)
 	}
-	if err := copyVerified(ctx, vol, src, volume.CopyOptions{}, reopenNew, progress); err != nil {
+	if err != nil {
 		return errors.Join(err, folder.Remove(name+Unfinished))
 	}
 	return Finish(folder, name)
+}
+
+// probe opens a volume by the key safe in its header and closes it again.
+func probe(ctx context.Context, folder Folder, name string, keks KEKs) error {
+	vol, _, err := OpenVolume(ctx, folder, name, keks)
+	if err != nil {
+		return err
+	}
+	return vol.Close()
+}
+
+func inTheWay(name string) error {
+	return errs.New(errs.Exists, "file %s is in the way", name).
+		WithHint("move it out of the VM folder if it is not wanted")
 }
 
 // Decrypt writes the encrypted disk in file encrypted as a plain one to file
@@ -72,10 +87,10 @@ func decrypt(ctx context.Context, folder Folder, src blockdev.Device, name strin
 		return err
 	}
 	if done {
-		err := verify(ctx, src, func() (blockdev.Device, error) { return folder.Open(name) }, progress)
-		if errors.Is(err, volume.ErrDiffers) {
-			return errs.New(errs.Exists, "file %s is in the way", name).
-				WithHint("move it out of the VM folder if it is not wanted")
+		// A plain disk does not tell which call made it: only its content can.
+		same, err := sameContent(ctx, folder, name, src)
+		if err == nil && !same {
+			err = inTheWay(name)
 		}
 		return err
 	}
@@ -89,17 +104,43 @@ func decrypt(ctx context.Context, folder Folder, src blockdev.Device, name strin
 	if err := dst.Resize(src.Size()); err != nil {
 		return errors.Join(err, dst.Close(), folder.Remove(name+Unfinished))
 	}
-	reopen := func() (blockdev.Device, error) { return folder.Open(name + Unfinished) }
-	if err := copyVerified(ctx, dst, src, volume.CopyOptions{SparseZeroes: true}, reopen, progress); err != nil {
+	// Sectors never written to the volume stay holes of the file.
+	if err := copyTo(ctx, dst, src, volume.CopyOptions{KeepHoles: true}, progress); err != nil {
 		return errors.Join(err, folder.Remove(name+Unfinished))
 	}
 	return Finish(folder, name)
 }
 
-func verify(ctx context.Context, src blockdev.Device, reopen func() (blockdev.Device, error), progress Progress) error {
-	written, err := reopen()
+// sameContent reports whether the plain disk in file name holds what src holds.
+func sameContent(ctx context.Context, folder Folder, name string, src blockdev.Device) (bool, error) {
+	plain, err := folder.Open(name)
 	if err != nil {
-		return err
+		return false, err
 	}
-	return errors.Join(volume.Compare(ctx, written, src, progress), written.Close())
+	same, err := equal(ctx, plain, src)
+	return same, errors.Join(err, plain.Close())
+}
+
+func equal(ctx context.Context, a, b blockdev.Device) (bool, error) {
+	if a.Size() != b.Size() {
+		return false, nil
+	}
+	const step = 1 << 20
+	bufA, bufB := make([]byte, step), make([]byte, step)
+	for off := int64(0); off < a.Size(); off += step {
+		n := min(step, a.Size()-off)
+		if _, err := a.ReadAt(bufA[:n], off); err != nil {
+			return false, err
+		}
+		if _, err := b.ReadAt(bufB[:n], off); err != nil {
+			return false, err
+		}
+		if !bytes.Equal(bufA[:n], bufB[:n]) {
+			return false, nil
+		}
+		if err := context.Cause(ctx); err != nil {
+			return false, err
+		}
+	}
+	return true, nil
 }

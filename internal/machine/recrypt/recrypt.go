@@ -20,7 +20,6 @@ package recrypt
 import (
 	"context"
 	"errors"
-	"fmt"
 
 	"github.com/google/uuid"
 
@@ -59,9 +58,6 @@ type KEKs func(ctx context.Context, ref keysafe.Ref) (*keymem.Key, error)
 // Progress is told how many of all bytes are done; it may be nil. Writing and
 // verifying count alike.
 type Progress func(done, total int64)
-
-// Owner returns the owner of the key safe of a disk with this LUKS UUID.
-func Owner(uuid string) string { return "disk:" + uuid }
 
 // NewVolume formats an encrypted volume of size bytes in a new file of that
 // name plus [Unfinished], with a new DEK wrapped under the KEK named by ref,
@@ -102,7 +98,7 @@ func newVolume(ctx context.Context, folder Folder, name string, spec volumeSpec,
 		return nil, err
 	}
 	defer dek.Close()
-	safe, err := keysafe.Wrap(kek, dek, spec.ref, Owner(spec.uuid), spec.generation)
+	safe, err := keysafe.Wrap(kek, dek, spec.ref, volume.Owner(spec.uuid), spec.generation)
 	if err != nil {
 		return nil, err
 	}
@@ -119,7 +115,7 @@ func newVolume(ctx context.Context, folder Folder, name string, spec volumeSpec,
 	if err := volume.Format(file, format); err != nil {
 		return nil, err
 	}
-	return volume.Open(file, dek, volume.OpenOptions{})
+	return volume.Open(file, dek, volume.Options{})
 }
 
 // OpenVolume opens the encrypted disk in file name by the key safe in its
@@ -142,7 +138,7 @@ func openVolume(ctx context.Context, file blockdev.Resizer, keks KEKs) (*volume.
 		return nil, nil, err
 	}
 	defer dek.Close()
-	vol, err := volume.Open(file, dek, volume.OpenOptions{})
+	vol, err := volume.Open(file, dek, volume.Options{})
 	if err != nil {
 		return nil, nil, err
 	}
@@ -161,7 +157,7 @@ func UnwrapDEK(ctx context.Context, file blockdev.Device, keks KEKs) (*keymem.Ke
 		return nil, nil, err
 	}
 	defer kek.Close()
-	dek, err := safe.Unwrap(kek, Owner(info.UUID))
+	dek, err := safe.Unwrap(kek, volume.Owner(info.UUID))
 	if err != nil {
 		return nil, nil, errs.New(errs.Corrupt, "%w", err)
 	}
@@ -191,28 +187,9 @@ func Inspect(folder Folder, name string) (volume.Info, *keysafe.Safe, error) {
 	return info, safe, errors.Join(err, file.Close())
 }
 
-// copyVerified copies src to dst, makes it durable, closes dst, opens it again
-// by reopen and compares. Both passes are told to progress.
-func copyVerified(ctx context.Context, dst, src blockdev.Device, opts volume.CopyOptions, reopen func() (blockdev.Device, error), progress Progress) error {
-	total := 2 * src.Size()
-	report := func(base int64) func(int64, int64) {
-		return func(done, _ int64) {
-			if progress != nil {
-				progress(base+done, total)
-			}
-		}
-	}
-	opts.Progress = report(0)
-	err := volume.Copy(ctx, dst, src, opts)
-	if err == nil {
-		err = dst.Flush()
-	}
-	if err := errors.Join(err, dst.Close()); err != nil {
-		return err
-	}
-	written, err := reopen()
-	if err != nil {
-		return fmt.Errorf("cannot open what was written: %w", err)
-	}
-	return errors.Join(volume.Compare(ctx, written, src, report(src.Size())), written.Close())
+// copyTo copies src to dst, reads both again and compares, and closes dst, which
+// is then durable.
+func copyTo(ctx context.Context, dst, src blockdev.Device, opts volume.CopyOptions, progress Progress) error {
+	opts.Verify, opts.Progress = true, progress
+	return errors.Join(volume.Copy(ctx, dst, src, opts), dst.Close())
 }

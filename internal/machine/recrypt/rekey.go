@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 
-	"strongroom/internal/block/blockdev"
 	"strongroom/internal/block/volume"
 	"strongroom/internal/crypto/keysafe"
 	"strongroom/internal/errs"
@@ -68,18 +67,11 @@ func DeepRekey(ctx context.Context, folder Folder, name string, ref keysafe.Ref,
 
 func deepRekey(ctx context.Context, folder Folder, src *volume.Volume, name string, safe *keysafe.Safe, ref keysafe.Ref, keks KEKs, progress Progress) error {
 	spec := volumeSpec{
-		size: src.Size(), sectorSize: src.BlockSize(), uuid: src.UUID(), ref: ref, generation: safe.Generation + 1,
+		size: src.Size(), sectorSize: src.SectorSize(), uuid: src.UUID(), ref: ref, generation: safe.Generation + 1,
 	}
 	dst, err := newVolume(ctx, folder, name, spec, keks)
 	if err != nil {
 		return err
 	}
-	reopen := func() (blockdev.Device, error) {
-		vol, _, err := OpenVolume(ctx, folder, name+Unfinished, keks)
-		return vol, err
-	}
-	if err := copyVerified(ctx, dst, src, volume.CopyOptions{}, reopen, progress); err != nil {
-		return errors.Join(err, folder.Remove(name+Unfinished))
-	}
-	return Finish(folder, name)
+	return finish(ctx, folder, name, copyTo(ctx, dst, src, volume.CopyOptions{KeepHoles: true}, progress), keks)
 }
