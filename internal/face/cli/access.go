@@ -1,0 +1,194 @@
+package cli
+
+import (
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	strongroomv1 "strongroom/api/strongroom/v1"
+	"strongroom/client"
+)
+
+func newUserCmd(env *Env) *cobra.Command {
+	return newGroup("user", "Local users",
+		"Local users log in with a password, and may do what their roles allow.",
+		newUserCreateCmd(env), newUserLsCmd(env), newUserDeleteCmd(env), newUserPasswordCmd(env))
+}
+
+func newUserCreateCmd(env *Env) *cobra.Command {
+	var (
+		roles        []string
+		passwordFile string
+	)
+	cmd := &cobra.Command{
+		Use:   "create NAME",
+		Short: "Create a local user",
+		Long: `Create a local user with a password and roles. See "strongroom role ls" for what
+roles there are.
+
+Needs the privilege Authorization.ModifyUsers.`,
+		Example: "  strongroom user create alice --role NoCryptoAdmin",
+		Args:    exactArgs("the user's name"),
+		RunE: env.withClient("create the user", func(cmd *cobra.Command, c *client.Client, args []string) error {
+			password, err := env.password("New password of "+args[0], passwordFile, true)
+			if err != nil {
+				return err
+			}
+			defer clear(password)
+			made, err := client.Call(cmd.Context(), c.Access().CreateUser, &strongroomv1.CreateUserRequest{Name: args[0], Password: password, Roles: roles})
+			if err != nil {
+				return err
+			}
+			return env.printDone(made, "user %s created", made.GetName())
+		}),
+	}
+	cmd.Flags().StringArrayVar(&roles, "role", []string{"ReadOnly"}, "a role; may be repeated")
+	cmd.Flags().StringVar(&passwordFile, "password-file", "", "`file` with the password; - is standard input")
+	return cmd
+}
+
+func newUserLsCmd(env *Env) *cobra.Command {
+	return &cobra.Command{
+		Use:   "ls",
+		Short: "List local users",
+		Long: `List the local users and their roles.
+
+It changes nothing. Needs the privilege Authorization.ReadUsers.`,
+		Example: "  strongroom user ls",
+		Args:    noArgs,
+		RunE: env.withClient("list the users", func(cmd *cobra.Command, c *client.Client, _ []string) error {
+			res, err := client.Call(cmd.Context(), c.Access().ListUsers, &strongroomv1.ListUsersRequest{})
+			if err != nil {
+				return err
+			}
+			return printList(env, res, res.GetUsers(), []column[*strongroomv1.User]{
+				{"NAME", (*strongroomv1.User).GetName},
+				{"ROLES", func(v *strongroomv1.User) string { return strings.Join(v.GetRoles(), ",") }},
+				{"CREATED", func(v *strongroomv1.User) string { return env.when(v.GetCreated()) }},
+			})
+		}),
+	}
+}
+
+func newUserDeleteCmd(env *Env) *cobra.Command {
+	var yes bool
+	cmd := &cobra.Command{
+		Use:   "delete NAME",
+		Short: "Delete a local user",
+		Long: `Delete a local user and end the user's sessions and tokens. This cannot be undone.
+The last administrator cannot be deleted.
+
+Needs the privilege Authorization.ModifyUsers.`,
+		Example:           "  strongroom user delete alice --yes",
+		Args:              exactArgs("the user's name"),
+		ValidArgsFunction: env.completeFirst(userNames),
+		RunE: env.withClient("delete the user", func(cmd *cobra.Command, c *client.Client, args []string) error {
+			if err := env.confirm(yes, "Delete user %s and end all sessions?", args[0]); err != nil {
+				return err
+			}
+			res, err := client.Call(cmd.Context(), c.Access().DeleteUser, &strongroomv1.DeleteUserRequest{Name: args[0]})
+			if err != nil {
+				return err
+			}
+			return env.printDone(res, "user %s deleted", args[0])
+		}),
+	}
+	addYes(cmd, &yes)
+	return cmd
+}
+
+func newUserPasswordCmd(env *Env) *cobra.Command {
+	var oldFile, newFile string
+	cmd := &cobra.Command{
+		Use:   "password",
+		Short: "Change your own password",
+		Long: `Change the password of the user who is logged in. Needs a session only, and the old
+password.`,
+		Example: "  strongroom user password",
+		Args:    noArgs,
+		RunE: env.withClient("change the password", func(cmd *cobra.Command, c *client.Client, _ []string) error {
+			was, err := env.password("Old password", oldFile, false)
+			if err != nil {
+				return err
+			}
+			defer clear(was)
+			is, err := env.password("New password", newFile, true)
+			if err != nil {
+				return err
+			}
+			defer clear(is)
+			res, err := client.Call(cmd.Context(), c.Access().ChangePassword, &strongroomv1.ChangePasswordRequest{OldPassword: was, NewPassword: is})
+			if err != nil {
+				return err
+			}
+			return env.printDone(res, "password changed")
+		}),
+	}
+	cmd.Flags().StringVar(&oldFile, "old-password-file", "", "`file` with the old password")
+	cmd.Flags().StringVar(&newFile, "password-file", "", "`file` with the new password")
+	return cmd
+}
+
+func newRoleCmd(env *Env) *cobra.Command {
+	return newGroup("role", "Roles: what users may do",
+		"A role is a set of privileges. NoCryptoAdmin may do everything but encrypt and manage keys.",
+		newRoleLsCmd(env))
+}
+
+func newRoleLsCmd(env *Env) *cobra.Command {
+	return &cobra.Command{
+		Use:   "ls",
+		Short: "List roles and their privileges",
+		Long: `List the roles and the privileges of each.
+
+It changes nothing. Needs the privilege System.Read.`,
+		Example: "  strongroom role ls -o yaml",
+		Args:    noArgs,
+		RunE: env.withClient("list the roles", func(cmd *cobra.Command, c *client.Client, _ []string) error {
+			res, err := client.Call(cmd.Context(), c.Access().ListRoles, &strongroomv1.ListRolesRequest{})
+			if err != nil {
+				return err
+			}
+			return printList(env, res, res.GetRoles(), []column[*strongroomv1.Role]{
+				{"NAME", (*strongroomv1.Role).GetName},
+				{"DESCRIPTION", (*strongroomv1.Role).GetDescription},
+				{"PRIVILEGES", func(v *strongroomv1.Role) string { return strings.Join(v.GetPrivileges(), " ") }},
+			})
+		}),
+	}
+}
+
+func newTokenCmd(env *Env) *cobra.Command {
+	return newGroup("token", "API tokens",
+		"An API token lets a program act as the user who made it, until it expires.",
+		newTokenCreateCmd(env))
+}
+
+func newTokenCreateCmd(env *Env) *cobra.Command {
+	var (
+		description string
+		lifetime    time.Duration
+	)
+	cmd := &cobra.Command{
+		Use:   "create",
+		Short: "Make an API token for the user who is logged in",
+		Long: `Make an API token and print it, once. Programs give it in the environment as
+STRONGROOM_TOKEN, or to the API as "Authorization: Bearer TOKEN". It ends with its
+lifetime or its user. Needs a session only.`,
+		Example: "  strongroom token create --description ci --lifetime 168h > token",
+		Args:    noArgs,
+		RunE: env.withClient("create an API token", func(cmd *cobra.Command, c *client.Client, _ []string) error {
+			res, err := client.Call(cmd.Context(), c.Access().CreateToken, &strongroomv1.CreateTokenRequest{
+				Description: description, LifetimeSeconds: int64(lifetime / time.Second),
+			})
+			if err != nil {
+				return err
+			}
+			return env.printSecret(res, res.GetToken(), "valid until "+env.when(res.GetExpires()))
+		}),
+	}
+	cmd.Flags().StringVar(&description, "description", "", "what it is for")
+	cmd.Flags().DurationVar(&lifetime, "lifetime", 30*24*time.Hour, "how long it is valid, at most 8760h")
+	return cmd
+}

@@ -1,0 +1,41 @@
+package cli
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/spf13/cobra"
+)
+
+func newBenchmarkCmd(env *Env, roles Roles) *cobra.Command {
+	var (
+		each   time.Duration
+		asJSON bool
+	)
+	cmd := &cobra.Command{
+		Use:   "benchmark",
+		Short: "Measure the speed of the cipher on this machine",
+		Long: `Measure AES-XTS on one core, in memory, with every implementation that this
+machine can run. It changes nothing and needs no server.`,
+		Example: "  strongroom benchmark --json",
+		Args:    noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if asJSON {
+				env.flags.output = outputJSON
+			}
+			all, err := roles.Benchmark(cmd.Context(), each)
+			if err != nil {
+				return cannot(err, "measure the cipher")
+			}
+			return printList(env, map[string]any{"measurements": all}, all, []column[Measurement]{
+				{"CIPHER", func(m Measurement) string { return m.Name }},
+				{"IMPLEMENTATION", func(m Measurement) string { return m.Implementation }},
+				{"BLOCK", func(m Measurement) string { return formatSize(int64(m.BlockBytes)) }},
+				{"SPEED", func(m Measurement) string { return fmt.Sprintf("%.2f GB/s", m.BytesPerSecond/1e9) }},
+			})
+		},
+	}
+	cmd.Flags().DurationVar(&each, "each", 200*time.Millisecond, "how long to measure each")
+	cmd.Flags().BoolVar(&asJSON, "json", false, "the same as -o json")
+	return cmd
+}

@@ -1,0 +1,243 @@
+package cli
+
+import (
+	"context"
+	"fmt"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	strongroomv1 "strongroom/api/strongroom/v1"
+	"strongroom/client"
+	"strongroom/internal/errs"
+)
+
+func newVMCmd(env *Env) *cobra.Command {
+	return newGroup("vm", "Virtual machines",
+		`A VM is a folder on a datastore: vm.json and its disks. An encrypted disk is a
+LUKS2 volume whose key is wrapped under a key of a key provider, so the folder
+can be copied, replicated and registered elsewhere as it is.
+
+While the controller is away, ls, show, power-on and power-off work with a
+host's local socket: --server unix:/PATH.`,
+		newVMCreateCmd(env), newVMLsCmd(env), newVMShowCmd(env),
+		newVMPowerOnCmd(env), newVMPowerOffCmd(env),
+		newVMEncryptCmd(env), newVMDecryptCmd(env), newVMRekeyCmd(env),
+		newVMRegisterCmd(env), newVMUnregisterCmd(env), newVMDeleteCmd(env), newVMUnlockCmd(env))
+}
+
+func newVMCreateCmd(env *Env) *cobra.Command {
+	req := &strongroomv1.CreateVMRequest{Settings: &strongroomv1.VMSettings{}}
+	var (
+		wait   waitFlags
+		disks  []string
+		memory = sizeValue(1 << 30)
+	)
+	cmd := &cobra.Command{
+		Use:   "create NAME",
+		Short: "Create a virtual machine",
+		Long: `Create a VM with empty disks, or with disks copied from images on the datastore.
+With --encrypt its disks are encrypted from the first byte, under a new key of
+the provider named, or of the default one.
+
+A disk is SIZE, or a list of KEY=VALUE: size, image (a path on the datastore),
+format (of the image: raw or qcow2), plain (leave this disk unencrypted).
+
+It can be undone with "strongroom vm delete". Needs the privilege
+VirtualMachine.Inventory.Create.`,
+		Example: `  strongroom vm create web-1 --datastore ds-1 --disk 10G --encrypt
+  strongroom vm create db-1 --datastore ds-1 --encrypt --provider kp-2 \
+    --disk image=images/debian.qcow2,format=qcow2,size=20G --disk 100G`,
+		Args: exactArgs("the VM's name"),
+		RunE: env.withClient("create the VM", func(cmd *cobra.Command, c *client.Client, args []string) error {
+			req.Name = args[0]
+			for _, text := range disks {
+				d, err := parseDisk(text)
+				if err != nil {
+					return err
+				}
+				req.Disks = append(req.Disks, d)
+			}
+			mib, rest := int64(memory)>>20, int64(memory)&(1<<20-1)
+			if rest != 0 || mib > 1<<22 {
+				return usageError(cmd, "--memory %s: want whole MiB, at most 4T", formatSize(int64(memory)))
+			}
+			req.Settings.MemoryMib = uint32(mib)
+			if req.GetProvider() != "" && !req.GetEncrypt() {
+				return usageError(cmd, "--provider needs --encrypt")
+			}
+			return env.runTasks(cmd.Context(), c, wait, verb{
+				infinitive: "create VM", participle: "created",
+				start: func(ctx context.Context, _ string) (*strongroomv1.Task, error) {
+					return client.Call(ctx, c.VM().CreateVM, req)
+				},
+			}, args)
+		}),
+	}
+	wait.add(cmd)
+	f := cmd.Flags()
+	f.StringVar(&req.Datastore, "datastore", "", "the datastore for its folder")
+	f.StringVar(&req.Host, "host", "", "the host to run on (default: any of the datastore's cluster)")
+	f.StringArrayVar(&disks, "disk", nil, "a disk: SIZE or KEY=VALUE,...; may be repeated")
+	f.BoolVar(&req.Encrypt, "encrypt", false, "encrypt the disks")
+	f.StringVar(&req.Provider, "provider", "", "the key provider (default: the default provider)")
+	f.Uint32Var(&req.Settings.Cpus, "cpus", 1, "virtual CPUs")
+	f.Var(&memory, "memory", "memory")
+	f.StringVar(&req.Settings.Machine, "machine", "", "QEMU machine: q35 or pc (default: q35)")
+	f.StringVar(&req.Settings.Kernel, "kernel", "", "boot this Linux kernel, a path on the datastore")
+	f.StringVar(&req.Settings.Initrd, "initrd", "", "with this initial RAM disk, a path on the datastore")
+	f.StringVar(&req.Settings.Append, "append", "", "and this kernel command line")
+	f.StringVar(&req.Settings.Network, "network", "none", "network: none, or user (outgoing connections only)")
+	must(cmd.MarkFlagRequired("datastore"))
+	env.completeFlag(cmd, "datastore", datastoreNames)
+	env.completeFlag(cmd, "provider", providerNames)
+	env.completeFlag(cmd, "host", hostNames)
+	return cmd
+}
+
+// parseDisk parses the value of --disk.
+func parseDisk(text string) (*strongroomv1.NewDisk, error) {
+	d := &strongroomv1.NewDisk{}
+	if !strings.Contains(text, "=") && text != "plain" {
+		size, err := parseSize(text)
+		d.SizeBytes = size
+		return d, errs.Wrap(err, "disk %q", text)
+	}
+	for part := range strings.SplitSeq(text, ",") {
+		key, value, _ := strings.Cut(part, "=")
+		var err error
+		switch key {
+		case "size":
+			d.SizeBytes, err = parseSize(value)
+		case "image":
+			d.Image = value
+		case "format":
+			d.ImageFormat = value
+		case "plain":
+			if value != "" {
+				err = errs.New(errs.Invalid, "plain takes no value")
+			}
+			d.Plain = true
+		default:
+			err = errs.New(errs.Invalid, "it has no %q; want size, image, format, plain", key)
+		}
+		if err != nil {
+			return nil, errs.Wrap(err, "disk %q", text)
+		}
+	}
+	switch {
+	case d.GetImage() == "" && d.GetSizeBytes() == 0:
+		return nil, errs.New(errs.Invalid, "disk %q: it needs a size or an image", text)
+	case (d.GetImage() == "") != (d.GetImageFormat() == ""):
+		return nil, errs.New(errs.Invalid, "disk %q: image and format go together", text)
+	}
+	return d, nil
+}
+
+func newVMLsCmd(env *Env) *cobra.Command {
+	return &cobra.Command{
+		Use:   "ls",
+		Short: "List virtual machines",
+		Long: `List the VMs with their power state and their encryption.
+
+It changes nothing. Needs the privilege System.Read.`,
+		Example: `  strongroom vm ls
+  strongroom vm ls -o json | jq -r '.vms[] | select(.cryptoState == "locked") | .name'`,
+		Args: noArgs,
+		RunE: env.withClient("list the VMs", func(cmd *cobra.Command, c *client.Client, _ []string) error {
+			res, err := client.Call(cmd.Context(), c.VM().ListVMs, &strongroomv1.ListVMsRequest{})
+			if err != nil {
+				return err
+			}
+			return printList(env, res, res.GetVms(), []column[*strongroomv1.VM]{
+				{"NAME", (*strongroomv1.VM).GetName},
+				{"POWER", (*strongroomv1.VM).GetPowerState},
+				{"ENCRYPTION", vmEncryption},
+				{"PROVIDER", func(v *strongroomv1.VM) string { return v.GetKey().GetProvider() }},
+				{"DISKS", func(v *strongroomv1.VM) string { return fmt.Sprint(len(v.GetDisks())) }},
+				{"SIZE", func(v *strongroomv1.VM) string { return formatSize(vmSize(v)) }},
+				{"HOST", (*strongroomv1.VM).GetHost},
+				{"DATASTORE", (*strongroomv1.VM).GetDatastore},
+			})
+		}),
+	}
+}
+
+func newVMShowCmd(env *Env) *cobra.Command {
+	return &cobra.Command{
+		Use:   "show NAME",
+		Short: "Show one virtual machine",
+		Long: `Show a VM, its disks and the keys that they need; if it is locked, why.
+
+It changes nothing. Needs the privilege System.Read.`,
+		Example:           "  strongroom vm show web-1",
+		Args:              exactArgs("the VM's name"),
+		ValidArgsFunction: env.completeFirst(vmNames),
+		RunE: env.withClient("show the VM", func(cmd *cobra.Command, c *client.Client, args []string) error {
+			v, err := client.Call(cmd.Context(), c.VM().GetVM, &strongroomv1.GetVMRequest{Name: args[0]})
+			if err != nil {
+				return err
+			}
+			fields := []field{
+				{"Name", v.GetName()},
+				{"ID", v.GetId()},
+				{"Power", v.GetPowerState()},
+				{"Encryption", vmEncryption(v)},
+				{"Key", keyText(v.GetKey())},
+				{"Host", v.GetHost()},
+				{"Cluster", v.GetCluster()},
+				{"Folder", "[" + v.GetDatastore() + "] " + v.GetFolder()},
+				{"CPUs", fmt.Sprint(v.GetSettings().GetCpus())},
+				{"Memory", formatSize(int64(v.GetSettings().GetMemoryMib()) << 20)},
+				{"Network", v.GetSettings().GetNetwork()},
+				{"Created", env.when(v.GetCreated())},
+			}
+			if v.GetLockReason() != "" {
+				fields = append(fields, field{"Locked because", v.GetLockReason()})
+			}
+			for _, d := range v.GetDisks() {
+				fields = append(fields, field{d.GetName(), diskText(d)})
+			}
+			return env.printOne(v, fields)
+		}),
+	}
+}
+
+// vmEncryption is "none", "partial", "encrypted" or "locked".
+func vmEncryption(v *strongroomv1.VM) string {
+	switch {
+	case v.GetCryptoState() == "locked":
+		return "locked"
+	case !v.GetEncrypted():
+		return "none"
+	}
+	for _, d := range v.GetDisks() {
+		if !d.GetEncrypted() {
+			return "partial"
+		}
+	}
+	return "encrypted"
+}
+
+func vmSize(v *strongroomv1.VM) int64 {
+	var n int64
+	for _, d := range v.GetDisks() {
+		n += d.GetSizeBytes()
+	}
+	return n
+}
+
+func keyText(k *strongroomv1.KeyRef) string {
+	if k == nil {
+		return ""
+	}
+	return k.GetProvider() + ", key id " + k.GetKeyId()
+}
+
+func diskText(d *strongroomv1.Disk) string {
+	text := fmt.Sprintf("%s, %s (%s used)", d.GetFile(), formatSize(d.GetSizeBytes()), formatSize(d.GetAllocatedBytes()))
+	if !d.GetEncrypted() {
+		return text + ", not encrypted"
+	}
+	return fmt.Sprintf("%s, %s, key safe generation %d under %s", text, d.GetCipher(), d.GetGeneration(), keyText(d.GetKey()))
+}

@@ -1,0 +1,216 @@
+package cli
+
+import (
+	"context"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	strongroomv1 "strongroom/api/strongroom/v1"
+	"strongroom/client"
+	"strongroom/internal/errs"
+)
+
+// vmPick says which VMs, and which of their disks, a command works on.
+type vmPick struct {
+	all   bool
+	disks []string
+}
+
+func (p *vmPick) add(env *Env, cmd *cobra.Command, which string) {
+	cmd.Flags().BoolVar(&p.all, "all", false, "all VMs that are "+which)
+	cmd.Flags().StringArrayVar(&p.disks, "disk", nil, "only this disk, such as disk-0; may be repeated (default: all disks)")
+	cmd.ValidArgsFunction = env.complete(vmNames)
+	cmd.Args = func(cmd *cobra.Command, args []string) error {
+		switch {
+		case p.all && len(args) > 0:
+			return usageError(cmd, "--all and the names of VMs exclude each other")
+		case p.all && len(p.disks) > 0:
+			return usageError(cmd, "--all and --disk exclude each other")
+		case !p.all && len(args) == 0:
+			return usageError(cmd, "%s needs a VM's name, or --all", cmd.CommandPath())
+		}
+		return nil
+	}
+}
+
+// names returns args, or with --all the names of all VMs for which match holds.
+func (p *vmPick) names(ctx context.Context, c *client.Client, args []string, match func(*strongroomv1.VM) bool) ([]string, error) {
+	if !p.all {
+		return args, nil
+	}
+	res, err := client.Call(ctx, c.VM().ListVMs, &strongroomv1.ListVMsRequest{})
+	if err != nil {
+		return nil, err
+	}
+	var names []string
+	for _, v := range res.GetVms() {
+		if match(v) {
+			names = append(names, v.GetName())
+		}
+	}
+	return names, nil
+}
+
+func newVMEncryptCmd(env *Env) *cobra.Command {
+	var (
+		wait     waitFlags
+		pick     vmPick
+		provider string
+	)
+	cmd := &cobra.Command{
+		Use:   "encrypt NAME...",
+		Short: "Encrypt virtual machines",
+		Long: `Encrypt the disks of VMs that are powered off. Every disk is written anew and
+verified before the plain one is deleted; the datastore needs room for both.
+Interrupted at any point, the VM is as it was, or encrypted.
+
+Undo it with "strongroom vm decrypt". Blocks that the plain disk left on the
+storage are not overwritten: on a new datastore, or after a secure erase of the
+old one, nothing of them remains. Needs the privilege Cryptographer.Encrypt.`,
+		Example: `  strongroom vm encrypt web-1
+  strongroom vm encrypt db-1 --disk disk-1 --provider kp-2`,
+		RunE: env.withClient("encrypt the VMs", func(cmd *cobra.Command, c *client.Client, args []string) error {
+			names, err := pick.names(cmd.Context(), c, args, func(v *strongroomv1.VM) bool { return vmEncryption(v) == "none" })
+			if err != nil {
+				return err
+			}
+			return env.runTasks(cmd.Context(), c, wait, verb{
+				infinitive: "encrypt VM", participle: "encrypted",
+				start: func(ctx context.Context, name string) (*strongroomv1.Task, error) {
+					return client.Call(ctx, c.VM().EncryptVM, &strongroomv1.EncryptVMRequest{Name: name, Provider: provider, Disks: pick.disks})
+				},
+			}, names)
+		}),
+	}
+	wait.add(cmd)
+	pick.add(env, cmd, "not encrypted")
+	cmd.Flags().StringVar(&provider, "provider", "", "the key provider (default: the default provider)")
+	env.completeFlag(cmd, "provider", providerNames)
+	return cmd
+}
+
+func newVMDecryptCmd(env *Env) *cobra.Command {
+	var (
+		wait waitFlags
+		pick vmPick
+		yes  bool
+	)
+	cmd := &cobra.Command{
+		Use:   "decrypt NAME...",
+		Short: "Decrypt virtual machines",
+		Long: `Write the disks of VMs that are powered off as plain files: whoever reads the
+datastore then reads their data. Interrupted at any point, the VM is as it was,
+or decrypted.
+
+Undo it with "strongroom vm encrypt", but copies of the plain files may remain.
+Needs the privilege Cryptographer.Decrypt.`,
+		Example: "  strongroom vm decrypt web-1 --yes",
+		RunE: env.withClient("decrypt the VMs", func(cmd *cobra.Command, c *client.Client, args []string) error {
+			names, err := pick.names(cmd.Context(), c, args, (*strongroomv1.VM).GetEncrypted)
+			if err != nil {
+				return err
+			}
+			if len(names) > 0 {
+				if err := env.confirm(yes, "Leave the data of %s unencrypted on the datastore?", strings.Join(names, ", ")); err != nil {
+					return err
+				}
+			}
+			return env.runTasks(cmd.Context(), c, wait, verb{
+				infinitive: "decrypt VM", participle: "decrypted",
+				start: func(ctx context.Context, name string) (*strongroomv1.Task, error) {
+					return client.Call(ctx, c.VM().DecryptVM, &strongroomv1.DecryptVMRequest{Name: name, Disks: pick.disks})
+				},
+			}, names)
+		}),
+	}
+	wait.add(cmd)
+	pick.add(env, cmd, "encrypted")
+	addYes(cmd, &yes)
+	return cmd
+}
+
+func newVMRekeyCmd(env *Env) *cobra.Command {
+	var (
+		wait     waitFlags
+		pick     vmPick
+		provider string
+		deep     bool
+	)
+	cmd := &cobra.Command{
+		Use:   "rekey NAME...",
+		Short: "Change the keys of virtual machines",
+		Long: `Give VMs a new key encryption key (shallow rekey): fast, in any power state, the
+guest does not notice. With --deep give them new data encryption keys too: the
+disks are written anew, for which the VMs must be powered off, and the datastore
+needs room for both. The old key is retired only after the new one was verified.
+
+With --provider the new key comes from another provider: this is how VMs move
+to a new provider. Keep the backup of the old one as long as copies of the VMs
+(backups, replicas) need it. Needs the privilege Cryptographer.Recrypt.`,
+		Example: `  strongroom vm rekey web-1
+  strongroom vm rekey --all --provider kp-2
+  strongroom vm rekey web-1 --deep`,
+		RunE: env.withClient("rekey the VMs", func(cmd *cobra.Command, c *client.Client, args []string) error {
+			names, err := pick.names(cmd.Context(), c, args, (*strongroomv1.VM).GetEncrypted)
+			if err != nil {
+				return err
+			}
+			if pick.all && len(names) == 0 {
+				env.notef("no VM is encrypted")
+			}
+			return env.runTasks(cmd.Context(), c, wait, verb{
+				infinitive: "rekey VM", participle: "rekeyed",
+				start: func(ctx context.Context, name string) (*strongroomv1.Task, error) {
+					return client.Call(ctx, c.VM().RekeyVM, &strongroomv1.RekeyVMRequest{Name: name, Provider: provider, Deep: deep, Disks: pick.disks})
+				},
+			}, names)
+		}),
+	}
+	wait.add(cmd)
+	pick.add(env, cmd, "encrypted")
+	cmd.Flags().StringVar(&provider, "provider", "", "the provider of the new key (default: the one that each VM uses)")
+	cmd.Flags().BoolVar(&deep, "deep", false, "change the data encryption keys too, and write the disks anew")
+	env.completeFlag(cmd, "provider", providerNames)
+	return cmd
+}
+
+func newVMUnlockCmd(env *Env) *cobra.Command {
+	var (
+		wait waitFlags
+		pick vmPick
+	)
+	cmd := &cobra.Command{
+		Use:   "unlock NAME...",
+		Short: "Look for the keys of locked virtual machines again",
+		Long: `Look again for the keys of VMs that are locked. Importing the missing provider
+unlocks its VMs by itself; this is for when something else was put right.
+
+It changes no data. Needs the privilege Cryptographer.RegisterVM.`,
+		Example: `  strongroom provider import kp-1.p12
+  strongroom vm unlock web-1`,
+		RunE: env.withClient("unlock the VMs", func(cmd *cobra.Command, c *client.Client, args []string) error {
+			if len(pick.disks) > 0 {
+				return errs.New(errs.Invalid, "a VM is unlocked as a whole, not disk by disk")
+			}
+			names, err := pick.names(cmd.Context(), c, args, func(v *strongroomv1.VM) bool { return v.GetCryptoState() == "locked" })
+			if err != nil {
+				return err
+			}
+			return env.runTasks(cmd.Context(), c, wait, verb{
+				infinitive: "unlock VM", participle: "unlocked",
+				start: func(ctx context.Context, name string) (*strongroomv1.Task, error) {
+					return client.Call(ctx, c.VM().UnlockVM, &strongroomv1.UnlockVMRequest{Name: name})
+				},
+			}, names)
+		}),
+	}
+	wait.add(cmd)
+	pick.add(env, cmd, "locked")
+	return cmd
+}
+
+// addYes adds the flag that answers [Env.confirm].
+func addYes(cmd *cobra.Command, yes *bool) {
+	cmd.Flags().BoolVarP(yes, "yes", "y", false, "do not ask")
+}

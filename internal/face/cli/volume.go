@@ -1,0 +1,173 @@
+package cli
+
+import (
+	"fmt"
+
+	"github.com/spf13/cobra"
+)
+
+func newVolumeCmd(env *Env, roles Roles) *cobra.Command {
+	return newGroup("volume", "Single encrypted volumes, without a controller",
+		`One encrypted volume (a LUKS2 file or block device) and the key that opens it, for
+recovery, for measuring, and for someone else's QEMU. No server is needed.
+
+A key file holds the 64 raw bytes of the volume's data encryption key, and must
+be readable by its owner only. Keep it on media that is encrypted or in memory.`,
+		newVolumeFormatCmd(env, roles), newVolumeInfoCmd(env, roles), newVolumeServeCmd(env, roles),
+		newVolumeRekeyCmd(env, roles), newVolumeDecryptCmd(env, roles))
+}
+
+func newVolumeFormatCmd(env *Env, roles Roles) *cobra.Command {
+	var (
+		v    VolumeFormat
+		size sizeValue
+	)
+	cmd := &cobra.Command{
+		Use:   "format FILE",
+		Short: "Make a new encrypted volume",
+		Long: `Make a new volume in a new file. An existing file is never overwritten. To make a
+key: (umask 077; head -c 64 /dev/urandom > disk.key)
+
+The file takes the space that is written to it, and 16 MiB for the header.`,
+		Example: "  strongroom volume format disk.luks --size 10G --key-file disk.key",
+		Args:    exactArgs("the file"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			v.File, v.Size = args[0], int64(size)
+			info, err := roles.FormatVolume(cmd.Context(), v)
+			if err != nil {
+				return cannot(err, "format %s", v.File)
+			}
+			return env.printDone(info, "%s formatted: %s, UUID %s", info.File, formatSize(info.SizeBytes), info.UUID)
+		},
+	}
+	f := cmd.Flags()
+	f.Var(&size, "size", "the size of its data, such as 10G")
+	addKeyFile(cmd, &v.KeyFile, "key-file", "`file` with its key, 64 raw bytes")
+	f.IntVar(&v.SectorSize, "sector-size", 512, "the encryption sector in bytes: 512 or 4096")
+	must(cmd.MarkFlagRequired("size"))
+	return cmd
+}
+
+func newVolumeInfoCmd(env *Env, roles Roles) *cobra.Command {
+	return &cobra.Command{
+		Use:   "info FILE",
+		Short: "Show what a volume's header tells",
+		Long: `Show a volume's format, size and cipher, the state of its two header copies, and
+the address of the key that it needs. No key is needed, and nothing is changed.`,
+		Example: "  strongroom volume info disk-0.luks -o json",
+		Args:    exactArgs("the file"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			info, err := roles.InspectVolume(cmd.Context(), args[0])
+			if err != nil {
+				return cannot(err, "read %s", args[0])
+			}
+			fields := []field{
+				{"File", info.File},
+				{"Format", info.Format},
+				{"UUID", info.UUID},
+				{"Label", info.Label},
+				{"Cipher", info.Cipher},
+				{"Size", fmt.Sprintf("%s (%d bytes)", formatSize(info.SizeBytes), info.SizeBytes)},
+				{"Sector size", fmt.Sprint(info.SectorSize)},
+				{"Data offset", formatSize(info.DataOffset)},
+				{"Generation", fmt.Sprint(info.Generation)},
+			}
+			for _, h := range info.Headers {
+				fields = append(fields, field{fmt.Sprintf("Header at %d", h.Offset), h.State})
+			}
+			if k := info.KeySafe; k != nil {
+				fields = append(fields, field{"Key safe", fmt.Sprintf("generation %d under %s, key id %s", k.Generation, k.Provider, k.KeyID)})
+			}
+			return env.printOne(info, fields)
+		},
+	}
+}
+
+func newVolumeServeCmd(env *Env, roles Roles) *cobra.Command {
+	var v VolumeServe
+	cmd := &cobra.Command{
+		Use:   "serve FILE",
+		Short: "Serve a volume's data over NBD",
+		Long: `Serve the plain data of a volume on an NBD unix socket until SIGINT or SIGTERM, for
+QEMU, nbdcopy, nbdfuse and others. The URI is printed when clients can connect.
+Who can open the socket can read the data; it is made for its owner only.`,
+		Example: `  strongroom volume serve disk.luks --key-file disk.key --nbd /run/user/1000/disk.sock
+  qemu-img convert 'nbd+unix:///?socket=/run/user/1000/disk.sock' -O qcow2 copy.qcow2`,
+		Args: exactArgs("the file"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			v.File = args[0]
+			err := roles.ServeVolume(cmd.Context(), v, func(uri string) { env.resultf("%s", uri) })
+			return cannot(err, "serve %s", v.File)
+		},
+	}
+	f := cmd.Flags()
+	addKeyFile(cmd, &v.KeyFile, "key-file", "`file` with its key, 64 raw bytes")
+	f.StringVar(&v.Socket, "nbd", "", "the unix `socket` to serve on")
+	f.BoolVar(&v.ReadOnly, "read-only", false, "accept no writes")
+	must(cmd.MarkFlagRequired("nbd"))
+	return cmd
+}
+
+func newVolumeRekeyCmd(env *Env, roles Roles) *cobra.Command {
+	var v VolumeRekey
+	cmd := &cobra.Command{
+		Use:   "rekey FILE",
+		Short: "Encrypt a volume anew under another key",
+		Long: `Write a volume that is not in use anew under another key (deep rekey): beside the
+old file, verified, then in its place. There must be room for both. Interrupted at
+any point, the file is the old volume or the new one.
+
+The old key no longer opens the volume, but it opens copies of the old file.`,
+		Example: "  strongroom volume rekey disk.luks --key-file old.key --new-key-file new.key",
+		Args:    exactArgs("the file"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			v.File = args[0]
+			show := newProgress(env)
+			err := roles.RekeyVolume(cmd.Context(), v, func(done, total int64) { show.bytes(v.File, "rekeying", done, total) })
+			show.end(v.File, err != nil)
+			show.close()
+			if err != nil {
+				return cannot(err, "rekey %s", v.File)
+			}
+			env.donef("%s rekeyed", v.File)
+			return nil
+		},
+	}
+	addKeyFile(cmd, &v.KeyFile, "key-file", "`file` with its key, 64 raw bytes")
+	addKeyFile(cmd, &v.NewKeyFile, "new-key-file", "`file` with its new key, 64 raw bytes")
+	return cmd
+}
+
+func newVolumeDecryptCmd(env *Env, roles Roles) *cobra.Command {
+	var v VolumeDecrypt
+	cmd := &cobra.Command{
+		Use:   "decrypt FILE",
+		Short: "Write a volume's data to a plain file",
+		Long: `Write the plain data of a volume to a new file, mode 0600. Holes stay holes. The
+volume is not changed, and an existing file is never overwritten.`,
+		Example: "  strongroom volume decrypt disk.luks --key-file disk.key --out disk.raw",
+		Args:    exactArgs("the file"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			v.File = args[0]
+			show := newProgress(env)
+			err := roles.DecryptVolume(cmd.Context(), v, func(done, total int64) { show.bytes(v.File, "decrypting", done, total) })
+			show.end(v.File, err != nil)
+			show.close()
+			if err != nil {
+				return cannot(err, "decrypt %s", v.File)
+			}
+			env.donef("%s written", v.Out)
+			return nil
+		},
+	}
+	addKeyFile(cmd, &v.KeyFile, "key-file", "`file` with its key, 64 raw bytes")
+	cmd.Flags().StringVar(&v.Out, "out", "", "the plain `file` to write")
+	must(cmd.MarkFlagRequired("out"))
+	return cmd
+}
+
+// addKeyFile adds a required flag that names a key file.
+func addKeyFile(cmd *cobra.Command, file *string, flag, usage string) {
+	cmd.Flags().StringVar(file, flag, "", usage)
+	must(cmd.MarkFlagRequired(flag))
+}
