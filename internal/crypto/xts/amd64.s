@@ -4,10 +4,6 @@
 
 #include "textflag.h"
 
-DATA poly<>+0(SB)/8, $0x0000000000000087
-DATA poly<>+8(SB)/8, $0x0000000000000001
-GLOBL poly<>(SB), RODATA|NOPTR, $16
-
 DATA wrap2<>+0(SB)/8, $0x0000000000000087
 DATA wrap2<>+8(SB)/8, $0x0000000000000087
 DATA wrap2<>+16(SB)/8, $0x0000000000000087
@@ -18,23 +14,63 @@ DATA wrap2<>+48(SB)/8, $0x0000000000000087
 DATA wrap2<>+56(SB)/8, $0x0000000000000087
 GLOBL wrap2<>(SB), RODATA|NOPTR, $64
 
-DATA ordinal<>+0(SB)/8, $0x0000000000000000
-DATA ordinal<>+8(SB)/8, $0x0000000000000000
-DATA ordinal<>+16(SB)/8, $0x0000000000000001
-DATA ordinal<>+24(SB)/8, $0x0000000000000000
-DATA ordinal<>+32(SB)/8, $0x0000000000000002
-DATA ordinal<>+40(SB)/8, $0x0000000000000000
-DATA ordinal<>+48(SB)/8, $0x0000000000000003
-DATA ordinal<>+56(SB)/8, $0x0000000000000000
-DATA ordinal<>+64(SB)/8, $0x0000000000000004
-DATA ordinal<>+72(SB)/8, $0x0000000000000000
-DATA ordinal<>+80(SB)/8, $0x0000000000000005
-DATA ordinal<>+88(SB)/8, $0x0000000000000000
-DATA ordinal<>+96(SB)/8, $0x0000000000000006
-DATA ordinal<>+104(SB)/8, $0x0000000000000000
-DATA ordinal<>+112(SB)/8, $0x0000000000000007
-DATA ordinal<>+120(SB)/8, $0x0000000000000000
-GLOBL ordinal<>(SB), RODATA|NOPTR, $128
+DATA ordinals<>+0(SB)/8, $0x0000000000000000
+DATA ordinals<>+8(SB)/8, $0x0000000000000000
+DATA ordinals<>+16(SB)/8, $0x0000000000000001
+DATA ordinals<>+24(SB)/8, $0x0000000000000000
+DATA ordinals<>+32(SB)/8, $0x0000000000000002
+DATA ordinals<>+40(SB)/8, $0x0000000000000000
+DATA ordinals<>+48(SB)/8, $0x0000000000000003
+DATA ordinals<>+56(SB)/8, $0x0000000000000000
+DATA ordinals<>+64(SB)/8, $0x0000000000000004
+DATA ordinals<>+72(SB)/8, $0x0000000000000000
+DATA ordinals<>+80(SB)/8, $0x0000000000000005
+DATA ordinals<>+88(SB)/8, $0x0000000000000000
+DATA ordinals<>+96(SB)/8, $0x0000000000000006
+DATA ordinals<>+104(SB)/8, $0x0000000000000000
+DATA ordinals<>+112(SB)/8, $0x0000000000000007
+DATA ordinals<>+120(SB)/8, $0x0000000000000000
+GLOBL ordinals<>(SB), RODATA|NOPTR, $128
+
+DATA left0<>+0(SB)/8, $0x0000000000000000
+DATA left0<>+8(SB)/8, $0x0000000000000000
+DATA left0<>+16(SB)/8, $0x0000000000000001
+DATA left0<>+24(SB)/8, $0x0000000000000001
+DATA left0<>+32(SB)/8, $0x0000000000000002
+DATA left0<>+40(SB)/8, $0x0000000000000002
+DATA left0<>+48(SB)/8, $0x0000000000000003
+DATA left0<>+56(SB)/8, $0x0000000000000003
+GLOBL left0<>(SB), RODATA|NOPTR, $64
+
+DATA right0<>+0(SB)/8, $0x0000000000000040
+DATA right0<>+8(SB)/8, $0x0000000000000040
+DATA right0<>+16(SB)/8, $0x000000000000003f
+DATA right0<>+24(SB)/8, $0x000000000000003f
+DATA right0<>+32(SB)/8, $0x000000000000003e
+DATA right0<>+40(SB)/8, $0x000000000000003e
+DATA right0<>+48(SB)/8, $0x000000000000003d
+DATA right0<>+56(SB)/8, $0x000000000000003d
+GLOBL right0<>(SB), RODATA|NOPTR, $64
+
+DATA left4<>+0(SB)/8, $0x0000000000000004
+DATA left4<>+8(SB)/8, $0x0000000000000004
+DATA left4<>+16(SB)/8, $0x0000000000000005
+DATA left4<>+24(SB)/8, $0x0000000000000005
+DATA left4<>+32(SB)/8, $0x0000000000000006
+DATA left4<>+40(SB)/8, $0x0000000000000006
+DATA left4<>+48(SB)/8, $0x0000000000000007
+DATA left4<>+56(SB)/8, $0x0000000000000007
+GLOBL left4<>(SB), RODATA|NOPTR, $64
+
+DATA right4<>+0(SB)/8, $0x000000000000003c
+DATA right4<>+8(SB)/8, $0x000000000000003c
+DATA right4<>+16(SB)/8, $0x000000000000003b
+DATA right4<>+24(SB)/8, $0x000000000000003b
+DATA right4<>+32(SB)/8, $0x000000000000003a
+DATA right4<>+40(SB)/8, $0x000000000000003a
+DATA right4<>+48(SB)/8, $0x0000000000000039
+DATA right4<>+56(SB)/8, $0x0000000000000039
+GLOBL right4<>(SB), RODATA|NOPTR, $64
 
 // func cpuid7ECX() uint32
 // Requires: CPUID
@@ -411,430 +447,508 @@ wipe:
 
 // func encryptAESNI(s *byte, dst *byte, src *byte, n int, iv uint64, shift int)
 // Requires: AES, SSE2
-TEXT ·encryptAESNI(SB), NOSPLIT, $264-48
-	MOVQ  s+0(FP), AX
-	MOVQ  dst+8(FP), DI
-	MOVQ  src+16(FP), SI
-	MOVQ  n+24(FP), DX
-	MOVQ  iv+32(FP), R8
-	MOVQ  shift+40(FP), CX
-	MOVQ  $0x00000001, R9
-	SHLQ  CL, R9
-	LEAQ  8(SP), R10
-	ANDQ  $-16, R10
-	MOVQ  R9, R13
-	SHLQ  $0x02, R13
-	MOVOU poly<>+0(SB), X10
-	MOVO  (AX), X11
-	MOVO  224(AX), X12
+TEXT ·encryptAESNI(SB), NOSPLIT, $408-48
+	MOVQ s+0(FP), AX
+	MOVQ dst+8(FP), DI
+	MOVQ src+16(FP), SI
+	MOVQ n+24(FP), DX
+	MOVQ iv+32(FP), R8
+	MOVQ shift+40(FP), CX
+	LEAQ 152(SP), R9
+	ANDQ $-16, R9
+	MOVQ R9, BX
+	LEAQ 128(R9), R15
+	MOVQ $0x00000004, R13
+	SHLQ CL, R13
+	MOVO (AX), X8
+	MOVO 224(AX), X9
 
 tweaks:
-	MOVO   480(AX), X13
+	MOVQ   R13, R10
+	SHRQ   $0x02, R10
+	MOVO   480(AX), X10
 	MOVQ   R8, X0
-	ADDQ   R9, R8
-	PXOR   X13, X0
+	ADDQ   R10, R8
+	PXOR   X10, X0
 	MOVQ   R8, X1
-	ADDQ   R9, R8
-	PXOR   X13, X1
+	ADDQ   R10, R8
+	PXOR   X10, X1
 	MOVQ   R8, X2
-	ADDQ   R9, R8
-	PXOR   X13, X2
+	ADDQ   R10, R8
+	PXOR   X10, X2
 	MOVQ   R8, X3
-	ADDQ   R9, R8
-	PXOR   X13, X3
+	ADDQ   R10, R8
+	PXOR   X10, X3
 	MOVQ   R8, X4
-	ADDQ   R9, R8
-	PXOR   X13, X4
+	ADDQ   R10, R8
+	PXOR   X10, X4
 	MOVQ   R8, X5
-	ADDQ   R9, R8
-	PXOR   X13, X5
+	ADDQ   R10, R8
+	PXOR   X10, X5
 	MOVQ   R8, X6
-	ADDQ   R9, R8
-	PXOR   X13, X6
+	ADDQ   R10, R8
+	PXOR   X10, X6
 	MOVQ   R8, X7
-	ADDQ   R9, R8
-	PXOR   X13, X7
+	ADDQ   R10, R8
+	PXOR   X10, X7
 	CMPQ   720(AX), $0x0a
 	JEQ    tweaks128
-	MOVO   496(AX), X13
-	AESENC X13, X0
-	AESENC X13, X1
-	AESENC X13, X2
-	AESENC X13, X3
-	AESENC X13, X4
-	AESENC X13, X5
-	AESENC X13, X6
-	AESENC X13, X7
-	MOVO   512(AX), X13
-	AESENC X13, X0
-	AESENC X13, X1
-	AESENC X13, X2
-	AESENC X13, X3
-	AESENC X13, X4
-	AESENC X13, X5
-	AESENC X13, X6
-	AESENC X13, X7
-	MOVO   528(AX), X13
-	AESENC X13, X0
-	AESENC X13, X1
-	AESENC X13, X2
-	AESENC X13, X3
-	AESENC X13, X4
-	AESENC X13, X5
-	AESENC X13, X6
-	AESENC X13, X7
-	MOVO   544(AX), X13
-	AESENC X13, X0
-	AESENC X13, X1
-	AESENC X13, X2
-	AESENC X13, X3
-	AESENC X13, X4
-	AESENC X13, X5
-	AESENC X13, X6
-	AESENC X13, X7
+	MOVO   496(AX), X10
+	AESENC X10, X0
+	AESENC X10, X1
+	AESENC X10, X2
+	AESENC X10, X3
+	AESENC X10, X4
+	AESENC X10, X5
+	AESENC X10, X6
+	AESENC X10, X7
+	MOVO   512(AX), X10
+	AESENC X10, X0
+	AESENC X10, X1
+	AESENC X10, X2
+	AESENC X10, X3
+	AESENC X10, X4
+	AESENC X10, X5
+	AESENC X10, X6
+	AESENC X10, X7
+	MOVO   528(AX), X10
+	AESENC X10, X0
+	AESENC X10, X1
+	AESENC X10, X2
+	AESENC X10, X3
+	AESENC X10, X4
+	AESENC X10, X5
+	AESENC X10, X6
+	AESENC X10, X7
+	MOVO   544(AX), X10
+	AESENC X10, X0
+	AESENC X10, X1
+	AESENC X10, X2
+	AESENC X10, X3
+	AESENC X10, X4
+	AESENC X10, X5
+	AESENC X10, X6
+	AESENC X10, X7
 
 tweaks128:
-	MOVO       560(AX), X13
-	AESENC     X13, X0
-	AESENC     X13, X1
-	AESENC     X13, X2
-	AESENC     X13, X3
-	AESENC     X13, X4
-	AESENC     X13, X5
-	AESENC     X13, X6
-	AESENC     X13, X7
-	MOVO       576(AX), X13
-	AESENC     X13, X0
-	AESENC     X13, X1
-	AESENC     X13, X2
-	AESENC     X13, X3
-	AESENC     X13, X4
-	AESENC     X13, X5
-	AESENC     X13, X6
-	AESENC     X13, X7
-	MOVO       592(AX), X13
-	AESENC     X13, X0
-	AESENC     X13, X1
-	AESENC     X13, X2
-	AESENC     X13, X3
-	AESENC     X13, X4
-	AESENC     X13, X5
-	AESENC     X13, X6
-	AESENC     X13, X7
-	MOVO       608(AX), X13
-	AESENC     X13, X0
-	AESENC     X13, X1
-	AESENC     X13, X2
-	AESENC     X13, X3
-	AESENC     X13, X4
-	AESENC     X13, X5
-	AESENC     X13, X6
-	AESENC     X13, X7
-	MOVO       624(AX), X13
-	AESENC     X13, X0
-	AESENC     X13, X1
-	AESENC     X13, X2
-	AESENC     X13, X3
-	AESENC     X13, X4
-	AESENC     X13, X5
-	AESENC     X13, X6
-	AESENC     X13, X7
-	MOVO       640(AX), X13
-	AESENC     X13, X0
-	AESENC     X13, X1
-	AESENC     X13, X2
-	AESENC     X13, X3
-	AESENC     X13, X4
-	AESENC     X13, X5
-	AESENC     X13, X6
-	AESENC     X13, X7
-	MOVO       656(AX), X13
-	AESENC     X13, X0
-	AESENC     X13, X1
-	AESENC     X13, X2
-	AESENC     X13, X3
-	AESENC     X13, X4
-	AESENC     X13, X5
-	AESENC     X13, X6
-	AESENC     X13, X7
-	MOVO       672(AX), X13
-	AESENC     X13, X0
-	AESENC     X13, X1
-	AESENC     X13, X2
-	AESENC     X13, X3
-	AESENC     X13, X4
-	AESENC     X13, X5
-	AESENC     X13, X6
-	AESENC     X13, X7
-	MOVO       688(AX), X13
-	AESENC     X13, X0
-	AESENC     X13, X1
-	AESENC     X13, X2
-	AESENC     X13, X3
-	AESENC     X13, X4
-	AESENC     X13, X5
-	AESENC     X13, X6
-	AESENC     X13, X7
-	MOVO       704(AX), X13
-	AESENCLAST X13, X0
-	MOVO       X0, (R10)
-	AESENCLAST X13, X1
-	MOVO       X1, 16(R10)
-	AESENCLAST X13, X2
-	MOVO       X2, 32(R10)
-	AESENCLAST X13, X3
-	MOVO       X3, 48(R10)
-	AESENCLAST X13, X4
-	MOVO       X4, 64(R10)
-	AESENCLAST X13, X5
-	MOVO       X5, 80(R10)
-	AESENCLAST X13, X6
-	MOVO       X6, 96(R10)
-	AESENCLAST X13, X7
-	MOVO       X7, 112(R10)
-	MOVQ       R10, R11
-
-sector:
-	MOVO (R11), X8
-	MOVQ R13, R12
+	MOVO       560(AX), X10
+	AESENC     X10, X0
+	AESENC     X10, X1
+	AESENC     X10, X2
+	AESENC     X10, X3
+	AESENC     X10, X4
+	AESENC     X10, X5
+	AESENC     X10, X6
+	AESENC     X10, X7
+	MOVO       576(AX), X10
+	AESENC     X10, X0
+	AESENC     X10, X1
+	AESENC     X10, X2
+	AESENC     X10, X3
+	AESENC     X10, X4
+	AESENC     X10, X5
+	AESENC     X10, X6
+	AESENC     X10, X7
+	MOVO       592(AX), X10
+	AESENC     X10, X0
+	AESENC     X10, X1
+	AESENC     X10, X2
+	AESENC     X10, X3
+	AESENC     X10, X4
+	AESENC     X10, X5
+	AESENC     X10, X6
+	AESENC     X10, X7
+	MOVO       608(AX), X10
+	AESENC     X10, X0
+	AESENC     X10, X1
+	AESENC     X10, X2
+	AESENC     X10, X3
+	AESENC     X10, X4
+	AESENC     X10, X5
+	AESENC     X10, X6
+	AESENC     X10, X7
+	MOVO       624(AX), X10
+	AESENC     X10, X0
+	AESENC     X10, X1
+	AESENC     X10, X2
+	AESENC     X10, X3
+	AESENC     X10, X4
+	AESENC     X10, X5
+	AESENC     X10, X6
+	AESENC     X10, X7
+	MOVO       640(AX), X10
+	AESENC     X10, X0
+	AESENC     X10, X1
+	AESENC     X10, X2
+	AESENC     X10, X3
+	AESENC     X10, X4
+	AESENC     X10, X5
+	AESENC     X10, X6
+	AESENC     X10, X7
+	MOVO       656(AX), X10
+	AESENC     X10, X0
+	AESENC     X10, X1
+	AESENC     X10, X2
+	AESENC     X10, X3
+	AESENC     X10, X4
+	AESENC     X10, X5
+	AESENC     X10, X6
+	AESENC     X10, X7
+	MOVO       672(AX), X10
+	AESENC     X10, X0
+	AESENC     X10, X1
+	AESENC     X10, X2
+	AESENC     X10, X3
+	AESENC     X10, X4
+	AESENC     X10, X5
+	AESENC     X10, X6
+	AESENC     X10, X7
+	MOVO       688(AX), X10
+	AESENC     X10, X0
+	AESENC     X10, X1
+	AESENC     X10, X2
+	AESENC     X10, X3
+	AESENC     X10, X4
+	AESENC     X10, X5
+	AESENC     X10, X6
+	AESENC     X10, X7
+	MOVO       704(AX), X10
+	AESENCLAST X10, X0
+	MOVO       X0, -144(R9)
+	AESENCLAST X10, X1
+	MOVO       X1, -128(R9)
+	AESENCLAST X10, X2
+	MOVO       X2, -112(R9)
+	AESENCLAST X10, X3
+	MOVO       X3, -96(R9)
+	AESENCLAST X10, X4
+	MOVO       X4, -80(R9)
+	AESENCLAST X10, X5
+	MOVO       X5, -64(R9)
+	AESENCLAST X10, X6
+	MOVO       X6, -48(R9)
+	AESENCLAST X10, X7
+	MOVO       X7, -32(R9)
+	LEAQ       -128(R9), R11
+	MOVQ       -16(R11), CX
+	MOVQ       -8(R11), R14
+	MOVQ       CX, (R15)
+	MOVQ       R14, 8(R15)
+	MOVQ       R14, R10
+	SARQ       $0x3f, R10
+	ANDL       $0x00000087, R10
+	ADDQ       CX, CX
+	ADCQ       R14, R14
+	XORQ       R10, CX
+	MOVQ       CX, 16(R15)
+	MOVQ       R14, 24(R15)
+	MOVQ       R14, R10
+	SARQ       $0x3f, R10
+	ANDL       $0x00000087, R10
+	ADDQ       CX, CX
+	ADCQ       R14, R14
+	XORQ       R10, CX
+	MOVQ       CX, 32(R15)
+	MOVQ       R14, 40(R15)
+	MOVQ       R14, R10
+	SARQ       $0x3f, R10
+	ANDL       $0x00000087, R10
+	ADDQ       CX, CX
+	ADCQ       R14, R14
+	XORQ       R10, CX
+	MOVQ       CX, 48(R15)
+	MOVQ       R14, 56(R15)
+	MOVQ       R14, R10
+	SARQ       $0x3f, R10
+	ANDL       $0x00000087, R10
+	ADDQ       CX, CX
+	ADCQ       R14, R14
+	XORQ       R10, CX
+	MOVQ       CX, 64(R15)
+	MOVQ       R14, 72(R15)
+	MOVQ       R14, R10
+	SARQ       $0x3f, R10
+	ANDL       $0x00000087, R10
+	ADDQ       CX, CX
+	ADCQ       R14, R14
+	XORQ       R10, CX
+	MOVQ       CX, 80(R15)
+	MOVQ       R14, 88(R15)
+	MOVQ       R14, R10
+	SARQ       $0x3f, R10
+	ANDL       $0x00000087, R10
+	ADDQ       CX, CX
+	ADCQ       R14, R14
+	XORQ       R10, CX
+	MOVQ       CX, 96(R15)
+	MOVQ       R14, 104(R15)
+	MOVQ       R14, R10
+	SARQ       $0x3f, R10
+	ANDL       $0x00000087, R10
+	ADDQ       CX, CX
+	ADCQ       R14, R14
+	XORQ       R10, CX
+	MOVQ       CX, 112(R15)
+	MOVQ       R14, 120(R15)
+	MOVQ       R14, R10
+	SARQ       $0x3f, R10
+	ANDL       $0x00000087, R10
+	ADDQ       CX, CX
+	ADCQ       R14, R14
+	XORQ       R10, CX
+	MOVQ       R13, R12
 
 group:
+	XCHGQ BX, R15
+	DECQ  R12
+	JNZ   same
+
+	// The group after this one is of the next sector, or is not used if this is the eighth.
+	MOVQ (R11), CX
+	MOVQ 8(R11), R14
+	ADDQ $0x10, R11
+	MOVQ R13, R12
+
+same:
 	MOVOU  (SI), X0
-	MOVO   X8, X14
 	PXOR   X8, X0
-	PXOR   X12, X14
-	PXOR   X11, X0
-	MOVO   X14, 128(R10)
-	PSHUFD $0x13, X8, X9
-	PADDQ  X8, X8
-	PSRAL  $0x1f, X9
-	PAND   X10, X9
-	PXOR   X9, X8
+	PXOR   (BX), X0
 	MOVOU  16(SI), X1
-	MOVO   X8, X14
 	PXOR   X8, X1
-	PXOR   X12, X14
-	PXOR   X11, X1
-	MOVO   X14, 144(R10)
-	PSHUFD $0x13, X8, X9
-	PADDQ  X8, X8
-	PSRAL  $0x1f, X9
-	PAND   X10, X9
-	PXOR   X9, X8
+	PXOR   16(BX), X1
 	MOVOU  32(SI), X2
-	MOVO   X8, X14
 	PXOR   X8, X2
-	PXOR   X12, X14
-	PXOR   X11, X2
-	MOVO   X14, 160(R10)
-	PSHUFD $0x13, X8, X9
-	PADDQ  X8, X8
-	PSRAL  $0x1f, X9
-	PAND   X10, X9
-	PXOR   X9, X8
+	PXOR   32(BX), X2
 	MOVOU  48(SI), X3
-	MOVO   X8, X14
 	PXOR   X8, X3
-	PXOR   X12, X14
-	PXOR   X11, X3
-	MOVO   X14, 176(R10)
-	PSHUFD $0x13, X8, X9
-	PADDQ  X8, X8
-	PSRAL  $0x1f, X9
-	PAND   X10, X9
-	PXOR   X9, X8
+	PXOR   48(BX), X3
 	MOVOU  64(SI), X4
-	MOVO   X8, X14
 	PXOR   X8, X4
-	PXOR   X12, X14
-	PXOR   X11, X4
-	MOVO   X14, 192(R10)
-	PSHUFD $0x13, X8, X9
-	PADDQ  X8, X8
-	PSRAL  $0x1f, X9
-	PAND   X10, X9
-	PXOR   X9, X8
+	PXOR   64(BX), X4
 	MOVOU  80(SI), X5
-	MOVO   X8, X14
 	PXOR   X8, X5
-	PXOR   X12, X14
-	PXOR   X11, X5
-	MOVO   X14, 208(R10)
-	PSHUFD $0x13, X8, X9
-	PADDQ  X8, X8
-	PSRAL  $0x1f, X9
-	PAND   X10, X9
-	PXOR   X9, X8
+	PXOR   80(BX), X5
 	MOVOU  96(SI), X6
-	MOVO   X8, X14
 	PXOR   X8, X6
-	PXOR   X12, X14
-	PXOR   X11, X6
-	MOVO   X14, 224(R10)
-	PSHUFD $0x13, X8, X9
-	PADDQ  X8, X8
-	PSRAL  $0x1f, X9
-	PAND   X10, X9
-	PXOR   X9, X8
+	PXOR   96(BX), X6
 	MOVOU  112(SI), X7
-	MOVO   X8, X14
 	PXOR   X8, X7
-	PXOR   X12, X14
-	PXOR   X11, X7
-	MOVO   X14, 240(R10)
-	PSHUFD $0x13, X8, X9
-	PADDQ  X8, X8
-	PSRAL  $0x1f, X9
-	PAND   X10, X9
-	PXOR   X9, X8
+	PXOR   112(BX), X7
 	CMPQ   720(AX), $0x0a
 	JEQ    data128
-	MOVO   16(AX), X13
-	AESENC X13, X0
-	AESENC X13, X1
-	AESENC X13, X2
-	AESENC X13, X3
-	AESENC X13, X4
-	AESENC X13, X5
-	AESENC X13, X6
-	AESENC X13, X7
-	MOVO   32(AX), X13
-	AESENC X13, X0
-	AESENC X13, X1
-	AESENC X13, X2
-	AESENC X13, X3
-	AESENC X13, X4
-	AESENC X13, X5
-	AESENC X13, X6
-	AESENC X13, X7
-	MOVO   48(AX), X13
-	AESENC X13, X0
-	AESENC X13, X1
-	AESENC X13, X2
-	AESENC X13, X3
-	AESENC X13, X4
-	AESENC X13, X5
-	AESENC X13, X6
-	AESENC X13, X7
-	MOVO   64(AX), X13
-	AESENC X13, X0
-	AESENC X13, X1
-	AESENC X13, X2
-	AESENC X13, X3
-	AESENC X13, X4
-	AESENC X13, X5
-	AESENC X13, X6
-	AESENC X13, X7
+	MOVO   16(AX), X10
+	AESENC X10, X0
+	AESENC X10, X1
+	AESENC X10, X2
+	AESENC X10, X3
+	AESENC X10, X4
+	AESENC X10, X5
+	AESENC X10, X6
+	AESENC X10, X7
+	MOVO   32(AX), X10
+	AESENC X10, X0
+	AESENC X10, X1
+	AESENC X10, X2
+	AESENC X10, X3
+	AESENC X10, X4
+	AESENC X10, X5
+	AESENC X10, X6
+	AESENC X10, X7
+	MOVO   48(AX), X10
+	AESENC X10, X0
+	AESENC X10, X1
+	AESENC X10, X2
+	AESENC X10, X3
+	AESENC X10, X4
+	AESENC X10, X5
+	AESENC X10, X6
+	AESENC X10, X7
+	MOVO   64(AX), X10
+	AESENC X10, X0
+	AESENC X10, X1
+	AESENC X10, X2
+	AESENC X10, X3
+	AESENC X10, X4
+	AESENC X10, X5
+	AESENC X10, X6
+	AESENC X10, X7
 
 data128:
-	MOVO       80(AX), X13
-	AESENC     X13, X0
-	AESENC     X13, X1
-	AESENC     X13, X2
-	AESENC     X13, X3
-	AESENC     X13, X4
-	AESENC     X13, X5
-	AESENC     X13, X6
-	AESENC     X13, X7
-	MOVO       96(AX), X13
-	AESENC     X13, X0
-	AESENC     X13, X1
-	AESENC     X13, X2
-	AESENC     X13, X3
-	AESENC     X13, X4
-	AESENC     X13, X5
-	AESENC     X13, X6
-	AESENC     X13, X7
-	MOVO       112(AX), X13
-	AESENC     X13, X0
-	AESENC     X13, X1
-	AESENC     X13, X2
-	AESENC     X13, X3
-	AESENC     X13, X4
-	AESENC     X13, X5
-	AESENC     X13, X6
-	AESENC     X13, X7
-	MOVO       128(AX), X13
-	AESENC     X13, X0
-	AESENC     X13, X1
-	AESENC     X13, X2
-	AESENC     X13, X3
-	AESENC     X13, X4
-	AESENC     X13, X5
-	AESENC     X13, X6
-	AESENC     X13, X7
-	MOVO       144(AX), X13
-	AESENC     X13, X0
-	AESENC     X13, X1
-	AESENC     X13, X2
-	AESENC     X13, X3
-	AESENC     X13, X4
-	AESENC     X13, X5
-	AESENC     X13, X6
-	AESENC     X13, X7
-	MOVO       160(AX), X13
-	AESENC     X13, X0
-	AESENC     X13, X1
-	AESENC     X13, X2
-	AESENC     X13, X3
-	AESENC     X13, X4
-	AESENC     X13, X5
-	AESENC     X13, X6
-	AESENC     X13, X7
-	MOVO       176(AX), X13
-	AESENC     X13, X0
-	AESENC     X13, X1
-	AESENC     X13, X2
-	AESENC     X13, X3
-	AESENC     X13, X4
-	AESENC     X13, X5
-	AESENC     X13, X6
-	AESENC     X13, X7
-	MOVO       192(AX), X13
-	AESENC     X13, X0
-	AESENC     X13, X1
-	AESENC     X13, X2
-	AESENC     X13, X3
-	AESENC     X13, X4
-	AESENC     X13, X5
-	AESENC     X13, X6
-	AESENC     X13, X7
-	MOVO       208(AX), X13
-	AESENC     X13, X0
-	AESENC     X13, X1
-	AESENC     X13, X2
-	AESENC     X13, X3
-	AESENC     X13, X4
-	AESENC     X13, X5
-	AESENC     X13, X6
-	AESENC     X13, X7
-	AESENCLAST 128(R10), X0
+	MOVO       80(AX), X10
+	AESENC     X10, X0
+	MOVQ       CX, (R15)
+	AESENC     X10, X1
+	MOVQ       R14, 8(R15)
+	AESENC     X10, X2
+	MOVQ       R14, R10
+	AESENC     X10, X3
+	SARQ       $0x3f, R10
+	AESENC     X10, X4
+	ANDL       $0x00000087, R10
+	AESENC     X10, X5
+	ADDQ       CX, CX
+	ADCQ       R14, R14
+	AESENC     X10, X6
+	XORQ       R10, CX
+	AESENC     X10, X7
+	MOVO       96(AX), X10
+	AESENC     X10, X0
+	MOVQ       CX, 16(R15)
+	AESENC     X10, X1
+	MOVQ       R14, 24(R15)
+	AESENC     X10, X2
+	MOVQ       R14, R10
+	AESENC     X10, X3
+	SARQ       $0x3f, R10
+	AESENC     X10, X4
+	ANDL       $0x00000087, R10
+	AESENC     X10, X5
+	ADDQ       CX, CX
+	ADCQ       R14, R14
+	AESENC     X10, X6
+	XORQ       R10, CX
+	AESENC     X10, X7
+	MOVO       112(AX), X10
+	AESENC     X10, X0
+	MOVQ       CX, 32(R15)
+	AESENC     X10, X1
+	MOVQ       R14, 40(R15)
+	AESENC     X10, X2
+	MOVQ       R14, R10
+	AESENC     X10, X3
+	SARQ       $0x3f, R10
+	AESENC     X10, X4
+	ANDL       $0x00000087, R10
+	AESENC     X10, X5
+	ADDQ       CX, CX
+	ADCQ       R14, R14
+	AESENC     X10, X6
+	XORQ       R10, CX
+	AESENC     X10, X7
+	MOVO       128(AX), X10
+	AESENC     X10, X0
+	MOVQ       CX, 48(R15)
+	AESENC     X10, X1
+	MOVQ       R14, 56(R15)
+	AESENC     X10, X2
+	MOVQ       R14, R10
+	AESENC     X10, X3
+	SARQ       $0x3f, R10
+	AESENC     X10, X4
+	ANDL       $0x00000087, R10
+	AESENC     X10, X5
+	ADDQ       CX, CX
+	ADCQ       R14, R14
+	AESENC     X10, X6
+	XORQ       R10, CX
+	AESENC     X10, X7
+	MOVO       144(AX), X10
+	AESENC     X10, X0
+	MOVQ       CX, 64(R15)
+	AESENC     X10, X1
+	MOVQ       R14, 72(R15)
+	AESENC     X10, X2
+	MOVQ       R14, R10
+	AESENC     X10, X3
+	SARQ       $0x3f, R10
+	AESENC     X10, X4
+	ANDL       $0x00000087, R10
+	AESENC     X10, X5
+	ADDQ       CX, CX
+	ADCQ       R14, R14
+	AESENC     X10, X6
+	XORQ       R10, CX
+	AESENC     X10, X7
+	MOVO       160(AX), X10
+	AESENC     X10, X0
+	MOVQ       CX, 80(R15)
+	AESENC     X10, X1
+	MOVQ       R14, 88(R15)
+	AESENC     X10, X2
+	MOVQ       R14, R10
+	AESENC     X10, X3
+	SARQ       $0x3f, R10
+	AESENC     X10, X4
+	ANDL       $0x00000087, R10
+	AESENC     X10, X5
+	ADDQ       CX, CX
+	ADCQ       R14, R14
+	AESENC     X10, X6
+	XORQ       R10, CX
+	AESENC     X10, X7
+	MOVO       176(AX), X10
+	AESENC     X10, X0
+	MOVQ       CX, 96(R15)
+	AESENC     X10, X1
+	MOVQ       R14, 104(R15)
+	AESENC     X10, X2
+	MOVQ       R14, R10
+	AESENC     X10, X3
+	SARQ       $0x3f, R10
+	AESENC     X10, X4
+	ANDL       $0x00000087, R10
+	AESENC     X10, X5
+	ADDQ       CX, CX
+	ADCQ       R14, R14
+	AESENC     X10, X6
+	XORQ       R10, CX
+	AESENC     X10, X7
+	MOVO       192(AX), X10
+	AESENC     X10, X0
+	MOVQ       CX, 112(R15)
+	AESENC     X10, X1
+	MOVQ       R14, 120(R15)
+	AESENC     X10, X2
+	MOVQ       R14, R10
+	AESENC     X10, X3
+	SARQ       $0x3f, R10
+	AESENC     X10, X4
+	ANDL       $0x00000087, R10
+	AESENC     X10, X5
+	ADDQ       CX, CX
+	ADCQ       R14, R14
+	AESENC     X10, X6
+	XORQ       R10, CX
+	AESENC     X10, X7
+	MOVO       208(AX), X10
+	AESENC     X10, X0
+	AESENC     X10, X1
+	AESENC     X10, X2
+	AESENC     X10, X3
+	AESENC     X10, X4
+	AESENC     X10, X5
+	AESENC     X10, X6
+	AESENC     X10, X7
+	AESENCLAST X9, X0
+	PXOR       (BX), X0
 	MOVOU      X0, (DI)
-	AESENCLAST 144(R10), X1
+	AESENCLAST X9, X1
+	PXOR       16(BX), X1
 	MOVOU      X1, 16(DI)
-	AESENCLAST 160(R10), X2
+	AESENCLAST X9, X2
+	PXOR       32(BX), X2
 	MOVOU      X2, 32(DI)
-	AESENCLAST 176(R10), X3
+	AESENCLAST X9, X3
+	PXOR       48(BX), X3
 	MOVOU      X3, 48(DI)
-	AESENCLAST 192(R10), X4
+	AESENCLAST X9, X4
+	PXOR       64(BX), X4
 	MOVOU      X4, 64(DI)
-	AESENCLAST 208(R10), X5
+	AESENCLAST X9, X5
+	PXOR       80(BX), X5
 	MOVOU      X5, 80(DI)
-	AESENCLAST 224(R10), X6
+	AESENCLAST X9, X6
+	PXOR       96(BX), X6
 	MOVOU      X6, 96(DI)
-	AESENCLAST 240(R10), X7
+	AESENCLAST X9, X7
+	PXOR       112(BX), X7
 	MOVOU      X7, 112(DI)
+	SUBQ       $0x00000080, DX
+	JZ         done
 	ADDQ       $0x00000080, SI
 	ADDQ       $0x00000080, DI
-	SUBQ       $0x00000080, DX
-	DECQ       R12
-	JNZ        group
-	TESTQ      DX, DX
-	JZ         done
-	ADDQ       $0x10, R11
-	LEAQ       128(R10), CX
-	CMPQ       R11, CX
-	JNE        sector
+	CMPQ       R11, R9
+	JNE        group
 	JMP        tweaks
 
 done:
@@ -849,390 +963,597 @@ done:
 	PXOR X8, X8
 	PXOR X9, X9
 	PXOR X10, X10
-	PXOR X11, X11
-	PXOR X12, X12
-	PXOR X13, X13
-	PXOR X14, X14
-	PXOR X15, X15
-	MOVO X0, (R10)
-	MOVO X0, 16(R10)
-	MOVO X0, 32(R10)
-	MOVO X0, 48(R10)
-	MOVO X0, 64(R10)
-	MOVO X0, 80(R10)
-	MOVO X0, 96(R10)
-	MOVO X0, 112(R10)
-	MOVO X0, 128(R10)
-	MOVO X0, 144(R10)
-	MOVO X0, 160(R10)
-	MOVO X0, 176(R10)
-	MOVO X0, 192(R10)
-	MOVO X0, 208(R10)
-	MOVO X0, 224(R10)
-	MOVO X0, 240(R10)
+	XORQ CX, CX
+	XORQ R14, R14
+	MOVO X0, -144(R9)
+	MOVO X0, -128(R9)
+	MOVO X0, -112(R9)
+	MOVO X0, -96(R9)
+	MOVO X0, -80(R9)
+	MOVO X0, -64(R9)
+	MOVO X0, -48(R9)
+	MOVO X0, -32(R9)
+	MOVO X0, -16(R9)
+	MOVO X0, (R9)
+	MOVO X0, 16(R9)
+	MOVO X0, 32(R9)
+	MOVO X0, 48(R9)
+	MOVO X0, 64(R9)
+	MOVO X0, 80(R9)
+	MOVO X0, 96(R9)
+	MOVO X0, 112(R9)
+	MOVO X0, 128(R9)
+	MOVO X0, 144(R9)
+	MOVO X0, 160(R9)
+	MOVO X0, 176(R9)
+	MOVO X0, 192(R9)
+	MOVO X0, 208(R9)
+	MOVO X0, 224(R9)
+	MOVO X0, 240(R9)
 	RET
 
 // func encryptVAES256(s *byte, dst *byte, src *byte, n int, iv uint64, shift int)
-// Requires: AVX, AVX2, VAES, VPCLMULQDQ
-TEXT ·encryptVAES256(SB), NOSPLIT, $384-48
+// Requires: AVX, AVX2, VAES
+TEXT ·encryptVAES256(SB), NOSPLIT, $672-48
 	MOVQ           s+0(FP), AX
 	MOVQ           dst+8(FP), DI
 	MOVQ           src+16(FP), SI
 	MOVQ           n+24(FP), DX
 	MOVQ           iv+32(FP), R8
 	MOVQ           shift+40(FP), CX
-	MOVQ           $0x00000001, R9
-	SHLQ           CL, R9
-	MOVQ           R9, R13
-	ADDQ           R13, R13
-	VMOVDQU        wrap2<>+0(SB), Y11
-	VBROADCASTI128 (AX), Y12
-	VBROADCASTI128 224(AX), Y13
+	LEAQ           144(SP), R9
+	LEAQ           160(SP), BX
+	LEAQ           416(SP), R15
+	MOVQ           $0x00000002, R13
+	SHLQ           CL, R13
+	VMOVQ          CX, X12
+	VBROADCASTI128 (AX), Y8
+	VBROADCASTI128 224(AX), Y9
 
 tweaks:
-	VMOVQ          R8, X8
-	VINSERTI128    $0x01, X8, Y8, Y8
-	VMOVQ          CX, X9
-	VBROADCASTI128 480(AX), Y14
-	VMOVDQU        ordinal<>+0(SB), Y0
-	VPSLLQ         X9, Y0, Y0
-	VPADDQ         Y8, Y0, Y0
-	VPXOR          Y14, Y0, Y0
-	VMOVDQU        ordinal<>+32(SB), Y1
-	VPSLLQ         X9, Y1, Y1
-	VPADDQ         Y8, Y1, Y1
-	VPXOR          Y14, Y1, Y1
-	VMOVDQU        ordinal<>+64(SB), Y2
-	VPSLLQ         X9, Y2, Y2
-	VPADDQ         Y8, Y2, Y2
-	VPXOR          Y14, Y2, Y2
-	VMOVDQU        ordinal<>+96(SB), Y3
-	VPSLLQ         X9, Y3, Y3
-	VPADDQ         Y8, Y3, Y3
-	VPXOR          Y14, Y3, Y3
-	LEAQ           (R8)(R9*8), R8
+	VMOVQ          R8, X11
+	VINSERTI128    $0x01, X11, Y11, Y11
+	VBROADCASTI128 480(AX), Y10
+	VMOVDQU        ordinals<>+0(SB), Y0
+	VPSLLQ         X12, Y0, Y0
+	VPADDQ         Y11, Y0, Y0
+	VPXOR          Y10, Y0, Y0
+	VMOVDQU        ordinals<>+32(SB), Y1
+	VPSLLQ         X12, Y1, Y1
+	VPADDQ         Y11, Y1, Y1
+	VPXOR          Y10, Y1, Y1
+	VMOVDQU        ordinals<>+64(SB), Y2
+	VPSLLQ         X12, Y2, Y2
+	VPADDQ         Y11, Y2, Y2
+	VPXOR          Y10, Y2, Y2
+	VMOVDQU        ordinals<>+96(SB), Y3
+	VPSLLQ         X12, Y3, Y3
+	VPADDQ         Y11, Y3, Y3
+	VPXOR          Y10, Y3, Y3
+	LEAQ           (R8)(R13*4), R8
 	CMPQ           720(AX), $0x0a
 	JEQ            tweaks128
-	VBROADCASTI128 496(AX), Y14
-	VAESENC        Y14, Y0, Y0
-	VAESENC        Y14, Y1, Y1
-	VAESENC        Y14, Y2, Y2
-	VAESENC        Y14, Y3, Y3
-	VBROADCASTI128 512(AX), Y14
-	VAESENC        Y14, Y0, Y0
-	VAESENC        Y14, Y1, Y1
-	VAESENC        Y14, Y2, Y2
-	VAESENC        Y14, Y3, Y3
-	VBROADCASTI128 528(AX), Y14
-	VAESENC        Y14, Y0, Y0
-	VAESENC        Y14, Y1, Y1
-	VAESENC        Y14, Y2, Y2
-	VAESENC        Y14, Y3, Y3
-	VBROADCASTI128 544(AX), Y14
-	VAESENC        Y14, Y0, Y0
-	VAESENC        Y14, Y1, Y1
-	VAESENC        Y14, Y2, Y2
-	VAESENC        Y14, Y3, Y3
+	VBROADCASTI128 496(AX), Y10
+	VAESENC        Y10, Y0, Y0
+	VAESENC        Y10, Y1, Y1
+	VAESENC        Y10, Y2, Y2
+	VAESENC        Y10, Y3, Y3
+	VBROADCASTI128 512(AX), Y10
+	VAESENC        Y10, Y0, Y0
+	VAESENC        Y10, Y1, Y1
+	VAESENC        Y10, Y2, Y2
+	VAESENC        Y10, Y3, Y3
+	VBROADCASTI128 528(AX), Y10
+	VAESENC        Y10, Y0, Y0
+	VAESENC        Y10, Y1, Y1
+	VAESENC        Y10, Y2, Y2
+	VAESENC        Y10, Y3, Y3
+	VBROADCASTI128 544(AX), Y10
+	VAESENC        Y10, Y0, Y0
+	VAESENC        Y10, Y1, Y1
+	VAESENC        Y10, Y2, Y2
+	VAESENC        Y10, Y3, Y3
 
 tweaks128:
-	VBROADCASTI128 560(AX), Y14
-	VAESENC        Y14, Y0, Y0
-	VAESENC        Y14, Y1, Y1
-	VAESENC        Y14, Y2, Y2
-	VAESENC        Y14, Y3, Y3
-	VBROADCASTI128 576(AX), Y14
-	VAESENC        Y14, Y0, Y0
-	VAESENC        Y14, Y1, Y1
-	VAESENC        Y14, Y2, Y2
-	VAESENC        Y14, Y3, Y3
-	VBROADCASTI128 592(AX), Y14
-	VAESENC        Y14, Y0, Y0
-	VAESENC        Y14, Y1, Y1
-	VAESENC        Y14, Y2, Y2
-	VAESENC        Y14, Y3, Y3
-	VBROADCASTI128 608(AX), Y14
-	VAESENC        Y14, Y0, Y0
-	VAESENC        Y14, Y1, Y1
-	VAESENC        Y14, Y2, Y2
-	VAESENC        Y14, Y3, Y3
-	VBROADCASTI128 624(AX), Y14
-	VAESENC        Y14, Y0, Y0
-	VAESENC        Y14, Y1, Y1
-	VAESENC        Y14, Y2, Y2
-	VAESENC        Y14, Y3, Y3
-	VBROADCASTI128 640(AX), Y14
-	VAESENC        Y14, Y0, Y0
-	VAESENC        Y14, Y1, Y1
-	VAESENC        Y14, Y2, Y2
-	VAESENC        Y14, Y3, Y3
-	VBROADCASTI128 656(AX), Y14
-	VAESENC        Y14, Y0, Y0
-	VAESENC        Y14, Y1, Y1
-	VAESENC        Y14, Y2, Y2
-	VAESENC        Y14, Y3, Y3
-	VBROADCASTI128 672(AX), Y14
-	VAESENC        Y14, Y0, Y0
-	VAESENC        Y14, Y1, Y1
-	VAESENC        Y14, Y2, Y2
-	VAESENC        Y14, Y3, Y3
-	VBROADCASTI128 688(AX), Y14
-	VAESENC        Y14, Y0, Y0
-	VAESENC        Y14, Y1, Y1
-	VAESENC        Y14, Y2, Y2
-	VAESENC        Y14, Y3, Y3
-	VBROADCASTI128 704(AX), Y14
-	VAESENCLAST    Y14, Y0, Y0
+	VBROADCASTI128 560(AX), Y10
+	VAESENC        Y10, Y0, Y0
+	VAESENC        Y10, Y1, Y1
+	VAESENC        Y10, Y2, Y2
+	VAESENC        Y10, Y3, Y3
+	VBROADCASTI128 576(AX), Y10
+	VAESENC        Y10, Y0, Y0
+	VAESENC        Y10, Y1, Y1
+	VAESENC        Y10, Y2, Y2
+	VAESENC        Y10, Y3, Y3
+	VBROADCASTI128 592(AX), Y10
+	VAESENC        Y10, Y0, Y0
+	VAESENC        Y10, Y1, Y1
+	VAESENC        Y10, Y2, Y2
+	VAESENC        Y10, Y3, Y3
+	VBROADCASTI128 608(AX), Y10
+	VAESENC        Y10, Y0, Y0
+	VAESENC        Y10, Y1, Y1
+	VAESENC        Y10, Y2, Y2
+	VAESENC        Y10, Y3, Y3
+	VBROADCASTI128 624(AX), Y10
+	VAESENC        Y10, Y0, Y0
+	VAESENC        Y10, Y1, Y1
+	VAESENC        Y10, Y2, Y2
+	VAESENC        Y10, Y3, Y3
+	VBROADCASTI128 640(AX), Y10
+	VAESENC        Y10, Y0, Y0
+	VAESENC        Y10, Y1, Y1
+	VAESENC        Y10, Y2, Y2
+	VAESENC        Y10, Y3, Y3
+	VBROADCASTI128 656(AX), Y10
+	VAESENC        Y10, Y0, Y0
+	VAESENC        Y10, Y1, Y1
+	VAESENC        Y10, Y2, Y2
+	VAESENC        Y10, Y3, Y3
+	VBROADCASTI128 672(AX), Y10
+	VAESENC        Y10, Y0, Y0
+	VAESENC        Y10, Y1, Y1
+	VAESENC        Y10, Y2, Y2
+	VAESENC        Y10, Y3, Y3
+	VBROADCASTI128 688(AX), Y10
+	VAESENC        Y10, Y0, Y0
+	VAESENC        Y10, Y1, Y1
+	VAESENC        Y10, Y2, Y2
+	VAESENC        Y10, Y3, Y3
+	VBROADCASTI128 704(AX), Y10
+	VAESENCLAST    Y10, Y0, Y0
 	VMOVDQU        Y0, (SP)
-	VAESENCLAST    Y14, Y1, Y1
+	VAESENCLAST    Y10, Y1, Y1
 	VMOVDQU        Y1, 32(SP)
-	VAESENCLAST    Y14, Y2, Y2
+	VAESENCLAST    Y10, Y2, Y2
 	VMOVDQU        Y2, 64(SP)
-	VAESENCLAST    Y14, Y3, Y3
+	VAESENCLAST    Y10, Y3, Y3
 	VMOVDQU        Y3, 96(SP)
-	LEAQ           (SP), R11
-
-sector:
-	VMOVDQU     (R11), X8
-	VPSHUFD     $0x13, X8, X9
-	VPSRAD      $0x1f, X9, X9
-	VPAND       poly<>+0(SB), X9, X9
-	VPADDQ      X8, X8, X10
-	VPXOR       X9, X10, X10
-	VINSERTI128 $0x01, X10, Y8, Y8
-	MOVQ        R13, R12
+	LEAQ           -128(R9), R11
+	MOVQ           -16(R11), CX
+	MOVQ           -8(R11), R14
+	MOVQ           CX, (R15)
+	MOVQ           R14, 8(R15)
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	MOVQ           CX, 16(R15)
+	MOVQ           R14, 24(R15)
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	MOVQ           CX, 32(R15)
+	MOVQ           R14, 40(R15)
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	MOVQ           CX, 48(R15)
+	MOVQ           R14, 56(R15)
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	MOVQ           CX, 64(R15)
+	MOVQ           R14, 72(R15)
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	MOVQ           CX, 80(R15)
+	MOVQ           R14, 88(R15)
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	MOVQ           CX, 96(R15)
+	MOVQ           R14, 104(R15)
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	MOVQ           CX, 112(R15)
+	MOVQ           R14, 120(R15)
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	MOVQ           CX, 128(R15)
+	MOVQ           R14, 136(R15)
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	MOVQ           CX, 144(R15)
+	MOVQ           R14, 152(R15)
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	MOVQ           CX, 160(R15)
+	MOVQ           R14, 168(R15)
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	MOVQ           CX, 176(R15)
+	MOVQ           R14, 184(R15)
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	MOVQ           CX, 192(R15)
+	MOVQ           R14, 200(R15)
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	MOVQ           CX, 208(R15)
+	MOVQ           R14, 216(R15)
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	MOVQ           CX, 224(R15)
+	MOVQ           R14, 232(R15)
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	MOVQ           CX, 240(R15)
+	MOVQ           R14, 248(R15)
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	MOVQ           R13, R12
 
 group:
+	XCHGQ BX, R15
+	DECQ  R12
+	JNZ   same
+
+	// The group after this one is of the next sector, or is not used if this is the eighth.
+	MOVQ (R11), CX
+	MOVQ 8(R11), R14
+	ADDQ $0x10, R11
+	MOVQ R13, R12
+
+same:
 	VPXOR          (SI), Y8, Y0
-	VPXOR          Y13, Y8, Y15
-	VPXOR          Y12, Y0, Y0
-	VMOVDQU        Y15, 128(SP)
-	VPSRLQ         $0x3e, Y8, Y9
-	VPSLLQ         $0x02, Y8, Y8
-	VPCLMULQDQ     $0x01, Y11, Y9, Y10
-	VPSLLDQ        $0x08, Y9, Y9
-	VPXOR          Y10, Y8, Y8
-	VPXOR          Y9, Y8, Y8
+	VPXOR          (BX), Y0, Y0
 	VPXOR          32(SI), Y8, Y1
-	VPXOR          Y13, Y8, Y15
-	VPXOR          Y12, Y1, Y1
-	VMOVDQU        Y15, 160(SP)
-	VPSRLQ         $0x3e, Y8, Y9
-	VPSLLQ         $0x02, Y8, Y8
-	VPCLMULQDQ     $0x01, Y11, Y9, Y10
-	VPSLLDQ        $0x08, Y9, Y9
-	VPXOR          Y10, Y8, Y8
-	VPXOR          Y9, Y8, Y8
+	VPXOR          32(BX), Y1, Y1
 	VPXOR          64(SI), Y8, Y2
-	VPXOR          Y13, Y8, Y15
-	VPXOR          Y12, Y2, Y2
-	VMOVDQU        Y15, 192(SP)
-	VPSRLQ         $0x3e, Y8, Y9
-	VPSLLQ         $0x02, Y8, Y8
-	VPCLMULQDQ     $0x01, Y11, Y9, Y10
-	VPSLLDQ        $0x08, Y9, Y9
-	VPXOR          Y10, Y8, Y8
-	VPXOR          Y9, Y8, Y8
+	VPXOR          64(BX), Y2, Y2
 	VPXOR          96(SI), Y8, Y3
-	VPXOR          Y13, Y8, Y15
-	VPXOR          Y12, Y3, Y3
-	VMOVDQU        Y15, 224(SP)
-	VPSRLQ         $0x3e, Y8, Y9
-	VPSLLQ         $0x02, Y8, Y8
-	VPCLMULQDQ     $0x01, Y11, Y9, Y10
-	VPSLLDQ        $0x08, Y9, Y9
-	VPXOR          Y10, Y8, Y8
-	VPXOR          Y9, Y8, Y8
+	VPXOR          96(BX), Y3, Y3
 	VPXOR          128(SI), Y8, Y4
-	VPXOR          Y13, Y8, Y15
-	VPXOR          Y12, Y4, Y4
-	VMOVDQU        Y15, 256(SP)
-	VPSRLQ         $0x3e, Y8, Y9
-	VPSLLQ         $0x02, Y8, Y8
-	VPCLMULQDQ     $0x01, Y11, Y9, Y10
-	VPSLLDQ        $0x08, Y9, Y9
-	VPXOR          Y10, Y8, Y8
-	VPXOR          Y9, Y8, Y8
+	VPXOR          128(BX), Y4, Y4
 	VPXOR          160(SI), Y8, Y5
-	VPXOR          Y13, Y8, Y15
-	VPXOR          Y12, Y5, Y5
-	VMOVDQU        Y15, 288(SP)
-	VPSRLQ         $0x3e, Y8, Y9
-	VPSLLQ         $0x02, Y8, Y8
-	VPCLMULQDQ     $0x01, Y11, Y9, Y10
-	VPSLLDQ        $0x08, Y9, Y9
-	VPXOR          Y10, Y8, Y8
-	VPXOR          Y9, Y8, Y8
+	VPXOR          160(BX), Y5, Y5
 	VPXOR          192(SI), Y8, Y6
-	VPXOR          Y13, Y8, Y15
-	VPXOR          Y12, Y6, Y6
-	VMOVDQU        Y15, 320(SP)
-	VPSRLQ         $0x3e, Y8, Y9
-	VPSLLQ         $0x02, Y8, Y8
-	VPCLMULQDQ     $0x01, Y11, Y9, Y10
-	VPSLLDQ        $0x08, Y9, Y9
-	VPXOR          Y10, Y8, Y8
-	VPXOR          Y9, Y8, Y8
+	VPXOR          192(BX), Y6, Y6
 	VPXOR          224(SI), Y8, Y7
-	VPXOR          Y13, Y8, Y15
-	VPXOR          Y12, Y7, Y7
-	VMOVDQU        Y15, 352(SP)
-	VPSRLQ         $0x3e, Y8, Y9
-	VPSLLQ         $0x02, Y8, Y8
-	VPCLMULQDQ     $0x01, Y11, Y9, Y10
-	VPSLLDQ        $0x08, Y9, Y9
-	VPXOR          Y10, Y8, Y8
-	VPXOR          Y9, Y8, Y8
+	VPXOR          224(BX), Y7, Y7
 	CMPQ           720(AX), $0x0a
 	JEQ            data128
-	VBROADCASTI128 16(AX), Y14
-	VAESENC        Y14, Y0, Y0
-	VAESENC        Y14, Y1, Y1
-	VAESENC        Y14, Y2, Y2
-	VAESENC        Y14, Y3, Y3
-	VAESENC        Y14, Y4, Y4
-	VAESENC        Y14, Y5, Y5
-	VAESENC        Y14, Y6, Y6
-	VAESENC        Y14, Y7, Y7
-	VBROADCASTI128 32(AX), Y14
-	VAESENC        Y14, Y0, Y0
-	VAESENC        Y14, Y1, Y1
-	VAESENC        Y14, Y2, Y2
-	VAESENC        Y14, Y3, Y3
-	VAESENC        Y14, Y4, Y4
-	VAESENC        Y14, Y5, Y5
-	VAESENC        Y14, Y6, Y6
-	VAESENC        Y14, Y7, Y7
-	VBROADCASTI128 48(AX), Y14
-	VAESENC        Y14, Y0, Y0
-	VAESENC        Y14, Y1, Y1
-	VAESENC        Y14, Y2, Y2
-	VAESENC        Y14, Y3, Y3
-	VAESENC        Y14, Y4, Y4
-	VAESENC        Y14, Y5, Y5
-	VAESENC        Y14, Y6, Y6
-	VAESENC        Y14, Y7, Y7
-	VBROADCASTI128 64(AX), Y14
-	VAESENC        Y14, Y0, Y0
-	VAESENC        Y14, Y1, Y1
-	VAESENC        Y14, Y2, Y2
-	VAESENC        Y14, Y3, Y3
-	VAESENC        Y14, Y4, Y4
-	VAESENC        Y14, Y5, Y5
-	VAESENC        Y14, Y6, Y6
-	VAESENC        Y14, Y7, Y7
+	VBROADCASTI128 16(AX), Y10
+	VAESENC        Y10, Y0, Y0
+	VAESENC        Y10, Y1, Y1
+	VAESENC        Y10, Y2, Y2
+	VAESENC        Y10, Y3, Y3
+	VAESENC        Y10, Y4, Y4
+	VAESENC        Y10, Y5, Y5
+	VAESENC        Y10, Y6, Y6
+	VAESENC        Y10, Y7, Y7
+	VBROADCASTI128 32(AX), Y10
+	VAESENC        Y10, Y0, Y0
+	VAESENC        Y10, Y1, Y1
+	VAESENC        Y10, Y2, Y2
+	VAESENC        Y10, Y3, Y3
+	VAESENC        Y10, Y4, Y4
+	VAESENC        Y10, Y5, Y5
+	VAESENC        Y10, Y6, Y6
+	VAESENC        Y10, Y7, Y7
+	VBROADCASTI128 48(AX), Y10
+	VAESENC        Y10, Y0, Y0
+	VAESENC        Y10, Y1, Y1
+	VAESENC        Y10, Y2, Y2
+	VAESENC        Y10, Y3, Y3
+	VAESENC        Y10, Y4, Y4
+	VAESENC        Y10, Y5, Y5
+	VAESENC        Y10, Y6, Y6
+	VAESENC        Y10, Y7, Y7
+	VBROADCASTI128 64(AX), Y10
+	VAESENC        Y10, Y0, Y0
+	VAESENC        Y10, Y1, Y1
+	VAESENC        Y10, Y2, Y2
+	VAESENC        Y10, Y3, Y3
+	VAESENC        Y10, Y4, Y4
+	VAESENC        Y10, Y5, Y5
+	VAESENC        Y10, Y6, Y6
+	VAESENC        Y10, Y7, Y7
 
 data128:
-	VBROADCASTI128 80(AX), Y14
-	VAESENC        Y14, Y0, Y0
-	VAESENC        Y14, Y1, Y1
-	VAESENC        Y14, Y2, Y2
-	VAESENC        Y14, Y3, Y3
-	VAESENC        Y14, Y4, Y4
-	VAESENC        Y14, Y5, Y5
-	VAESENC        Y14, Y6, Y6
-	VAESENC        Y14, Y7, Y7
-	VBROADCASTI128 96(AX), Y14
-	VAESENC        Y14, Y0, Y0
-	VAESENC        Y14, Y1, Y1
-	VAESENC        Y14, Y2, Y2
-	VAESENC        Y14, Y3, Y3
-	VAESENC        Y14, Y4, Y4
-	VAESENC        Y14, Y5, Y5
-	VAESENC        Y14, Y6, Y6
-	VAESENC        Y14, Y7, Y7
-	VBROADCASTI128 112(AX), Y14
-	VAESENC        Y14, Y0, Y0
-	VAESENC        Y14, Y1, Y1
-	VAESENC        Y14, Y2, Y2
-	VAESENC        Y14, Y3, Y3
-	VAESENC        Y14, Y4, Y4
-	VAESENC        Y14, Y5, Y5
-	VAESENC        Y14, Y6, Y6
-	VAESENC        Y14, Y7, Y7
-	VBROADCASTI128 128(AX), Y14
-	VAESENC        Y14, Y0, Y0
-	VAESENC        Y14, Y1, Y1
-	VAESENC        Y14, Y2, Y2
-	VAESENC        Y14, Y3, Y3
-	VAESENC        Y14, Y4, Y4
-	VAESENC        Y14, Y5, Y5
-	VAESENC        Y14, Y6, Y6
-	VAESENC        Y14, Y7, Y7
-	VBROADCASTI128 144(AX), Y14
-	VAESENC        Y14, Y0, Y0
-	VAESENC        Y14, Y1, Y1
-	VAESENC        Y14, Y2, Y2
-	VAESENC        Y14, Y3, Y3
-	VAESENC        Y14, Y4, Y4
-	VAESENC        Y14, Y5, Y5
-	VAESENC        Y14, Y6, Y6
-	VAESENC        Y14, Y7, Y7
-	VBROADCASTI128 160(AX), Y14
-	VAESENC        Y14, Y0, Y0
-	VAESENC        Y14, Y1, Y1
-	VAESENC        Y14, Y2, Y2
-	VAESENC        Y14, Y3, Y3
-	VAESENC        Y14, Y4, Y4
-	VAESENC        Y14, Y5, Y5
-	VAESENC        Y14, Y6, Y6
-	VAESENC        Y14, Y7, Y7
-	VBROADCASTI128 176(AX), Y14
-	VAESENC        Y14, Y0, Y0
-	VAESENC        Y14, Y1, Y1
-	VAESENC        Y14, Y2, Y2
-	VAESENC        Y14, Y3, Y3
-	VAESENC        Y14, Y4, Y4
-	VAESENC        Y14, Y5, Y5
-	VAESENC        Y14, Y6, Y6
-	VAESENC        Y14, Y7, Y7
-	VBROADCASTI128 192(AX), Y14
-	VAESENC        Y14, Y0, Y0
-	VAESENC        Y14, Y1, Y1
-	VAESENC        Y14, Y2, Y2
-	VAESENC        Y14, Y3, Y3
-	VAESENC        Y14, Y4, Y4
-	VAESENC        Y14, Y5, Y5
-	VAESENC        Y14, Y6, Y6
-	VAESENC        Y14, Y7, Y7
-	VBROADCASTI128 208(AX), Y14
-	VAESENC        Y14, Y0, Y0
-	VAESENC        Y14, Y1, Y1
-	VAESENC        Y14, Y2, Y2
-	VAESENC        Y14, Y3, Y3
-	VAESENC        Y14, Y4, Y4
-	VAESENC        Y14, Y5, Y5
-	VAESENC        Y14, Y6, Y6
-	VAESENC        Y14, Y7, Y7
-	VAESENCLAST    128(SP), Y0, Y0
+	VBROADCASTI128 80(AX), Y10
+	VAESENC        Y10, Y0, Y0
+	MOVQ           CX, (R15)
+	MOVQ           R14, 8(R15)
+	VAESENC        Y10, Y1, Y1
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	VAESENC        Y10, Y2, Y2
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	VAESENC        Y10, Y3, Y3
+	XORQ           R10, CX
+	MOVQ           CX, 16(R15)
+	VAESENC        Y10, Y4, Y4
+	MOVQ           R14, 24(R15)
+	MOVQ           R14, R10
+	VAESENC        Y10, Y5, Y5
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	VAESENC        Y10, Y6, Y6
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	VAESENC        Y10, Y7, Y7
+	VBROADCASTI128 96(AX), Y10
+	VAESENC        Y10, Y0, Y0
+	MOVQ           CX, 32(R15)
+	MOVQ           R14, 40(R15)
+	VAESENC        Y10, Y1, Y1
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	VAESENC        Y10, Y2, Y2
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	VAESENC        Y10, Y3, Y3
+	XORQ           R10, CX
+	MOVQ           CX, 48(R15)
+	VAESENC        Y10, Y4, Y4
+	MOVQ           R14, 56(R15)
+	MOVQ           R14, R10
+	VAESENC        Y10, Y5, Y5
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	VAESENC        Y10, Y6, Y6
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	VAESENC        Y10, Y7, Y7
+	VBROADCASTI128 112(AX), Y10
+	VAESENC        Y10, Y0, Y0
+	MOVQ           CX, 64(R15)
+	MOVQ           R14, 72(R15)
+	VAESENC        Y10, Y1, Y1
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	VAESENC        Y10, Y2, Y2
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	VAESENC        Y10, Y3, Y3
+	XORQ           R10, CX
+	MOVQ           CX, 80(R15)
+	VAESENC        Y10, Y4, Y4
+	MOVQ           R14, 88(R15)
+	MOVQ           R14, R10
+	VAESENC        Y10, Y5, Y5
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	VAESENC        Y10, Y6, Y6
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	VAESENC        Y10, Y7, Y7
+	VBROADCASTI128 128(AX), Y10
+	VAESENC        Y10, Y0, Y0
+	MOVQ           CX, 96(R15)
+	MOVQ           R14, 104(R15)
+	VAESENC        Y10, Y1, Y1
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	VAESENC        Y10, Y2, Y2
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	VAESENC        Y10, Y3, Y3
+	XORQ           R10, CX
+	MOVQ           CX, 112(R15)
+	VAESENC        Y10, Y4, Y4
+	MOVQ           R14, 120(R15)
+	MOVQ           R14, R10
+	VAESENC        Y10, Y5, Y5
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	VAESENC        Y10, Y6, Y6
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	VAESENC        Y10, Y7, Y7
+	VBROADCASTI128 144(AX), Y10
+	VAESENC        Y10, Y0, Y0
+	MOVQ           CX, 128(R15)
+	MOVQ           R14, 136(R15)
+	VAESENC        Y10, Y1, Y1
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	VAESENC        Y10, Y2, Y2
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	VAESENC        Y10, Y3, Y3
+	XORQ           R10, CX
+	MOVQ           CX, 144(R15)
+	VAESENC        Y10, Y4, Y4
+	MOVQ           R14, 152(R15)
+	MOVQ           R14, R10
+	VAESENC        Y10, Y5, Y5
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	VAESENC        Y10, Y6, Y6
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	VAESENC        Y10, Y7, Y7
+	VBROADCASTI128 160(AX), Y10
+	VAESENC        Y10, Y0, Y0
+	MOVQ           CX, 160(R15)
+	MOVQ           R14, 168(R15)
+	VAESENC        Y10, Y1, Y1
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	VAESENC        Y10, Y2, Y2
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	VAESENC        Y10, Y3, Y3
+	XORQ           R10, CX
+	MOVQ           CX, 176(R15)
+	VAESENC        Y10, Y4, Y4
+	MOVQ           R14, 184(R15)
+	MOVQ           R14, R10
+	VAESENC        Y10, Y5, Y5
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	VAESENC        Y10, Y6, Y6
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	VAESENC        Y10, Y7, Y7
+	VBROADCASTI128 176(AX), Y10
+	VAESENC        Y10, Y0, Y0
+	MOVQ           CX, 192(R15)
+	MOVQ           R14, 200(R15)
+	VAESENC        Y10, Y1, Y1
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	VAESENC        Y10, Y2, Y2
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	VAESENC        Y10, Y3, Y3
+	XORQ           R10, CX
+	MOVQ           CX, 208(R15)
+	VAESENC        Y10, Y4, Y4
+	MOVQ           R14, 216(R15)
+	MOVQ           R14, R10
+	VAESENC        Y10, Y5, Y5
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	VAESENC        Y10, Y6, Y6
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	VAESENC        Y10, Y7, Y7
+	VBROADCASTI128 192(AX), Y10
+	VAESENC        Y10, Y0, Y0
+	MOVQ           CX, 224(R15)
+	MOVQ           R14, 232(R15)
+	VAESENC        Y10, Y1, Y1
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	VAESENC        Y10, Y2, Y2
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	VAESENC        Y10, Y3, Y3
+	XORQ           R10, CX
+	MOVQ           CX, 240(R15)
+	VAESENC        Y10, Y4, Y4
+	MOVQ           R14, 248(R15)
+	MOVQ           R14, R10
+	VAESENC        Y10, Y5, Y5
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	VAESENC        Y10, Y6, Y6
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	VAESENC        Y10, Y7, Y7
+	VBROADCASTI128 208(AX), Y10
+	VAESENC        Y10, Y0, Y0
+	VAESENC        Y10, Y1, Y1
+	VAESENC        Y10, Y2, Y2
+	VAESENC        Y10, Y3, Y3
+	VAESENC        Y10, Y4, Y4
+	VAESENC        Y10, Y5, Y5
+	VAESENC        Y10, Y6, Y6
+	VAESENC        Y10, Y7, Y7
+	VAESENCLAST    Y9, Y0, Y0
+	VPXOR          (BX), Y0, Y0
 	VMOVDQU        Y0, (DI)
-	VAESENCLAST    160(SP), Y1, Y1
+	VAESENCLAST    Y9, Y1, Y1
+	VPXOR          32(BX), Y1, Y1
 	VMOVDQU        Y1, 32(DI)
-	VAESENCLAST    192(SP), Y2, Y2
+	VAESENCLAST    Y9, Y2, Y2
+	VPXOR          64(BX), Y2, Y2
 	VMOVDQU        Y2, 64(DI)
-	VAESENCLAST    224(SP), Y3, Y3
+	VAESENCLAST    Y9, Y3, Y3
+	VPXOR          96(BX), Y3, Y3
 	VMOVDQU        Y3, 96(DI)
-	VAESENCLAST    256(SP), Y4, Y4
+	VAESENCLAST    Y9, Y4, Y4
+	VPXOR          128(BX), Y4, Y4
 	VMOVDQU        Y4, 128(DI)
-	VAESENCLAST    288(SP), Y5, Y5
+	VAESENCLAST    Y9, Y5, Y5
+	VPXOR          160(BX), Y5, Y5
 	VMOVDQU        Y5, 160(DI)
-	VAESENCLAST    320(SP), Y6, Y6
+	VAESENCLAST    Y9, Y6, Y6
+	VPXOR          192(BX), Y6, Y6
 	VMOVDQU        Y6, 192(DI)
-	VAESENCLAST    352(SP), Y7, Y7
+	VAESENCLAST    Y9, Y7, Y7
+	VPXOR          224(BX), Y7, Y7
 	VMOVDQU        Y7, 224(DI)
+	SUBQ           $0x00000100, DX
+	JZ             done
 	ADDQ           $0x00000100, SI
 	ADDQ           $0x00000100, DI
-	SUBQ           $0x00000100, DX
-	DECQ           R12
-	JNZ            group
-	TESTQ          DX, DX
-	JZ             done
-	ADDQ           $0x10, R11
-	LEAQ           128(SP), R10
-	CMPQ           R11, R10
-	JNE            sector
+	CMPQ           R11, R9
+	JNE            group
 	JMP            tweaks
 
 done:
+	XORQ    CX, CX
+	XORQ    R14, R14
 	VPXOR   Y0, Y0, Y0
 	VMOVDQU Y0, (SP)
 	VMOVDQU Y0, 32(SP)
@@ -1246,435 +1567,890 @@ done:
 	VMOVDQU Y0, 288(SP)
 	VMOVDQU Y0, 320(SP)
 	VMOVDQU Y0, 352(SP)
+	VMOVDQU Y0, 384(SP)
+	VMOVDQU Y0, 416(SP)
+	VMOVDQU Y0, 448(SP)
+	VMOVDQU Y0, 480(SP)
+	VMOVDQU Y0, 512(SP)
+	VMOVDQU Y0, 544(SP)
+	VMOVDQU Y0, 576(SP)
+	VMOVDQU Y0, 608(SP)
+	VMOVDQU Y0, 640(SP)
+	VZEROALL
+	RET
+
+// func encryptVAES512(s *byte, dst *byte, src *byte, n int, iv uint64, shift int)
+// Requires: AVX, AVX512BW, AVX512F, VAES, VPCLMULQDQ
+TEXT ·encryptVAES512(SB), NOSPLIT, $192-48
+	MOVQ            s+0(FP), AX
+	MOVQ            dst+8(FP), DI
+	MOVQ            src+16(FP), SI
+	MOVQ            n+24(FP), DX
+	MOVQ            iv+32(FP), R8
+	MOVQ            shift+40(FP), CX
+	MOVQ            $0x00000001, R13
+	SHLQ            CL, R13
+	VMOVQ           CX, X30
+	VMOVDQU64       wrap2<>+0(SB), Z27
+	VBROADCASTI32X4 (AX), Z25
+	VBROADCASTI32X4 224(AX), Z26
+	LEAQ            144(SP), R9
+
+tweaks:
+	VMOVQ           R8, X31
+	VSHUFI64X2      $0x00, Z31, Z31, Z31
+	VBROADCASTI32X4 480(AX), Z24
+	VMOVDQU64       ordinals<>+0(SB), Z0
+	VPSLLQ          X30, Z0, Z0
+	VPADDQ          Z31, Z0, Z0
+	VPXORQ          Z24, Z0, Z0
+	VMOVDQU64       ordinals<>+64(SB), Z1
+	VPSLLQ          X30, Z1, Z1
+	VPADDQ          Z31, Z1, Z1
+	VPXORQ          Z24, Z1, Z1
+	LEAQ            (R8)(R13*8), R8
+	CMPQ            720(AX), $0x0a
+	JEQ             tweaks128
+	VBROADCASTI32X4 496(AX), Z24
+	VAESENC         Z24, Z0, Z0
+	VAESENC         Z24, Z1, Z1
+	VBROADCASTI32X4 512(AX), Z24
+	VAESENC         Z24, Z0, Z0
+	VAESENC         Z24, Z1, Z1
+	VBROADCASTI32X4 528(AX), Z24
+	VAESENC         Z24, Z0, Z0
+	VAESENC         Z24, Z1, Z1
+	VBROADCASTI32X4 544(AX), Z24
+	VAESENC         Z24, Z0, Z0
+	VAESENC         Z24, Z1, Z1
+
+tweaks128:
+	VBROADCASTI32X4 560(AX), Z24
+	VAESENC         Z24, Z0, Z0
+	VAESENC         Z24, Z1, Z1
+	VBROADCASTI32X4 576(AX), Z24
+	VAESENC         Z24, Z0, Z0
+	VAESENC         Z24, Z1, Z1
+	VBROADCASTI32X4 592(AX), Z24
+	VAESENC         Z24, Z0, Z0
+	VAESENC         Z24, Z1, Z1
+	VBROADCASTI32X4 608(AX), Z24
+	VAESENC         Z24, Z0, Z0
+	VAESENC         Z24, Z1, Z1
+	VBROADCASTI32X4 624(AX), Z24
+	VAESENC         Z24, Z0, Z0
+	VAESENC         Z24, Z1, Z1
+	VBROADCASTI32X4 640(AX), Z24
+	VAESENC         Z24, Z0, Z0
+	VAESENC         Z24, Z1, Z1
+	VBROADCASTI32X4 656(AX), Z24
+	VAESENC         Z24, Z0, Z0
+	VAESENC         Z24, Z1, Z1
+	VBROADCASTI32X4 672(AX), Z24
+	VAESENC         Z24, Z0, Z0
+	VAESENC         Z24, Z1, Z1
+	VBROADCASTI32X4 688(AX), Z24
+	VAESENC         Z24, Z0, Z0
+	VAESENC         Z24, Z1, Z1
+	VBROADCASTI32X4 704(AX), Z24
+	VAESENCLAST     Z24, Z0, Z0
+	VMOVDQU64       Z0, (SP)
+	VAESENCLAST     Z24, Z1, Z1
+	VMOVDQU64       Z1, 64(SP)
+	VSHUFI64X2      $0x00, Z0, Z0, Z31
+	VPSRLVQ         right0<>+0(SB), Z31, Z28
+	VPSLLVQ         left0<>+0(SB), Z31, Z16
+	VPCLMULQDQ      $0x01, Z27, Z28, Z29
+	VPSLLDQ         $0x08, Z28, Z28
+	VPTERNLOGQ      $0x96, Z28, Z29, Z16
+	VPSRLVQ         right4<>+0(SB), Z31, Z28
+	VPSLLVQ         left4<>+0(SB), Z31, Z17
+	VPCLMULQDQ      $0x01, Z27, Z28, Z29
+	VPSLLDQ         $0x08, Z28, Z28
+	VPTERNLOGQ      $0x96, Z28, Z29, Z17
+	VPSRLDQ         $0x0f, Z16, Z28
+	VPSLLDQ         $0x01, Z16, Z18
+	VPCLMULQDQ      $0x00, Z27, Z28, Z28
+	VPXORQ          Z28, Z18, Z18
+	VPSRLDQ         $0x0f, Z17, Z28
+	VPSLLDQ         $0x01, Z17, Z19
+	VPCLMULQDQ      $0x00, Z27, Z28, Z28
+	VPXORQ          Z28, Z19, Z19
+	VPSRLDQ         $0x0e, Z16, Z28
+	VPSLLDQ         $0x02, Z16, Z20
+	VPCLMULQDQ      $0x00, Z27, Z28, Z28
+	VPXORQ          Z28, Z20, Z20
+	VPSRLDQ         $0x0e, Z17, Z28
+	VPSLLDQ         $0x02, Z17, Z21
+	VPCLMULQDQ      $0x00, Z27, Z28, Z28
+	VPXORQ          Z28, Z21, Z21
+	VPSRLDQ         $0x0d, Z16, Z28
+	VPSLLDQ         $0x03, Z16, Z22
+	VPCLMULQDQ      $0x00, Z27, Z28, Z28
+	VPXORQ          Z28, Z22, Z22
+	VPSRLDQ         $0x0d, Z17, Z28
+	VPSLLDQ         $0x03, Z17, Z23
+	VPCLMULQDQ      $0x00, Z27, Z28, Z28
+	VPXORQ          Z28, Z23, Z23
+	LEAQ            16(SP), R11
+	MOVQ            R13, R12
+
+group:
+	VMOVDQA64  Z16, Z8
+	VMOVDQU64  (SI), Z0
+	VPTERNLOGQ $0x96, Z8, Z25, Z0
+	VMOVDQA64  Z17, Z9
+	VMOVDQU64  64(SI), Z1
+	VPTERNLOGQ $0x96, Z9, Z25, Z1
+	VMOVDQA64  Z18, Z10
+	VMOVDQU64  128(SI), Z2
+	VPTERNLOGQ $0x96, Z10, Z25, Z2
+	VMOVDQA64  Z19, Z11
+	VMOVDQU64  192(SI), Z3
+	VPTERNLOGQ $0x96, Z11, Z25, Z3
+	VMOVDQA64  Z20, Z12
+	VMOVDQU64  256(SI), Z4
+	VPTERNLOGQ $0x96, Z12, Z25, Z4
+	VMOVDQA64  Z21, Z13
+	VMOVDQU64  320(SI), Z5
+	VPTERNLOGQ $0x96, Z13, Z25, Z5
+	VMOVDQA64  Z22, Z14
+	VMOVDQU64  384(SI), Z6
+	VPTERNLOGQ $0x96, Z14, Z25, Z6
+	VMOVDQA64  Z23, Z15
+	VMOVDQU64  448(SI), Z7
+	VPTERNLOGQ $0x96, Z15, Z25, Z7
+	DECQ       R12
+	JNZ        same
+
+	// The next group is of the next sector, or is not used if this is the eighth.
+	VBROADCASTI32X4 (R11), Z31
+	ADDQ            $0x10, R11
+	MOVQ            R13, R12
+	JMP             rounds
+
+same:
+	VPSRLDQ    $0x0c, Z31, Z28
+	VPSLLDQ    $0x04, Z31, Z31
+	VPCLMULQDQ $0x00, Z27, Z28, Z28
+	VPXORQ     Z28, Z31, Z31
+
+rounds:
+	CMPQ            720(AX), $0x0a
+	JEQ             data128
+	VBROADCASTI32X4 16(AX), Z24
+	VAESENC         Z24, Z0, Z0
+	VAESENC         Z24, Z1, Z1
+	VAESENC         Z24, Z2, Z2
+	VAESENC         Z24, Z3, Z3
+	VAESENC         Z24, Z4, Z4
+	VAESENC         Z24, Z5, Z5
+	VAESENC         Z24, Z6, Z6
+	VAESENC         Z24, Z7, Z7
+	VBROADCASTI32X4 32(AX), Z24
+	VAESENC         Z24, Z0, Z0
+	VAESENC         Z24, Z1, Z1
+	VAESENC         Z24, Z2, Z2
+	VAESENC         Z24, Z3, Z3
+	VAESENC         Z24, Z4, Z4
+	VAESENC         Z24, Z5, Z5
+	VAESENC         Z24, Z6, Z6
+	VAESENC         Z24, Z7, Z7
+	VBROADCASTI32X4 48(AX), Z24
+	VAESENC         Z24, Z0, Z0
+	VAESENC         Z24, Z1, Z1
+	VAESENC         Z24, Z2, Z2
+	VAESENC         Z24, Z3, Z3
+	VAESENC         Z24, Z4, Z4
+	VAESENC         Z24, Z5, Z5
+	VAESENC         Z24, Z6, Z6
+	VAESENC         Z24, Z7, Z7
+	VBROADCASTI32X4 64(AX), Z24
+	VAESENC         Z24, Z0, Z0
+	VAESENC         Z24, Z1, Z1
+	VAESENC         Z24, Z2, Z2
+	VAESENC         Z24, Z3, Z3
+	VAESENC         Z24, Z4, Z4
+	VAESENC         Z24, Z5, Z5
+	VAESENC         Z24, Z6, Z6
+	VAESENC         Z24, Z7, Z7
+
+data128:
+	VBROADCASTI32X4 80(AX), Z24
+	VAESENC         Z24, Z0, Z0
+	VPSRLVQ         right0<>+0(SB), Z31, Z28
+	VAESENC         Z24, Z1, Z1
+	VPSLLVQ         left0<>+0(SB), Z31, Z16
+	VAESENC         Z24, Z2, Z2
+	VPCLMULQDQ      $0x01, Z27, Z28, Z29
+	VAESENC         Z24, Z3, Z3
+	VPSLLDQ         $0x08, Z28, Z28
+	VAESENC         Z24, Z4, Z4
+	VPTERNLOGQ      $0x96, Z28, Z29, Z16
+	VAESENC         Z24, Z5, Z5
+	VAESENC         Z24, Z6, Z6
+	VAESENC         Z24, Z7, Z7
+	VBROADCASTI32X4 96(AX), Z24
+	VAESENC         Z24, Z0, Z0
+	VPSRLVQ         right4<>+0(SB), Z31, Z28
+	VAESENC         Z24, Z1, Z1
+	VPSLLVQ         left4<>+0(SB), Z31, Z17
+	VAESENC         Z24, Z2, Z2
+	VPCLMULQDQ      $0x01, Z27, Z28, Z29
+	VAESENC         Z24, Z3, Z3
+	VPSLLDQ         $0x08, Z28, Z28
+	VAESENC         Z24, Z4, Z4
+	VPTERNLOGQ      $0x96, Z28, Z29, Z17
+	VAESENC         Z24, Z5, Z5
+	VAESENC         Z24, Z6, Z6
+	VAESENC         Z24, Z7, Z7
+	VBROADCASTI32X4 112(AX), Z24
+	VAESENC         Z24, Z0, Z0
+	VPSRLDQ         $0x0f, Z16, Z28
+	VAESENC         Z24, Z1, Z1
+	VPSLLDQ         $0x01, Z16, Z18
+	VAESENC         Z24, Z2, Z2
+	VPCLMULQDQ      $0x00, Z27, Z28, Z28
+	VAESENC         Z24, Z3, Z3
+	VPXORQ          Z28, Z18, Z18
+	VAESENC         Z24, Z4, Z4
+	VAESENC         Z24, Z5, Z5
+	VAESENC         Z24, Z6, Z6
+	VAESENC         Z24, Z7, Z7
+	VBROADCASTI32X4 128(AX), Z24
+	VAESENC         Z24, Z0, Z0
+	VPSRLDQ         $0x0f, Z17, Z28
+	VAESENC         Z24, Z1, Z1
+	VPSLLDQ         $0x01, Z17, Z19
+	VAESENC         Z24, Z2, Z2
+	VPCLMULQDQ      $0x00, Z27, Z28, Z28
+	VAESENC         Z24, Z3, Z3
+	VPXORQ          Z28, Z19, Z19
+	VAESENC         Z24, Z4, Z4
+	VAESENC         Z24, Z5, Z5
+	VAESENC         Z24, Z6, Z6
+	VAESENC         Z24, Z7, Z7
+	VBROADCASTI32X4 144(AX), Z24
+	VAESENC         Z24, Z0, Z0
+	VPSRLDQ         $0x0e, Z16, Z28
+	VAESENC         Z24, Z1, Z1
+	VPSLLDQ         $0x02, Z16, Z20
+	VAESENC         Z24, Z2, Z2
+	VPCLMULQDQ      $0x00, Z27, Z28, Z28
+	VAESENC         Z24, Z3, Z3
+	VPXORQ          Z28, Z20, Z20
+	VAESENC         Z24, Z4, Z4
+	VAESENC         Z24, Z5, Z5
+	VAESENC         Z24, Z6, Z6
+	VAESENC         Z24, Z7, Z7
+	VBROADCASTI32X4 160(AX), Z24
+	VAESENC         Z24, Z0, Z0
+	VPSRLDQ         $0x0e, Z17, Z28
+	VAESENC         Z24, Z1, Z1
+	VPSLLDQ         $0x02, Z17, Z21
+	VAESENC         Z24, Z2, Z2
+	VPCLMULQDQ      $0x00, Z27, Z28, Z28
+	VAESENC         Z24, Z3, Z3
+	VPXORQ          Z28, Z21, Z21
+	VAESENC         Z24, Z4, Z4
+	VAESENC         Z24, Z5, Z5
+	VAESENC         Z24, Z6, Z6
+	VAESENC         Z24, Z7, Z7
+	VBROADCASTI32X4 176(AX), Z24
+	VAESENC         Z24, Z0, Z0
+	VPSRLDQ         $0x0d, Z16, Z28
+	VAESENC         Z24, Z1, Z1
+	VPSLLDQ         $0x03, Z16, Z22
+	VAESENC         Z24, Z2, Z2
+	VPCLMULQDQ      $0x00, Z27, Z28, Z28
+	VAESENC         Z24, Z3, Z3
+	VPXORQ          Z28, Z22, Z22
+	VAESENC         Z24, Z4, Z4
+	VAESENC         Z24, Z5, Z5
+	VAESENC         Z24, Z6, Z6
+	VAESENC         Z24, Z7, Z7
+	VBROADCASTI32X4 192(AX), Z24
+	VAESENC         Z24, Z0, Z0
+	VPSRLDQ         $0x0d, Z17, Z28
+	VAESENC         Z24, Z1, Z1
+	VPSLLDQ         $0x03, Z17, Z23
+	VAESENC         Z24, Z2, Z2
+	VPCLMULQDQ      $0x00, Z27, Z28, Z28
+	VAESENC         Z24, Z3, Z3
+	VPXORQ          Z28, Z23, Z23
+	VAESENC         Z24, Z4, Z4
+	VAESENC         Z24, Z5, Z5
+	VAESENC         Z24, Z6, Z6
+	VAESENC         Z24, Z7, Z7
+	VBROADCASTI32X4 208(AX), Z24
+	VAESENC         Z24, Z0, Z0
+	VAESENC         Z24, Z1, Z1
+	VAESENC         Z24, Z2, Z2
+	VAESENC         Z24, Z3, Z3
+	VAESENC         Z24, Z4, Z4
+	VAESENC         Z24, Z5, Z5
+	VAESENC         Z24, Z6, Z6
+	VAESENC         Z24, Z7, Z7
+	VAESENCLAST     Z26, Z0, Z0
+	VPXORQ          Z8, Z0, Z0
+	VMOVDQU64       Z0, (DI)
+	VAESENCLAST     Z26, Z1, Z1
+	VPXORQ          Z9, Z1, Z1
+	VMOVDQU64       Z1, 64(DI)
+	VAESENCLAST     Z26, Z2, Z2
+	VPXORQ          Z10, Z2, Z2
+	VMOVDQU64       Z2, 128(DI)
+	VAESENCLAST     Z26, Z3, Z3
+	VPXORQ          Z11, Z3, Z3
+	VMOVDQU64       Z3, 192(DI)
+	VAESENCLAST     Z26, Z4, Z4
+	VPXORQ          Z12, Z4, Z4
+	VMOVDQU64       Z4, 256(DI)
+	VAESENCLAST     Z26, Z5, Z5
+	VPXORQ          Z13, Z5, Z5
+	VMOVDQU64       Z5, 320(DI)
+	VAESENCLAST     Z26, Z6, Z6
+	VPXORQ          Z14, Z6, Z6
+	VMOVDQU64       Z6, 384(DI)
+	VAESENCLAST     Z26, Z7, Z7
+	VPXORQ          Z15, Z7, Z7
+	VMOVDQU64       Z7, 448(DI)
+	SUBQ            $0x00000200, DX
+	JZ              done
+	ADDQ            $0x00000200, SI
+	ADDQ            $0x00000200, DI
+	CMPQ            R11, R9
+	JNE             group
+	JMP             tweaks
+
+done:
+	VPXORQ    Z0, Z0, Z0
+	VMOVDQU64 Z0, (SP)
+	VMOVDQU64 Z0, 64(SP)
+	VMOVDQU64 Z0, 128(SP)
+	VPXORQ    Z16, Z16, Z16
+	VPXORQ    Z17, Z17, Z17
+	VPXORQ    Z18, Z18, Z18
+	VPXORQ    Z19, Z19, Z19
+	VPXORQ    Z20, Z20, Z20
+	VPXORQ    Z21, Z21, Z21
+	VPXORQ    Z22, Z22, Z22
+	VPXORQ    Z23, Z23, Z23
+	VPXORQ    Z24, Z24, Z24
+	VPXORQ    Z25, Z25, Z25
+	VPXORQ    Z26, Z26, Z26
+	VPXORQ    Z27, Z27, Z27
+	VPXORQ    Z28, Z28, Z28
+	VPXORQ    Z29, Z29, Z29
+	VPXORQ    Z30, Z30, Z30
+	VPXORQ    Z31, Z31, Z31
 	VZEROALL
 	RET
 
 // func decryptAESNI(s *byte, dst *byte, src *byte, n int, iv uint64, shift int)
 // Requires: AES, SSE2
-TEXT ·decryptAESNI(SB), NOSPLIT, $264-48
-	MOVQ  s+0(FP), AX
-	MOVQ  dst+8(FP), DI
-	MOVQ  src+16(FP), SI
-	MOVQ  n+24(FP), DX
-	MOVQ  iv+32(FP), R8
-	MOVQ  shift+40(FP), CX
-	MOVQ  $0x00000001, R9
-	SHLQ  CL, R9
-	LEAQ  8(SP), R10
-	ANDQ  $-16, R10
-	MOVQ  R9, R13
-	SHLQ  $0x02, R13
-	MOVOU poly<>+0(SB), X10
-	MOVO  240(AX), X11
-	MOVO  464(AX), X12
+TEXT ·decryptAESNI(SB), NOSPLIT, $408-48
+	MOVQ s+0(FP), AX
+	MOVQ dst+8(FP), DI
+	MOVQ src+16(FP), SI
+	MOVQ n+24(FP), DX
+	MOVQ iv+32(FP), R8
+	MOVQ shift+40(FP), CX
+	LEAQ 152(SP), R9
+	ANDQ $-16, R9
+	MOVQ R9, BX
+	LEAQ 128(R9), R15
+	MOVQ $0x00000004, R13
+	SHLQ CL, R13
+	MOVO 240(AX), X8
+	MOVO 464(AX), X9
 
 tweaks:
-	MOVO   480(AX), X13
+	MOVQ   R13, R10
+	SHRQ   $0x02, R10
+	MOVO   480(AX), X10
 	MOVQ   R8, X0
-	ADDQ   R9, R8
-	PXOR   X13, X0
+	ADDQ   R10, R8
+	PXOR   X10, X0
 	MOVQ   R8, X1
-	ADDQ   R9, R8
-	PXOR   X13, X1
+	ADDQ   R10, R8
+	PXOR   X10, X1
 	MOVQ   R8, X2
-	ADDQ   R9, R8
-	PXOR   X13, X2
+	ADDQ   R10, R8
+	PXOR   X10, X2
 	MOVQ   R8, X3
-	ADDQ   R9, R8
-	PXOR   X13, X3
+	ADDQ   R10, R8
+	PXOR   X10, X3
 	MOVQ   R8, X4
-	ADDQ   R9, R8
-	PXOR   X13, X4
+	ADDQ   R10, R8
+	PXOR   X10, X4
 	MOVQ   R8, X5
-	ADDQ   R9, R8
-	PXOR   X13, X5
+	ADDQ   R10, R8
+	PXOR   X10, X5
 	MOVQ   R8, X6
-	ADDQ   R9, R8
-	PXOR   X13, X6
+	ADDQ   R10, R8
+	PXOR   X10, X6
 	MOVQ   R8, X7
-	ADDQ   R9, R8
-	PXOR   X13, X7
+	ADDQ   R10, R8
+	PXOR   X10, X7
 	CMPQ   720(AX), $0x0a
 	JEQ    tweaks128
-	MOVO   496(AX), X13
-	AESENC X13, X0
-	AESENC X13, X1
-	AESENC X13, X2
-	AESENC X13, X3
-	AESENC X13, X4
-	AESENC X13, X5
-	AESENC X13, X6
-	AESENC X13, X7
-	MOVO   512(AX), X13
-	AESENC X13, X0
-	AESENC X13, X1
-	AESENC X13, X2
-	AESENC X13, X3
-	AESENC X13, X4
-	AESENC X13, X5
-	AESENC X13, X6
-	AESENC X13, X7
-	MOVO   528(AX), X13
-	AESENC X13, X0
-	AESENC X13, X1
-	AESENC X13, X2
-	AESENC X13, X3
-	AESENC X13, X4
-	AESENC X13, X5
-	AESENC X13, X6
-	AESENC X13, X7
-	MOVO   544(AX), X13
-	AESENC X13, X0
-	AESENC X13, X1
-	AESENC X13, X2
-	AESENC X13, X3
-	AESENC X13, X4
-	AESENC X13, X5
-	AESENC X13, X6
-	AESENC X13, X7
+	MOVO   496(AX), X10
+	AESENC X10, X0
+	AESENC X10, X1
+	AESENC X10, X2
+	AESENC X10, X3
+	AESENC X10, X4
+	AESENC X10, X5
+	AESENC X10, X6
+	AESENC X10, X7
+	MOVO   512(AX), X10
+	AESENC X10, X0
+	AESENC X10, X1
+	AESENC X10, X2
+	AESENC X10, X3
+	AESENC X10, X4
+	AESENC X10, X5
+	AESENC X10, X6
+	AESENC X10, X7
+	MOVO   528(AX), X10
+	AESENC X10, X0
+	AESENC X10, X1
+	AESENC X10, X2
+	AESENC X10, X3
+	AESENC X10, X4
+	AESENC X10, X5
+	AESENC X10, X6
+	AESENC X10, X7
+	MOVO   544(AX), X10
+	AESENC X10, X0
+	AESENC X10, X1
+	AESENC X10, X2
+	AESENC X10, X3
+	AESENC X10, X4
+	AESENC X10, X5
+	AESENC X10, X6
+	AESENC X10, X7
 
 tweaks128:
-	MOVO       560(AX), X13
-	AESENC     X13, X0
-	AESENC     X13, X1
-	AESENC     X13, X2
-	AESENC     X13, X3
-	AESENC     X13, X4
-	AESENC     X13, X5
-	AESENC     X13, X6
-	AESENC     X13, X7
-	MOVO       576(AX), X13
-	AESENC     X13, X0
-	AESENC     X13, X1
-	AESENC     X13, X2
-	AESENC     X13, X3
-	AESENC     X13, X4
-	AESENC     X13, X5
-	AESENC     X13, X6
-	AESENC     X13, X7
-	MOVO       592(AX), X13
-	AESENC     X13, X0
-	AESENC     X13, X1
-	AESENC     X13, X2
-	AESENC     X13, X3
-	AESENC     X13, X4
-	AESENC     X13, X5
-	AESENC     X13, X6
-	AESENC     X13, X7
-	MOVO       608(AX), X13
-	AESENC     X13, X0
-	AESENC     X13, X1
-	AESENC     X13, X2
-	AESENC     X13, X3
-	AESENC     X13, X4
-	AESENC     X13, X5
-	AESENC     X13, X6
-	AESENC     X13, X7
-	MOVO       624(AX), X13
-	AESENC     X13, X0
-	AESENC     X13, X1
-	AESENC     X13, X2
-	AESENC     X13, X3
-	AESENC     X13, X4
-	AESENC     X13, X5
-	AESENC     X13, X6
-	AESENC     X13, X7
-	MOVO       640(AX), X13
-	AESENC     X13, X0
-	AESENC     X13, X1
-	AESENC     X13, X2
-	AESENC     X13, X3
-	AESENC     X13, X4
-	AESENC     X13, X5
-	AESENC     X13, X6
-	AESENC     X13, X7
-	MOVO       656(AX), X13
-	AESENC     X13, X0
-	AESENC     X13, X1
-	AESENC     X13, X2
-	AESENC     X13, X3
-	AESENC     X13, X4
-	AESENC     X13, X5
-	AESENC     X13, X6
-	AESENC     X13, X7
-	MOVO       672(AX), X13
-	AESENC     X13, X0
-	AESENC     X13, X1
-	AESENC     X13, X2
-	AESENC     X13, X3
-	AESENC     X13, X4
-	AESENC     X13, X5
-	AESENC     X13, X6
-	AESENC     X13, X7
-	MOVO       688(AX), X13
-	AESENC     X13, X0
-	AESENC     X13, X1
-	AESENC     X13, X2
-	AESENC     X13, X3
-	AESENC     X13, X4
-	AESENC     X13, X5
-	AESENC     X13, X6
-	AESENC     X13, X7
-	MOVO       704(AX), X13
-	AESENCLAST X13, X0
-	MOVO       X0, (R10)
-	AESENCLAST X13, X1
-	MOVO       X1, 16(R10)
-	AESENCLAST X13, X2
-	MOVO       X2, 32(R10)
-	AESENCLAST X13, X3
-	MOVO       X3, 48(R10)
-	AESENCLAST X13, X4
-	MOVO       X4, 64(R10)
-	AESENCLAST X13, X5
-	MOVO       X5, 80(R10)
-	AESENCLAST X13, X6
-	MOVO       X6, 96(R10)
-	AESENCLAST X13, X7
-	MOVO       X7, 112(R10)
-	MOVQ       R10, R11
-
-sector:
-	MOVO (R11), X8
-	MOVQ R13, R12
+	MOVO       560(AX), X10
+	AESENC     X10, X0
+	AESENC     X10, X1
+	AESENC     X10, X2
+	AESENC     X10, X3
+	AESENC     X10, X4
+	AESENC     X10, X5
+	AESENC     X10, X6
+	AESENC     X10, X7
+	MOVO       576(AX), X10
+	AESENC     X10, X0
+	AESENC     X10, X1
+	AESENC     X10, X2
+	AESENC     X10, X3
+	AESENC     X10, X4
+	AESENC     X10, X5
+	AESENC     X10, X6
+	AESENC     X10, X7
+	MOVO       592(AX), X10
+	AESENC     X10, X0
+	AESENC     X10, X1
+	AESENC     X10, X2
+	AESENC     X10, X3
+	AESENC     X10, X4
+	AESENC     X10, X5
+	AESENC     X10, X6
+	AESENC     X10, X7
+	MOVO       608(AX), X10
+	AESENC     X10, X0
+	AESENC     X10, X1
+	AESENC     X10, X2
+	AESENC     X10, X3
+	AESENC     X10, X4
+	AESENC     X10, X5
+	AESENC     X10, X6
+	AESENC     X10, X7
+	MOVO       624(AX), X10
+	AESENC     X10, X0
+	AESENC     X10, X1
+	AESENC     X10, X2
+	AESENC     X10, X3
+	AESENC     X10, X4
+	AESENC     X10, X5
+	AESENC     X10, X6
+	AESENC     X10, X7
+	MOVO       640(AX), X10
+	AESENC     X10, X0
+	AESENC     X10, X1
+	AESENC     X10, X2
+	AESENC     X10, X3
+	AESENC     X10, X4
+	AESENC     X10, X5
+	AESENC     X10, X6
+	AESENC     X10, X7
+	MOVO       656(AX), X10
+	AESENC     X10, X0
+	AESENC     X10, X1
+	AESENC     X10, X2
+	AESENC     X10, X3
+	AESENC     X10, X4
+	AESENC     X10, X5
+	AESENC     X10, X6
+	AESENC     X10, X7
+	MOVO       672(AX), X10
+	AESENC     X10, X0
+	AESENC     X10, X1
+	AESENC     X10, X2
+	AESENC     X10, X3
+	AESENC     X10, X4
+	AESENC     X10, X5
+	AESENC     X10, X6
+	AESENC     X10, X7
+	MOVO       688(AX), X10
+	AESENC     X10, X0
+	AESENC     X10, X1
+	AESENC     X10, X2
+	AESENC     X10, X3
+	AESENC     X10, X4
+	AESENC     X10, X5
+	AESENC     X10, X6
+	AESENC     X10, X7
+	MOVO       704(AX), X10
+	AESENCLAST X10, X0
+	MOVO       X0, -144(R9)
+	AESENCLAST X10, X1
+	MOVO       X1, -128(R9)
+	AESENCLAST X10, X2
+	MOVO       X2, -112(R9)
+	AESENCLAST X10, X3
+	MOVO       X3, -96(R9)
+	AESENCLAST X10, X4
+	MOVO       X4, -80(R9)
+	AESENCLAST X10, X5
+	MOVO       X5, -64(R9)
+	AESENCLAST X10, X6
+	MOVO       X6, -48(R9)
+	AESENCLAST X10, X7
+	MOVO       X7, -32(R9)
+	LEAQ       -128(R9), R11
+	MOVQ       -16(R11), CX
+	MOVQ       -8(R11), R14
+	MOVQ       CX, (R15)
+	MOVQ       R14, 8(R15)
+	MOVQ       R14, R10
+	SARQ       $0x3f, R10
+	ANDL       $0x00000087, R10
+	ADDQ       CX, CX
+	ADCQ       R14, R14
+	XORQ       R10, CX
+	MOVQ       CX, 16(R15)
+	MOVQ       R14, 24(R15)
+	MOVQ       R14, R10
+	SARQ       $0x3f, R10
+	ANDL       $0x00000087, R10
+	ADDQ       CX, CX
+	ADCQ       R14, R14
+	XORQ       R10, CX
+	MOVQ       CX, 32(R15)
+	MOVQ       R14, 40(R15)
+	MOVQ       R14, R10
+	SARQ       $0x3f, R10
+	ANDL       $0x00000087, R10
+	ADDQ       CX, CX
+	ADCQ       R14, R14
+	XORQ       R10, CX
+	MOVQ       CX, 48(R15)
+	MOVQ       R14, 56(R15)
+	MOVQ       R14, R10
+	SARQ       $0x3f, R10
+	ANDL       $0x00000087, R10
+	ADDQ       CX, CX
+	ADCQ       R14, R14
+	XORQ       R10, CX
+	MOVQ       CX, 64(R15)
+	MOVQ       R14, 72(R15)
+	MOVQ       R14, R10
+	SARQ       $0x3f, R10
+	ANDL       $0x00000087, R10
+	ADDQ       CX, CX
+	ADCQ       R14, R14
+	XORQ       R10, CX
+	MOVQ       CX, 80(R15)
+	MOVQ       R14, 88(R15)
+	MOVQ       R14, R10
+	SARQ       $0x3f, R10
+	ANDL       $0x00000087, R10
+	ADDQ       CX, CX
+	ADCQ       R14, R14
+	XORQ       R10, CX
+	MOVQ       CX, 96(R15)
+	MOVQ       R14, 104(R15)
+	MOVQ       R14, R10
+	SARQ       $0x3f, R10
+	ANDL       $0x00000087, R10
+	ADDQ       CX, CX
+	ADCQ       R14, R14
+	XORQ       R10, CX
+	MOVQ       CX, 112(R15)
+	MOVQ       R14, 120(R15)
+	MOVQ       R14, R10
+	SARQ       $0x3f, R10
+	ANDL       $0x00000087, R10
+	ADDQ       CX, CX
+	ADCQ       R14, R14
+	XORQ       R10, CX
+	MOVQ       R13, R12
 
 group:
+	XCHGQ BX, R15
+	DECQ  R12
+	JNZ   same
+
+	// The group after this one is of the next sector, or is not used if this is the eighth.
+	MOVQ (R11), CX
+	MOVQ 8(R11), R14
+	ADDQ $0x10, R11
+	MOVQ R13, R12
+
+same:
 	MOVOU  (SI), X0
-	MOVO   X8, X14
 	PXOR   X8, X0
-	PXOR   X12, X14
-	PXOR   X11, X0
-	MOVO   X14, 128(R10)
-	PSHUFD $0x13, X8, X9
-	PADDQ  X8, X8
-	PSRAL  $0x1f, X9
-	PAND   X10, X9
-	PXOR   X9, X8
+	PXOR   (BX), X0
 	MOVOU  16(SI), X1
-	MOVO   X8, X14
 	PXOR   X8, X1
-	PXOR   X12, X14
-	PXOR   X11, X1
-	MOVO   X14, 144(R10)
-	PSHUFD $0x13, X8, X9
-	PADDQ  X8, X8
-	PSRAL  $0x1f, X9
-	PAND   X10, X9
-	PXOR   X9, X8
+	PXOR   16(BX), X1
 	MOVOU  32(SI), X2
-	MOVO   X8, X14
 	PXOR   X8, X2
-	PXOR   X12, X14
-	PXOR   X11, X2
-	MOVO   X14, 160(R10)
-	PSHUFD $0x13, X8, X9
-	PADDQ  X8, X8
-	PSRAL  $0x1f, X9
-	PAND   X10, X9
-	PXOR   X9, X8
+	PXOR   32(BX), X2
 	MOVOU  48(SI), X3
-	MOVO   X8, X14
 	PXOR   X8, X3
-	PXOR   X12, X14
-	PXOR   X11, X3
-	MOVO   X14, 176(R10)
-	PSHUFD $0x13, X8, X9
-	PADDQ  X8, X8
-	PSRAL  $0x1f, X9
-	PAND   X10, X9
-	PXOR   X9, X8
+	PXOR   48(BX), X3
 	MOVOU  64(SI), X4
-	MOVO   X8, X14
 	PXOR   X8, X4
-	PXOR   X12, X14
-	PXOR   X11, X4
-	MOVO   X14, 192(R10)
-	PSHUFD $0x13, X8, X9
-	PADDQ  X8, X8
-	PSRAL  $0x1f, X9
-	PAND   X10, X9
-	PXOR   X9, X8
+	PXOR   64(BX), X4
 	MOVOU  80(SI), X5
-	MOVO   X8, X14
 	PXOR   X8, X5
-	PXOR   X12, X14
-	PXOR   X11, X5
-	MOVO   X14, 208(R10)
-	PSHUFD $0x13, X8, X9
-	PADDQ  X8, X8
-	PSRAL  $0x1f, X9
-	PAND   X10, X9
-	PXOR   X9, X8
+	PXOR   80(BX), X5
 	MOVOU  96(SI), X6
-	MOVO   X8, X14
 	PXOR   X8, X6
-	PXOR   X12, X14
-	PXOR   X11, X6
-	MOVO   X14, 224(R10)
-	PSHUFD $0x13, X8, X9
-	PADDQ  X8, X8
-	PSRAL  $0x1f, X9
-	PAND   X10, X9
-	PXOR   X9, X8
+	PXOR   96(BX), X6
 	MOVOU  112(SI), X7
-	MOVO   X8, X14
 	PXOR   X8, X7
-	PXOR   X12, X14
-	PXOR   X11, X7
-	MOVO   X14, 240(R10)
-	PSHUFD $0x13, X8, X9
-	PADDQ  X8, X8
-	PSRAL  $0x1f, X9
-	PAND   X10, X9
-	PXOR   X9, X8
+	PXOR   112(BX), X7
 	CMPQ   720(AX), $0x0a
 	JEQ    data128
-	MOVO   256(AX), X13
-	AESDEC X13, X0
-	AESDEC X13, X1
-	AESDEC X13, X2
-	AESDEC X13, X3
-	AESDEC X13, X4
-	AESDEC X13, X5
-	AESDEC X13, X6
-	AESDEC X13, X7
-	MOVO   272(AX), X13
-	AESDEC X13, X0
-	AESDEC X13, X1
-	AESDEC X13, X2
-	AESDEC X13, X3
-	AESDEC X13, X4
-	AESDEC X13, X5
-	AESDEC X13, X6
-	AESDEC X13, X7
-	MOVO   288(AX), X13
-	AESDEC X13, X0
-	AESDEC X13, X1
-	AESDEC X13, X2
-	AESDEC X13, X3
-	AESDEC X13, X4
-	AESDEC X13, X5
-	AESDEC X13, X6
-	AESDEC X13, X7
-	MOVO   304(AX), X13
-	AESDEC X13, X0
-	AESDEC X13, X1
-	AESDEC X13, X2
-	AESDEC X13, X3
-	AESDEC X13, X4
-	AESDEC X13, X5
-	AESDEC X13, X6
-	AESDEC X13, X7
+	MOVO   256(AX), X10
+	AESDEC X10, X0
+	AESDEC X10, X1
+	AESDEC X10, X2
+	AESDEC X10, X3
+	AESDEC X10, X4
+	AESDEC X10, X5
+	AESDEC X10, X6
+	AESDEC X10, X7
+	MOVO   272(AX), X10
+	AESDEC X10, X0
+	AESDEC X10, X1
+	AESDEC X10, X2
+	AESDEC X10, X3
+	AESDEC X10, X4
+	AESDEC X10, X5
+	AESDEC X10, X6
+	AESDEC X10, X7
+	MOVO   288(AX), X10
+	AESDEC X10, X0
+	AESDEC X10, X1
+	AESDEC X10, X2
+	AESDEC X10, X3
+	AESDEC X10, X4
+	AESDEC X10, X5
+	AESDEC X10, X6
+	AESDEC X10, X7
+	MOVO   304(AX), X10
+	AESDEC X10, X0
+	AESDEC X10, X1
+	AESDEC X10, X2
+	AESDEC X10, X3
+	AESDEC X10, X4
+	AESDEC X10, X5
+	AESDEC X10, X6
+	AESDEC X10, X7
 
 data128:
-	MOVO       320(AX), X13
-	AESDEC     X13, X0
-	AESDEC     X13, X1
-	AESDEC     X13, X2
-	AESDEC     X13, X3
-	AESDEC     X13, X4
-	AESDEC     X13, X5
-	AESDEC     X13, X6
-	AESDEC     X13, X7
-	MOVO       336(AX), X13
-	AESDEC     X13, X0
-	AESDEC     X13, X1
-	AESDEC     X13, X2
-	AESDEC     X13, X3
-	AESDEC     X13, X4
-	AESDEC     X13, X5
-	AESDEC     X13, X6
-	AESDEC     X13, X7
-	MOVO       352(AX), X13
-	AESDEC     X13, X0
-	AESDEC     X13, X1
-	AESDEC     X13, X2
-	AESDEC     X13, X3
-	AESDEC     X13, X4
-	AESDEC     X13, X5
-	AESDEC     X13, X6
-	AESDEC     X13, X7
-	MOVO       368(AX), X13
-	AESDEC     X13, X0
-	AESDEC     X13, X1
-	AESDEC     X13, X2
-	AESDEC     X13, X3
-	AESDEC     X13, X4
-	AESDEC     X13, X5
-	AESDEC     X13, X6
-	AESDEC     X13, X7
-	MOVO       384(AX), X13
-	AESDEC     X13, X0
-	AESDEC     X13, X1
-	AESDEC     X13, X2
-	AESDEC     X13, X3
-	AESDEC     X13, X4
-	AESDEC     X13, X5
-	AESDEC     X13, X6
-	AESDEC     X13, X7
-	MOVO       400(AX), X13
-	AESDEC     X13, X0
-	AESDEC     X13, X1
-	AESDEC     X13, X2
-	AESDEC     X13, X3
-	AESDEC     X13, X4
-	AESDEC     X13, X5
-	AESDEC     X13, X6
-	AESDEC     X13, X7
-	MOVO       416(AX), X13
-	AESDEC     X13, X0
-	AESDEC     X13, X1
-	AESDEC     X13, X2
-	AESDEC     X13, X3
-	AESDEC     X13, X4
-	AESDEC     X13, X5
-	AESDEC     X13, X6
-	AESDEC     X13, X7
-	MOVO       432(AX), X13
-	AESDEC     X13, X0
-	AESDEC     X13, X1
-	AESDEC     X13, X2
-	AESDEC     X13, X3
-	AESDEC     X13, X4
-	AESDEC     X13, X5
-	AESDEC     X13, X6
-	AESDEC     X13, X7
-	MOVO       448(AX), X13
-	AESDEC     X13, X0
-	AESDEC     X13, X1
-	AESDEC     X13, X2
-	AESDEC     X13, X3
-	AESDEC     X13, X4
-	AESDEC     X13, X5
-	AESDEC     X13, X6
-	AESDEC     X13, X7
-	AESDECLAST 128(R10), X0
+	MOVO       320(AX), X10
+	AESDEC     X10, X0
+	MOVQ       CX, (R15)
+	AESDEC     X10, X1
+	MOVQ       R14, 8(R15)
+	AESDEC     X10, X2
+	MOVQ       R14, R10
+	AESDEC     X10, X3
+	SARQ       $0x3f, R10
+	AESDEC     X10, X4
+	ANDL       $0x00000087, R10
+	AESDEC     X10, X5
+	ADDQ       CX, CX
+	ADCQ       R14, R14
+	AESDEC     X10, X6
+	XORQ       R10, CX
+	AESDEC     X10, X7
+	MOVO       336(AX), X10
+	AESDEC     X10, X0
+	MOVQ       CX, 16(R15)
+	AESDEC     X10, X1
+	MOVQ       R14, 24(R15)
+	AESDEC     X10, X2
+	MOVQ       R14, R10
+	AESDEC     X10, X3
+	SARQ       $0x3f, R10
+	AESDEC     X10, X4
+	ANDL       $0x00000087, R10
+	AESDEC     X10, X5
+	ADDQ       CX, CX
+	ADCQ       R14, R14
+	AESDEC     X10, X6
+	XORQ       R10, CX
+	AESDEC     X10, X7
+	MOVO       352(AX), X10
+	AESDEC     X10, X0
+	MOVQ       CX, 32(R15)
+	AESDEC     X10, X1
+	MOVQ       R14, 40(R15)
+	AESDEC     X10, X2
+	MOVQ       R14, R10
+	AESDEC     X10, X3
+	SARQ       $0x3f, R10
+	AESDEC     X10, X4
+	ANDL       $0x00000087, R10
+	AESDEC     X10, X5
+	ADDQ       CX, CX
+	ADCQ       R14, R14
+	AESDEC     X10, X6
+	XORQ       R10, CX
+	AESDEC     X10, X7
+	MOVO       368(AX), X10
+	AESDEC     X10, X0
+	MOVQ       CX, 48(R15)
+	AESDEC     X10, X1
+	MOVQ       R14, 56(R15)
+	AESDEC     X10, X2
+	MOVQ       R14, R10
+	AESDEC     X10, X3
+	SARQ       $0x3f, R10
+	AESDEC     X10, X4
+	ANDL       $0x00000087, R10
+	AESDEC     X10, X5
+	ADDQ       CX, CX
+	ADCQ       R14, R14
+	AESDEC     X10, X6
+	XORQ       R10, CX
+	AESDEC     X10, X7
+	MOVO       384(AX), X10
+	AESDEC     X10, X0
+	MOVQ       CX, 64(R15)
+	AESDEC     X10, X1
+	MOVQ       R14, 72(R15)
+	AESDEC     X10, X2
+	MOVQ       R14, R10
+	AESDEC     X10, X3
+	SARQ       $0x3f, R10
+	AESDEC     X10, X4
+	ANDL       $0x00000087, R10
+	AESDEC     X10, X5
+	ADDQ       CX, CX
+	ADCQ       R14, R14
+	AESDEC     X10, X6
+	XORQ       R10, CX
+	AESDEC     X10, X7
+	MOVO       400(AX), X10
+	AESDEC     X10, X0
+	MOVQ       CX, 80(R15)
+	AESDEC     X10, X1
+	MOVQ       R14, 88(R15)
+	AESDEC     X10, X2
+	MOVQ       R14, R10
+	AESDEC     X10, X3
+	SARQ       $0x3f, R10
+	AESDEC     X10, X4
+	ANDL       $0x00000087, R10
+	AESDEC     X10, X5
+	ADDQ       CX, CX
+	ADCQ       R14, R14
+	AESDEC     X10, X6
+	XORQ       R10, CX
+	AESDEC     X10, X7
+	MOVO       416(AX), X10
+	AESDEC     X10, X0
+	MOVQ       CX, 96(R15)
+	AESDEC     X10, X1
+	MOVQ       R14, 104(R15)
+	AESDEC     X10, X2
+	MOVQ       R14, R10
+	AESDEC     X10, X3
+	SARQ       $0x3f, R10
+	AESDEC     X10, X4
+	ANDL       $0x00000087, R10
+	AESDEC     X10, X5
+	ADDQ       CX, CX
+	ADCQ       R14, R14
+	AESDEC     X10, X6
+	XORQ       R10, CX
+	AESDEC     X10, X7
+	MOVO       432(AX), X10
+	AESDEC     X10, X0
+	MOVQ       CX, 112(R15)
+	AESDEC     X10, X1
+	MOVQ       R14, 120(R15)
+	AESDEC     X10, X2
+	MOVQ       R14, R10
+	AESDEC     X10, X3
+	SARQ       $0x3f, R10
+	AESDEC     X10, X4
+	ANDL       $0x00000087, R10
+	AESDEC     X10, X5
+	ADDQ       CX, CX
+	ADCQ       R14, R14
+	AESDEC     X10, X6
+	XORQ       R10, CX
+	AESDEC     X10, X7
+	MOVO       448(AX), X10
+	AESDEC     X10, X0
+	AESDEC     X10, X1
+	AESDEC     X10, X2
+	AESDEC     X10, X3
+	AESDEC     X10, X4
+	AESDEC     X10, X5
+	AESDEC     X10, X6
+	AESDEC     X10, X7
+	AESDECLAST X9, X0
+	PXOR       (BX), X0
 	MOVOU      X0, (DI)
-	AESDECLAST 144(R10), X1
+	AESDECLAST X9, X1
+	PXOR       16(BX), X1
 	MOVOU      X1, 16(DI)
-	AESDECLAST 160(R10), X2
+	AESDECLAST X9, X2
+	PXOR       32(BX), X2
 	MOVOU      X2, 32(DI)
-	AESDECLAST 176(R10), X3
+	AESDECLAST X9, X3
+	PXOR       48(BX), X3
 	MOVOU      X3, 48(DI)
-	AESDECLAST 192(R10), X4
+	AESDECLAST X9, X4
+	PXOR       64(BX), X4
 	MOVOU      X4, 64(DI)
-	AESDECLAST 208(R10), X5
+	AESDECLAST X9, X5
+	PXOR       80(BX), X5
 	MOVOU      X5, 80(DI)
-	AESDECLAST 224(R10), X6
+	AESDECLAST X9, X6
+	PXOR       96(BX), X6
 	MOVOU      X6, 96(DI)
-	AESDECLAST 240(R10), X7
+	AESDECLAST X9, X7
+	PXOR       112(BX), X7
 	MOVOU      X7, 112(DI)
+	SUBQ       $0x00000080, DX
+	JZ         done
 	ADDQ       $0x00000080, SI
 	ADDQ       $0x00000080, DI
-	SUBQ       $0x00000080, DX
-	DECQ       R12
-	JNZ        group
-	TESTQ      DX, DX
-	JZ         done
-	ADDQ       $0x10, R11
-	LEAQ       128(R10), CX
-	CMPQ       R11, CX
-	JNE        sector
+	CMPQ       R11, R9
+	JNE        group
 	JMP        tweaks
 
 done:
@@ -1689,390 +2465,597 @@ done:
 	PXOR X8, X8
 	PXOR X9, X9
 	PXOR X10, X10
-	PXOR X11, X11
-	PXOR X12, X12
-	PXOR X13, X13
-	PXOR X14, X14
-	PXOR X15, X15
-	MOVO X0, (R10)
-	MOVO X0, 16(R10)
-	MOVO X0, 32(R10)
-	MOVO X0, 48(R10)
-	MOVO X0, 64(R10)
-	MOVO X0, 80(R10)
-	MOVO X0, 96(R10)
-	MOVO X0, 112(R10)
-	MOVO X0, 128(R10)
-	MOVO X0, 144(R10)
-	MOVO X0, 160(R10)
-	MOVO X0, 176(R10)
-	MOVO X0, 192(R10)
-	MOVO X0, 208(R10)
-	MOVO X0, 224(R10)
-	MOVO X0, 240(R10)
+	XORQ CX, CX
+	XORQ R14, R14
+	MOVO X0, -144(R9)
+	MOVO X0, -128(R9)
+	MOVO X0, -112(R9)
+	MOVO X0, -96(R9)
+	MOVO X0, -80(R9)
+	MOVO X0, -64(R9)
+	MOVO X0, -48(R9)
+	MOVO X0, -32(R9)
+	MOVO X0, -16(R9)
+	MOVO X0, (R9)
+	MOVO X0, 16(R9)
+	MOVO X0, 32(R9)
+	MOVO X0, 48(R9)
+	MOVO X0, 64(R9)
+	MOVO X0, 80(R9)
+	MOVO X0, 96(R9)
+	MOVO X0, 112(R9)
+	MOVO X0, 128(R9)
+	MOVO X0, 144(R9)
+	MOVO X0, 160(R9)
+	MOVO X0, 176(R9)
+	MOVO X0, 192(R9)
+	MOVO X0, 208(R9)
+	MOVO X0, 224(R9)
+	MOVO X0, 240(R9)
 	RET
 
 // func decryptVAES256(s *byte, dst *byte, src *byte, n int, iv uint64, shift int)
-// Requires: AVX, AVX2, VAES, VPCLMULQDQ
-TEXT ·decryptVAES256(SB), NOSPLIT, $384-48
+// Requires: AVX, AVX2, VAES
+TEXT ·decryptVAES256(SB), NOSPLIT, $672-48
 	MOVQ           s+0(FP), AX
 	MOVQ           dst+8(FP), DI
 	MOVQ           src+16(FP), SI
 	MOVQ           n+24(FP), DX
 	MOVQ           iv+32(FP), R8
 	MOVQ           shift+40(FP), CX
-	MOVQ           $0x00000001, R9
-	SHLQ           CL, R9
-	MOVQ           R9, R13
-	ADDQ           R13, R13
-	VMOVDQU        wrap2<>+0(SB), Y11
-	VBROADCASTI128 240(AX), Y12
-	VBROADCASTI128 464(AX), Y13
+	LEAQ           144(SP), R9
+	LEAQ           160(SP), BX
+	LEAQ           416(SP), R15
+	MOVQ           $0x00000002, R13
+	SHLQ           CL, R13
+	VMOVQ          CX, X12
+	VBROADCASTI128 240(AX), Y8
+	VBROADCASTI128 464(AX), Y9
 
 tweaks:
-	VMOVQ          R8, X8
-	VINSERTI128    $0x01, X8, Y8, Y8
-	VMOVQ          CX, X9
-	VBROADCASTI128 480(AX), Y14
-	VMOVDQU        ordinal<>+0(SB), Y0
-	VPSLLQ         X9, Y0, Y0
-	VPADDQ         Y8, Y0, Y0
-	VPXOR          Y14, Y0, Y0
-	VMOVDQU        ordinal<>+32(SB), Y1
-	VPSLLQ         X9, Y1, Y1
-	VPADDQ         Y8, Y1, Y1
-	VPXOR          Y14, Y1, Y1
-	VMOVDQU        ordinal<>+64(SB), Y2
-	VPSLLQ         X9, Y2, Y2
-	VPADDQ         Y8, Y2, Y2
-	VPXOR          Y14, Y2, Y2
-	VMOVDQU        ordinal<>+96(SB), Y3
-	VPSLLQ         X9, Y3, Y3
-	VPADDQ         Y8, Y3, Y3
-	VPXOR          Y14, Y3, Y3
-	LEAQ           (R8)(R9*8), R8
+	VMOVQ          R8, X11
+	VINSERTI128    $0x01, X11, Y11, Y11
+	VBROADCASTI128 480(AX), Y10
+	VMOVDQU        ordinals<>+0(SB), Y0
+	VPSLLQ         X12, Y0, Y0
+	VPADDQ         Y11, Y0, Y0
+	VPXOR          Y10, Y0, Y0
+	VMOVDQU        ordinals<>+32(SB), Y1
+	VPSLLQ         X12, Y1, Y1
+	VPADDQ         Y11, Y1, Y1
+	VPXOR          Y10, Y1, Y1
+	VMOVDQU        ordinals<>+64(SB), Y2
+	VPSLLQ         X12, Y2, Y2
+	VPADDQ         Y11, Y2, Y2
+	VPXOR          Y10, Y2, Y2
+	VMOVDQU        ordinals<>+96(SB), Y3
+	VPSLLQ         X12, Y3, Y3
+	VPADDQ         Y11, Y3, Y3
+	VPXOR          Y10, Y3, Y3
+	LEAQ           (R8)(R13*4), R8
 	CMPQ           720(AX), $0x0a
 	JEQ            tweaks128
-	VBROADCASTI128 496(AX), Y14
-	VAESENC        Y14, Y0, Y0
-	VAESENC        Y14, Y1, Y1
-	VAESENC        Y14, Y2, Y2
-	VAESENC        Y14, Y3, Y3
-	VBROADCASTI128 512(AX), Y14
-	VAESENC        Y14, Y0, Y0
-	VAESENC        Y14, Y1, Y1
-	VAESENC        Y14, Y2, Y2
-	VAESENC        Y14, Y3, Y3
-	VBROADCASTI128 528(AX), Y14
-	VAESENC        Y14, Y0, Y0
-	VAESENC        Y14, Y1, Y1
-	VAESENC        Y14, Y2, Y2
-	VAESENC        Y14, Y3, Y3
-	VBROADCASTI128 544(AX), Y14
-	VAESENC        Y14, Y0, Y0
-	VAESENC        Y14, Y1, Y1
-	VAESENC        Y14, Y2, Y2
-	VAESENC        Y14, Y3, Y3
+	VBROADCASTI128 496(AX), Y10
+	VAESENC        Y10, Y0, Y0
+	VAESENC        Y10, Y1, Y1
+	VAESENC        Y10, Y2, Y2
+	VAESENC        Y10, Y3, Y3
+	VBROADCASTI128 512(AX), Y10
+	VAESENC        Y10, Y0, Y0
+	VAESENC        Y10, Y1, Y1
+	VAESENC        Y10, Y2, Y2
+	VAESENC        Y10, Y3, Y3
+	VBROADCASTI128 528(AX), Y10
+	VAESENC        Y10, Y0, Y0
+	VAESENC        Y10, Y1, Y1
+	VAESENC        Y10, Y2, Y2
+	VAESENC        Y10, Y3, Y3
+	VBROADCASTI128 544(AX), Y10
+	VAESENC        Y10, Y0, Y0
+	VAESENC        Y10, Y1, Y1
+	VAESENC        Y10, Y2, Y2
+	VAESENC        Y10, Y3, Y3
 
 tweaks128:
-	VBROADCASTI128 560(AX), Y14
-	VAESENC        Y14, Y0, Y0
-	VAESENC        Y14, Y1, Y1
-	VAESENC        Y14, Y2, Y2
-	VAESENC        Y14, Y3, Y3
-	VBROADCASTI128 576(AX), Y14
-	VAESENC        Y14, Y0, Y0
-	VAESENC        Y14, Y1, Y1
-	VAESENC        Y14, Y2, Y2
-	VAESENC        Y14, Y3, Y3
-	VBROADCASTI128 592(AX), Y14
-	VAESENC        Y14, Y0, Y0
-	VAESENC        Y14, Y1, Y1
-	VAESENC        Y14, Y2, Y2
-	VAESENC        Y14, Y3, Y3
-	VBROADCASTI128 608(AX), Y14
-	VAESENC        Y14, Y0, Y0
-	VAESENC        Y14, Y1, Y1
-	VAESENC        Y14, Y2, Y2
-	VAESENC        Y14, Y3, Y3
-	VBROADCASTI128 624(AX), Y14
-	VAESENC        Y14, Y0, Y0
-	VAESENC        Y14, Y1, Y1
-	VAESENC        Y14, Y2, Y2
-	VAESENC        Y14, Y3, Y3
-	VBROADCASTI128 640(AX), Y14
-	VAESENC        Y14, Y0, Y0
-	VAESENC        Y14, Y1, Y1
-	VAESENC        Y14, Y2, Y2
-	VAESENC        Y14, Y3, Y3
-	VBROADCASTI128 656(AX), Y14
-	VAESENC        Y14, Y0, Y0
-	VAESENC        Y14, Y1, Y1
-	VAESENC        Y14, Y2, Y2
-	VAESENC        Y14, Y3, Y3
-	VBROADCASTI128 672(AX), Y14
-	VAESENC        Y14, Y0, Y0
-	VAESENC        Y14, Y1, Y1
-	VAESENC        Y14, Y2, Y2
-	VAESENC        Y14, Y3, Y3
-	VBROADCASTI128 688(AX), Y14
-	VAESENC        Y14, Y0, Y0
-	VAESENC        Y14, Y1, Y1
-	VAESENC        Y14, Y2, Y2
-	VAESENC        Y14, Y3, Y3
-	VBROADCASTI128 704(AX), Y14
-	VAESENCLAST    Y14, Y0, Y0
+	VBROADCASTI128 560(AX), Y10
+	VAESENC        Y10, Y0, Y0
+	VAESENC        Y10, Y1, Y1
+	VAESENC        Y10, Y2, Y2
+	VAESENC        Y10, Y3, Y3
+	VBROADCASTI128 576(AX), Y10
+	VAESENC        Y10, Y0, Y0
+	VAESENC        Y10, Y1, Y1
+	VAESENC        Y10, Y2, Y2
+	VAESENC        Y10, Y3, Y3
+	VBROADCASTI128 592(AX), Y10
+	VAESENC        Y10, Y0, Y0
+	VAESENC        Y10, Y1, Y1
+	VAESENC        Y10, Y2, Y2
+	VAESENC        Y10, Y3, Y3
+	VBROADCASTI128 608(AX), Y10
+	VAESENC        Y10, Y0, Y0
+	VAESENC        Y10, Y1, Y1
+	VAESENC        Y10, Y2, Y2
+	VAESENC        Y10, Y3, Y3
+	VBROADCASTI128 624(AX), Y10
+	VAESENC        Y10, Y0, Y0
+	VAESENC        Y10, Y1, Y1
+	VAESENC        Y10, Y2, Y2
+	VAESENC        Y10, Y3, Y3
+	VBROADCASTI128 640(AX), Y10
+	VAESENC        Y10, Y0, Y0
+	VAESENC        Y10, Y1, Y1
+	VAESENC        Y10, Y2, Y2
+	VAESENC        Y10, Y3, Y3
+	VBROADCASTI128 656(AX), Y10
+	VAESENC        Y10, Y0, Y0
+	VAESENC        Y10, Y1, Y1
+	VAESENC        Y10, Y2, Y2
+	VAESENC        Y10, Y3, Y3
+	VBROADCASTI128 672(AX), Y10
+	VAESENC        Y10, Y0, Y0
+	VAESENC        Y10, Y1, Y1
+	VAESENC        Y10, Y2, Y2
+	VAESENC        Y10, Y3, Y3
+	VBROADCASTI128 688(AX), Y10
+	VAESENC        Y10, Y0, Y0
+	VAESENC        Y10, Y1, Y1
+	VAESENC        Y10, Y2, Y2
+	VAESENC        Y10, Y3, Y3
+	VBROADCASTI128 704(AX), Y10
+	VAESENCLAST    Y10, Y0, Y0
 	VMOVDQU        Y0, (SP)
-	VAESENCLAST    Y14, Y1, Y1
+	VAESENCLAST    Y10, Y1, Y1
 	VMOVDQU        Y1, 32(SP)
-	VAESENCLAST    Y14, Y2, Y2
+	VAESENCLAST    Y10, Y2, Y2
 	VMOVDQU        Y2, 64(SP)
-	VAESENCLAST    Y14, Y3, Y3
+	VAESENCLAST    Y10, Y3, Y3
 	VMOVDQU        Y3, 96(SP)
-	LEAQ           (SP), R11
-
-sector:
-	VMOVDQU     (R11), X8
-	VPSHUFD     $0x13, X8, X9
-	VPSRAD      $0x1f, X9, X9
-	VPAND       poly<>+0(SB), X9, X9
-	VPADDQ      X8, X8, X10
-	VPXOR       X9, X10, X10
-	VINSERTI128 $0x01, X10, Y8, Y8
-	MOVQ        R13, R12
+	LEAQ           -128(R9), R11
+	MOVQ           -16(R11), CX
+	MOVQ           -8(R11), R14
+	MOVQ           CX, (R15)
+	MOVQ           R14, 8(R15)
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	MOVQ           CX, 16(R15)
+	MOVQ           R14, 24(R15)
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	MOVQ           CX, 32(R15)
+	MOVQ           R14, 40(R15)
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	MOVQ           CX, 48(R15)
+	MOVQ           R14, 56(R15)
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	MOVQ           CX, 64(R15)
+	MOVQ           R14, 72(R15)
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	MOVQ           CX, 80(R15)
+	MOVQ           R14, 88(R15)
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	MOVQ           CX, 96(R15)
+	MOVQ           R14, 104(R15)
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	MOVQ           CX, 112(R15)
+	MOVQ           R14, 120(R15)
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	MOVQ           CX, 128(R15)
+	MOVQ           R14, 136(R15)
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	MOVQ           CX, 144(R15)
+	MOVQ           R14, 152(R15)
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	MOVQ           CX, 160(R15)
+	MOVQ           R14, 168(R15)
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	MOVQ           CX, 176(R15)
+	MOVQ           R14, 184(R15)
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	MOVQ           CX, 192(R15)
+	MOVQ           R14, 200(R15)
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	MOVQ           CX, 208(R15)
+	MOVQ           R14, 216(R15)
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	MOVQ           CX, 224(R15)
+	MOVQ           R14, 232(R15)
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	MOVQ           CX, 240(R15)
+	MOVQ           R14, 248(R15)
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	MOVQ           R13, R12
 
 group:
+	XCHGQ BX, R15
+	DECQ  R12
+	JNZ   same
+
+	// The group after this one is of the next sector, or is not used if this is the eighth.
+	MOVQ (R11), CX
+	MOVQ 8(R11), R14
+	ADDQ $0x10, R11
+	MOVQ R13, R12
+
+same:
 	VPXOR          (SI), Y8, Y0
-	VPXOR          Y13, Y8, Y15
-	VPXOR          Y12, Y0, Y0
-	VMOVDQU        Y15, 128(SP)
-	VPSRLQ         $0x3e, Y8, Y9
-	VPSLLQ         $0x02, Y8, Y8
-	VPCLMULQDQ     $0x01, Y11, Y9, Y10
-	VPSLLDQ        $0x08, Y9, Y9
-	VPXOR          Y10, Y8, Y8
-	VPXOR          Y9, Y8, Y8
+	VPXOR          (BX), Y0, Y0
 	VPXOR          32(SI), Y8, Y1
-	VPXOR          Y13, Y8, Y15
-	VPXOR          Y12, Y1, Y1
-	VMOVDQU        Y15, 160(SP)
-	VPSRLQ         $0x3e, Y8, Y9
-	VPSLLQ         $0x02, Y8, Y8
-	VPCLMULQDQ     $0x01, Y11, Y9, Y10
-	VPSLLDQ        $0x08, Y9, Y9
-	VPXOR          Y10, Y8, Y8
-	VPXOR          Y9, Y8, Y8
+	VPXOR          32(BX), Y1, Y1
 	VPXOR          64(SI), Y8, Y2
-	VPXOR          Y13, Y8, Y15
-	VPXOR          Y12, Y2, Y2
-	VMOVDQU        Y15, 192(SP)
-	VPSRLQ         $0x3e, Y8, Y9
-	VPSLLQ         $0x02, Y8, Y8
-	VPCLMULQDQ     $0x01, Y11, Y9, Y10
-	VPSLLDQ        $0x08, Y9, Y9
-	VPXOR          Y10, Y8, Y8
-	VPXOR          Y9, Y8, Y8
+	VPXOR          64(BX), Y2, Y2
 	VPXOR          96(SI), Y8, Y3
-	VPXOR          Y13, Y8, Y15
-	VPXOR          Y12, Y3, Y3
-	VMOVDQU        Y15, 224(SP)
-	VPSRLQ         $0x3e, Y8, Y9
-	VPSLLQ         $0x02, Y8, Y8
-	VPCLMULQDQ     $0x01, Y11, Y9, Y10
-	VPSLLDQ        $0x08, Y9, Y9
-	VPXOR          Y10, Y8, Y8
-	VPXOR          Y9, Y8, Y8
+	VPXOR          96(BX), Y3, Y3
 	VPXOR          128(SI), Y8, Y4
-	VPXOR          Y13, Y8, Y15
-	VPXOR          Y12, Y4, Y4
-	VMOVDQU        Y15, 256(SP)
-	VPSRLQ         $0x3e, Y8, Y9
-	VPSLLQ         $0x02, Y8, Y8
-	VPCLMULQDQ     $0x01, Y11, Y9, Y10
-	VPSLLDQ        $0x08, Y9, Y9
-	VPXOR          Y10, Y8, Y8
-	VPXOR          Y9, Y8, Y8
+	VPXOR          128(BX), Y4, Y4
 	VPXOR          160(SI), Y8, Y5
-	VPXOR          Y13, Y8, Y15
-	VPXOR          Y12, Y5, Y5
-	VMOVDQU        Y15, 288(SP)
-	VPSRLQ         $0x3e, Y8, Y9
-	VPSLLQ         $0x02, Y8, Y8
-	VPCLMULQDQ     $0x01, Y11, Y9, Y10
-	VPSLLDQ        $0x08, Y9, Y9
-	VPXOR          Y10, Y8, Y8
-	VPXOR          Y9, Y8, Y8
+	VPXOR          160(BX), Y5, Y5
 	VPXOR          192(SI), Y8, Y6
-	VPXOR          Y13, Y8, Y15
-	VPXOR          Y12, Y6, Y6
-	VMOVDQU        Y15, 320(SP)
-	VPSRLQ         $0x3e, Y8, Y9
-	VPSLLQ         $0x02, Y8, Y8
-	VPCLMULQDQ     $0x01, Y11, Y9, Y10
-	VPSLLDQ        $0x08, Y9, Y9
-	VPXOR          Y10, Y8, Y8
-	VPXOR          Y9, Y8, Y8
+	VPXOR          192(BX), Y6, Y6
 	VPXOR          224(SI), Y8, Y7
-	VPXOR          Y13, Y8, Y15
-	VPXOR          Y12, Y7, Y7
-	VMOVDQU        Y15, 352(SP)
-	VPSRLQ         $0x3e, Y8, Y9
-	VPSLLQ         $0x02, Y8, Y8
-	VPCLMULQDQ     $0x01, Y11, Y9, Y10
-	VPSLLDQ        $0x08, Y9, Y9
-	VPXOR          Y10, Y8, Y8
-	VPXOR          Y9, Y8, Y8
+	VPXOR          224(BX), Y7, Y7
 	CMPQ           720(AX), $0x0a
 	JEQ            data128
-	VBROADCASTI128 256(AX), Y14
-	VAESDEC        Y14, Y0, Y0
-	VAESDEC        Y14, Y1, Y1
-	VAESDEC        Y14, Y2, Y2
-	VAESDEC        Y14, Y3, Y3
-	VAESDEC        Y14, Y4, Y4
-	VAESDEC        Y14, Y5, Y5
-	VAESDEC        Y14, Y6, Y6
-	VAESDEC        Y14, Y7, Y7
-	VBROADCASTI128 272(AX), Y14
-	VAESDEC        Y14, Y0, Y0
-	VAESDEC        Y14, Y1, Y1
-	VAESDEC        Y14, Y2, Y2
-	VAESDEC        Y14, Y3, Y3
-	VAESDEC        Y14, Y4, Y4
-	VAESDEC        Y14, Y5, Y5
-	VAESDEC        Y14, Y6, Y6
-	VAESDEC        Y14, Y7, Y7
-	VBROADCASTI128 288(AX), Y14
-	VAESDEC        Y14, Y0, Y0
-	VAESDEC        Y14, Y1, Y1
-	VAESDEC        Y14, Y2, Y2
-	VAESDEC        Y14, Y3, Y3
-	VAESDEC        Y14, Y4, Y4
-	VAESDEC        Y14, Y5, Y5
-	VAESDEC        Y14, Y6, Y6
-	VAESDEC        Y14, Y7, Y7
-	VBROADCASTI128 304(AX), Y14
-	VAESDEC        Y14, Y0, Y0
-	VAESDEC        Y14, Y1, Y1
-	VAESDEC        Y14, Y2, Y2
-	VAESDEC        Y14, Y3, Y3
-	VAESDEC        Y14, Y4, Y4
-	VAESDEC        Y14, Y5, Y5
-	VAESDEC        Y14, Y6, Y6
-	VAESDEC        Y14, Y7, Y7
+	VBROADCASTI128 256(AX), Y10
+	VAESDEC        Y10, Y0, Y0
+	VAESDEC        Y10, Y1, Y1
+	VAESDEC        Y10, Y2, Y2
+	VAESDEC        Y10, Y3, Y3
+	VAESDEC        Y10, Y4, Y4
+	VAESDEC        Y10, Y5, Y5
+	VAESDEC        Y10, Y6, Y6
+	VAESDEC        Y10, Y7, Y7
+	VBROADCASTI128 272(AX), Y10
+	VAESDEC        Y10, Y0, Y0
+	VAESDEC        Y10, Y1, Y1
+	VAESDEC        Y10, Y2, Y2
+	VAESDEC        Y10, Y3, Y3
+	VAESDEC        Y10, Y4, Y4
+	VAESDEC        Y10, Y5, Y5
+	VAESDEC        Y10, Y6, Y6
+	VAESDEC        Y10, Y7, Y7
+	VBROADCASTI128 288(AX), Y10
+	VAESDEC        Y10, Y0, Y0
+	VAESDEC        Y10, Y1, Y1
+	VAESDEC        Y10, Y2, Y2
+	VAESDEC        Y10, Y3, Y3
+	VAESDEC        Y10, Y4, Y4
+	VAESDEC        Y10, Y5, Y5
+	VAESDEC        Y10, Y6, Y6
+	VAESDEC        Y10, Y7, Y7
+	VBROADCASTI128 304(AX), Y10
+	VAESDEC        Y10, Y0, Y0
+	VAESDEC        Y10, Y1, Y1
+	VAESDEC        Y10, Y2, Y2
+	VAESDEC        Y10, Y3, Y3
+	VAESDEC        Y10, Y4, Y4
+	VAESDEC        Y10, Y5, Y5
+	VAESDEC        Y10, Y6, Y6
+	VAESDEC        Y10, Y7, Y7
 
 data128:
-	VBROADCASTI128 320(AX), Y14
-	VAESDEC        Y14, Y0, Y0
-	VAESDEC        Y14, Y1, Y1
-	VAESDEC        Y14, Y2, Y2
-	VAESDEC        Y14, Y3, Y3
-	VAESDEC        Y14, Y4, Y4
-	VAESDEC        Y14, Y5, Y5
-	VAESDEC        Y14, Y6, Y6
-	VAESDEC        Y14, Y7, Y7
-	VBROADCASTI128 336(AX), Y14
-	VAESDEC        Y14, Y0, Y0
-	VAESDEC        Y14, Y1, Y1
-	VAESDEC        Y14, Y2, Y2
-	VAESDEC        Y14, Y3, Y3
-	VAESDEC        Y14, Y4, Y4
-	VAESDEC        Y14, Y5, Y5
-	VAESDEC        Y14, Y6, Y6
-	VAESDEC        Y14, Y7, Y7
-	VBROADCASTI128 352(AX), Y14
-	VAESDEC        Y14, Y0, Y0
-	VAESDEC        Y14, Y1, Y1
-	VAESDEC        Y14, Y2, Y2
-	VAESDEC        Y14, Y3, Y3
-	VAESDEC        Y14, Y4, Y4
-	VAESDEC        Y14, Y5, Y5
-	VAESDEC        Y14, Y6, Y6
-	VAESDEC        Y14, Y7, Y7
-	VBROADCASTI128 368(AX), Y14
-	VAESDEC        Y14, Y0, Y0
-	VAESDEC        Y14, Y1, Y1
-	VAESDEC        Y14, Y2, Y2
-	VAESDEC        Y14, Y3, Y3
-	VAESDEC        Y14, Y4, Y4
-	VAESDEC        Y14, Y5, Y5
-	VAESDEC        Y14, Y6, Y6
-	VAESDEC        Y14, Y7, Y7
-	VBROADCASTI128 384(AX), Y14
-	VAESDEC        Y14, Y0, Y0
-	VAESDEC        Y14, Y1, Y1
-	VAESDEC        Y14, Y2, Y2
-	VAESDEC        Y14, Y3, Y3
-	VAESDEC        Y14, Y4, Y4
-	VAESDEC        Y14, Y5, Y5
-	VAESDEC        Y14, Y6, Y6
-	VAESDEC        Y14, Y7, Y7
-	VBROADCASTI128 400(AX), Y14
-	VAESDEC        Y14, Y0, Y0
-	VAESDEC        Y14, Y1, Y1
-	VAESDEC        Y14, Y2, Y2
-	VAESDEC        Y14, Y3, Y3
-	VAESDEC        Y14, Y4, Y4
-	VAESDEC        Y14, Y5, Y5
-	VAESDEC        Y14, Y6, Y6
-	VAESDEC        Y14, Y7, Y7
-	VBROADCASTI128 416(AX), Y14
-	VAESDEC        Y14, Y0, Y0
-	VAESDEC        Y14, Y1, Y1
-	VAESDEC        Y14, Y2, Y2
-	VAESDEC        Y14, Y3, Y3
-	VAESDEC        Y14, Y4, Y4
-	VAESDEC        Y14, Y5, Y5
-	VAESDEC        Y14, Y6, Y6
-	VAESDEC        Y14, Y7, Y7
-	VBROADCASTI128 432(AX), Y14
-	VAESDEC        Y14, Y0, Y0
-	VAESDEC        Y14, Y1, Y1
-	VAESDEC        Y14, Y2, Y2
-	VAESDEC        Y14, Y3, Y3
-	VAESDEC        Y14, Y4, Y4
-	VAESDEC        Y14, Y5, Y5
-	VAESDEC        Y14, Y6, Y6
-	VAESDEC        Y14, Y7, Y7
-	VBROADCASTI128 448(AX), Y14
-	VAESDEC        Y14, Y0, Y0
-	VAESDEC        Y14, Y1, Y1
-	VAESDEC        Y14, Y2, Y2
-	VAESDEC        Y14, Y3, Y3
-	VAESDEC        Y14, Y4, Y4
-	VAESDEC        Y14, Y5, Y5
-	VAESDEC        Y14, Y6, Y6
-	VAESDEC        Y14, Y7, Y7
-	VAESDECLAST    128(SP), Y0, Y0
+	VBROADCASTI128 320(AX), Y10
+	VAESDEC        Y10, Y0, Y0
+	MOVQ           CX, (R15)
+	MOVQ           R14, 8(R15)
+	VAESDEC        Y10, Y1, Y1
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	VAESDEC        Y10, Y2, Y2
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	VAESDEC        Y10, Y3, Y3
+	XORQ           R10, CX
+	MOVQ           CX, 16(R15)
+	VAESDEC        Y10, Y4, Y4
+	MOVQ           R14, 24(R15)
+	MOVQ           R14, R10
+	VAESDEC        Y10, Y5, Y5
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	VAESDEC        Y10, Y6, Y6
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	VAESDEC        Y10, Y7, Y7
+	VBROADCASTI128 336(AX), Y10
+	VAESDEC        Y10, Y0, Y0
+	MOVQ           CX, 32(R15)
+	MOVQ           R14, 40(R15)
+	VAESDEC        Y10, Y1, Y1
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	VAESDEC        Y10, Y2, Y2
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	VAESDEC        Y10, Y3, Y3
+	XORQ           R10, CX
+	MOVQ           CX, 48(R15)
+	VAESDEC        Y10, Y4, Y4
+	MOVQ           R14, 56(R15)
+	MOVQ           R14, R10
+	VAESDEC        Y10, Y5, Y5
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	VAESDEC        Y10, Y6, Y6
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	VAESDEC        Y10, Y7, Y7
+	VBROADCASTI128 352(AX), Y10
+	VAESDEC        Y10, Y0, Y0
+	MOVQ           CX, 64(R15)
+	MOVQ           R14, 72(R15)
+	VAESDEC        Y10, Y1, Y1
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	VAESDEC        Y10, Y2, Y2
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	VAESDEC        Y10, Y3, Y3
+	XORQ           R10, CX
+	MOVQ           CX, 80(R15)
+	VAESDEC        Y10, Y4, Y4
+	MOVQ           R14, 88(R15)
+	MOVQ           R14, R10
+	VAESDEC        Y10, Y5, Y5
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	VAESDEC        Y10, Y6, Y6
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	VAESDEC        Y10, Y7, Y7
+	VBROADCASTI128 368(AX), Y10
+	VAESDEC        Y10, Y0, Y0
+	MOVQ           CX, 96(R15)
+	MOVQ           R14, 104(R15)
+	VAESDEC        Y10, Y1, Y1
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	VAESDEC        Y10, Y2, Y2
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	VAESDEC        Y10, Y3, Y3
+	XORQ           R10, CX
+	MOVQ           CX, 112(R15)
+	VAESDEC        Y10, Y4, Y4
+	MOVQ           R14, 120(R15)
+	MOVQ           R14, R10
+	VAESDEC        Y10, Y5, Y5
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	VAESDEC        Y10, Y6, Y6
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	VAESDEC        Y10, Y7, Y7
+	VBROADCASTI128 384(AX), Y10
+	VAESDEC        Y10, Y0, Y0
+	MOVQ           CX, 128(R15)
+	MOVQ           R14, 136(R15)
+	VAESDEC        Y10, Y1, Y1
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	VAESDEC        Y10, Y2, Y2
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	VAESDEC        Y10, Y3, Y3
+	XORQ           R10, CX
+	MOVQ           CX, 144(R15)
+	VAESDEC        Y10, Y4, Y4
+	MOVQ           R14, 152(R15)
+	MOVQ           R14, R10
+	VAESDEC        Y10, Y5, Y5
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	VAESDEC        Y10, Y6, Y6
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	VAESDEC        Y10, Y7, Y7
+	VBROADCASTI128 400(AX), Y10
+	VAESDEC        Y10, Y0, Y0
+	MOVQ           CX, 160(R15)
+	MOVQ           R14, 168(R15)
+	VAESDEC        Y10, Y1, Y1
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	VAESDEC        Y10, Y2, Y2
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	VAESDEC        Y10, Y3, Y3
+	XORQ           R10, CX
+	MOVQ           CX, 176(R15)
+	VAESDEC        Y10, Y4, Y4
+	MOVQ           R14, 184(R15)
+	MOVQ           R14, R10
+	VAESDEC        Y10, Y5, Y5
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	VAESDEC        Y10, Y6, Y6
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	VAESDEC        Y10, Y7, Y7
+	VBROADCASTI128 416(AX), Y10
+	VAESDEC        Y10, Y0, Y0
+	MOVQ           CX, 192(R15)
+	MOVQ           R14, 200(R15)
+	VAESDEC        Y10, Y1, Y1
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	VAESDEC        Y10, Y2, Y2
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	VAESDEC        Y10, Y3, Y3
+	XORQ           R10, CX
+	MOVQ           CX, 208(R15)
+	VAESDEC        Y10, Y4, Y4
+	MOVQ           R14, 216(R15)
+	MOVQ           R14, R10
+	VAESDEC        Y10, Y5, Y5
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	VAESDEC        Y10, Y6, Y6
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	VAESDEC        Y10, Y7, Y7
+	VBROADCASTI128 432(AX), Y10
+	VAESDEC        Y10, Y0, Y0
+	MOVQ           CX, 224(R15)
+	MOVQ           R14, 232(R15)
+	VAESDEC        Y10, Y1, Y1
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	VAESDEC        Y10, Y2, Y2
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	VAESDEC        Y10, Y3, Y3
+	XORQ           R10, CX
+	MOVQ           CX, 240(R15)
+	VAESDEC        Y10, Y4, Y4
+	MOVQ           R14, 248(R15)
+	MOVQ           R14, R10
+	VAESDEC        Y10, Y5, Y5
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	VAESDEC        Y10, Y6, Y6
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	VAESDEC        Y10, Y7, Y7
+	VBROADCASTI128 448(AX), Y10
+	VAESDEC        Y10, Y0, Y0
+	VAESDEC        Y10, Y1, Y1
+	VAESDEC        Y10, Y2, Y2
+	VAESDEC        Y10, Y3, Y3
+	VAESDEC        Y10, Y4, Y4
+	VAESDEC        Y10, Y5, Y5
+	VAESDEC        Y10, Y6, Y6
+	VAESDEC        Y10, Y7, Y7
+	VAESDECLAST    Y9, Y0, Y0
+	VPXOR          (BX), Y0, Y0
 	VMOVDQU        Y0, (DI)
-	VAESDECLAST    160(SP), Y1, Y1
+	VAESDECLAST    Y9, Y1, Y1
+	VPXOR          32(BX), Y1, Y1
 	VMOVDQU        Y1, 32(DI)
-	VAESDECLAST    192(SP), Y2, Y2
+	VAESDECLAST    Y9, Y2, Y2
+	VPXOR          64(BX), Y2, Y2
 	VMOVDQU        Y2, 64(DI)
-	VAESDECLAST    224(SP), Y3, Y3
+	VAESDECLAST    Y9, Y3, Y3
+	VPXOR          96(BX), Y3, Y3
 	VMOVDQU        Y3, 96(DI)
-	VAESDECLAST    256(SP), Y4, Y4
+	VAESDECLAST    Y9, Y4, Y4
+	VPXOR          128(BX), Y4, Y4
 	VMOVDQU        Y4, 128(DI)
-	VAESDECLAST    288(SP), Y5, Y5
+	VAESDECLAST    Y9, Y5, Y5
+	VPXOR          160(BX), Y5, Y5
 	VMOVDQU        Y5, 160(DI)
-	VAESDECLAST    320(SP), Y6, Y6
+	VAESDECLAST    Y9, Y6, Y6
+	VPXOR          192(BX), Y6, Y6
 	VMOVDQU        Y6, 192(DI)
-	VAESDECLAST    352(SP), Y7, Y7
+	VAESDECLAST    Y9, Y7, Y7
+	VPXOR          224(BX), Y7, Y7
 	VMOVDQU        Y7, 224(DI)
+	SUBQ           $0x00000100, DX
+	JZ             done
 	ADDQ           $0x00000100, SI
 	ADDQ           $0x00000100, DI
-	SUBQ           $0x00000100, DX
-	DECQ           R12
-	JNZ            group
-	TESTQ          DX, DX
-	JZ             done
-	ADDQ           $0x10, R11
-	LEAQ           128(SP), R10
-	CMPQ           R11, R10
-	JNE            sector
+	CMPQ           R11, R9
+	JNE            group
 	JMP            tweaks
 
 done:
+	XORQ    CX, CX
+	XORQ    R14, R14
 	VPXOR   Y0, Y0, Y0
 	VMOVDQU Y0, (SP)
 	VMOVDQU Y0, 32(SP)
@@ -2086,5 +3069,382 @@ done:
 	VMOVDQU Y0, 288(SP)
 	VMOVDQU Y0, 320(SP)
 	VMOVDQU Y0, 352(SP)
+	VMOVDQU Y0, 384(SP)
+	VMOVDQU Y0, 416(SP)
+	VMOVDQU Y0, 448(SP)
+	VMOVDQU Y0, 480(SP)
+	VMOVDQU Y0, 512(SP)
+	VMOVDQU Y0, 544(SP)
+	VMOVDQU Y0, 576(SP)
+	VMOVDQU Y0, 608(SP)
+	VMOVDQU Y0, 640(SP)
+	VZEROALL
+	RET
+
+// func decryptVAES512(s *byte, dst *byte, src *byte, n int, iv uint64, shift int)
+// Requires: AVX, AVX512BW, AVX512F, VAES, VPCLMULQDQ
+TEXT ·decryptVAES512(SB), NOSPLIT, $192-48
+	MOVQ            s+0(FP), AX
+	MOVQ            dst+8(FP), DI
+	MOVQ            src+16(FP), SI
+	MOVQ            n+24(FP), DX
+	MOVQ            iv+32(FP), R8
+	MOVQ            shift+40(FP), CX
+	MOVQ            $0x00000001, R13
+	SHLQ            CL, R13
+	VMOVQ           CX, X30
+	VMOVDQU64       wrap2<>+0(SB), Z27
+	VBROADCASTI32X4 240(AX), Z25
+	VBROADCASTI32X4 464(AX), Z26
+	LEAQ            144(SP), R9
+
+tweaks:
+	VMOVQ           R8, X31
+	VSHUFI64X2      $0x00, Z31, Z31, Z31
+	VBROADCASTI32X4 480(AX), Z24
+	VMOVDQU64       ordinals<>+0(SB), Z0
+	VPSLLQ          X30, Z0, Z0
+	VPADDQ          Z31, Z0, Z0
+	VPXORQ          Z24, Z0, Z0
+	VMOVDQU64       ordinals<>+64(SB), Z1
+	VPSLLQ          X30, Z1, Z1
+	VPADDQ          Z31, Z1, Z1
+	VPXORQ          Z24, Z1, Z1
+	LEAQ            (R8)(R13*8), R8
+	CMPQ            720(AX), $0x0a
+	JEQ             tweaks128
+	VBROADCASTI32X4 496(AX), Z24
+	VAESENC         Z24, Z0, Z0
+	VAESENC         Z24, Z1, Z1
+	VBROADCASTI32X4 512(AX), Z24
+	VAESENC         Z24, Z0, Z0
+	VAESENC         Z24, Z1, Z1
+	VBROADCASTI32X4 528(AX), Z24
+	VAESENC         Z24, Z0, Z0
+	VAESENC         Z24, Z1, Z1
+	VBROADCASTI32X4 544(AX), Z24
+	VAESENC         Z24, Z0, Z0
+	VAESENC         Z24, Z1, Z1
+
+tweaks128:
+	VBROADCASTI32X4 560(AX), Z24
+	VAESENC         Z24, Z0, Z0
+	VAESENC         Z24, Z1, Z1
+	VBROADCASTI32X4 576(AX), Z24
+	VAESENC         Z24, Z0, Z0
+	VAESENC         Z24, Z1, Z1
+	VBROADCASTI32X4 592(AX), Z24
+	VAESENC         Z24, Z0, Z0
+	VAESENC         Z24, Z1, Z1
+	VBROADCASTI32X4 608(AX), Z24
+	VAESENC         Z24, Z0, Z0
+	VAESENC         Z24, Z1, Z1
+	VBROADCASTI32X4 624(AX), Z24
+	VAESENC         Z24, Z0, Z0
+	VAESENC         Z24, Z1, Z1
+	VBROADCASTI32X4 640(AX), Z24
+	VAESENC         Z24, Z0, Z0
+	VAESENC         Z24, Z1, Z1
+	VBROADCASTI32X4 656(AX), Z24
+	VAESENC         Z24, Z0, Z0
+	VAESENC         Z24, Z1, Z1
+	VBROADCASTI32X4 672(AX), Z24
+	VAESENC         Z24, Z0, Z0
+	VAESENC         Z24, Z1, Z1
+	VBROADCASTI32X4 688(AX), Z24
+	VAESENC         Z24, Z0, Z0
+	VAESENC         Z24, Z1, Z1
+	VBROADCASTI32X4 704(AX), Z24
+	VAESENCLAST     Z24, Z0, Z0
+	VMOVDQU64       Z0, (SP)
+	VAESENCLAST     Z24, Z1, Z1
+	VMOVDQU64       Z1, 64(SP)
+	VSHUFI64X2      $0x00, Z0, Z0, Z31
+	VPSRLVQ         right0<>+0(SB), Z31, Z28
+	VPSLLVQ         left0<>+0(SB), Z31, Z16
+	VPCLMULQDQ      $0x01, Z27, Z28, Z29
+	VPSLLDQ         $0x08, Z28, Z28
+	VPTERNLOGQ      $0x96, Z28, Z29, Z16
+	VPSRLVQ         right4<>+0(SB), Z31, Z28
+	VPSLLVQ         left4<>+0(SB), Z31, Z17
+	VPCLMULQDQ      $0x01, Z27, Z28, Z29
+	VPSLLDQ         $0x08, Z28, Z28
+	VPTERNLOGQ      $0x96, Z28, Z29, Z17
+	VPSRLDQ         $0x0f, Z16, Z28
+	VPSLLDQ         $0x01, Z16, Z18
+	VPCLMULQDQ      $0x00, Z27, Z28, Z28
+	VPXORQ          Z28, Z18, Z18
+	VPSRLDQ         $0x0f, Z17, Z28
+	VPSLLDQ         $0x01, Z17, Z19
+	VPCLMULQDQ      $0x00, Z27, Z28, Z28
+	VPXORQ          Z28, Z19, Z19
+	VPSRLDQ         $0x0e, Z16, Z28
+	VPSLLDQ         $0x02, Z16, Z20
+	VPCLMULQDQ      $0x00, Z27, Z28, Z28
+	VPXORQ          Z28, Z20, Z20
+	VPSRLDQ         $0x0e, Z17, Z28
+	VPSLLDQ         $0x02, Z17, Z21
+	VPCLMULQDQ      $0x00, Z27, Z28, Z28
+	VPXORQ          Z28, Z21, Z21
+	VPSRLDQ         $0x0d, Z16, Z28
+	VPSLLDQ         $0x03, Z16, Z22
+	VPCLMULQDQ      $0x00, Z27, Z28, Z28
+	VPXORQ          Z28, Z22, Z22
+	VPSRLDQ         $0x0d, Z17, Z28
+	VPSLLDQ         $0x03, Z17, Z23
+	VPCLMULQDQ      $0x00, Z27, Z28, Z28
+	VPXORQ          Z28, Z23, Z23
+	LEAQ            16(SP), R11
+	MOVQ            R13, R12
+
+group:
+	VMOVDQA64  Z16, Z8
+	VMOVDQU64  (SI), Z0
+	VPTERNLOGQ $0x96, Z8, Z25, Z0
+	VMOVDQA64  Z17, Z9
+	VMOVDQU64  64(SI), Z1
+	VPTERNLOGQ $0x96, Z9, Z25, Z1
+	VMOVDQA64  Z18, Z10
+	VMOVDQU64  128(SI), Z2
+	VPTERNLOGQ $0x96, Z10, Z25, Z2
+	VMOVDQA64  Z19, Z11
+	VMOVDQU64  192(SI), Z3
+	VPTERNLOGQ $0x96, Z11, Z25, Z3
+	VMOVDQA64  Z20, Z12
+	VMOVDQU64  256(SI), Z4
+	VPTERNLOGQ $0x96, Z12, Z25, Z4
+	VMOVDQA64  Z21, Z13
+	VMOVDQU64  320(SI), Z5
+	VPTERNLOGQ $0x96, Z13, Z25, Z5
+	VMOVDQA64  Z22, Z14
+	VMOVDQU64  384(SI), Z6
+	VPTERNLOGQ $0x96, Z14, Z25, Z6
+	VMOVDQA64  Z23, Z15
+	VMOVDQU64  448(SI), Z7
+	VPTERNLOGQ $0x96, Z15, Z25, Z7
+	DECQ       R12
+	JNZ        same
+
+	// The next group is of the next sector, or is not used if this is the eighth.
+	VBROADCASTI32X4 (R11), Z31
+	ADDQ            $0x10, R11
+	MOVQ            R13, R12
+	JMP             rounds
+
+same:
+	VPSRLDQ    $0x0c, Z31, Z28
+	VPSLLDQ    $0x04, Z31, Z31
+	VPCLMULQDQ $0x00, Z27, Z28, Z28
+	VPXORQ     Z28, Z31, Z31
+
+rounds:
+	CMPQ            720(AX), $0x0a
+	JEQ             data128
+	VBROADCASTI32X4 256(AX), Z24
+	VAESDEC         Z24, Z0, Z0
+	VAESDEC         Z24, Z1, Z1
+	VAESDEC         Z24, Z2, Z2
+	VAESDEC         Z24, Z3, Z3
+	VAESDEC         Z24, Z4, Z4
+	VAESDEC         Z24, Z5, Z5
+	VAESDEC         Z24, Z6, Z6
+	VAESDEC         Z24, Z7, Z7
+	VBROADCASTI32X4 272(AX), Z24
+	VAESDEC         Z24, Z0, Z0
+	VAESDEC         Z24, Z1, Z1
+	VAESDEC         Z24, Z2, Z2
+	VAESDEC         Z24, Z3, Z3
+	VAESDEC         Z24, Z4, Z4
+	VAESDEC         Z24, Z5, Z5
+	VAESDEC         Z24, Z6, Z6
+	VAESDEC         Z24, Z7, Z7
+	VBROADCASTI32X4 288(AX), Z24
+	VAESDEC         Z24, Z0, Z0
+	VAESDEC         Z24, Z1, Z1
+	VAESDEC         Z24, Z2, Z2
+	VAESDEC         Z24, Z3, Z3
+	VAESDEC         Z24, Z4, Z4
+	VAESDEC         Z24, Z5, Z5
+	VAESDEC         Z24, Z6, Z6
+	VAESDEC         Z24, Z7, Z7
+	VBROADCASTI32X4 304(AX), Z24
+	VAESDEC         Z24, Z0, Z0
+	VAESDEC         Z24, Z1, Z1
+	VAESDEC         Z24, Z2, Z2
+	VAESDEC         Z24, Z3, Z3
+	VAESDEC         Z24, Z4, Z4
+	VAESDEC         Z24, Z5, Z5
+	VAESDEC         Z24, Z6, Z6
+	VAESDEC         Z24, Z7, Z7
+
+data128:
+	VBROADCASTI32X4 320(AX), Z24
+	VAESDEC         Z24, Z0, Z0
+	VPSRLVQ         right0<>+0(SB), Z31, Z28
+	VAESDEC         Z24, Z1, Z1
+	VPSLLVQ         left0<>+0(SB), Z31, Z16
+	VAESDEC         Z24, Z2, Z2
+	VPCLMULQDQ      $0x01, Z27, Z28, Z29
+	VAESDEC         Z24, Z3, Z3
+	VPSLLDQ         $0x08, Z28, Z28
+	VAESDEC         Z24, Z4, Z4
+	VPTERNLOGQ      $0x96, Z28, Z29, Z16
+	VAESDEC         Z24, Z5, Z5
+	VAESDEC         Z24, Z6, Z6
+	VAESDEC         Z24, Z7, Z7
+	VBROADCASTI32X4 336(AX), Z24
+	VAESDEC         Z24, Z0, Z0
+	VPSRLVQ         right4<>+0(SB), Z31, Z28
+	VAESDEC         Z24, Z1, Z1
+	VPSLLVQ         left4<>+0(SB), Z31, Z17
+	VAESDEC         Z24, Z2, Z2
+	VPCLMULQDQ      $0x01, Z27, Z28, Z29
+	VAESDEC         Z24, Z3, Z3
+	VPSLLDQ         $0x08, Z28, Z28
+	VAESDEC         Z24, Z4, Z4
+	VPTERNLOGQ      $0x96, Z28, Z29, Z17
+	VAESDEC         Z24, Z5, Z5
+	VAESDEC         Z24, Z6, Z6
+	VAESDEC         Z24, Z7, Z7
+	VBROADCASTI32X4 352(AX), Z24
+	VAESDEC         Z24, Z0, Z0
+	VPSRLDQ         $0x0f, Z16, Z28
+	VAESDEC         Z24, Z1, Z1
+	VPSLLDQ         $0x01, Z16, Z18
+	VAESDEC         Z24, Z2, Z2
+	VPCLMULQDQ      $0x00, Z27, Z28, Z28
+	VAESDEC         Z24, Z3, Z3
+	VPXORQ          Z28, Z18, Z18
+	VAESDEC         Z24, Z4, Z4
+	VAESDEC         Z24, Z5, Z5
+	VAESDEC         Z24, Z6, Z6
+	VAESDEC         Z24, Z7, Z7
+	VBROADCASTI32X4 368(AX), Z24
+	VAESDEC         Z24, Z0, Z0
+	VPSRLDQ         $0x0f, Z17, Z28
+	VAESDEC         Z24, Z1, Z1
+	VPSLLDQ         $0x01, Z17, Z19
+	VAESDEC         Z24, Z2, Z2
+	VPCLMULQDQ      $0x00, Z27, Z28, Z28
+	VAESDEC         Z24, Z3, Z3
+	VPXORQ          Z28, Z19, Z19
+	VAESDEC         Z24, Z4, Z4
+	VAESDEC         Z24, Z5, Z5
+	VAESDEC         Z24, Z6, Z6
+	VAESDEC         Z24, Z7, Z7
+	VBROADCASTI32X4 384(AX), Z24
+	VAESDEC         Z24, Z0, Z0
+	VPSRLDQ         $0x0e, Z16, Z28
+	VAESDEC         Z24, Z1, Z1
+	VPSLLDQ         $0x02, Z16, Z20
+	VAESDEC         Z24, Z2, Z2
+	VPCLMULQDQ      $0x00, Z27, Z28, Z28
+	VAESDEC         Z24, Z3, Z3
+	VPXORQ          Z28, Z20, Z20
+	VAESDEC         Z24, Z4, Z4
+	VAESDEC         Z24, Z5, Z5
+	VAESDEC         Z24, Z6, Z6
+	VAESDEC         Z24, Z7, Z7
+	VBROADCASTI32X4 400(AX), Z24
+	VAESDEC         Z24, Z0, Z0
+	VPSRLDQ         $0x0e, Z17, Z28
+	VAESDEC         Z24, Z1, Z1
+	VPSLLDQ         $0x02, Z17, Z21
+	VAESDEC         Z24, Z2, Z2
+	VPCLMULQDQ      $0x00, Z27, Z28, Z28
+	VAESDEC         Z24, Z3, Z3
+	VPXORQ          Z28, Z21, Z21
+	VAESDEC         Z24, Z4, Z4
+	VAESDEC         Z24, Z5, Z5
+	VAESDEC         Z24, Z6, Z6
+	VAESDEC         Z24, Z7, Z7
+	VBROADCASTI32X4 416(AX), Z24
+	VAESDEC         Z24, Z0, Z0
+	VPSRLDQ         $0x0d, Z16, Z28
+	VAESDEC         Z24, Z1, Z1
+	VPSLLDQ         $0x03, Z16, Z22
+	VAESDEC         Z24, Z2, Z2
+	VPCLMULQDQ      $0x00, Z27, Z28, Z28
+	VAESDEC         Z24, Z3, Z3
+	VPXORQ          Z28, Z22, Z22
+	VAESDEC         Z24, Z4, Z4
+	VAESDEC         Z24, Z5, Z5
+	VAESDEC         Z24, Z6, Z6
+	VAESDEC         Z24, Z7, Z7
+	VBROADCASTI32X4 432(AX), Z24
+	VAESDEC         Z24, Z0, Z0
+	VPSRLDQ         $0x0d, Z17, Z28
+	VAESDEC         Z24, Z1, Z1
+	VPSLLDQ         $0x03, Z17, Z23
+	VAESDEC         Z24, Z2, Z2
+	VPCLMULQDQ      $0x00, Z27, Z28, Z28
+	VAESDEC         Z24, Z3, Z3
+	VPXORQ          Z28, Z23, Z23
+	VAESDEC         Z24, Z4, Z4
+	VAESDEC         Z24, Z5, Z5
+	VAESDEC         Z24, Z6, Z6
+	VAESDEC         Z24, Z7, Z7
+	VBROADCASTI32X4 448(AX), Z24
+	VAESDEC         Z24, Z0, Z0
+	VAESDEC         Z24, Z1, Z1
+	VAESDEC         Z24, Z2, Z2
+	VAESDEC         Z24, Z3, Z3
+	VAESDEC         Z24, Z4, Z4
+	VAESDEC         Z24, Z5, Z5
+	VAESDEC         Z24, Z6, Z6
+	VAESDEC         Z24, Z7, Z7
+	VAESDECLAST     Z26, Z0, Z0
+	VPXORQ          Z8, Z0, Z0
+	VMOVDQU64       Z0, (DI)
+	VAESDECLAST     Z26, Z1, Z1
+	VPXORQ          Z9, Z1, Z1
+	VMOVDQU64       Z1, 64(DI)
+	VAESDECLAST     Z26, Z2, Z2
+	VPXORQ          Z10, Z2, Z2
+	VMOVDQU64       Z2, 128(DI)
+	VAESDECLAST     Z26, Z3, Z3
+	VPXORQ          Z11, Z3, Z3
+	VMOVDQU64       Z3, 192(DI)
+	VAESDECLAST     Z26, Z4, Z4
+	VPXORQ          Z12, Z4, Z4
+	VMOVDQU64       Z4, 256(DI)
+	VAESDECLAST     Z26, Z5, Z5
+	VPXORQ          Z13, Z5, Z5
+	VMOVDQU64       Z5, 320(DI)
+	VAESDECLAST     Z26, Z6, Z6
+	VPXORQ          Z14, Z6, Z6
+	VMOVDQU64       Z6, 384(DI)
+	VAESDECLAST     Z26, Z7, Z7
+	VPXORQ          Z15, Z7, Z7
+	VMOVDQU64       Z7, 448(DI)
+	SUBQ            $0x00000200, DX
+	JZ              done
+	ADDQ            $0x00000200, SI
+	ADDQ            $0x00000200, DI
+	CMPQ            R11, R9
+	JNE             group
+	JMP             tweaks
+
+done:
+	VPXORQ    Z0, Z0, Z0
+	VMOVDQU64 Z0, (SP)
+	VMOVDQU64 Z0, 64(SP)
+	VMOVDQU64 Z0, 128(SP)
+	VPXORQ    Z16, Z16, Z16
+	VPXORQ    Z17, Z17, Z17
+	VPXORQ    Z18, Z18, Z18
+	VPXORQ    Z19, Z19, Z19
+	VPXORQ    Z20, Z20, Z20
+	VPXORQ    Z21, Z21, Z21
+	VPXORQ    Z22, Z22, Z22
+	VPXORQ    Z23, Z23, Z23
+	VPXORQ    Z24, Z24, Z24
+	VPXORQ    Z25, Z25, Z25
+	VPXORQ    Z26, Z26, Z26
+	VPXORQ    Z27, Z27, Z27
+	VPXORQ    Z28, Z28, Z28
+	VPXORQ    Z29, Z29, Z29
+	VPXORQ    Z30, Z30, Z30
+	VPXORQ    Z31, Z31, Z31
 	VZEROALL
 	RET

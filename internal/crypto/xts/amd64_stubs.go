@@ -25,7 +25,13 @@ func encryptAESNI(s *byte, dst *byte, src *byte, n int, iv uint64, shift int)
 func encryptVAES256(s *byte, dst *byte, src *byte, n int, iv uint64, shift int)
 
 //go:noescape
+func encryptVAES512(s *byte, dst *byte, src *byte, n int, iv uint64, shift int)
+
+//go:noescape
 func decryptAESNI(s *byte, dst *byte, src *byte, n int, iv uint64, shift int)
 
 //go:noescape
 func decryptVAES256(s *byte, dst *byte, src *byte, n int, iv uint64, shift int)
+
+//go:noescape
+func decryptVAES512(s *byte, dst *byte, src *byte, n int, iv uint64, shift int)

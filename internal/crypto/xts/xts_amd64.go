@@ -21,21 +21,17 @@ type schedule struct {
 	rounds  uint64                        // 10 or 14
 }
 
-// Bits of CPUID leaf 7, ECX.
-const (
-	cpuidVAES       = 1 << 9
-	cpuidVPCLMULQDQ = 1 << 10
-)
+const cpuidVAES = 1 << 9 // CPUID leaf 7, ECX
 
 func implementations() []implementation {
 	var list []implementation
 	x := &cpu.X86
-	if false && x.HasAVX512VAES && x.HasAVX512VPCLMULQDQ && x.HasAVX512F && x.HasAVX512BW {
+	if x.HasAVX512VAES && x.HasAVX512VPCLMULQDQ && x.HasAVX512F && x.HasAVX512BW {
 		list = append(list, vaesAVX512)
 	}
 	// HasAVX2 tells that there is a leaf 7 and that the system saves the wide
 	// registers. x/sys/cpu reports VAES for processors with AVX-512 only.
-	if x.HasAVX2 && cpuid7ECX()&(cpuidVAES|cpuidVPCLMULQDQ) == cpuidVAES|cpuidVPCLMULQDQ {
+	if x.HasAVX2 && cpuid7ECX()&cpuidVAES != 0 {
 		list = append(list, vaesAVX2)
 	}
 	if x.HasAES {
@@ -82,7 +78,7 @@ func (c *Cipher) encrypt(dst, src []byte, iv uint64, sectorSize int) {
 		n := min(len(src), callMax)
 		switch c.impl {
 		case vaesAVX512:
-			encryptVAES256(s, &dst[0], &src[0], n, iv, shift)
+			encryptVAES512(s, &dst[0], &src[0], n, iv, shift)
 		case vaesAVX2:
 			encryptVAES256(s, &dst[0], &src[0], n, iv, shift)
 		default:
@@ -104,7 +100,7 @@ func (c *Cipher) decrypt(dst, src []byte, iv uint64, sectorSize int) {
 		n := min(len(src), callMax)
 		switch c.impl {
 		case vaesAVX512:
-			decryptVAES256(s, &dst[0], &src[0], n, iv, shift)
+			decryptVAES512(s, &dst[0], &src[0], n, iv, shift)
 		case vaesAVX2:
 			decryptVAES256(s, &dst[0], &src[0], n, iv, shift)
 		default:

@@ -15,121 +15,97 @@ func aesni(inverse bool) {
 	}
 	TEXT(name(inverse, "AESNI"), NOSPLIT, signature)
 	Pragma("noescape")
-	a := loadArgs()
+	a, w := loadArgs(), newWalk()
 	keys := dataKeys(inverse)
 
 	var (
 		data     [batch]reg.VecPhysical // X0 to X7
-		tweak    = reg.X8               // of the next block
-		carry    = reg.X9
-		wrap     = reg.X10 // poly
-		first    = reg.X11 // first round key
-		final    = reg.X12 // last round key
-		roundKey = reg.X13
-		masked   = reg.X14
-
-		frame  = reg.R10 // aligned to 16 bytes
-		sector = reg.R11 // first tweak of the current sector
-		groups = reg.R12 // of eight blocks, left in the sector
-		perSec = reg.R13 // of eight blocks, in a sector
+		first    = reg.X8               // first round key
+		final    = reg.X9               // last round key
+		roundKey = reg.X10
 	)
 	for i := range data {
 		data[i] = xmm(i)
 	}
-	AllocLocal(2*batch*block + 8)
-	LEAQ(Mem{Base: reg.StackPointer, Disp: 8}, frame)
-	ANDQ(I8(-block), frame)
-	sectors := func(i int) Mem { return Mem{Base: frame, Disp: block * i} }         // first tweaks
-	masks := func(i int) Mem { return Mem{Base: frame, Disp: block * (batch + i)} } // tweak + final
+	at := func(base reg.Register, i int) Mem { return Mem{Base: base, Disp: block * i} }
+	prepare := func(i int) []func() { return w.chain.next(at(w.next, i)) }
 
-	MOVQ(a.unit, perSec)
-	SHLQ(U8(2), perSec)
-	MOVOU(poly, wrap)
+	// The frame: sectors' first tweaks, one place that is read and not used,
+	// and two groups of tweaks; all aligned to 16 bytes.
+	const used = batch + 1 + 2*batch
+	AllocLocal(used*block + 8)
+	LEAQ(Mem{Base: reg.StackPointer, Disp: 8 + (batch+1)*block}, w.end)
+	ANDQ(I8(-block), w.end)
+	firstTweak := func(i int) Mem { return at(w.end, i-batch-1) }
+	MOVQ(w.end, w.current)
+	LEAQ(at(w.end, batch), w.next)
+
+	w.setPerSec(a, block)
 	MOVO(a.key(keys, 0), first)
 	MOVO(a.key(keys, lastKey), final)
 
 	Label("tweaks")
+	unit := w.chain.carry
+	MOVQ(w.perSec, unit)
+	SHRQ(U8(2), unit)
 	MOVO(a.key(tweakKeys, 0), roundKey)
 	for _, d := range data {
 		MOVQ(a.iv, d)
-		ADDQ(a.unit, a.iv)
+		ADDQ(unit, a.iv)
 		PXOR(roundKey, d)
 	}
-	sseRounds(a, tweakKeys, data[:], roundKey, AESENC, "tweaks")
+	sseRounds(a, tweakKeys, data[:], roundKey, AESENC, "tweaks", nil)
 	MOVO(a.key(tweakKeys, lastKey), roundKey)
 	for i, d := range data {
 		AESENCLAST(roundKey, d)
-		MOVO(d, sectors(i))
+		MOVO(d, firstTweak(i))
 	}
-	MOVQ(frame, sector)
-
-	Label("sector")
-	MOVO(Mem{Base: sector}, tweak)
-	MOVQ(perSec, groups)
+	w.start(prepare, batch)
 
 	Label("group")
+	w.advance()
 	for i, d := range data {
-		MOVOU(Mem{Base: a.src, Disp: block * i}, d)
-		MOVO(tweak, masked)
-		PXOR(tweak, d)
-		PXOR(final, masked)
+		MOVOU(at(a.src, i), d)
 		PXOR(first, d)
-		MOVO(masked, masks(i))
-		// tweak times x: each quadword is doubled; the bit that left the
-		// lower one enters the upper one, the bit that left that one is 0x87.
-		PSHUFD(U8(0x13), tweak, carry)
-		PADDQ(tweak, tweak)
-		PSRAL(U8(31), carry)
-		PAND(wrap, carry)
-		PXOR(carry, tweak)
+		PXOR(at(w.current, i), d)
 	}
-	sseRounds(a, keys, data[:], roundKey, round, "data")
+	sseRounds(a, keys, data[:], roundKey, round, "data", prepare)
 	for i, d := range data {
-		last(masks(i), d)
-		MOVOU(d, Mem{Base: a.dst, Disp: block * i})
+		last(final, d)
+		PXOR(at(w.current, i), d)
+		MOVOU(d, at(a.dst, i))
 	}
-	ADDQ(U32(batch*block), a.src)
-	ADDQ(U32(batch*block), a.dst)
-	SUBQ(U32(batch*block), a.left)
-	DECQ(groups)
-	JNZ(LabelRef("group"))
+	w.loop(a, batch*block)
 
-	TESTQ(a.left, a.left)
-	JZ(LabelRef("done"))
-	ADDQ(U8(block), sector)
-	LEAQ(Mem{Base: frame, Disp: batch * block}, reg.RCX)
-	CMPQ(sector, reg.RCX)
-	JNE(LabelRef("sector"))
-	JMP(LabelRef("tweaks"))
-
-	Label("done")
-	wipeX(16)
-	for i := range 2 * batch {
-		MOVO(reg.X0, Mem{Base: frame, Disp: block * i})
+	wipeX(11)
+	w.chain.wipe()
+	for i := range used {
+		MOVO(reg.X0, firstTweak(i))
 	}
 	RET()
 }
 
 // sseRounds applies the rounds between the first and the last to all of data.
-func sseRounds(a args, keys int, data []reg.VecPhysical, roundKey reg.VecPhysical, round func(mx, x Op), label string) {
+// Eight of the rounds are interleaved with the instructions that between gives,
+// if it is not nil: the core does them while AES instructions wait for one
+// another.
+func sseRounds(a args, keys int, data []reg.VecPhysical, roundKey reg.VecPhysical, round func(mx, x Op), label string, between func(i int) []func()) {
 	a.fewRounds(label + "128")
 	for i := 1; i < lastKey; i++ {
 		if i == skipped+1 {
 			Label(label + "128")
 		}
+		var others []func()
+		if j := i - skipped - 1; between != nil && 0 <= j && j < batch {
+			others = between(j)
+		}
 		MOVO(a.key(keys, i), roundKey)
 		for _, d := range data {
 			round(roundKey, d)
+			if len(others) > 0 {
+				others[0]()
+				others = others[1:]
+			}
 		}
 	}
-}
-
-// poly is 0x87, 1: what one bit that leaves the upper or the lower quadword
-// adds to the other.
-var poly Mem
-
-func polyData() {
-	poly = GLOBL("poly", RODATA|NOPTR)
-	DATA(0, U64(0x87))
-	DATA(8, U64(1))
 }

@@ -52,8 +52,8 @@ const batch = 8
 
 func main() {
 	ConstraintExpr("amd64,!purego")
-	polyData()
 	vaesData()
+	powersData()
 	cpuid7()
 	expand()
 	for _, inverse := range []bool{false, true} {
@@ -66,26 +66,83 @@ func main() {
 
 // args are the arguments of a function that crypts sectors, in registers.
 type args struct {
-	schedule, dst, src, left, iv, unit reg.GPPhysical
+	schedule, dst, src, left, iv reg.GPPhysical
+	shift                        reg.GPPhysical // overwritten later
 }
 
 // signature of a function that crypts n > 0 bytes, n a multiple of the sector
 // size, which is 512 << shift bytes.
 const signature = "func(s, dst, src *byte, n int, iv uint64, shift int)"
 
-// loadArgs loads what stays in registers: shift is turned into its unit, the
-// step of the tweak from sector to sector.
 func loadArgs() args {
-	a := args{reg.RAX, reg.RDI, reg.RSI, reg.RDX, reg.R8, reg.R9}
+	a := args{reg.RAX, reg.RDI, reg.RSI, reg.RDX, reg.R8, reg.RCX}
 	Load(Param("s"), a.schedule)
 	Load(Param("dst"), a.dst)
 	Load(Param("src"), a.src)
 	Load(Param("n"), a.left)
 	Load(Param("iv"), a.iv)
-	Load(Param("shift"), reg.RCX)
-	MOVQ(U32(1), a.unit)
-	SHLQ(reg.CL, a.unit)
+	Load(Param("shift"), a.shift)
 	return a
+}
+
+// walk is how a function goes through its sectors: in groups of eight vectors,
+// of which the tweaks of one are made while the one before is in work.
+type walk struct {
+	sector  reg.GPPhysical // where the next sector's first tweak is
+	end     reg.GPPhysical // sector, when the first tweaks are used up
+	groups  reg.GPPhysical // left in the sector
+	perSec  reg.GPPhysical // groups in a sector
+	current reg.GPPhysical // tweaks of the group in work
+	next    reg.GPPhysical // tweaks of the group after it
+	chain   chain
+}
+
+func newWalk() walk {
+	return walk{
+		sector: reg.R11, end: reg.R9, groups: reg.R12, perSec: reg.R13, current: reg.RBX, next: reg.R15,
+		chain: chain{lo: reg.RCX, hi: reg.R14, carry: reg.R10},
+	}
+}
+
+// setPerSec computes perSec for vectors of so many bytes.
+func (w walk) setPerSec(a args, vector int) {
+	MOVQ(U32(512/batch/vector), w.perSec)
+	SHLQ(reg.CL, w.perSec)
+}
+
+// start begins with the first sector of eight, whose first tweaks were stored.
+func (w walk) start(prepare func(i int) []func(), n int) {
+	LEAQ(Mem{Base: w.end, Disp: -batch * block}, w.sector)
+	w.chain.load(Mem{Base: w.sector, Disp: -block})
+	for i := range n {
+		all(prepare(i))
+	}
+	MOVQ(w.perSec, w.groups)
+}
+
+// advance goes on to the next group and lets the chain begin at the next
+// sector where it must.
+func (w walk) advance() {
+	XCHGQ(w.current, w.next)
+	DECQ(w.groups)
+	JNZ(LabelRef("same"))
+	Comment("The group after this one is of the next sector, or is not used if this is the eighth.")
+	w.chain.load(Mem{Base: w.sector})
+	ADDQ(U8(block), w.sector)
+	MOVQ(w.perSec, w.groups)
+	Label("same")
+}
+
+// loop jumps back if bytes are left after a group of so many.
+func (w walk) loop(a args, bytes int) {
+	SUBQ(U32(bytes), a.left)
+	JZ(LabelRef("done"))
+	ADDQ(U32(bytes), a.src)
+	ADDQ(U32(bytes), a.dst)
+	CMPQ(w.sector, w.end)
+	JNE(LabelRef("group"))
+	JMP(LabelRef("tweaks"))
+	Label("done")
 }
 
 // name returns the name of the function for one direction.
@@ -122,4 +179,43 @@ func cpuid7() {
 	CPUID()
 	Store(reg.ECX, ReturnIndex(0))
 	RET()
+}
+
+// chain is the next tweak of a sector, in two general registers: doubling
+// there leaves the vector units to AES.
+type chain struct {
+	lo, hi, carry reg.GPPhysical
+}
+
+// load makes the chain start at the tweak in m.
+func (c chain) load(m Mem) {
+	MOVQ(m, c.lo)
+	MOVQ(m.Offset(8), c.hi)
+}
+
+// next gives the instructions that store the tweak to m and double it.
+func (c chain) next(m Mem) []func() {
+	return []func(){
+		func() { MOVQ(c.lo, m) },
+		func() { MOVQ(c.hi, m.Offset(8)) },
+		func() { MOVQ(c.hi, c.carry) },
+		func() { SARQ(U8(63), c.carry) },
+		func() { ANDL(U32(0x87), c.carry.As32()) },
+		func() {
+			ADDQ(c.lo, c.lo)
+			ADCQ(c.hi, c.hi)
+		},
+		func() { XORQ(c.carry, c.lo) },
+	}
+}
+
+func (c chain) wipe() {
+	XORQ(c.lo, c.lo)
+	XORQ(c.hi, c.hi)
+}
+
+func all(instructions []func()) {
+	for _, f := range instructions {
+		f()
+	}
 }

@@ -8,8 +8,8 @@ import (
 
 // Constants of the wide implementations.
 var (
-	wrap2   Mem // 0x87 in every block
-	sector2 Mem // tweak numbers of eight sectors, two in a row
+	wrap2    Mem // 0x87 in every quadword
+	ordinals Mem // 0 to 7, each as a block
 )
 
 func vaesData() {
@@ -18,7 +18,7 @@ func vaesData() {
 		DATA(16*i, U64(0x87))
 		DATA(16*i+8, U64(0x87))
 	}
-	sector2 = GLOBL("ordinal", RODATA|NOPTR)
+	ordinals = GLOBL("ordinals", RODATA|NOPTR)
 	for i := range batch {
 		DATA(16*i, U64(i))
 		DATA(16*i+8, U64(0))
@@ -34,121 +34,103 @@ func vaes256(inverse bool) {
 	}
 	TEXT(name(inverse, "VAES256"), NOSPLIT, signature)
 	Pragma("noescape")
-	a := loadArgs()
+	a, w := loadArgs(), newWalk()
 	keys := dataKeys(inverse)
 	const vector = 2 * block
 
 	var (
 		data     [batch]reg.VecPhysical // Y0 to Y7
-		tweak    = reg.Y8               // of the next two blocks: T, T x
-		carry    = reg.Y9
-		wrapped  = reg.Y10
-		wrap     = reg.Y11 // wrap2
-		first    = reg.Y12 // first round key, twice
-		final    = reg.Y13 // last round key, twice
-		roundKey = reg.Y14
-		masked   = reg.Y15
-
-		sector = reg.R11 // first tweak of the current sector
-		groups = reg.R12 // of eight vectors, left in the sector
-		perSec = reg.R13 // of eight vectors, in a sector
+		first    = reg.Y8               // first round key, twice
+		final    = reg.Y9               // last round key, twice
+		roundKey = reg.Y10
+		iv       = reg.Y11 // twice
+		shift    = reg.X12
 	)
 	for i := range data {
 		data[i] = ymm(i)
 	}
-	frame := AllocLocal(batch*block + batch*vector)
-	sectors := func(i int) Mem { return frame.Offset(vector * i) }           // first tweaks, two in a row
-	masks := func(i int) Mem { return frame.Offset(batch*block + vector*i) } // tweak + final
+	at := func(base reg.Register, i int) Mem { return Mem{Base: base, Disp: vector * i} }
+	prepare := func(i int) []func() {
+		m := at(w.next, i)
+		return append(w.chain.next(m), w.chain.next(m.Offset(block))...)
+	}
 
-	MOVQ(a.unit, perSec)
-	ADDQ(perSec, perSec)
-	VMOVDQU(wrap2, wrap)
+	// The frame: sectors' first tweaks, one place that is read and not used
+	// and one that is not, and two groups of tweaks.
+	const used = batch/2 + 1 + 2*batch
+	frame := AllocLocal(used * vector)
+	firstTweaks := func(i int) Mem { return frame.Offset(vector * i) }
+	LEAQ(frame.Offset((batch+1)*block), w.end)
+	LEAQ(firstTweaks(batch/2+1), w.current)
+	LEAQ(firstTweaks(batch/2+1+batch), w.next)
+
+	w.setPerSec(a, vector)
+	VMOVQ(a.shift, shift)
 	VBROADCASTI128(a.key(keys, 0), first)
 	VBROADCASTI128(a.key(keys, lastKey), final)
 
 	Label("tweaks")
-	VMOVQ(a.iv, reg.X8)
-	VINSERTI128(U8(1), reg.X8, tweak, tweak)
-	VMOVQ(reg.RCX, reg.X9)
+	VMOVQ(a.iv, iv.AsX())
+	VINSERTI128(U8(1), iv.AsX(), iv, iv)
 	VBROADCASTI128(a.key(tweakKeys, 0), roundKey)
 	for i, d := range data[:batch/2] {
-		VMOVDQU(sector2.Offset(vector*i), d)
-		VPSLLQ(reg.X9, d, d)
-		VPADDQ(tweak, d, d)
+		VMOVDQU(ordinals.Offset(vector*i), d)
+		VPSLLQ(shift, d, d)
+		VPADDQ(iv, d, d)
 		VPXOR(roundKey, d, d)
 	}
-	LEAQ(Mem{Base: a.iv, Index: a.unit, Scale: batch}, a.iv)
-	avxRounds(a, tweakKeys, data[:batch/2], roundKey, VAESENC, "tweaks")
+	// perSec is twice the tweak's step from sector to sector.
+	LEAQ(Mem{Base: a.iv, Index: w.perSec, Scale: batch / 2}, a.iv)
+	avxRounds(a, tweakKeys, data[:batch/2], roundKey, VAESENC, "tweaks", nil)
 	VBROADCASTI128(a.key(tweakKeys, lastKey), roundKey)
 	for i, d := range data[:batch/2] {
 		VAESENCLAST(roundKey, d, d)
-		VMOVDQU(d, sectors(i))
+		VMOVDQU(d, firstTweaks(i))
 	}
-	LEAQ(sectors(0), sector)
-
-	Label("sector")
-	// T and T x.
-	VMOVDQU(Mem{Base: sector}, reg.X8)
-	VPSHUFD(U8(0x13), reg.X8, reg.X9)
-	VPSRAD(U8(31), reg.X9, reg.X9)
-	VPAND(poly, reg.X9, reg.X9)
-	VPADDQ(reg.X8, reg.X8, reg.X10)
-	VPXOR(reg.X9, reg.X10, reg.X10)
-	VINSERTI128(U8(1), reg.X10, tweak, tweak)
-	MOVQ(perSec, groups)
+	w.start(prepare, batch)
 
 	Label("group")
+	w.advance()
 	for i, d := range data {
-		VPXOR(Mem{Base: a.src, Disp: vector * i}, tweak, d)
-		VPXOR(final, tweak, masked)
-		VPXOR(first, d, d)
-		VMOVDQU(masked, masks(i))
-		// tweak times x^2.
-		VPSRLQ(U8(62), tweak, carry)
-		VPSLLQ(U8(2), tweak, tweak)
-		VPCLMULQDQ(U8(0x01), wrap, carry, wrapped)
-		VPSLLDQ(U8(8), carry, carry)
-		VPXOR(wrapped, tweak, tweak)
-		VPXOR(carry, tweak, tweak)
+		VPXOR(at(a.src, i), first, d)
+		VPXOR(at(w.current, i), d, d)
 	}
-	avxRounds(a, keys, data[:], roundKey, round, "data")
+	avxRounds(a, keys, data[:], roundKey, round, "data", prepare)
 	for i, d := range data {
-		last(masks(i), d, d)
-		VMOVDQU(d, Mem{Base: a.dst, Disp: vector * i})
+		last(final, d, d)
+		VPXOR(at(w.current, i), d, d)
+		VMOVDQU(d, at(a.dst, i))
 	}
-	ADDQ(U32(batch*vector), a.src)
-	ADDQ(U32(batch*vector), a.dst)
-	SUBQ(U32(batch*vector), a.left)
-	DECQ(groups)
-	JNZ(LabelRef("group"))
+	w.loop(a, batch*vector)
 
-	TESTQ(a.left, a.left)
-	JZ(LabelRef("done"))
-	ADDQ(U8(block), sector)
-	LEAQ(masks(0), reg.R10)
-	CMPQ(sector, reg.R10)
-	JNE(LabelRef("sector"))
-	JMP(LabelRef("tweaks"))
-
-	Label("done")
+	w.chain.wipe()
 	VPXOR(data[0], data[0], data[0])
-	for i := range batch/2 + batch {
-		VMOVDQU(data[0], frame.Offset(vector*i))
+	for i := range used {
+		VMOVDQU(data[0], firstTweaks(i))
 	}
 	VZEROALL()
 	RET()
 }
 
-// avxRounds applies the rounds between the first and the last to all of data.
-func avxRounds(a args, keys int, data []reg.VecPhysical, roundKey reg.VecPhysical, round func(k, from, to Op), label string) {
+// avxRounds is sseRounds for vectors of two blocks.
+func avxRounds(a args, keys int, data []reg.VecPhysical, roundKey reg.VecPhysical, round func(k, from, to Op), label string, between func(i int) []func()) {
 	a.fewRounds(label + "128")
 	for i := 1; i < lastKey; i++ {
 		if i == skipped+1 {
 			Label(label + "128")
 		}
+		var others []func()
+		if j := i - skipped - 1; between != nil && 0 <= j && j < batch {
+			others = between(j)
+		}
 		VBROADCASTI128(a.key(keys, i), roundKey)
 		for _, d := range data {
 			round(roundKey, d, d)
+			if len(others) > 0 {
+				k := min(2, len(others))
+				all(others[:k])
+				others = others[k:]
+			}
 		}
 	}
 }
