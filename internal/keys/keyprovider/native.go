@@ -44,11 +44,17 @@ func (info NativeInfo) normalise() (NativeInfo, error) {
 		return NativeInfo{}, fmt.Errorf("%w: key id is the nil UUID", ErrInvalidNative)
 	}
 	info.Created = info.Created.UTC().Truncate(time.Second)
-	if info.Created.Unix() < 0 || info.Created.Year() > 9999 {
+	if !validTime(info.Created) {
 		return NativeInfo{}, fmt.Errorf("%w: created in the year %d", ErrInvalidNative, info.Created.Year())
 	}
 	return info, nil
 }
+
+// unixMax is the last second of the year 9999, after which RFC 3339 ends.
+const unixMax = 253402300799
+
+// validTime reports whether t can be stored.
+func validTime(t time.Time) bool { return t.Unix() >= 0 && t.Unix() <= unixMax }
 
 // Native is a provider whose KEKs are derived from one key, the KDK. Whoever
 // holds the KDK needs nobody else, so a host works while the controller is
