@@ -31,7 +31,7 @@ type Client struct {
 	name  string
 	guard blockdev.Guard
 	free  chan *call
-	edges sync.Pool // of *[]byte, one block each
+	edges chan []byte // space for blocks, to be used again
 
 	send sync.Mutex // guards sending on link, and lost
 	lost error      // why the connection is of no more use
@@ -53,9 +53,9 @@ func Dial(ctx context.Context, network, address, export string) (*Client, error)
 		link:     newLink(sock, d, clientDepth),
 		name:     fmt.Sprintf("NBD export %q at %s", export, address),
 		free:     make(chan *call, clientDepth),
+		edges:    make(chan []byte, clientDepth),
 		received: make(chan struct{}),
 	}
-	c.edges.New = func() any { b := make([]byte, d.minimum); return &b }
 	for i := range c.link.calls {
 		k := &c.link.calls[i]
 		k.done = make(chan error, 1)
@@ -155,10 +155,25 @@ func (c *Client) fail(op string, off, n int64, err error) error {
 	return fmt.Errorf("cannot %s %d bytes at %d of %s: %w", op, n, off, c.name, err)
 }
 
-// edge returns space for one block, and where off lies in it.
-func (c *Client) edge(off int64) (block *[]byte, start, in int64) {
-	in = off & int64(c.link.minimum-1)
-	return c.edges.Get().(*[]byte), off - in, in
+// edge reads the block that off lies in, and returns it and where.
+func (c *Client) edge(off int64) (block []byte, start, in int64, err error) {
+	select {
+	case block = <-c.edges:
+	default:
+		block = make([]byte, c.link.minimum)
+	}
+	in = off & int64(len(block)-1)
+	if _, err = c.do(cmdRead, 0, off-in, int64(len(block)), block); err != nil {
+		c.putEdge(block)
+	}
+	return block, off - in, in, err
+}
+
+func (c *Client) putEdge(block []byte) {
+	select {
+	case c.edges <- block:
+	default:
+	}
 }
 
 // ReadAt implements [blockdev.Device].
@@ -199,12 +214,12 @@ func (c *Client) readPart(p []byte, off int64) (int, error) {
 		_, err := c.do(cmdRead, 0, off, int64(n), p[:n])
 		return n, err
 	}
-	block, start, in := c.edge(off)
-	defer c.edges.Put(block)
-	if _, err := c.do(cmdRead, 0, start, int64(len(*block)), *block); err != nil {
+	block, _, in, err := c.edge(off)
+	if err != nil {
 		return 0, err
 	}
-	return copy(p[:n], (*block)[in:]), nil
+	defer c.putEdge(block)
+	return copy(p[:n], block[in:]), nil
 }
 
 // WriteAt implements [blockdev.Device].
@@ -232,13 +247,13 @@ func (c *Client) writePart(p []byte, off int64) (int, error) {
 		_, err := c.do(cmdWrite, 0, off, int64(n), p[:n])
 		return n, err
 	}
-	block, start, in := c.edge(off)
-	defer c.edges.Put(block)
-	if _, err := c.do(cmdRead, 0, start, int64(len(*block)), *block); err != nil {
+	block, start, in, err := c.edge(off)
+	if err != nil {
 		return 0, err
 	}
-	copy((*block)[in:], p[:n])
-	_, err := c.do(cmdWrite, 0, start, int64(len(*block)), *block)
+	defer c.putEdge(block)
+	copy(block[in:], p[:n])
+	_, err = c.do(cmdWrite, 0, start, int64(len(block)), block)
 	return n, err
 }
 

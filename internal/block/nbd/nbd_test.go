@@ -6,6 +6,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"os"
 	"path/filepath"
 	"testing"
 	"time"
@@ -124,4 +125,14 @@ func TestConformance(t *testing.T) {
 			})
 		})
 	}
+}
+
+// openToAll lets every user reach a socket, and returns its path.
+func openToAll(t testing.TB, path string) string {
+	t.Helper()
+	check(t, os.Chmod(path, 0o777))
+	for dir := filepath.Dir(path); dir != os.TempDir() && dir != "/"; dir = filepath.Dir(dir) {
+		check(t, os.Chmod(dir, 0o755))
+	}
+	return path
 }

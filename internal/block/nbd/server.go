@@ -203,10 +203,14 @@ func (s *Server) checkPeer(sock net.Conn) error {
 	if err != nil {
 		return fmt.Errorf("cannot tell who connects: %w", err)
 	}
-	if cred.Uid == 0 || cred.Uid == uint32(os.Geteuid()) || slices.Contains(s.config.AllowedUIDs, cred.Uid) {
+	if s.mayConnect(cred.Uid) {
 		return nil
 	}
 	return fmt.Errorf("user %d (process %d) is not allowed to connect", cred.Uid, cred.Pid)
+}
+
+func (s *Server) mayConnect(uid uint32) bool {
+	return uid == 0 || uid == uint32(os.Geteuid()) || slices.Contains(s.config.AllowedUIDs, uid)
 }
 
 // Shutdown ends the service in good order: no further client is accepted, no
