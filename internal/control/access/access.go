@@ -1,0 +1,398 @@
+// Package access says who may do what: principals (local users, API tokens,
+// certificates), roles made of privileges with vSphere's names, and permissions
+// that give a principal a role on an object of the inventory and below.
+//
+// Invariants:
+//   - Denied unless a permission says otherwise.
+//   - There is always an enabled local user with the Administrator role on
+//     everything; the change that would remove the last one is refused.
+//   - Passwords are stored as argon2id hashes, tokens as SHA-256 hashes. Methods
+//     that take a password as bytes wipe those bytes before they return. This
+//     package may not use locked key memory: a password's bytes are the
+//     caller's, and they are never copied, printed or stored.
+//
+// All methods are safe for concurrent use.
+package access
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"strongroom/internal/control/store"
+	"strongroom/internal/errs"
+)
+
+// PrincipalKind is how a principal proved who it is.
+type PrincipalKind string
+
+// The kinds of principal.
+const (
+	UserPrincipal        PrincipalKind = "user"        // a local user, by password or token
+	CertificatePrincipal PrincipalKind = "certificate" // a client certificate of the cluster CA
+	InternalPrincipal    PrincipalKind = "internal"    // the controller itself
+)
+
+// Principal is somebody who acts. The zero Principal may do nothing.
+type Principal struct {
+	Kind PrincipalKind `json:"kind"`
+	Name string        `json:"name"`
+	// Token is the id of the token that the principal came with, if any.
+	Token string `json:"token,omitempty"`
+}
+
+// String is how a principal is written in permissions, events and the audit
+// log: "user:ann", "certificate:backup".
+func (p Principal) String() string { return string(p.Kind) + ":" + p.Name }
+
+// Object is a path in the inventory, such as "/", "/provider/kp-1" or
+// "/cluster/lab/vm/web-1". A permission on a path holds below it, too, if it
+// propagates.
+type Object string
+
+// Root is above everything.
+const Root Object = "/"
+
+// parent of o, or false for the root.
+func (o Object) parent() (Object, bool) {
+	if o == Root {
+		return "", false
+	}
+	i := strings.LastIndexByte(string(o), '/')
+	if i <= 0 {
+		return Root, true
+	}
+	return o[:i], true
+}
+
+func (o Object) check() error {
+	s := string(o)
+	if o == Root {
+		return nil
+	}
+	if len(s) > 400 || !strings.HasPrefix(s, "/") || strings.HasSuffix(s, "/") || strings.Contains(s, "//") {
+		return errs.New(errs.Invalid, "%q is no path of an object", s)
+	}
+	return nil
+}
+
+// Role is a named set of privileges.
+type Role struct {
+	Name        string      `json:"name"`
+	Description string      `json:"description,omitempty"`
+	BuiltIn     bool        `json:"built_in,omitempty"`
+	Privileges  []Privilege `json:"privileges"`
+}
+
+// Permission gives a principal a role on an object. A permission nearer to the
+// object replaces those further up, as in vSphere.
+type Permission struct {
+	Principal string `json:"principal"` // as [Principal.String] writes it
+	Object    Object `json:"object"`
+	Role      string `json:"role"`
+	Propagate bool   `json:"propagate"` // to everything below
+}
+
+// Control decides and keeps who may do what. Use [New].
+type Control struct {
+	db       *store.DB
+	users    *store.Table[user]
+	tokens   *store.Table[token]
+	roles    *store.Table[Role]
+	perms    *store.Table[Permission] // by principal "@" object
+	hashing  Hashing
+	throttle *throttle
+	slots    chan struct{} // bounds hashes computed at a time, and so memory
+	now      func() time.Time
+}
+
+// Config of a [Control].
+type Config struct {
+	DB *store.DB
+	// Hashing is how new passwords are hashed. Zero means [DefaultHashing].
+	Hashing Hashing
+}
+
+// New returns the access control kept in cfg.DB.
+func New(cfg Config) (*Control, error) {
+	if cfg.Hashing == (Hashing{}) {
+		cfg.Hashing = DefaultHashing
+	}
+	if err := cfg.Hashing.check(); err != nil {
+		return nil, err
+	}
+	now := func() time.Time { return time.Now().UTC() }
+	return &Control{
+		db:       cfg.DB,
+		users:    store.NewTable[user](cfg.DB, "user", 1),
+		tokens:   store.NewTable[token](cfg.DB, "token", 1),
+		roles:    store.NewTable[Role](cfg.DB, "role", 1),
+		perms:    store.NewTable[Permission](cfg.DB, "permission", 1),
+		hashing:  cfg.Hashing,
+		throttle: newThrottle(now),
+		slots:    make(chan struct{}, hashesAtOnce),
+		now:      now,
+	}, nil
+}
+
+// Check returns nil if p has the privilege on the object, else an error of kind
+// Denied that names what is missing.
+func (c *Control) Check(ctx context.Context, p Principal, priv Privilege, on Object) error {
+	have, err := c.PrivilegesOn(ctx, p, on)
+	if err != nil {
+		return errs.Wrap(err, "cannot check privileges of %s", p)
+	}
+	if !slices.Contains(have, priv) {
+		return errs.New(errs.Denied, "%s lacks the privilege %s on %s", p, priv, on).WithReason("NoPermission")
+	}
+	return nil
+}
+
+// PrivilegesOn returns what p may do on an object.
+func (c *Control) PrivilegesOn(ctx context.Context, p Principal, on Object) ([]Privilege, error) {
+	role, err := c.roleOn(ctx, p, on)
+	if err != nil {
+		return nil, err
+	}
+	return role.Privileges, nil
+}
+
+// RolesOf returns the names of all roles that p has somewhere.
+func (c *Control) RolesOf(ctx context.Context, p Principal) ([]string, error) {
+	perms, err := c.Permissions(ctx, p.String())
+	var names []string
+	for _, perm := range perms {
+		if !slices.Contains(names, perm.Role) {
+			names = append(names, perm.Role)
+		}
+	}
+	return names, err
+}
+
+// roleOn returns the role of p on an object, or an empty one.
+func (c *Control) roleOn(ctx context.Context, p Principal, on Object) (Role, error) {
+	if err := on.check(); err != nil {
+		return Role{}, err
+	}
+	switch p.Kind {
+	case InternalPrincipal:
+		return builtinRoles()[0], nil
+	case UserPrincipal, CertificatePrincipal:
+	default:
+		return Role{}, nil
+	}
+	if p.Name == "" {
+		return Role{}, nil
+	}
+	var role Role
+	err := c.db.View(ctx, func(tx *store.Tx) error {
+		role = Role{}
+		if p.Kind == UserPrincipal {
+			u, err := c.users.In(tx).Get(ctx, p.Name)
+			if errors.Is(err, store.ErrNotFound) || err == nil && u.Disabled {
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+		}
+		for o, ok := on, true; ok; o, ok = o.parent() {
+			perm, err := c.perms.In(tx).Get(ctx, permKey(p.String(), o))
+			if errors.Is(err, store.ErrNotFound) {
+				continue
+			}
+			if err != nil {
+				return err
+			}
+			if o != on && !perm.Propagate {
+				continue
+			}
+			role, err = c.role(ctx, tx, perm.Role)
+			return err
+		}
+		return nil
+	})
+	return role, err
+}
+
+func permKey(principal string, o Object) string { return principal + "@" + string(o) }
+
+// role returns the role called name.
+func (c *Control) role(ctx context.Context, tx *store.Tx, name string) (Role, error) {
+	for _, r := range builtinRoles() {
+		if r.Name == name {
+			return r, nil
+		}
+	}
+	r, err := c.roles.In(tx).Get(ctx, name)
+	return r, missing(err, "role", name)
+}
+
+func missing(err error, kind, name string) error {
+	if errors.Is(err, store.ErrNotFound) || errors.Is(err, store.ErrInvalidKey) {
+		return errs.New(errs.NotFound, "no %s %s", kind, name).WithHint("strongroom %s ls", kind)
+	}
+	return err
+}
+
+// Roles returns all roles, those that always exist first.
+func (c *Control) Roles(ctx context.Context) ([]Role, error) {
+	custom, err := c.roles.List(ctx)
+	return append(builtinRoles(), custom...), err
+}
+
+// PutRole creates or changes a custom role.
+func (c *Control) PutRole(ctx context.Context, r Role) error {
+	err := c.putRole(ctx, r)
+	return errs.Wrap(err, "cannot store role %s", r.Name)
+}
+
+func (c *Control) putRole(ctx context.Context, r Role) error {
+	if err := checkName("role", r.Name); err != nil {
+		return err
+	}
+	for _, b := range builtinRoles() {
+		if strings.EqualFold(b.Name, r.Name) {
+			return errs.New(errs.InvalidState, "role %s is built in", b.Name)
+		}
+	}
+	for _, p := range r.Privileges {
+		if !Known(p) {
+			return errs.New(errs.Invalid, "no privilege %s", p)
+		}
+	}
+	r.BuiltIn = false
+	slices.Sort(r.Privileges)
+	r.Privileges = slices.Compact(r.Privileges)
+	return c.roles.Put(ctx, r.Name, r)
+}
+
+// DeleteRole removes a custom role that no permission gives.
+func (c *Control) DeleteRole(ctx context.Context, name string) error {
+	err := c.db.Txn(ctx, func(tx *store.Tx) error {
+		perms, err := c.perms.In(tx).List(ctx, "")
+		if err != nil {
+			return err
+		}
+		for _, p := range perms {
+			if p.Role == name {
+				return errs.New(errs.InvalidState, "%s has it on %s", p.Principal, p.Object).WithReason("ResourceInUse")
+			}
+		}
+		return missing(c.roles.In(tx).Delete(ctx, name), "role", name)
+	})
+	return errs.Wrap(err, "cannot delete role %s", name)
+}
+
+// Permissions returns all permissions, or those of one principal if it is not
+// empty.
+func (c *Control) Permissions(ctx context.Context, principal string) ([]Permission, error) {
+	all, err := c.perms.List(ctx)
+	if principal != "" {
+		all = slices.DeleteFunc(all, func(p Permission) bool { return p.Principal != principal })
+	}
+	return all, err
+}
+
+// Grant gives a permission; the principal's earlier one on the same object is
+// replaced.
+func (c *Control) Grant(ctx context.Context, p Permission) error {
+	err := c.db.Txn(ctx, func(tx *store.Tx) error {
+		if err := c.grant(ctx, tx, p); err != nil {
+			return err
+		}
+		return c.keepAdministrator(ctx, tx)
+	})
+	return errs.Wrap(err, "cannot give %s the role %s on %s", p.Principal, p.Role, p.Object)
+}
+
+func (c *Control) grant(ctx context.Context, tx *store.Tx, p Permission) error {
+	if err := p.Object.check(); err != nil {
+		return err
+	}
+	kind, name, _ := strings.Cut(p.Principal, ":")
+	switch PrincipalKind(kind) {
+	case UserPrincipal:
+		if _, err := c.users.In(tx).Get(ctx, name); err != nil {
+			return missing(err, "user", name)
+		}
+	case CertificatePrincipal:
+		if err := checkName("certificate's principal", name); err != nil {
+			return err
+		}
+	default:
+		return errs.New(errs.Invalid, "%q is no principal: it is user:NAME or certificate:NAME", p.Principal)
+	}
+	if _, err := c.role(ctx, tx, p.Role); err != nil {
+		return err
+	}
+	return c.perms.In(tx).Put(ctx, permKey(p.Principal, p.Object), p)
+}
+
+// Revoke takes back the permission that the principal has on exactly that
+// object.
+func (c *Control) Revoke(ctx context.Context, principal string, on Object) error {
+	err := c.db.Txn(ctx, func(tx *store.Tx) error {
+		err := c.perms.In(tx).Delete(ctx, permKey(principal, on))
+		if errors.Is(err, store.ErrNotFound) {
+			return errs.New(errs.NotFound, "no permission of %s on %s", principal, on)
+		}
+		if err != nil {
+			return err
+		}
+		return c.keepAdministrator(ctx, tx)
+	})
+	return errs.Wrap(err, "cannot take permission of %s on %s", principal, on)
+}
+
+// keepAdministrator refuses what tx has done if it leaves nobody who can do
+// everything.
+func (c *Control) keepAdministrator(ctx context.Context, tx *store.Tx) error {
+	users, err := c.users.In(tx).List(ctx, "")
+	if err != nil {
+		return err
+	}
+	for _, u := range users {
+		if u.Disabled {
+			continue
+		}
+		p, err := c.perms.In(tx).Get(ctx, permKey(string(UserPrincipal)+":"+u.Name, Root))
+		if errors.Is(err, store.ErrNotFound) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if p.Role == Administrator && p.Propagate {
+			return nil
+		}
+	}
+	return errs.New(errs.InvalidState, "nobody would be left with the role %s on everything", Administrator).
+		WithHint("give another user that role first: strongroom permission grant user:NAME %s /", Administrator)
+}
+
+// maxName is the longest name of a user or role, in bytes.
+const maxName = 64
+
+func checkName(kind, name string) error {
+	ok := name != "" && len(name) <= maxName
+	for i, r := range name {
+		letter := r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9'
+		ok = ok && (letter || i > 0 && strings.ContainsRune("._-", r))
+	}
+	if !ok {
+		return errs.New(errs.Invalid, "%q is no name for a %s: it takes 1 to %d letters, digits, '.', '_' and '-', the first a letter or digit", name, kind, maxName)
+	}
+	return nil
+}
+
+// errDenied is the one answer to every failed proof of identity: it does not
+// tell which part was wrong.
+func errDenied(what string) error {
+	return errs.New(errs.Denied, "%s", what).WithReason("InvalidLogin")
+}
+
+var _ fmt.Stringer = Principal{}
