@@ -72,36 +72,30 @@ type VolumeDecrypt struct {
 
 // VolumeInfo is what a volume's header tells without a key.
 type VolumeInfo struct {
-	File       string       `json:"file"`
-	Format     string       `json:"format"`
-	UUID       string       `json:"uuid"`
-	Label      string       `json:"label"`
-	Cipher     string       `json:"cipher"`
-	SizeBytes  int64        `json:"sizeBytes"`
-	SectorSize int          `json:"sectorSize"`
-	DataOffset int64        `json:"dataOffset"`
-	Generation uint64       `json:"generation"` // of the header: +1 with each change
-	Headers    []VolumeCopy `json:"headers"`    // the copies of the header
-	KeySafe    *VolumeKey   `json:"keySafe"`    // nil if the volume has none
+	File          string       `json:"file"`
+	Format        string       `json:"format"`
+	UUID          string       `json:"uuid"`
+	Label         string       `json:"label"`
+	Cipher        string       `json:"cipher"`
+	SizeBytes     int64        `json:"sizeBytes"`
+	SectorSize    int          `json:"sectorSize"`
+	DataOffset    int64        `json:"dataOffset"`
+	AllowDiscards bool         `json:"allowDiscards"`
+	KeySafes      []VolumeSafe `json:"keySafes"`
+	Damage        []string     `json:"damage"` // what is wrong with a copy of the header
 }
 
-// VolumeCopy is the state of one header copy.
-type VolumeCopy struct {
-	Offset int64  `json:"offset"`
-	State  string `json:"state"` // "ok", or what is wrong with it
-}
-
-// VolumeKey names the key that a volume's key safe needs.
-type VolumeKey struct {
+// VolumeSafe names the key that one of a volume's key safes needs.
+type VolumeSafe struct {
 	Provider   string `json:"provider"`
 	KeyID      string `json:"keyId"`
 	Generation uint64 `json:"generation"`
 }
 
-// Measurement is one speed of the cipher.
+// Measurement is one speed of the cipher on one core.
 type Measurement struct {
-	Name           string  `json:"name"`
 	Implementation string  `json:"implementation"`
-	BlockBytes     int     `json:"blockBytes"`
-	BytesPerSecond float64 `json:"bytesPerSecond"`
+	Bytes          int     `json:"bytes"`    // in one call
+	Op             string  `json:"op"`       // "encrypt" or "decrypt"
+	GBPerS         float64 `json:"gb_per_s"` // 10^9 bytes a second
 }

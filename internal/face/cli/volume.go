@@ -70,13 +70,13 @@ the address of the key that it needs. No key is needed, and nothing is changed.`
 				{"Size", fmt.Sprintf("%s (%d bytes)", formatSize(info.SizeBytes), info.SizeBytes)},
 				{"Sector size", fmt.Sprint(info.SectorSize)},
 				{"Data offset", formatSize(info.DataOffset)},
-				{"Generation", fmt.Sprint(info.Generation)},
+				{"Discards", allowed(info.AllowDiscards)},
 			}
-			for _, h := range info.Headers {
-				fields = append(fields, field{fmt.Sprintf("Header at %d", h.Offset), h.State})
-			}
-			if k := info.KeySafe; k != nil {
+			for _, k := range info.KeySafes {
 				fields = append(fields, field{"Key safe", fmt.Sprintf("generation %d under %s, key id %s", k.Generation, k.Provider, k.KeyID)})
+			}
+			for _, d := range info.Damage {
+				fields = append(fields, field{"Damage", d})
 			}
 			return env.printOne(info, fields)
 		},
@@ -117,7 +117,9 @@ func newVolumeRekeyCmd(env *Env, roles Roles) *cobra.Command {
 old file, verified, then in its place. There must be room for both. Interrupted at
 any point, the file is the old volume or the new one.
 
-The old key no longer opens the volume, but it opens copies of the old file.`,
+The old key no longer opens the volume, but it opens copies of the old file.
+Recovery passphrases are not carried over. Disks of VMs are refused: use
+"strongroom vm rekey --deep".`,
 		Example: "  strongroom volume rekey disk.luks --key-file old.key --new-key-file new.key",
 		Args:    exactArgs("the file"),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -170,4 +172,11 @@ volume is not changed, and an existing file is never overwritten.`,
 func addKeyFile(cmd *cobra.Command, file *string, flag, usage string) {
 	cmd.Flags().StringVar(file, flag, "", usage)
 	must(cmd.MarkFlagRequired(flag))
+}
+
+func allowed(b bool) string {
+	if b {
+		return "give storage back"
+	}
+	return "ignored"
 }

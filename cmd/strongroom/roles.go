@@ -1,0 +1,87 @@
+package main
+
+import (
+	"context"
+	"time"
+
+	"strongroom/internal/block/luks"
+	"strongroom/internal/block/volume"
+	"strongroom/internal/crypto/xts/xtsbench"
+	"strongroom/internal/face/cli"
+	"strongroom/internal/role/localvolume"
+)
+
+// newRoles tells the command line what runs in this process.
+func newRoles() cli.Roles {
+	return cli.Roles{
+		FormatVolume:  formatVolume,
+		InspectVolume: inspectVolume,
+		ServeVolume:   serveVolume,
+		RekeyVolume:   rekeyVolume,
+		DecryptVolume: decryptVolume,
+		Benchmark:     benchmark,
+	}
+}
+
+func formatVolume(_ context.Context, v cli.VolumeFormat) (cli.VolumeInfo, error) {
+	info, err := localvolume.Format(localvolume.FormatOptions(v))
+	if err != nil {
+		return cli.VolumeInfo{}, err
+	}
+	return volumeInfo(v.File, info), nil
+}
+
+func inspectVolume(_ context.Context, file string) (cli.VolumeInfo, error) {
+	info, err := localvolume.Inspect(file)
+	if err != nil {
+		return cli.VolumeInfo{}, err
+	}
+	return volumeInfo(file, info), nil
+}
+
+func volumeInfo(file string, info volume.Info) cli.VolumeInfo {
+	v := cli.VolumeInfo{
+		File:          file,
+		Format:        "LUKS2",
+		UUID:          info.UUID,
+		Label:         info.Label,
+		Cipher:        luks.Cipher,
+		SizeBytes:     info.Size,
+		SectorSize:    info.SectorSize,
+		DataOffset:    info.DataOffset,
+		AllowDiscards: info.AllowDiscards,
+		KeySafes:      []cli.VolumeSafe{},
+		Damage:        []string{},
+	}
+	for _, s := range info.Safes {
+		v.KeySafes = append(v.KeySafes, cli.VolumeSafe{Provider: s.KEK.Provider, KeyID: s.KEK.KeyID, Generation: s.Generation})
+	}
+	for _, d := range info.Damage {
+		v.Damage = append(v.Damage, d.String())
+	}
+	return v
+}
+
+func serveVolume(ctx context.Context, v cli.VolumeServe, ready func(uri string)) error {
+	return localvolume.Serve(ctx, localvolume.ServeOptions{File: v.File, KeyFile: v.KeyFile, Socket: v.Socket, ReadOnly: v.ReadOnly, Ready: ready})
+}
+
+func rekeyVolume(ctx context.Context, v cli.VolumeRekey, progress func(done, total int64)) error {
+	return localvolume.Rekey(ctx, localvolume.RekeyOptions{File: v.File, KeyFile: v.KeyFile, NewKeyFile: v.NewKeyFile, Progress: progress})
+}
+
+func decryptVolume(ctx context.Context, v cli.VolumeDecrypt, progress func(done, total int64)) error {
+	return localvolume.Decrypt(ctx, localvolume.DecryptOptions{File: v.File, KeyFile: v.KeyFile, Out: v.Out, Progress: progress})
+}
+
+func benchmark(ctx context.Context, each time.Duration) ([]cli.Measurement, error) {
+	results, err := xtsbench.Run(ctx, xtsbench.Options{Duration: each})
+	if err != nil {
+		return nil, err
+	}
+	all := make([]cli.Measurement, len(results))
+	for i, r := range results {
+		all[i] = cli.Measurement(r)
+	}
+	return all, nil
+}
