@@ -35,19 +35,16 @@ var (
 // MarshalSecrets returns all native providers of s with their KDKs as one
 // secret, to be put into a sealed file. The caller must close it. Equal sets
 // give equal bytes. It returns an error if s has more than [NativesMax]
-// native providers, or one wrapping [ErrClosed] if one was closed meanwhile.
+// native providers, or one wrapping [ErrClosed] if s or one of them was closed:
+// never a blob that lacks some.
 func MarshalSecrets(s *Set) (*keymem.Key, error) {
-	var natives []*Native
+	natives, err := s.natives()
+	if err != nil {
+		return nil, fmt.Errorf("cannot store key providers: %w", err)
+	}
 	size := secretsHeaderSize
-	for _, name := range s.Names() {
-		p, err := s.Lookup(name)
-		if err != nil {
-			return nil, fmt.Errorf("cannot store key providers: %w", err)
-		}
-		if n, ok := p.(*Native); ok {
-			natives = append(natives, n)
-			size += entryFixedSize + len(name)
-		}
+	for _, n := range natives {
+		size += entryFixedSize + len(n.info.Name)
 	}
 	if len(natives) > NativesMax {
 		return nil, fmt.Errorf("cannot store key providers: %d are more than %d", len(natives), NativesMax)

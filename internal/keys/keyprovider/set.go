@@ -94,6 +94,22 @@ func (s *Set) Names() []string {
 	return slices.Sorted(maps.Keys(s.providers))
 }
 
+// natives returns all native providers, sorted by name.
+func (s *Set) natives() ([]*Native, error) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if s.closed {
+		return nil, ErrClosed
+	}
+	var natives []*Native
+	for _, name := range slices.Sorted(maps.Keys(s.providers)) {
+		if n, ok := s.providers[name].(*Native); ok {
+			natives = append(natives, n)
+		}
+	}
+	return natives, nil
+}
+
 // KEK returns the key at ref from the provider that ref names. The caller must
 // close it. It returns an error wrapping [ErrUnknownProvider] if the set has
 // no such provider; other errors are those of [Provider].
