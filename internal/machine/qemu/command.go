@@ -103,6 +103,8 @@ func rootPort(i int) string {
 	return encode(map[string]any{
 		"driver": "pcie-root-port", "id": portName(i), "chassis": i + 1,
 		"addr": fmt.Sprintf("0x%x.%d", 0x10+i/8, i%8), "multifunction": true,
+		// Our devices have no I/O ports, and there are only 64 KiB of them.
+		"io-reserve": 0,
 	})
 }
 

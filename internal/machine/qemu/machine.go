@@ -15,6 +15,7 @@ import (
 	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
 
+	"strongroom/internal/machine/process"
 	"strongroom/internal/machine/qemu/qmp"
 )
 
@@ -29,7 +30,7 @@ const adoptTimeout = 5 * time.Second
 // Machine is a running virtual machine. It must be closed.
 type Machine struct {
 	runDir  string
-	process *process
+	process *process.Process
 	client  *qmp.Client
 	ended   chan struct{} // closed when QEMU has ended
 	stopped chan struct{} // closed when the monitor has ended
@@ -92,15 +93,15 @@ func start(ctx context.Context, c *Config) (*Machine, error) {
 	if err == nil {
 		return m, nil
 	}
-	p.kill()
+	p.Kill()
 	if m != nil {
 		<-m.ended
 		m.Close()
 		return nil, withLog(err, m.exit.Status, c.RunDir)
 	}
-	p.wait()
-	status := reap(p.pid)
-	p.close()
+	p.Wait()
+	status := p.Reap()
+	p.Close()
 	return nil, withLog(err, status, c.RunDir)
 }
 
@@ -140,7 +141,7 @@ func isAbsent(err error) bool {
 }
 
 // launch runs QEMU, detached from us: own session, own log, nothing inherited.
-func launch(c *Config) (*process, error) {
+func launch(c *Config) (*process.Process, error) {
 	binary := c.Binary
 	if binary == "" {
 		var err error
@@ -163,12 +164,12 @@ func launch(c *Config) (*process, error) {
 	}
 	pid := cmd.Process.Pid
 	cmd.Process.Release() // it is waited for by its pidfd
-	p, err := openProcess(pid)
+	p, err := process.Open(pid)
 	if err == nil {
 		if err = unix.Prlimit(pid, unix.RLIMIT_CORE, &unix.Rlimit{}, nil); err == nil || errors.Is(err, unix.ESRCH) {
 			return p, nil
 		}
-		p.close()
+		p.Close()
 	}
 	unix.Kill(pid, unix.SIGKILL)
 	unix.Wait4(pid, nil, 0, nil)
@@ -176,12 +177,12 @@ func launch(c *Config) (*process, error) {
 }
 
 // connect waits until QEMU listens and returns its Machine, which then owns p.
-func connect(ctx context.Context, p *process, runDir string) (*Machine, error) {
+func connect(ctx context.Context, p *process.Process, runDir string) (*Machine, error) {
 	for delay := time.Millisecond; ; delay = min(2*delay, 10*time.Millisecond) {
 		client, err := qmp.Dial(ctx, Socket(runDir))
 		if err == nil {
-			cred, err := peer(client.Conn())
-			if err == nil && int(cred.Pid) != p.pid {
+			cred, err := process.Peer(client.Conn())
+			if err == nil && int(cred.Pid) != p.PID() {
 				err = fmt.Errorf("its socket belongs to process %d", cred.Pid)
 			}
 			if err != nil {
@@ -191,7 +192,7 @@ func connect(ctx context.Context, p *process, runDir string) (*Machine, error) {
 			return newMachine(p, client, runDir), nil
 		}
 		// Not there yet, or gone again with QEMU.
-		if p.hasEnded() {
+		if p.HasEnded() {
 			return nil, errors.New("QEMU ended at once")
 		}
 		select {
@@ -234,14 +235,17 @@ func adopt(ctx context.Context, runDir string, id uuid.UUID) (*Machine, error) {
 // a pidfd holds it, and the answer that comes after that shows that it is this
 // process, alive, and which machine it is.
 func identify(ctx context.Context, client *qmp.Client, runDir string, id uuid.UUID) (*Machine, error) {
-	cred, err := peer(client.Conn())
+	cred, err := process.Peer(client.Conn())
 	if err != nil {
 		return nil, err
 	}
 	if int(cred.Uid) != os.Getuid() {
 		return nil, fmt.Errorf("process %d belongs to user %d", cred.Pid, cred.Uid)
 	}
-	p, err := openProcess(int(cred.Pid))
+	p, err := process.Open(int(cred.Pid))
+	if errors.Is(err, process.ErrEnded) {
+		return nil, ErrNotRunning
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -249,16 +253,16 @@ func identify(ctx context.Context, client *qmp.Client, runDir string, id uuid.UU
 		UUID uuid.UUID `json:"UUID"`
 	}
 	if err = client.Do(ctx, "query-uuid", nil, &answer); err == nil && answer.UUID != id {
-		err = fmt.Errorf("process %d runs virtual machine %s", p.pid, answer.UUID)
+		err = fmt.Errorf("process %d runs virtual machine %s", p.PID(), answer.UUID)
 	}
 	if err != nil {
-		p.close()
+		p.Close()
 		return nil, err
 	}
 	return newMachine(p, client, runDir), nil
 }
 
-func newMachine(p *process, client *qmp.Client, runDir string) *Machine {
+func newMachine(p *process.Process, client *qmp.Client, runDir string) *Machine {
 	m := &Machine{
 		runDir: runDir, process: p, client: client,
 		ended: make(chan struct{}), stopped: make(chan struct{}),
@@ -277,29 +281,11 @@ func (m *Machine) monitor(shutdowns *qmp.Watch) {
 			reason = data.Reason
 		}
 	}
-	if err := m.process.wait(); err != nil {
+	if err := m.process.Wait(); err != nil {
 		return // closed: QEMU runs on without us
 	}
-	m.exit = Exit{Reason: reason, Status: reap(m.process.pid), Log: logTail(m.runDir)}
+	m.exit = Exit{Reason: reason, Status: m.process.Reap(), Log: logTail(m.runDir)}
 	close(m.ended)
-}
-
-// reap collects an ended child. It returns "" if the process was not ours.
-func reap(pid int) string {
-	var status unix.WaitStatus
-	for {
-		n, err := unix.Wait4(pid, &status, unix.WNOHANG, nil)
-		switch {
-		case errors.Is(err, unix.EINTR):
-			continue
-		case err != nil || n != pid:
-			return ""
-		case status.Signaled():
-			return "signal: " + status.Signal().String()
-		default:
-			return fmt.Sprintf("exit status %d", status.ExitStatus())
-		}
-	}
 }
 
 // do runs a QMP command; [ErrNotRunning] if QEMU has ended.
@@ -330,7 +316,7 @@ func (m *Machine) hasEnded() bool {
 }
 
 // PID returns the process ID of QEMU.
-func (m *Machine) PID() int { return m.process.pid }
+func (m *Machine) PID() int { return m.process.PID() }
 
 // Status returns the run state, or [ErrNotRunning].
 func (m *Machine) Status(ctx context.Context) (Status, error) {
@@ -361,7 +347,7 @@ func (m *Machine) PowerDown(ctx context.Context) error {
 // Kill ends the machine at once, as if its power failed, and waits for it. It
 // returns [os.ErrClosed] after Close.
 func (m *Machine) Kill(ctx context.Context) error {
-	if err := m.process.kill(); err != nil {
+	if err := m.process.Kill(); err != nil {
 		if m.hasEnded() {
 			return nil
 		}
@@ -395,7 +381,7 @@ func (m *Machine) Watch(names ...string) *qmp.Watch { return m.client.Watch(name
 // It is idempotent and never fails.
 func (m *Machine) Close() error {
 	m.client.Close()
-	m.process.close()
+	m.process.Close()
 	<-m.stopped
 	return nil
 }

@@ -80,7 +80,7 @@ type Config struct {
 const (
 	CPUsMax      = 288
 	MemoryMiBMax = 16 << 20
-	DisksMax     = 24
+	DisksMax     = 64
 	NICsMax      = 8
 )
 

@@ -168,7 +168,7 @@ func TestInvalidConfig(t *testing.T) {
 		"already":         func(c *qemu.Config) { c.Disks = []qemu.Disk{{ID: "x", Socket: "/s"}, {ID: "x", Socket: "/s"}} },
 		"MAC address":     func(c *qemu.Config) { c.NICs = []qemu.NIC{{MAC: "01:00:00:00:00:00"}} },
 		"at most 8":       func(c *qemu.Config) { c.NICs = make([]qemu.NIC, 9) },
-		"25 disks: at mo": func(c *qemu.Config) { c.Disks = make([]qemu.Disk, 25) },
+		"65 disks: at mo": func(c *qemu.Config) { c.Disks = make([]qemu.Disk, 65) },
 	}
 	for want, change := range cases {
 		c := config(t)
