@@ -23,10 +23,16 @@ import (
 	"strongroom/internal/errs"
 )
 
-// ReasonUnauthenticated is the reason of an [errs.Denied] error whose caller
-// is not logged in, or whose session or token has ended. One that is logged in
-// but lacks a privilege has another reason or none.
-const ReasonUnauthenticated = "Unauthenticated"
+// Reasons that clients branch on.
+const (
+	// ReasonUnauthenticated is that of an [errs.Denied] error whose caller is not
+	// logged in, or whose session or token has ended. One that is logged in but
+	// lacks a privilege has another reason or none.
+	ReasonUnauthenticated = "Unauthenticated"
+	// ReasonPasswordNeeded is that of the error of ImportProvider for a backup
+	// that has a password, if none was given.
+	ReasonPasswordNeeded = "PasswordNeeded"
+)
 
 // textMax is the longest error text that is sent, in bytes: errors travel in
 // HTTP headers under some protocols, and those are bounded.

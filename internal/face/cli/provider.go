@@ -7,6 +7,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"strongroom/api/apierr"
 	strongroomv1 "strongroom/api/strongroom/v1"
 	"strongroom/client"
 	"strongroom/internal/errs"
@@ -90,7 +91,7 @@ backups. Needs the privilege Cryptographer.ManageKeyServers.`,
 			}
 			defer func() { clear(req.GetPassword()) }()
 			res, err := client.Call(cmd.Context(), c.Provider().ImportProvider, req)
-			if errs.KindOf(err) == errs.Denied && errs.ReasonOf(err) == reasonPassword && passwordFile == "" && env.Interactive {
+			if errs.ReasonOf(err) == apierr.ReasonPasswordNeeded && env.Interactive {
 				if req.Password, err = env.password("Password of "+args[0], "", false); err != nil {
 					return err
 				}
@@ -107,10 +108,6 @@ backups. Needs the privilege Cryptographer.ManageKeyServers.`,
 	cmd.ValidArgsFunction = cobra.FixedCompletions([]string{"p12"}, cobra.ShellCompDirectiveFilterFileExt)
 	return cmd
 }
-
-// reasonPassword is the reason of the error of an import whose password is
-// missing or wrong.
-const reasonPassword = "WrongPassword"
 
 // backupMax is the largest backup file, in bytes; a real one has about 2,000.
 const backupMax = 1 << 20

@@ -4,6 +4,8 @@ import (
 	"fmt"
 
 	"github.com/spf13/cobra"
+
+	"strongroom/internal/errs"
 )
 
 func newVolumeCmd(env *Env, roles Roles) *cobra.Command {
@@ -35,7 +37,7 @@ The file takes the space that is written to it, and 16 MiB for the header.`,
 			v.File, v.Size = args[0], int64(size)
 			info, err := roles.FormatVolume(cmd.Context(), v)
 			if err != nil {
-				return cannot(err, "format %s", v.File)
+				return errs.Wrap(err, "cannot format %s", v.File)
 			}
 			return env.printDone(info, "%s formatted: %s, UUID %s", info.File, formatSize(info.SizeBytes), info.UUID)
 		},
@@ -59,7 +61,7 @@ the address of the key that it needs. No key is needed, and nothing is changed.`
 		RunE: func(cmd *cobra.Command, args []string) error {
 			info, err := roles.InspectVolume(cmd.Context(), args[0])
 			if err != nil {
-				return cannot(err, "read %s", args[0])
+				return errs.Wrap(err, "cannot read %s", args[0])
 			}
 			fields := []field{
 				{"File", info.File},
@@ -97,7 +99,7 @@ Who can open the socket can read the data; it is made for its owner only.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			v.File = args[0]
 			err := roles.ServeVolume(cmd.Context(), v, func(uri string) { env.resultf("%s", uri) })
-			return cannot(err, "serve %s", v.File)
+			return errs.Wrap(err, "cannot serve %s", v.File)
 		},
 	}
 	f := cmd.Flags()
@@ -129,7 +131,7 @@ Recovery passphrases are not carried over. Disks of VMs are refused: use
 			show.end(v.File, err != nil)
 			show.close()
 			if err != nil {
-				return cannot(err, "rekey %s", v.File)
+				return errs.Wrap(err, "cannot rekey %s", v.File)
 			}
 			env.donef("%s rekeyed", v.File)
 			return nil
@@ -156,7 +158,7 @@ volume is not changed, and an existing file is never overwritten.`,
 			show.end(v.File, err != nil)
 			show.close()
 			if err != nil {
-				return cannot(err, "decrypt %s", v.File)
+				return errs.Wrap(err, "cannot decrypt %s", v.File)
 			}
 			env.donef("%s written", v.Out)
 			return nil

@@ -82,7 +82,7 @@ func Rekey(ctx context.Context, opts RekeyOptions) error {
 // of file.
 func replace(ctx context.Context, file string, stat fs.FileInfo, old *volume.Volume, dek *keymem.Key, opts volume.FormatOptions, progress func(done, total int64)) (err error) {
 	name := file + newSuffix
-	dev, err := create(name)
+	dev, err := create(name, "if it is left from a rekey that was interrupted: rm "+name)
 	if err != nil {
 		return err
 	}
@@ -127,7 +127,7 @@ func Decrypt(ctx context.Context, opts DecryptOptions) (err error) {
 		return err
 	}
 	defer v.Close()
-	out, err := create(opts.Out)
+	out, err := create(opts.Out, "choose another --out")
 	if err != nil {
 		return err
 	}
@@ -143,11 +143,11 @@ func Decrypt(ctx context.Context, opts DecryptOptions) (err error) {
 	return volume.Copy(ctx, out, v, volume.CopyOptions{KeepHoles: true, Verify: true, Progress: opts.Progress})
 }
 
-// create makes a new file, and says how to go on if there is one.
-func create(name string) (*blockdev.File, error) {
+// create makes a new file; hint says what to do if there is one.
+func create(name, hint string) (*blockdev.File, error) {
 	dev, err := blockdev.OpenFile(name, blockdev.FileOptions{Create: true})
 	if errors.Is(err, fs.ErrExist) {
-		return nil, errs.New(errs.Exists, "%w", err).WithHint("if it is left from something interrupted: rm %s", name)
+		return nil, errs.New(errs.Exists, "%w", err).WithHint("%s", hint)
 	}
 	return dev, explain(err)
 }

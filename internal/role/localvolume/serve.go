@@ -7,6 +7,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
@@ -82,7 +83,8 @@ func Serve(ctx context.Context, opts ServeOptions) (err error) {
 
 // uri is the NBD URI of the default export on a unix socket.
 func uri(socket string) string {
-	return (&url.URL{Scheme: "nbd+unix", Host: "", Path: "/", RawQuery: url.Values{"socket": {socket}}.Encode()}).String()
+	// A slash needs no escape in a query, and the URI is for people to copy.
+	return "nbd+unix:///?socket=" + strings.ReplaceAll(url.QueryEscape(socket), "%2F", "/")
 }
 
 // listen makes the socket, mode 0600. A socket that nobody listens on any more
