@@ -9,7 +9,7 @@ package strongroomv1
 import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
-	_ "google.golang.org/protobuf/types/known/timestamppb"
+	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
 	sync "sync"
 	unsafe "unsafe"
@@ -524,8 +524,9 @@ type WantedProvider struct {
 	KeyId string                 `protobuf:"bytes,2,opt,name=key_id,json=keyId,proto3" json:"key_id,omitempty"`
 	// The KDK, sealed to the host's parcel key (docs/spec/key-parcel.md). Empty
 	// if the host said that it holds this key.
-	Parcel        []byte `protobuf:"bytes,3,opt,name=parcel,proto3" json:"parcel,omitempty"`
-	TpmRequired   bool   `protobuf:"varint,4,opt,name=tpm_required,json=tpmRequired,proto3" json:"tpm_required,omitempty"`
+	Parcel        []byte                 `protobuf:"bytes,3,opt,name=parcel,proto3" json:"parcel,omitempty"`
+	TpmRequired   bool                   `protobuf:"varint,4,opt,name=tpm_required,json=tpmRequired,proto3" json:"tpm_required,omitempty"`
+	Created       *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=created,proto3" json:"created,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -586,6 +587,13 @@ func (x *WantedProvider) GetTpmRequired() bool {
 		return x.TpmRequired
 	}
 	return false
+}
+
+func (x *WantedProvider) GetCreated() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Created
+	}
+	return nil
 }
 
 type WantedDatastore struct {
@@ -1572,12 +1580,13 @@ const file_strongroom_v1_agent_proto_rawDesc = "" +
 	"\tproviders\x18\x01 \x03(\v2\x1d.strongroom.v1.WantedProviderR\tproviders\x12>\n" +
 	"\n" +
 	"datastores\x18\x02 \x03(\v2\x1e.strongroom.v1.WantedDatastoreR\n" +
-	"datastores\"v\n" +
+	"datastores\"\xac\x01\n" +
 	"\x0eWantedProvider\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x15\n" +
 	"\x06key_id\x18\x02 \x01(\tR\x05keyId\x12\x16\n" +
 	"\x06parcel\x18\x03 \x01(\fR\x06parcel\x12!\n" +
-	"\ftpm_required\x18\x04 \x01(\bR\vtpmRequired\"M\n" +
+	"\ftpm_required\x18\x04 \x01(\bR\vtpmRequired\x124\n" +
+	"\acreated\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\acreated\"M\n" +
 	"\x0fWantedDatastore\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04type\x18\x02 \x01(\tR\x04type\x12\x12\n" +
@@ -1713,9 +1722,10 @@ var file_strongroom_v1_agent_proto_goTypes = []any{
 	nil,                               // 26: strongroom.v1.JoinRequest.CapabilitiesEntry
 	nil,                               // 27: strongroom.v1.HeartbeatRequest.CapabilitiesEntry
 	(*VM)(nil),                        // 28: strongroom.v1.VM
-	(*VMSettings)(nil),                // 29: strongroom.v1.VMSettings
-	(*NewDisk)(nil),                   // 30: strongroom.v1.NewDisk
-	(*KeyRef)(nil),                    // 31: strongroom.v1.KeyRef
+	(*timestamppb.Timestamp)(nil),     // 29: google.protobuf.Timestamp
+	(*VMSettings)(nil),                // 30: strongroom.v1.VMSettings
+	(*NewDisk)(nil),                   // 31: strongroom.v1.NewDisk
+	(*KeyRef)(nil),                    // 32: strongroom.v1.KeyRef
 }
 var file_strongroom_v1_agent_proto_depIdxs = []int32{
 	26, // 0: strongroom.v1.JoinRequest.capabilities:type_name -> strongroom.v1.JoinRequest.CapabilitiesEntry
@@ -1724,48 +1734,49 @@ var file_strongroom_v1_agent_proto_depIdxs = []int32{
 	28, // 3: strongroom.v1.HeartbeatRequest.vms:type_name -> strongroom.v1.VM
 	8,  // 4: strongroom.v1.SyncHostRequest.providers:type_name -> strongroom.v1.WantedProvider
 	9,  // 5: strongroom.v1.SyncHostRequest.datastores:type_name -> strongroom.v1.WantedDatastore
-	3,  // 6: strongroom.v1.SyncHostResponse.providers:type_name -> strongroom.v1.HeldProvider
-	11, // 7: strongroom.v1.SyncHostResponse.datastores:type_name -> strongroom.v1.DatastoreSpace
-	28, // 8: strongroom.v1.AgentProgress.result:type_name -> strongroom.v1.VM
-	29, // 9: strongroom.v1.AgentCreateVMRequest.settings:type_name -> strongroom.v1.VMSettings
-	30, // 10: strongroom.v1.AgentCreateVMRequest.disks:type_name -> strongroom.v1.NewDisk
-	31, // 11: strongroom.v1.AgentCreateVMRequest.key:type_name -> strongroom.v1.KeyRef
-	31, // 12: strongroom.v1.AgentEncryptVMRequest.key:type_name -> strongroom.v1.KeyRef
-	31, // 13: strongroom.v1.AgentRekeyVMRequest.key:type_name -> strongroom.v1.KeyRef
-	28, // 14: strongroom.v1.AgentVMResponse.vm:type_name -> strongroom.v1.VM
-	0,  // 15: strongroom.v1.EnrollService.Join:input_type -> strongroom.v1.JoinRequest
-	2,  // 16: strongroom.v1.EnrollService.Heartbeat:input_type -> strongroom.v1.HeartbeatRequest
-	5,  // 17: strongroom.v1.EnrollService.RenewCertificate:input_type -> strongroom.v1.RenewCertificateRequest
-	7,  // 18: strongroom.v1.AgentService.SyncHost:input_type -> strongroom.v1.SyncHostRequest
-	13, // 19: strongroom.v1.AgentService.CreateVM:input_type -> strongroom.v1.AgentCreateVMRequest
-	14, // 20: strongroom.v1.AgentService.EncryptVM:input_type -> strongroom.v1.AgentEncryptVMRequest
-	15, // 21: strongroom.v1.AgentService.DecryptVM:input_type -> strongroom.v1.AgentDecryptVMRequest
-	16, // 22: strongroom.v1.AgentService.RekeyVM:input_type -> strongroom.v1.AgentRekeyVMRequest
-	17, // 23: strongroom.v1.AgentService.PowerOnVM:input_type -> strongroom.v1.AgentPowerOnVMRequest
-	18, // 24: strongroom.v1.AgentService.PowerOffVM:input_type -> strongroom.v1.AgentPowerOffVMRequest
-	19, // 25: strongroom.v1.AgentService.RegisterVM:input_type -> strongroom.v1.AgentRegisterVMRequest
-	20, // 26: strongroom.v1.AgentService.UnregisterVM:input_type -> strongroom.v1.AgentUnregisterVMRequest
-	22, // 27: strongroom.v1.AgentService.DeleteVM:input_type -> strongroom.v1.AgentDeleteVMRequest
-	24, // 28: strongroom.v1.AgentService.GetVM:input_type -> strongroom.v1.AgentGetVMRequest
-	1,  // 29: strongroom.v1.EnrollService.Join:output_type -> strongroom.v1.JoinResponse
-	4,  // 30: strongroom.v1.EnrollService.Heartbeat:output_type -> strongroom.v1.HeartbeatResponse
-	6,  // 31: strongroom.v1.EnrollService.RenewCertificate:output_type -> strongroom.v1.RenewCertificateResponse
-	10, // 32: strongroom.v1.AgentService.SyncHost:output_type -> strongroom.v1.SyncHostResponse
-	12, // 33: strongroom.v1.AgentService.CreateVM:output_type -> strongroom.v1.AgentProgress
-	12, // 34: strongroom.v1.AgentService.EncryptVM:output_type -> strongroom.v1.AgentProgress
-	12, // 35: strongroom.v1.AgentService.DecryptVM:output_type -> strongroom.v1.AgentProgress
-	12, // 36: strongroom.v1.AgentService.RekeyVM:output_type -> strongroom.v1.AgentProgress
-	25, // 37: strongroom.v1.AgentService.PowerOnVM:output_type -> strongroom.v1.AgentVMResponse
-	25, // 38: strongroom.v1.AgentService.PowerOffVM:output_type -> strongroom.v1.AgentVMResponse
-	25, // 39: strongroom.v1.AgentService.RegisterVM:output_type -> strongroom.v1.AgentVMResponse
-	21, // 40: strongroom.v1.AgentService.UnregisterVM:output_type -> strongroom.v1.AgentUnregisterVMResponse
-	23, // 41: strongroom.v1.AgentService.DeleteVM:output_type -> strongroom.v1.AgentDeleteVMResponse
-	25, // 42: strongroom.v1.AgentService.GetVM:output_type -> strongroom.v1.AgentVMResponse
-	29, // [29:43] is the sub-list for method output_type
-	15, // [15:29] is the sub-list for method input_type
-	15, // [15:15] is the sub-list for extension type_name
-	15, // [15:15] is the sub-list for extension extendee
-	0,  // [0:15] is the sub-list for field type_name
+	29, // 6: strongroom.v1.WantedProvider.created:type_name -> google.protobuf.Timestamp
+	3,  // 7: strongroom.v1.SyncHostResponse.providers:type_name -> strongroom.v1.HeldProvider
+	11, // 8: strongroom.v1.SyncHostResponse.datastores:type_name -> strongroom.v1.DatastoreSpace
+	28, // 9: strongroom.v1.AgentProgress.result:type_name -> strongroom.v1.VM
+	30, // 10: strongroom.v1.AgentCreateVMRequest.settings:type_name -> strongroom.v1.VMSettings
+	31, // 11: strongroom.v1.AgentCreateVMRequest.disks:type_name -> strongroom.v1.NewDisk
+	32, // 12: strongroom.v1.AgentCreateVMRequest.key:type_name -> strongroom.v1.KeyRef
+	32, // 13: strongroom.v1.AgentEncryptVMRequest.key:type_name -> strongroom.v1.KeyRef
+	32, // 14: strongroom.v1.AgentRekeyVMRequest.key:type_name -> strongroom.v1.KeyRef
+	28, // 15: strongroom.v1.AgentVMResponse.vm:type_name -> strongroom.v1.VM
+	0,  // 16: strongroom.v1.EnrollService.Join:input_type -> strongroom.v1.JoinRequest
+	2,  // 17: strongroom.v1.EnrollService.Heartbeat:input_type -> strongroom.v1.HeartbeatRequest
+	5,  // 18: strongroom.v1.EnrollService.RenewCertificate:input_type -> strongroom.v1.RenewCertificateRequest
+	7,  // 19: strongroom.v1.AgentService.SyncHost:input_type -> strongroom.v1.SyncHostRequest
+	13, // 20: strongroom.v1.AgentService.CreateVM:input_type -> strongroom.v1.AgentCreateVMRequest
+	14, // 21: strongroom.v1.AgentService.EncryptVM:input_type -> strongroom.v1.AgentEncryptVMRequest
+	15, // 22: strongroom.v1.AgentService.DecryptVM:input_type -> strongroom.v1.AgentDecryptVMRequest
+	16, // 23: strongroom.v1.AgentService.RekeyVM:input_type -> strongroom.v1.AgentRekeyVMRequest
+	17, // 24: strongroom.v1.AgentService.PowerOnVM:input_type -> strongroom.v1.AgentPowerOnVMRequest
+	18, // 25: strongroom.v1.AgentService.PowerOffVM:input_type -> strongroom.v1.AgentPowerOffVMRequest
+	19, // 26: strongroom.v1.AgentService.RegisterVM:input_type -> strongroom.v1.AgentRegisterVMRequest
+	20, // 27: strongroom.v1.AgentService.UnregisterVM:input_type -> strongroom.v1.AgentUnregisterVMRequest
+	22, // 28: strongroom.v1.AgentService.DeleteVM:input_type -> strongroom.v1.AgentDeleteVMRequest
+	24, // 29: strongroom.v1.AgentService.GetVM:input_type -> strongroom.v1.AgentGetVMRequest
+	1,  // 30: strongroom.v1.EnrollService.Join:output_type -> strongroom.v1.JoinResponse
+	4,  // 31: strongroom.v1.EnrollService.Heartbeat:output_type -> strongroom.v1.HeartbeatResponse
+	6,  // 32: strongroom.v1.EnrollService.RenewCertificate:output_type -> strongroom.v1.RenewCertificateResponse
+	10, // 33: strongroom.v1.AgentService.SyncHost:output_type -> strongroom.v1.SyncHostResponse
+	12, // 34: strongroom.v1.AgentService.CreateVM:output_type -> strongroom.v1.AgentProgress
+	12, // 35: strongroom.v1.AgentService.EncryptVM:output_type -> strongroom.v1.AgentProgress
+	12, // 36: strongroom.v1.AgentService.DecryptVM:output_type -> strongroom.v1.AgentProgress
+	12, // 37: strongroom.v1.AgentService.RekeyVM:output_type -> strongroom.v1.AgentProgress
+	25, // 38: strongroom.v1.AgentService.PowerOnVM:output_type -> strongroom.v1.AgentVMResponse
+	25, // 39: strongroom.v1.AgentService.PowerOffVM:output_type -> strongroom.v1.AgentVMResponse
+	25, // 40: strongroom.v1.AgentService.RegisterVM:output_type -> strongroom.v1.AgentVMResponse
+	21, // 41: strongroom.v1.AgentService.UnregisterVM:output_type -> strongroom.v1.AgentUnregisterVMResponse
+	23, // 42: strongroom.v1.AgentService.DeleteVM:output_type -> strongroom.v1.AgentDeleteVMResponse
+	25, // 43: strongroom.v1.AgentService.GetVM:output_type -> strongroom.v1.AgentVMResponse
+	30, // [30:44] is the sub-list for method output_type
+	16, // [16:30] is the sub-list for method input_type
+	16, // [16:16] is the sub-list for extension type_name
+	16, // [16:16] is the sub-list for extension extendee
+	0,  // [0:16] is the sub-list for field type_name
 }
 
 func init() { file_strongroom_v1_agent_proto_init() }
