@@ -1,0 +1,221 @@
+package event
+
+import (
+	"strings"
+)
+
+// Severity of an event or alarm.
+type Severity string
+
+// The severities.
+const (
+	Info    Severity = "info"
+	Warning Severity = "warning"
+	Error   Severity = "error"
+)
+
+// Type is a sort of event: the registry has every sort there is.
+type Type struct {
+	// ID is vSphere's where it has one, with our prefix in place of
+	// "com.vmware.vc".
+	ID       string
+	Severity Severity
+	// Text is the message; {name} stands for the argument of that name, {target}
+	// and {principal} for those of the event.
+	Text string
+}
+
+// The ids of the types of events.
+const (
+	SystemStarted = "strongroom.system.Started"
+	TaskFailed    = "strongroom.task.Failed"
+
+	ClusterCreated    = "strongroom.cluster.Created"
+	DatastoreCreated  = "strongroom.datastore.Created"
+	HostJoined        = "strongroom.host.Joined"
+	HostRemoved       = "strongroom.host.Removed"
+	HostConnected     = "strongroom.host.Connected"
+	HostNotResponding = "strongroom.host.NotResponding"
+	HostCryptoEnabled = "strongroom.host.Crypto.Enabled"
+
+	ProviderCreated        = "strongroom.kms.Created"
+	ProviderExported       = "strongroom.kms.Exported"
+	ProviderBackedUp       = "strongroom.kms.BackedUp"
+	ProviderImported       = "strongroom.kms.Imported"
+	ProviderDeleted        = "strongroom.kms.Deleted"
+	ProviderDefaultChanged = "strongroom.kms.DefaultChanged"
+	ProviderStateChanged   = "strongroom.kms.StateChanged"
+	ProviderNotBackedUp    = "strongroom.kms.crypto.NotBackedUp"
+	ProviderAllBackedUp    = "strongroom.kms.crypto.AllBackedUp"
+	ProviderNotOnAllHosts  = "strongroom.kms.crypto.NotOnAllHosts"
+	ProviderOnAllHosts     = "strongroom.kms.crypto.OnAllHosts"
+	ProviderMissing        = "strongroom.kms.crypto.ProviderMissing"
+	ProviderFound          = "strongroom.kms.crypto.ProviderFound"
+	NoDefaultProvider      = "strongroom.kms.crypto.NoDefaultProvider"
+	DefaultProviderSet     = "strongroom.kms.crypto.DefaultProviderSet"
+
+	CryptoOperation = "strongroom.crypto.Operation"
+	VMCreated       = "strongroom.vm.Created"
+	VMRegistered    = "strongroom.vm.Registered"
+	VMUnregistered  = "strongroom.vm.Unregistered"
+	VMDeleted       = "strongroom.vm.Deleted"
+	VMPoweredOn     = "strongroom.vm.PoweredOn"
+	VMPoweredOff    = "strongroom.vm.PoweredOff"
+	VMEncrypted     = "strongroom.vm.crypto.Encrypted"
+	VMDecrypted     = "strongroom.vm.crypto.Decrypted"
+	VMRekeyed       = "strongroom.vm.crypto.Rekeyed"
+	VMRekeyFailed   = "strongroom.vm.crypto.RekeyFail"
+	VMNoDiskSpace   = "strongroom.vm.crypto.NoDiskSpace"
+	VMLocked        = "strongroom.vm.Crypto.VMLocked.KeyMissingOnHost"
+	VMUnlocked      = "strongroom.vm.Crypto.VMUnlocked"
+
+	UserCreated         = "strongroom.user.Created"
+	UserDeleted         = "strongroom.user.Deleted"
+	UserLoggedIn        = "strongroom.user.LoggedIn"
+	UserLoginFailed     = "strongroom.user.LoginFailed"
+	UserPasswordChanged = "strongroom.user.PasswordChanged"
+)
+
+// Types returns every type of event.
+func Types() []Type {
+	return []Type{
+		{SystemStarted, Info, "Controller {version} started"},
+		{TaskFailed, Error, "{kind} of {target} failed: {error}"},
+
+		{ClusterCreated, Info, "{principal} created {target}"},
+		{DatastoreCreated, Info, "{principal} created {target}"},
+		{HostJoined, Info, "{target} joined cluster {cluster}"},
+		{HostRemoved, Info, "{principal} removed {target}"},
+		{HostConnected, Info, "{target} is connected"},
+		{HostNotResponding, Error, "{target} does not answer"},
+		{HostCryptoEnabled, Info, "{target} is ready for encryption"},
+
+		{ProviderCreated, Info, "{principal} created {target} (key id {key_id})"},
+		{ProviderExported, Warning, "{principal} exported a backup of {target}"},
+		{ProviderBackedUp, Info, "{principal} confirmed the backup of {target}"},
+		{ProviderImported, Info, "{principal} imported {target} (key id {key_id})"},
+		{ProviderDeleted, Warning, "{principal} deleted {target} (key id {key_id}); keep its backups, copies of VMs elsewhere may need them"},
+		{ProviderDefaultChanged, Info, "{principal} made the default key provider: {provider}"},
+		{ProviderStateChanged, Info, "{target} went from {from} to {to}"},
+		{ProviderNotBackedUp, Warning, "{target} is not backed up"},
+		{ProviderAllBackedUp, Info, "{target} is backed up"},
+		{ProviderNotOnAllHosts, Warning, "{target} is not on all hosts: {details}"},
+		{ProviderOnAllHosts, Info, "{target} is on all hosts"},
+		{ProviderMissing, Error, "{target} is not here, but is needed by {vms}"},
+		{ProviderFound, Info, "{target} is here, or not needed any more"},
+		{NoDefaultProvider, Warning, "There is no default key provider"},
+		{DefaultProviderSet, Info, "There is a default key provider"},
+
+		{CryptoOperation, Info, "{principal}: {operation} of {target} with key {key_id} of {provider}"},
+		{VMCreated, Info, "{principal} created {target}"},
+		{VMRegistered, Info, "{principal} registered {target}"},
+		{VMUnregistered, Info, "{principal} unregistered {target}"},
+		{VMDeleted, Info, "{principal} deleted {target}"},
+		{VMPoweredOn, Info, "{target} was powered on on {host}"},
+		{VMPoweredOff, Info, "{target} was powered off"},
+		{VMEncrypted, Info, "{target} was encrypted with {provider}"},
+		{VMDecrypted, Info, "{target} was decrypted"},
+		{VMRekeyed, Info, "{target} was rekeyed ({depth}) to {provider}"},
+		{VMRekeyFailed, Error, "{target} could not be rekeyed: {error}"},
+		{VMNoDiskSpace, Error, "{target}: no room on datastore {datastore} for a second copy of its disks"},
+		{VMLocked, Error, "{target} is locked: {reason}"},
+		{VMUnlocked, Info, "{target} is unlocked"},
+
+		{UserCreated, Info, "{principal} created {target}"},
+		{UserDeleted, Info, "{principal} deleted {target}"},
+		{UserLoggedIn, Info, "{principal} logged in from {address}"},
+		{UserLoginFailed, Warning, "Somebody failed to log in as {target} from {address}"},
+		{UserPasswordChanged, Info, "{principal} changed the password of {target}"},
+	}
+}
+
+// AlarmType is a sort of alarm: a condition that should not be, and what says so.
+type AlarmType struct {
+	// ID is the short name, also that of the runbook's file.
+	ID string
+	// Name is shown to people, and to health checks: what should be.
+	Name  string
+	Check string
+	// Raised and Cleared are the types of the events that tell of the change.
+	Raised, Cleared string
+	// Hint is the next command; {name} as in [Type.Text].
+	Hint string
+	// RepeatHours: tell again as long as the condition lasts; 0 means once.
+	RepeatHours int
+}
+
+// Runbook is the path of the alarm's runbook below docs.
+func (a AlarmType) Runbook() string { return "runbooks/" + a.ID + ".md" }
+
+// The ids of the alarms.
+const (
+	AlarmProviderNotBackedUp = "provider-not-backed-up"
+	AlarmNoDefaultProvider   = "no-default-provider"
+	AlarmProviderNotOnHosts  = "provider-not-on-all-hosts"
+	AlarmProviderMissing     = "provider-missing"
+	AlarmVMLocked            = "vm-locked"
+	AlarmHostNotResponding   = "host-not-responding"
+)
+
+// AlarmTypes returns every sort of alarm.
+func AlarmTypes() []AlarmType {
+	return []AlarmType{
+		{
+			ID: AlarmProviderNotBackedUp, Name: "Key Provider Backup", Check: "All key providers are backed up",
+			Raised: ProviderNotBackedUp, Cleared: ProviderAllBackedUp,
+			Hint: "strongroom provider backup {provider} --out {provider}.p12", RepeatHours: 24,
+		},
+		{
+			ID: AlarmNoDefaultProvider, Name: "Default Key Provider", Check: "There is a default key provider",
+			Raised: NoDefaultProvider, Cleared: DefaultProviderSet,
+			Hint: "strongroom provider default NAME",
+		},
+		{
+			ID: AlarmProviderNotOnHosts, Name: "Key Provider On All Hosts", Check: "All hosts have the keys of all key providers",
+			Raised: ProviderNotOnAllHosts, Cleared: ProviderOnAllHosts,
+			Hint: "strongroom provider show {provider}",
+		},
+		{
+			ID: AlarmProviderMissing, Name: "Key Provider Missing", Check: "All key providers that VMs need are here",
+			Raised: ProviderMissing, Cleared: ProviderFound,
+			Hint: "strongroom provider import F.p12",
+		},
+		{
+			ID: AlarmVMLocked, Name: "Virtual Machine Locked", Check: "All VMs are unlocked",
+			Raised: VMLocked, Cleared: VMUnlocked,
+			Hint: "strongroom vm unlock {vm}",
+		},
+		{
+			ID: AlarmHostNotResponding, Name: "Host Connection", Check: "All hosts answer",
+			Raised: HostNotResponding, Cleared: HostConnected,
+			Hint: "strongroom host show {host}",
+		},
+	}
+}
+
+// Placeholders returns the names in braces in a text, in order.
+func Placeholders(text string) []string {
+	var names []string
+	for {
+		_, rest, ok := strings.Cut(text, "{")
+		if !ok {
+			return names
+		}
+		name, after, ok := strings.Cut(rest, "}")
+		if !ok {
+			return names
+		}
+		names = append(names, name)
+		text = after
+	}
+}
+
+// fill puts args in place of the names in braces. A name without argument
+// stays as it is: an event with a hole tells more than none.
+func fill(text string, args map[string]string) string {
+	pairs := make([]string, 0, 2*len(args))
+	for name, v := range args {
+		pairs = append(pairs, "{"+name+"}", v)
+	}
+	return strings.NewReplacer(pairs...).Replace(text)
+}
