@@ -19,60 +19,77 @@ const (
 	regionSize = 256 << 10 // bytes
 )
 
-// block is one allocation. bytes has the length that was asked for; slot is
-// the whole of what is wiped and given back.
+// arena cuts regions into slots. Regions of slots are never unmapped: they are
+// reused.
+type arena struct {
+	mapRegion func(size int) ([]byte, error)
+
+	mu   sync.Mutex   // guards free
+	free [16][][]byte // free slots, all zero, by the binary logarithm of their size
+}
+
+// process is the arena of all Keys.
+var process = arena{mapRegion: mapSecret}
+
+// block is one allocation. It has a pointer and no slice, because fmt prints
+// what slices hold, even that of unexported fields.
 type block struct {
-	bytes []byte
-	slot  []byte
+	arena *arena
+	start unsafe.Pointer
+	len   int // bytes that were asked for
+	size  int // bytes that are wiped and given back
 	class int // index into arena.free, or -1 for a region of its own
 }
 
-// arena is the process's secret memory. Regions of slots are never unmapped:
-// they are reused.
-var arena struct {
-	mu   sync.Mutex // guards free
-	free [16][][]byte
+func (a *arena) block(slot []byte, n, class int) *block {
+	return &block{arena: a, start: unsafe.Pointer(unsafe.SliceData(slot)), len: n, size: len(slot), class: class}
 }
 
-func allocate(n int) (*block, error) {
+// bytes is the secret.
+func (b *block) bytes() []byte { return unsafe.Slice((*byte)(b.start), b.len) }
+
+// slot is the whole memory of the block.
+func (b *block) slot() []byte { return unsafe.Slice((*byte)(b.start), b.size) }
+
+func (a *arena) allocate(n int) (*block, error) {
 	if n > slotMax {
 		page := os.Getpagesize()
-		region, err := mapSecret((n + page - 1) / page * page)
+		region, err := a.mapRegion((n + page - 1) / page * page)
 		if err != nil {
 			return nil, err
 		}
-		return &block{bytes: region[:n:n], slot: region, class: -1}, nil
+		return a.block(region, n, -1), nil
 	}
 	size := max(slotMin, 1<<bits.Len(uint(n-1)))
 	class := bits.TrailingZeros(uint(size))
 
-	arena.mu.Lock()
-	defer arena.mu.Unlock()
-	if len(arena.free[class]) == 0 {
-		region, err := mapSecret(regionSize)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if len(a.free[class]) == 0 {
+		region, err := a.mapRegion(regionSize)
 		if err != nil {
 			return nil, err
 		}
 		for off := 0; off < regionSize; off += size {
-			arena.free[class] = append(arena.free[class], region[off:off+size:off+size])
+			a.free[class] = append(a.free[class], region[off:off+size:off+size])
 		}
 	}
-	last := len(arena.free[class]) - 1
-	slot := arena.free[class][last]
-	arena.free[class] = arena.free[class][:last]
-	return &block{bytes: slot[:n:n], slot: slot, class: class}, nil
+	last := len(a.free[class]) - 1
+	slot := a.free[class][last]
+	a.free[class] = a.free[class][:last]
+	return a.block(slot, n, class), nil
 }
 
 func (b *block) release() {
-	Wipe(b.slot)
+	Wipe(b.slot())
 	if b.class < 0 {
 		// Nothing can be done about a failure, and the memory is zero already.
-		_ = unix.Munmap(b.slot)
+		_ = unix.Munmap(b.slot())
 		return
 	}
-	arena.mu.Lock()
-	defer arena.mu.Unlock()
-	arena.free[b.class] = append(arena.free[b.class], b.slot)
+	b.arena.mu.Lock()
+	defer b.arena.mu.Unlock()
+	b.arena.free[b.class] = append(b.arena.free[b.class], b.slot())
 }
 
 // mapSecret maps size bytes that are neither swapped nor dumped.
@@ -80,6 +97,11 @@ func mapSecret(size int) ([]byte, error) {
 	if region, err := mapSecretFD(size); err == nil {
 		return region, nil
 	}
+	return mapLocked(size)
+}
+
+// mapLocked is the way of kernels without memfd_secret(2).
+func mapLocked(size int) ([]byte, error) {
 	region, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	if err != nil {
 		return nil, fmt.Errorf("keymem: cannot map %d bytes: %w", size, err)
@@ -100,9 +122,10 @@ func mapSecret(size int) ([]byte, error) {
 	return region, nil
 }
 
-// mapSecretFD uses memfd_secret(2), Linux 5.14 and newer.
+// mapSecretFD uses memfd_secret(2): Linux 5.14 and newer, before 6.5 only if
+// enabled at boot (secretmem.enable). Its memory is never swapped or dumped.
 func mapSecretFD(size int) ([]byte, error) {
-	fd, err := unix.MemfdSecret(unix.FD_CLOEXEC)
+	fd, err := unix.MemfdSecret(unix.O_CLOEXEC)
 	if err != nil {
 		return nil, err
 	}

@@ -50,7 +50,7 @@ func New(n int) (*Key, error) {
 	if n < 1 || n > SizeMax {
 		return nil, fmt.Errorf("keymem: cannot hold a secret of %d bytes: it must have 1 to %d", n, SizeMax)
 	}
-	b, err := allocate(n)
+	b, err := process.allocate(n)
 	if err != nil {
 		return nil, err
 	}
@@ -65,7 +65,7 @@ func Random(n int) (*Key, error) {
 	if err != nil {
 		return nil, err
 	}
-	rand.Read(k.block.bytes) // never fails: it ends the process instead
+	rand.Read(k.block.bytes()) // never fails: it ends the process instead
 	return k, nil
 }
 
@@ -77,7 +77,7 @@ func Take(secret []byte) (*Key, error) {
 	if err != nil {
 		return nil, err
 	}
-	copy(k.block.bytes, secret)
+	copy(k.block.bytes(), secret)
 	return k, nil
 }
 
@@ -88,7 +88,7 @@ func Read(r io.Reader, n int) (*Key, error) {
 	if err != nil {
 		return nil, err
 	}
-	if _, err := io.ReadFull(r, k.block.bytes); err != nil {
+	if _, err := io.ReadFull(r, k.block.bytes()); err != nil {
 		k.Close()
 		if errors.Is(err, io.EOF) {
 			err = io.ErrUnexpectedEOF
@@ -100,16 +100,18 @@ func Read(r io.Reader, n int) (*Key, error) {
 
 // Bytes returns the secret itself, not a copy. The slice must not be used
 // after Close, retained, converted to a string or handed to code that keeps
-// it. It panics with [ErrClosed] on a closed Key.
+// it. It does not keep the Key from being collected and wiped: the Key must be
+// closed, or kept by [runtime.KeepAlive], after the last use of the slice.
+// Bytes panics with [ErrClosed] on a closed Key.
 func (k *Key) Bytes() []byte {
 	if k.closed.Load() {
 		panic(ErrClosed)
 	}
-	return k.block.bytes
+	return k.block.bytes()
 }
 
 // Len returns the length of the secret in bytes.
-func (k *Key) Len() int { return len(k.block.bytes) }
+func (k *Key) Len() int { return k.block.len }
 
 // Clone returns a second Key with the same bytes.
 func (k *Key) Clone() (*Key, error) {
@@ -117,7 +119,7 @@ func (k *Key) Clone() (*Key, error) {
 	if err != nil {
 		return nil, err
 	}
-	copy(c.block.bytes, k.Bytes())
+	copy(c.block.bytes(), k.Bytes())
 	runtime.KeepAlive(k)
 	return c, nil
 }
@@ -139,15 +141,15 @@ func (k *Key) Close() error {
 	}
 	k.clean.Stop()
 	k.block.release()
+	runtime.KeepAlive(k) // or its cleanup could be queued before Stop
 	return nil
 }
 
 // Wipe overwrites b with zeros. It is for secrets that had to pass through
 // ordinary memory, such as the output of a library.
-func Wipe(b []byte) {
-	clear(b)
-	runtime.KeepAlive(&b)
-}
+//
+//go:noinline
+func Wipe(b []byte) { clear(b) } // not inlined, hence not removed as a dead store
 
 // Format implements [fmt.Formatter], so that no verb prints the secret.
 func (k *Key) Format(f fmt.State, _ rune) { io.WriteString(f, Redacted) }
