@@ -62,6 +62,18 @@ type Fault struct {
 	Dead bool // all later operations fail undone
 }
 
+// Kind is what an operation does.
+type Kind string
+
+// The kinds of operations.
+const (
+	None   Kind = ""
+	Read   Kind = "read"
+	Write  Kind = "write" // zeroes and discards too
+	Flush  Kind = "flush"
+	Resize Kind = "resize"
+)
+
 // Device is a faulty disk in memory.
 type Device struct {
 	mem *blockdev.Memory
@@ -69,7 +81,7 @@ type Device struct {
 	mu       sync.Mutex
 	fault    *Fault
 	ops      int
-	injected bool
+	injected Kind
 	older    map[int64]*history // by block: what it may hold instead of mem's contents
 	sizes    []int64            // what the size may be instead of mem's
 	closed   bool
@@ -99,8 +111,9 @@ func (d *Device) Ops() int {
 	return d.ops
 }
 
-// Injected reports whether the fault was reached.
-func (d *Device) Injected() bool {
+// Injected returns the kind of the operation that the fault has hit, or [None]
+// as long as it was not reached.
+func (d *Device) Injected() Kind {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.injected
@@ -110,7 +123,14 @@ func (d *Device) Injected() bool {
 func (d *Device) Inject(fault *Fault) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.fault, d.ops, d.injected = fault, 0, false
+	d.fault, d.ops, d.injected = fault, 0, None
+}
+
+// Heal lets all operations succeed from now on. What Injected returns stays.
+func (d *Device) Heal() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.fault = nil
 }
 
 // Contents returns what the device holds now, as a process that was killed and
@@ -158,7 +178,7 @@ func must(err error) {
 }
 
 // begin counts an operation and says how it goes on. mu is held.
-func (d *Device) begin() (do bool, mode Mode, err error) {
+func (d *Device) begin(kind Kind) (do bool, mode Mode, err error) {
 	if d.closed {
 		return false, Undone, blockdev.ErrClosed
 	}
@@ -168,7 +188,7 @@ func (d *Device) begin() (do bool, mode Mode, err error) {
 	case d.fault == nil || op < d.fault.Op:
 		return true, Done, nil
 	case op == d.fault.Op:
-		d.injected = true
+		d.injected = kind
 		return d.fault.Mode != Undone, d.fault.Mode, fmt.Errorf("operation %d: %w (%s)", op, ErrInjected, d.fault.Mode)
 	case d.fault.Dead:
 		return false, Undone, fmt.Errorf("operation %d: %w (dead since %d)", op, ErrInjected, d.fault.Op)
@@ -184,7 +204,7 @@ func (d *Device) change(off, n int64, do func(off, n int64) error) error {
 	if err := blockdev.CheckRange(d.mem.Size(), off, n); err != nil {
 		return err
 	}
-	run, mode, failure := d.begin()
+	run, mode, failure := d.begin(Write)
 	if !run {
 		return failure
 	}
@@ -237,7 +257,7 @@ func (d *Device) ReadAt(p []byte, off int64) (int, error) {
 	if err := blockdev.CheckRange(d.mem.Size(), off, int64(len(p))); err != nil {
 		return 0, err
 	}
-	run, mode, failure := d.begin()
+	run, mode, failure := d.begin(Read)
 	if !run {
 		return 0, failure
 	}
@@ -277,7 +297,7 @@ func (d *Device) Discard(off, n int64) error {
 func (d *Device) Flush() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	run, mode, failure := d.begin()
+	run, mode, failure := d.begin(Flush)
 	if errors.Is(failure, blockdev.ErrClosed) {
 		return failure
 	}
@@ -300,7 +320,7 @@ func (d *Device) Flush() error {
 func (d *Device) Resize(size int64) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	run, mode, failure := d.begin()
+	run, mode, failure := d.begin(Resize)
 	if !run || mode == Torn {
 		return failure
 	}

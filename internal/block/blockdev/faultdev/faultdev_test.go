@@ -42,8 +42,8 @@ func TestModes(t *testing.T) {
 		if got := blocks(t, dev); !bytes.Equal(got, want) {
 			t.Errorf("%v: blocks hold %v, want %v", mode, got, want)
 		}
-		if !dev.Injected() {
-			t.Errorf("%v: Injected() = false", mode)
+		if got := dev.Injected(); got != faultdev.Write {
+			t.Errorf("%v: Injected() = %q", mode, got)
 		}
 	}
 }
