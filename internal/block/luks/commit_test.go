@@ -103,7 +103,7 @@ func TestCommitFaults(t *testing.T) {
 				}
 				dev := faultdev.New(memory(t, before), &faultdev.Fault{Op: op, Mode: mode})
 				err = h.Commit(dev)
-				if !dev.Injected() {
+				if dev.Injected() == faultdev.None {
 					if err != nil {
 						t.Fatalf("%s: commit without a fault: %v", state, err)
 					}

@@ -176,9 +176,13 @@ func TestAddPassphraseRefuses(t *testing.T) {
 		t.Error("a passphrase that cryptsetup cannot read is accepted")
 	}
 	for _, cost := range []luks.Argon2id{
-		{Passes: 1, Memory: 1<<20 + 1, Lanes: 4}, {Passes: 65, Memory: 1 << 20, Lanes: 4},
-		{Passes: 1, Memory: 64, Lanes: 5}, {Passes: 1, Memory: 31, Lanes: 4}, {Passes: 0, Memory: 64, Lanes: 1},
-		{Passes: 1, Memory: -1, Lanes: 1}, {Passes: 1, Memory: 64, Lanes: 0},
+		{Passes: 1, Memory: 1<<20 + 1, Lanes: 4},
+		{Passes: 65, Memory: 1 << 20, Lanes: 4},
+		{Passes: 1, Memory: 64, Lanes: 5},
+		{Passes: 1, Memory: 31, Lanes: 4},
+		{Passes: 0, Memory: 64, Lanes: 1},
+		{Passes: 1, Memory: -1, Lanes: 1},
+		{Passes: 1, Memory: 64, Lanes: 0},
 	} {
 		if err := h.AddPassphrase(f, dek, passphrase, cost); !errors.Is(err, luks.ErrUnsupported) {
 			t.Errorf("cost %+v: %v", cost, err)
@@ -209,7 +213,7 @@ func TestAddPassphraseFaults(t *testing.T) {
 			}
 			dev := faultdev.New(base.Clone(), &faultdev.Fault{Op: op, Mode: mode})
 			err = h.AddPassphrase(dev, dek, passphrase, quick)
-			if !dev.Injected() {
+			if dev.Injected() == faultdev.None {
 				if err != nil {
 					t.Fatal(err)
 				}

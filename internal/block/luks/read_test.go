@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -269,16 +270,16 @@ func TestReadRefuses(t *testing.T) {
 
 	// One copy is enough, whatever happened to the other.
 	for name, change := range map[string]func(b []byte){
-		"primary's version":   func(b []byte) { b[7] = 9 },
-		"primary's magic":     func(b []byte) { b[0] = 0 },
-		"primary's size":      func(b []byte) { b[8] = 9 },
-		"primary's end":       func(b []byte) { b[headerSize-1] = 9 },
-		"secondary's magic":   func(b []byte) { b[headerSize] = 9 },
-		"secondary's end":     func(b []byte) { b[2*headerSize-1] = 9 },
-		"data, not a header":  func(b []byte) { b[lastByte] = 9 },
-		"primary, wholly":     func(b []byte) { clear(b[:headerSize]) },
-		"secondary, wholly":   func(b []byte) { clear(b[headerSize : 2*headerSize]) },
-		"secondary, overrun":  func(b []byte) { copy(b[headerSize:], bytes.Repeat([]byte{0xff}, headerSize)) },
+		"primary's version":     func(b []byte) { b[7] = 9 },
+		"primary's magic":       func(b []byte) { b[0] = 0 },
+		"primary's size":        func(b []byte) { b[8] = 9 },
+		"primary's end":         func(b []byte) { b[headerSize-1] = 9 },
+		"secondary's magic":     func(b []byte) { b[headerSize] = 9 },
+		"secondary's end":       func(b []byte) { b[2*headerSize-1] = 9 },
+		"data, not a header":    func(b []byte) { b[lastByte] = 9 },
+		"primary, wholly":       func(b []byte) { clear(b[:headerSize]) },
+		"secondary, wholly":     func(b []byte) { clear(b[headerSize : 2*headerSize]) },
+		"secondary, overrun":    func(b []byte) { copy(b[headerSize:], bytes.Repeat([]byte{0xff}, headerSize)) },
 		"primary's first bytes": func(b []byte) { clear(b[:168]) },
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -333,7 +334,7 @@ func TestSecondaryAtEachOffset(t *testing.T) {
 	for _, kib := range []int{16, 32, 64, 128, 256, 512, 1024, 2048, 4096} {
 		f := newImage(t, 24<<20)
 		keys := []string{"--batch-mode", "--key-file", keyFile(t, newKey(t, "x")), "--volume-key-file", keyFile(t, dek), "--key-size", "512", "--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"}
-		mustCryptsetup(t, append([]string{"luksFormat", "--type", "luks2", f.Name(), "--luks2-metadata-size", json.Number(itoa(kib)).String() + "k"}, keys...)...)
+		mustCryptsetup(t, append([]string{"luksFormat", "--type", "luks2", f.Name(), "--luks2-metadata-size", strconv.Itoa(kib) + "k"}, keys...)...)
 		if _, err := f.WriteAt(make([]byte, 4096), 0); err != nil {
 			t.Fatal(err)
 		}
@@ -349,8 +350,6 @@ func TestSecondaryAtEachOffset(t *testing.T) {
 		mustCryptsetup(t, "luksDump", f.Name())
 	}
 }
-
-func itoa(n int) string { b, _ := json.Marshal(n); return string(b) }
 
 func TestMetadataRefused(t *testing.T) {
 	t.Parallel()
