@@ -53,7 +53,7 @@ func TestInvalid(t *testing.T) {
 	for name, change := range map[string]func(*bundle.VM){
 		"version":             func(vm *bundle.VM) { vm.Version = 2 },
 		"name with a slash":   func(vm *bundle.VM) { vm.Name = "a/b" },
-		"upper case name":     func(vm *bundle.VM) { vm.Name = "Web" },
+		"empty name":          func(vm *bundle.VM) { vm.Name = "" },
 		"no id":               func(vm *bundle.VM) { vm.ID = "" },
 		"id not canonical":    func(vm *bundle.VM) { vm.ID = strings.ToUpper(vm.ID) },
 		"no CPU":              func(vm *bundle.VM) { vm.Settings.CPUs = 0 },

@@ -3,6 +3,7 @@ package bundle
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 
@@ -24,9 +25,13 @@ type Lock struct {
 }
 
 // Acquire takes the lock of the folder at dir. It returns an error of kind
-// [errs.InvalidState] if somebody else holds it.
+// [errs.InvalidState] if somebody else holds it, and
+// one of kind [errs.NotFound] if there is no folder.
 func Acquire(dir string) (*Lock, error) {
 	f, err := os.OpenFile(filepath.Join(dir, lockName), os.O_CREATE|os.O_RDWR|noFollow, 0o600)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, errs.New(errs.NotFound, "there is no VM folder %s", dir)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("cannot lock VM folder %s: %w", dir, err)
 	}
@@ -51,3 +56,7 @@ func (l *Lock) Release() error {
 	}
 	return err
 }
+
+// File returns the open file that carries the lock: a process that inherits it
+// holds the lock too. It stays the Lock's.
+func (l *Lock) File() *os.File { return l.file }

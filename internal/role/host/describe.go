@@ -1,0 +1,110 @@
+package host
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"syscall"
+
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	strongroomv1 "strongroom/api/strongroom/v1"
+	"strongroom/internal/block/blockdev"
+	"strongroom/internal/block/volume"
+	"strongroom/internal/crypto/keysafe"
+	"strongroom/internal/errs"
+	"strongroom/internal/machine/bundle"
+)
+
+// describe returns what a user wants to know of a VM, read from its folder. It
+// works while the VM runs, and tells as locked a VM whose key cannot be had.
+func (h *Host) describe(ctx context.Context, m *machine) (*strongroomv1.VM, error) {
+	reg, on := m.state()
+	dir, err := h.folder(reg)
+	if err != nil {
+		return nil, err
+	}
+	vm, err := bundle.Read(dir)
+	if err != nil {
+		return nil, err
+	}
+	out := &strongroomv1.VM{
+		Id: vm.ID, Name: reg.Name, Cluster: h.secrets.identity.Cluster, Host: h.secrets.identity.Name,
+		Datastore: reg.Datastore, Folder: reg.Folder, PowerState: "poweredOff", CryptoState: "unlocked",
+		Encrypted: vm.Encrypted(), Created: timestamppb.New(vm.Created),
+		Settings: &strongroomv1.VMSettings{
+			Cpus: uint32(vm.Settings.CPUs), MemoryMib: uint32(vm.Settings.MemoryMiB), Machine: vm.Settings.Machine,
+			Kernel: vm.Settings.Kernel, Initrd: vm.Settings.Initrd, Append: vm.Settings.Append, Network: vm.Settings.Network,
+		},
+	}
+	if on {
+		out.PowerState = "poweredOn"
+	}
+	if vm.Key != nil {
+		out.Key = keyRef(vm.Key.Ref())
+	}
+	for _, d := range vm.Disks {
+		disk, err := h.describeDisk(ctx, dir, d)
+		if err != nil {
+			// One bad disk must not hide the VM, nor the others.
+			out.CryptoState, out.LockReason = "locked", reason(errs.Wrap(err, "disk %s", d.Name))
+		}
+		out.Disks = append(out.Disks, disk)
+	}
+	return out, nil
+}
+
+func (h *Host) describeDisk(ctx context.Context, dir string, d bundle.Disk) (*strongroomv1.Disk, error) {
+	out := &strongroomv1.Disk{Name: d.Name, File: d.File, SizeBytes: d.SizeBytes, Encrypted: d.Format == bundle.FormatLUKS}
+	path := filepath.Join(dir, d.File)
+	info, err := os.Lstat(path)
+	if err != nil {
+		return out, err
+	}
+	if stat, ok := info.Sys().(*syscall.Stat_t); ok {
+		out.AllocatedBytes = stat.Blocks * 512
+	}
+	if !out.Encrypted {
+		return out, nil
+	}
+	safe, vol, err := peek(path)
+	if err != nil {
+		return out, err
+	}
+	out.Key, out.Uuid, out.Generation, out.Cipher = keyRef(safe.KEK), vol.UUID, safe.Generation, "xts-aes-256"
+	return out, h.haveKEK(ctx, safe.KEK)
+}
+
+// peek reads the header of a volume that another process may have open.
+func peek(path string) (*keysafe.Safe, volume.Info, error) {
+	file, err := blockdev.OpenFile(path, blockdev.FileOptions{ReadOnly: true, Unlocked: true})
+	if err != nil {
+		return nil, volume.Info{}, err
+	}
+	defer file.Close()
+	info, err := volume.Inspect(file)
+	if err != nil {
+		return nil, volume.Info{}, err
+	}
+	if len(info.Safes) != 1 {
+		return nil, volume.Info{}, errs.New(errs.Corrupt, "the volume has %d key safes, not one", len(info.Safes))
+	}
+	return info.Safes[0], info, nil
+}
+
+func keyRef(ref keysafe.Ref) *strongroomv1.KeyRef {
+	return &strongroomv1.KeyRef{Provider: ref.Provider, KeyId: ref.KeyID}
+}
+
+// reason returns the text of err with its machine-readable reason and hint, for
+// people who look at a VM and not at an error.
+func reason(err error) string {
+	text := err.Error()
+	if r := errs.ReasonOf(err); r != "" {
+		text += " (" + r + ")"
+	}
+	if hint := errs.HintOf(err); hint != "" {
+		text += "; " + hint
+	}
+	return text
+}

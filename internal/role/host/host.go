@@ -1,0 +1,166 @@
+// Package host is the role that runs virtual machines: it holds the keys of
+// native providers in its sealed configuration, makes and unwraps DEKs, starts
+// one volume process and one QEMU for each VM, and does what its controller
+// asks over mutual TLS.
+//
+// It works without the controller: what a power-on needs (the VM folder, the
+// keys) is here, and the local socket takes commands of the host's own
+// administrators.
+//
+// Invariants: no key is on disk but inside the sealed configuration
+// (docs/spec/vault.md); a VM is changed by one operation at a time; VMs live on
+// when the host agent ends and are found again by the next one. Every method of
+// the agent API is idempotent.
+package host
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	"strongroom/api/strongroom/v1/strongroomv1connect"
+	"strongroom/internal/control/pki"
+	"strongroom/internal/errs"
+	"strongroom/internal/machine/qemu"
+)
+
+// Version is what the host tells its controller about itself.
+const Version = "0.1.0"
+
+// shutdownTimeout is how long requests that are running get when the host ends.
+const shutdownTimeout = 10 * time.Second
+
+// Host is a running host agent.
+type Host struct {
+	cfg     Config
+	log     *slog.Logger
+	secrets *secrets
+	prober  *qemu.Prober
+	bootID  string
+
+	credential *pki.Credential
+	enroll     strongroomv1connect.EnrollServiceClient
+
+	mu       sync.Mutex // guards machines
+	machines map[string]*machine
+
+	// life ends with the agent; watchers of running VMs wait for it.
+	life     context.Context
+	watchers sync.WaitGroup
+	changed  chan struct{} // buffered by one: something to tell the controller
+}
+
+// Run runs the host agent until ctx ends. VMs live on.
+func Run(ctx context.Context, cfg Config, log *slog.Logger) error {
+	if err := harden(); err != nil {
+		return err
+	}
+	for _, dir := range []string{cfg.DataDir, cfg.RunDir} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return err
+		}
+	}
+	unlock, err := onlyOne(filepath.Join(cfg.RunDir, "host.lock"))
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	s, err := openSecrets(cfg)
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+
+	life, end := context.WithCancel(context.WithoutCancel(ctx))
+	h := &Host{
+		cfg: cfg, log: log.With(slog.String("host", s.identity.Name)), secrets: s, prober: qemu.NewProber(""), bootID: readBootID(),
+		machines: map[string]*machine{}, life: life, changed: make(chan struct{}, 1),
+	}
+	defer func() {
+		end()
+		h.watchers.Wait()
+		h.letGo()
+	}()
+	if h.credential, err = s.credential(); err != nil {
+		return err
+	}
+	if h.enroll, err = h.enrollClient(); err != nil {
+		return err
+	}
+	h.adoptAll(ctx)
+
+	agent, err := h.agentServer()
+	if err != nil {
+		return err
+	}
+	agentListener, err := net.Listen("tcp", cfg.Listen)
+	if err != nil {
+		return errs.New(errs.Unavailable, "cannot listen for the controller: %w", err)
+	}
+	localListener, err := listenLocal(cfg.LocalSocket)
+	if err != nil {
+		return errors.Join(err, agentListener.Close())
+	}
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return serve(ctx, agent, agentListener, true) })
+	group.Go(func() error { return serve(ctx, h.localServer(), localListener, false) })
+	group.Go(func() error { return h.heartbeats(ctx) })
+	group.Go(func() error { // the first probe takes seconds, a power-on should not
+		if accel, err := h.prober.Probe(); err != nil {
+			h.log.LogAttrs(ctx, slog.LevelWarn, "guests run without hardware acceleration", slog.String("accel", string(accel)), slog.Any("err", err))
+		}
+		return nil
+	})
+	h.log.LogAttrs(ctx, slog.LevelInfo, "host is ready", slog.String("address", cfg.Listen), slog.String("socket", cfg.LocalSocket))
+	err = group.Wait()
+	if errors.Is(err, context.Canceled) {
+		return nil
+	}
+	return err
+}
+
+// harden keeps the process's memory from core dumps and debuggers.
+func harden() error {
+	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
+		return err
+	}
+	return unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0)
+}
+
+// onlyOne makes sure that this is the only agent of this host.
+func onlyOne(path string) (unlock func(), err error) {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		return nil, errs.New(errs.InvalidState, "cannot start host: another one runs with %s", path)
+	}
+	return func() { f.Close() }, nil
+}
+
+// readBootID returns what changes at every start of the machine.
+func readBootID() string {
+	text, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil || len(text) < 36 {
+		return ""
+	}
+	return string(text[:36])
+}
+
+// notify has the controller told soon that something has changed.
+func (h *Host) notify() {
+	select {
+	case h.changed <- struct{}{}:
+	default:
+	}
+}

@@ -1,0 +1,52 @@
+package host
+
+import (
+	"context"
+	"errors"
+
+	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/keysafe"
+	"strongroom/internal/errs"
+	"strongroom/internal/keys/keyprovider"
+)
+
+// Reasons why a key cannot be had, with vSphere's names.
+const (
+	reasonProviderUnknown = "KeyStateClusterInvalid"
+	reasonKeyMissing      = "KeyStateMissingInCache"
+	reasonNotPermitted    = "NoPermissionToAccessKeyProvider"
+	reasonUnreachable     = "KeyStateClusterUnreachable"
+)
+
+// kek returns the KEK at ref, which the caller closes, from what this host
+// holds. Its errors tell a user which key of which provider is wanted and what
+// to do.
+func (h *Host) kek(ctx context.Context, ref keysafe.Ref) (*keymem.Key, error) {
+	key, err := h.secrets.providers.KEK(ctx, ref)
+	if err == nil {
+		return key, nil
+	}
+	locked := errs.New(errs.Locked, "key %s of provider %s: %w", ref.KeyID, ref.Provider, err)
+	switch {
+	case errors.Is(err, keyprovider.ErrUnknownProvider):
+		return nil, locked.WithReason(reasonProviderUnknown).
+			WithHint("strongroom provider import FILE.p12, with the backup of %s", ref.Provider)
+	case errors.Is(err, keyprovider.ErrNotFound), errors.Is(err, keyprovider.ErrWrongProvider):
+		return nil, locked.WithReason(reasonKeyMissing).
+			WithHint("a provider named %s is here, with other key material; import the backup of the right one under its own name on a controller of its own", ref.Provider)
+	case errors.Is(err, keyprovider.ErrLocked):
+		return nil, locked.WithReason(reasonNotPermitted).WithHint("strongroom provider show %s", ref.Provider)
+	case errors.Is(err, keyprovider.ErrUnavailable):
+		return nil, locked.WithReason(reasonUnreachable).WithHint("strongroom provider show %s", ref.Provider)
+	}
+	return nil, err
+}
+
+// haveKEK returns why the KEK at ref cannot be had, or nil.
+func (h *Host) haveKEK(ctx context.Context, ref keysafe.Ref) error {
+	key, err := h.kek(ctx, ref)
+	if err != nil {
+		return err
+	}
+	return key.Close()
+}

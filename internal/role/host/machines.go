@@ -1,0 +1,187 @@
+package host
+
+import (
+	"context"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"strongroom/internal/errs"
+	"strongroom/internal/machine/bundle"
+	"strongroom/internal/machine/recrypt"
+)
+
+// busyWait is how long an operation waits for another one on the same VM: long
+// enough for one that was cancelled to come to its safe point.
+const busyWait = 5 * time.Second
+
+// machine is a VM that is registered on this host.
+type machine struct {
+	id string
+	op chan struct{} // holds one token; who has it may change the VM
+
+	mu      sync.Mutex // guards what follows
+	reg     registered
+	running *running // nil while powered off
+}
+
+func newMachine(reg registered) *machine {
+	m := &machine{id: reg.ID, op: make(chan struct{}, 1), reg: reg}
+	m.op <- struct{}{}
+	return m
+}
+
+// state returns where the VM is and whether it is powered on.
+func (m *machine) state() (registered, bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.reg, m.running != nil
+}
+
+func (m *machine) run() *running {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.running
+}
+
+func (m *machine) setRunning(r *running) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.running = r
+}
+
+// acquire reserves the VM for one operation; release must be called.
+func (m *machine) acquire(ctx context.Context) (release func(), err error) {
+	timeout := time.NewTimer(busyWait)
+	defer timeout.Stop()
+	select {
+	case <-m.op:
+		return func() { m.op <- struct{}{} }, nil
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	case <-timeout.C:
+		return nil, errs.New(errs.InvalidState, "%w", errBusy).WithHint("strongroom task ls --active")
+	}
+}
+
+// machine returns the registered VM with that id or name.
+func (h *Host) machine(what string) (*machine, error) {
+	reg, err := h.secrets.find(what)
+	if err != nil {
+		return nil, err
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	m, ok := h.machines[reg.ID]
+	if !ok {
+		m = newMachine(reg)
+		h.machines[reg.ID] = m
+	}
+	return m, nil
+}
+
+// all returns every registered VM.
+func (h *Host) all() []*machine {
+	var ms []*machine
+	for _, reg := range h.secrets.snapshot().VMs {
+		if m, err := h.machine(reg.ID); err == nil {
+			ms = append(ms, m)
+		}
+	}
+	return ms
+}
+
+// folder returns the path of a VM's folder.
+func (h *Host) folder(reg registered) (string, error) {
+	path, err := h.secrets.datastorePath(reg.Datastore)
+	if err != nil {
+		return "", err
+	}
+	if !bundle.ValidName(reg.Folder) {
+		return "", errs.New(errs.Invalid, "%q cannot be the name of a VM folder", reg.Folder)
+	}
+	return filepath.Join(path, reg.Folder), nil
+}
+
+// offline is a VM that is powered off and reserved for one operation.
+type offline struct {
+	m    *machine
+	dir  string
+	vm   *bundle.VM
+	lock *bundle.Lock
+	done func()
+}
+
+// takeOffline reserves a VM that must be powered off, and locks its folder.
+func (h *Host) takeOffline(ctx context.Context, id, purpose string) (_ *offline, err error) {
+	m, err := h.machine(id)
+	if err != nil {
+		return nil, err
+	}
+	release, err := m.acquire(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			release()
+		}
+	}()
+	reg, on := m.state()
+	if on {
+		return nil, errs.New(errs.InvalidState, "%s needs the VM to be powered off", purpose).
+			WithHint("strongroom vm power-off %s", reg.Name)
+	}
+	dir, err := h.folder(reg)
+	if err != nil {
+		return nil, err
+	}
+	lock, err := bundle.Acquire(dir)
+	if err != nil {
+		return nil, err
+	}
+	vm, err := bundle.Read(dir)
+	if err != nil {
+		lock.Release()
+		return nil, err
+	}
+	return &offline{m: m, dir: dir, vm: vm, lock: lock, done: release}, nil
+}
+
+// release gives the VM back. What an operation left unfinished is removed: it
+// holds nothing that is not elsewhere.
+func (o *offline) release() {
+	folder := recrypt.Dir{Path: o.dir}
+	if names, err := bundle.Unfinished(o.dir); err == nil {
+		for _, name := range names {
+			_ = folder.Remove(name) // the next operation tries again
+		}
+	}
+	o.lock.Release()
+	o.done()
+}
+
+func (o *offline) folder() recrypt.Dir { return recrypt.Dir{Path: o.dir} }
+
+// chosen returns the indices of the disks of those names; no names: all.
+func chosen(vm *bundle.VM, names []string) ([]int, error) {
+	var indices []int
+	if len(names) == 0 {
+		for i := range vm.Disks {
+			indices = append(indices, i)
+		}
+		return indices, nil
+	}
+	for _, name := range names {
+		found := false
+		for i, d := range vm.Disks {
+			if d.Name == name {
+				indices, found = append(indices, i), true
+			}
+		}
+		if !found {
+			return nil, errs.New(errs.NotFound, "VM %s has no disk %q", vm.Name, name).WithHint("strongroom vm show %s", vm.Name)
+		}
+	}
+	return indices, nil
+}

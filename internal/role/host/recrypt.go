@@ -1,0 +1,276 @@
+package host
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"path/filepath"
+
+	"strongroom/internal/crypto/keysafe"
+	"strongroom/internal/errs"
+	"strongroom/internal/machine/bundle"
+	"strongroom/internal/machine/recrypt"
+)
+
+// report tells the progress of an operation: what is being done, and how many
+// of how many bytes of all of it. It is called from one goroutine at a time.
+type report func(step string, done, total int64)
+
+// disksProgress turns the progress of one disk after another into that of all.
+type disksProgress struct {
+	report report
+	base   int64 // bytes of the disks that are done
+	total  int64
+}
+
+func newDisksProgress(r report, vm *bundle.VM, indices []int, verb int64) *disksProgress {
+	p := &disksProgress{report: r}
+	for _, i := range indices {
+		p.total += verb * vm.Disks[i].SizeBytes
+	}
+	return p
+}
+
+// disk returns the progress function for a disk, and one that ends it.
+func (p *disksProgress) disk(step string, size int64) (recrypt.Progress, func()) {
+	p.report(step, p.base, p.total)
+	return func(done, _ int64) { p.report(step, p.base+done, p.total) },
+		func() { p.base += size }
+}
+
+// writtenAndVerified is how often the bytes of a disk count in the progress of
+// an operation that rewrites it.
+const writtenAndVerified = 2
+
+// encryptVM encrypts the plain ones among the disks named, under the KEK at ref.
+func (h *Host) encryptVM(ctx context.Context, id string, disks []string, ref keysafe.Ref, r report) error {
+	o, err := h.takeOffline(ctx, id, "encryption")
+	if err != nil {
+		return err
+	}
+	defer o.release()
+	indices, err := chosen(o.vm, disks)
+	if err != nil {
+		return err
+	}
+	if err := h.haveKEK(ctx, ref); err != nil {
+		return err
+	}
+	p := newDisksProgress(r, o.vm, indices, writtenAndVerified)
+	for _, i := range indices {
+		d := o.vm.Disks[i]
+		if d.Format == bundle.FormatLUKS {
+			continue // done by an earlier call, or encrypted before
+		}
+		progress, done := p.disk("encrypting "+d.Name, writtenAndVerified*d.SizeBytes)
+		file := bundle.DiskFile(d.Name, bundle.FormatLUKS)
+		if err := recrypt.Encrypt(ctx, o.folder(), d.File, file, ref, h.kek, progress); err != nil {
+			return errs.Wrap(err, "cannot encrypt %s of %s", d.Name, o.vm.Name)
+		}
+		if err := o.replaceDisk(i, file, bundle.FormatLUKS, bundle.KeyOf(ref)); err != nil {
+			return err
+		}
+		h.log.LogAttrs(ctx, slog.LevelInfo, "disk encrypted", slog.String("vm", o.vm.Name), slog.String("disk", d.Name),
+			slog.String("provider", ref.Provider), slog.String("key_id", ref.KeyID))
+		done()
+	}
+	return nil
+}
+
+// decryptVM decrypts the encrypted ones among the disks named.
+func (h *Host) decryptVM(ctx context.Context, id string, disks []string, r report) error {
+	o, err := h.takeOffline(ctx, id, "decryption")
+	if err != nil {
+		return err
+	}
+	defer o.release()
+	indices, err := chosen(o.vm, disks)
+	if err != nil {
+		return err
+	}
+	p := newDisksProgress(r, o.vm, indices, writtenAndVerified)
+	for _, i := range indices {
+		d := o.vm.Disks[i]
+		if d.Format == bundle.FormatRaw {
+			continue
+		}
+		progress, done := p.disk("decrypting "+d.Name, writtenAndVerified*d.SizeBytes)
+		file := bundle.DiskFile(d.Name, bundle.FormatRaw)
+		if err := recrypt.Decrypt(ctx, o.folder(), d.File, file, h.kek, progress); err != nil {
+			return errs.Wrap(err, "cannot decrypt %s of %s", d.Name, o.vm.Name)
+		}
+		if err := o.replaceDisk(i, file, bundle.FormatRaw, o.vm.Key); err != nil {
+			return err
+		}
+		h.log.LogAttrs(ctx, slog.LevelInfo, "disk decrypted", slog.String("vm", o.vm.Name), slog.String("disk", d.Name))
+		done()
+	}
+	return nil
+}
+
+// replaceDisk makes vm.json name the new file of a disk, then removes the old
+// one.
+func (o *offline) replaceDisk(i int, file, format string, key *bundle.Key) error {
+	next := o.vm.Clone()
+	old := next.Disks[i].File
+	next.Disks[i].File, next.Disks[i].Format = file, format
+	next.Key = key
+	if !next.Encrypted() {
+		next.Key = nil
+	}
+	if err := bundle.Write(o.dir, next); err != nil {
+		return err
+	}
+	o.vm = next
+	return o.folder().Remove(old)
+}
+
+// rekeyVM gives the encrypted ones among the disks named a new KEK, and with
+// deep a new DEK too. A shallow rekey works in any power state.
+func (h *Host) rekeyVM(ctx context.Context, id string, disks []string, ref keysafe.Ref, deep bool, r report) error {
+	if err := h.haveKEK(ctx, ref); err != nil {
+		return err
+	}
+	if deep {
+		return h.deepRekeyVM(ctx, id, disks, ref, r)
+	}
+	m, err := h.machine(id)
+	if err != nil {
+		return err
+	}
+	if _, on := m.state(); on {
+		return h.shallowRekeyRunning(ctx, m, disks, ref, r)
+	}
+	return h.shallowRekeyOffline(ctx, id, disks, ref, r)
+}
+
+func (h *Host) deepRekeyVM(ctx context.Context, id string, disks []string, ref keysafe.Ref, r report) error {
+	o, err := h.takeOffline(ctx, id, "a deep rekey")
+	if err != nil {
+		return err
+	}
+	defer o.release()
+	indices, err := o.encrypted(disks)
+	if err != nil {
+		return err
+	}
+	p := newDisksProgress(r, o.vm, indices, writtenAndVerified)
+	for _, i := range indices {
+		d := o.vm.Disks[i]
+		progress, done := p.disk("rekeying "+d.Name, writtenAndVerified*d.SizeBytes)
+		if err := recrypt.DeepRekey(ctx, o.folder(), d.File, ref, h.kek, progress); err != nil {
+			return errs.Wrap(err, "cannot rekey %s of %s", d.Name, o.vm.Name)
+		}
+		h.logRekey(ctx, o.vm, d, ref, "deep")
+		done()
+	}
+	return o.setKey(disks, ref)
+}
+
+func (h *Host) shallowRekeyOffline(ctx context.Context, id string, disks []string, ref keysafe.Ref, r report) error {
+	o, err := h.takeOffline(ctx, id, "a rekey of a VM that is being powered on or off")
+	if err != nil {
+		return err
+	}
+	defer o.release()
+	indices, err := o.encrypted(disks)
+	if err != nil {
+		return err
+	}
+	for n, i := range indices {
+		d := o.vm.Disks[i]
+		r("rekeying "+d.Name, int64(n), int64(len(indices)))
+		if err := recrypt.ShallowRekey(ctx, o.folder(), d.File, ref, h.kek); err != nil {
+			return errs.Wrap(err, "cannot rekey %s of %s", d.Name, o.vm.Name)
+		}
+		h.logRekey(ctx, o.vm, d, ref, "shallow")
+	}
+	return o.setKey(disks, ref)
+}
+
+// shallowRekeyRunning rewraps the DEKs of a VM that runs: its volume process,
+// which has the disks, replaces the key safes.
+func (h *Host) shallowRekeyRunning(ctx context.Context, m *machine, disks []string, ref keysafe.Ref, r report) error {
+	release, err := m.acquire(ctx)
+	if err != nil {
+		return err
+	}
+	defer release()
+	reg, _ := m.state()
+	running := m.run()
+	if running == nil {
+		return errs.New(errs.Unavailable, "VM %s was powered off meanwhile", reg.Name).WithHint("try again")
+	}
+	dir, err := h.folder(reg)
+	if err != nil {
+		return err
+	}
+	vm, err := bundle.Read(dir)
+	if err != nil {
+		return err
+	}
+	o := &offline{m: m, dir: dir, vm: vm}
+	indices, err := o.encrypted(disks)
+	if err != nil {
+		return err
+	}
+	for n, i := range indices {
+		d := vm.Disks[i]
+		r("rekeying "+d.Name, int64(n), int64(len(indices)))
+		safe, _, err := peek(filepath.Join(dir, d.File))
+		if err != nil {
+			return errs.Wrap(err, "cannot rekey %s of %s", d.Name, vm.Name)
+		}
+		next, err := recrypt.Rewrap(ctx, safe, ref, h.kek)
+		if err == nil && next != safe {
+			err = running.volumes.ReplaceSafe(ctx, d.Name, next)
+		}
+		if err != nil {
+			return errs.Wrap(err, "cannot rekey %s of %s", d.Name, vm.Name)
+		}
+		h.logRekey(ctx, vm, d, ref, "shallow")
+	}
+	return o.setKey(disks, ref)
+}
+
+// encrypted returns the encrypted ones among the disks named. A VM with none is
+// an error: it has no key that could be changed.
+func (o *offline) encrypted(disks []string) ([]int, error) {
+	indices, err := chosen(o.vm, disks)
+	if err != nil {
+		return nil, err
+	}
+	var out []int
+	for _, i := range indices {
+		if o.vm.Disks[i].Format == bundle.FormatLUKS {
+			out = append(out, i)
+		} else if len(disks) > 0 {
+			return nil, errs.New(errs.InvalidState, "%s of %s is not encrypted", o.vm.Disks[i].Name, o.vm.Name).
+				WithHint("strongroom vm encrypt %s --disk %s", o.vm.Name, o.vm.Disks[i].Name)
+		}
+	}
+	if len(out) == 0 {
+		return nil, errs.New(errs.InvalidState, "VM %s is not encrypted", o.vm.Name).WithHint("strongroom vm encrypt %s", o.vm.Name)
+	}
+	return out, nil
+}
+
+// setKey records the VM's KEK, after all disks have it. A rekey of chosen disks
+// leaves the VM's own key alone.
+func (o *offline) setKey(disks []string, ref keysafe.Ref) error {
+	if len(disks) > 0 || o.vm.Key != nil && o.vm.Key.Ref() == ref {
+		return nil
+	}
+	next := o.vm.Clone()
+	next.Key = bundle.KeyOf(ref)
+	if err := bundle.Write(o.dir, next); err != nil {
+		return fmt.Errorf("cannot record the new key: %w", err)
+	}
+	o.vm = next
+	return nil
+}
+
+func (h *Host) logRekey(ctx context.Context, vm *bundle.VM, d bundle.Disk, ref keysafe.Ref, depth string) {
+	h.log.LogAttrs(ctx, slog.LevelInfo, "disk rekeyed", slog.String("op", depth), slog.String("vm", vm.Name), slog.String("disk", d.Name),
+		slog.String("provider", ref.Provider), slog.String("key_id", ref.KeyID))
+}

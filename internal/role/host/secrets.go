@@ -1,0 +1,277 @@
+package host
+
+import (
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+
+	"strongroom/internal/crypto/keyfile"
+	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/parcel"
+	"strongroom/internal/crypto/sealed"
+	"strongroom/internal/crypto/vault"
+	"strongroom/internal/errs"
+	"strongroom/internal/keys/keyprovider"
+)
+
+// The sealed host configuration: docs/spec/vault.md.
+const (
+	vaultName    = "host.vault"
+	vaultContext = "strongroom/host-configuration/v1"
+
+	secretIdentity  = "identity"
+	secretInventory = "inventory"
+	secretParcelKey = "parcel-key"
+	secretProviders = "providers"
+	secretTLSKey    = "tls-key"
+)
+
+// identity is who the host is. It holds no key.
+type identity struct {
+	HostID     string `json:"host_id"`
+	Name       string `json:"name"`
+	ClusterID  string `json:"cluster_id"`
+	Cluster    string `json:"cluster"`
+	Controller string `json:"controller"` // host:port
+	// ControllerIdentity is what the controller's certificate must say.
+	ControllerIdentity string `json:"controller_identity"`
+	Certificate        []byte `json:"certificate"` // DER
+	CA                 []byte `json:"ca"`          // DER
+}
+
+// registry is what the host knows without its controller.
+type registry struct {
+	Datastores []datastore  `json:"datastores"`
+	VMs        []registered `json:"vms"`
+}
+
+type datastore struct {
+	Name string `json:"name"`
+	Type string `json:"type"`
+	Path string `json:"path"`
+}
+
+// registered says where a VM's folder is.
+type registered struct {
+	ID        string `json:"id"`
+	Name      string `json:"name"`
+	Datastore string `json:"datastore"`
+	Folder    string `json:"folder"`
+}
+
+// secrets is the sealed host configuration and what was unpacked from it. It is
+// safe for concurrent use.
+type secrets struct {
+	vault     *vault.Vault
+	identity  identity
+	ca        *x509.Certificate
+	parcel    *parcel.Recipient
+	providers *keyprovider.Set
+
+	mu       sync.Mutex // guards registry, and updates of the vault
+	registry registry
+}
+
+// createVault makes the sealed configuration of a host that has joined. A host
+// that is a member of a cluster is not made another one by mistake.
+func createVault(cfg Config, id identity, tlsKey *keymem.Key, recipient *parcel.Recipient) error {
+	path := filepath.Join(cfg.DataDir, vaultName)
+	key, err := keyfile.Create(cfg.KeyFile, sealed.KeySize)
+	if err != nil {
+		return err
+	}
+	defer key.Close()
+	v, err := vault.New(path, key, vaultContext)
+	if err != nil {
+		return err
+	}
+	defer v.Close()
+	parcelKey, err := recipient.Secret()
+	if err != nil {
+		return err
+	}
+	defer parcelKey.Close()
+	identityText, err := plain(id)
+	if err != nil {
+		return err
+	}
+	defer identityText.Close()
+	return v.Update(map[string]*keymem.Key{secretIdentity: identityText, secretTLSKey: tlsKey, secretParcelKey: parcelKey})
+}
+
+// joined reports whether there is a sealed configuration.
+func joined(cfg Config) bool {
+	_, err := os.Lstat(filepath.Join(cfg.DataDir, vaultName))
+	return err == nil
+}
+
+// openSecrets opens the sealed configuration.
+func openSecrets(cfg Config) (_ *secrets, err error) {
+	if !joined(cfg) {
+		return nil, errs.New(errs.NotFound, "cannot start host: it is in no cluster").
+			WithHint("strongroom host join --config FILE --controller HOST:PORT --token-file FILE")
+	}
+	key, err := keyfile.Read(cfg.KeyFile, sealed.KeySize)
+	if err != nil {
+		return nil, errs.Wrap(err, "cannot open the sealed host configuration")
+	}
+	defer key.Close()
+	v, err := vault.Open(filepath.Join(cfg.DataDir, vaultName), key, vaultContext)
+	if err != nil {
+		return nil, errs.Wrap(err, "cannot open the sealed host configuration")
+	}
+	s := &secrets{vault: v, providers: keyprovider.NewSet()}
+	defer func() {
+		if err != nil {
+			s.Close()
+		}
+	}()
+	if err := s.unpack(); err != nil {
+		return nil, fmt.Errorf("cannot read the sealed host configuration: %w", err)
+	}
+	return s, nil
+}
+
+func (s *secrets) unpack() error {
+	if err := s.decode(secretIdentity, &s.identity); err != nil {
+		return err
+	}
+	ca, err := x509.ParseCertificate(s.identity.CA)
+	if err != nil {
+		return err
+	}
+	s.ca = ca
+	if err := s.decode(secretInventory, &s.registry); err != nil && errs.KindOf(err) != errs.NotFound {
+		return err
+	}
+	parcelKey, err := s.vault.Get(secretParcelKey)
+	if err != nil {
+		return err
+	}
+	defer parcelKey.Close()
+	if s.parcel, err = parcel.RestoreRecipient(parcelKey); err != nil {
+		return err
+	}
+	blob, err := s.vault.Get(secretProviders)
+	if errs.KindOf(err) == errs.NotFound {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer blob.Close()
+	set, err := keyprovider.UnmarshalSecrets(blob)
+	if err != nil {
+		return err
+	}
+	s.providers.Close()
+	s.providers = set
+	return nil
+}
+
+func (s *secrets) decode(name string, into any) error {
+	text, err := s.vault.Get(name)
+	if err != nil {
+		return err
+	}
+	defer text.Close()
+	return json.Unmarshal(text.Bytes(), into)
+}
+
+// plain returns the JSON of a value that holds no key, in the form that a vault
+// takes.
+func plain(v any) (*keymem.Key, error) {
+	text, err := json.Marshal(v)
+	if err != nil {
+		return nil, err
+	}
+	return keymem.Take(text)
+}
+
+// Close wipes everything from memory.
+func (s *secrets) Close() {
+	if s.parcel != nil {
+		s.parcel.Close()
+	}
+	s.providers.Close()
+	s.vault.Close()
+}
+
+// saveProviders makes the set of providers durable.
+func (s *secrets) saveProviders() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	blob, err := keyprovider.MarshalSecrets(s.providers)
+	if err != nil {
+		return err
+	}
+	defer blob.Close()
+	return s.vault.Update(map[string]*keymem.Key{secretProviders: blob})
+}
+
+// snapshot returns a copy of the registry.
+func (s *secrets) snapshot() registry {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.registry.clone()
+}
+
+func (r registry) clone() registry {
+	return registry{Datastores: slices.Clone(r.Datastores), VMs: slices.Clone(r.VMs)}
+}
+
+// updateRegistry changes the registry and makes it durable, or changes nothing.
+func (s *secrets) updateRegistry(change func(*registry) error) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	next := s.registry.clone()
+	if err := change(&next); err != nil {
+		return err
+	}
+	text, err := plain(next)
+	if err != nil {
+		return err
+	}
+	defer text.Close()
+	if err := s.vault.Update(map[string]*keymem.Key{secretInventory: text}); err != nil {
+		return fmt.Errorf("cannot update the sealed host configuration: %w", err)
+	}
+	s.registry = next
+	return nil
+}
+
+// datastorePath returns the path of a datastore.
+func (s *secrets) datastorePath(name string) (string, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, d := range s.registry.Datastores {
+		if d.Name == name {
+			return d.Path, nil
+		}
+	}
+	return "", errs.New(errs.NotFound, "host %s has no datastore %q", s.identity.Name, name).
+		WithHint("strongroom datastore ls")
+}
+
+// errNoVM is what asking for an unknown VM returns.
+func (s *secrets) errNoVM(what string) error {
+	return errs.New(errs.NotFound, "host %s has no VM %q", s.identity.Name, what).WithHint("strongroom vm ls")
+}
+
+// find returns the registration of the VM with that id or name.
+func (s *secrets) find(what string) (registered, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	i := slices.IndexFunc(s.registry.VMs, func(r registered) bool { return r.ID == what || r.Name == what })
+	if i < 0 {
+		return registered{}, s.errNoVM(what)
+	}
+	return s.registry.VMs[i], nil
+}
+
+var errBusy = errors.New("another operation on the VM is running")
