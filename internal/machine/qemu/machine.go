@@ -107,7 +107,7 @@ func start(ctx context.Context, c *Config) (*Machine, error) {
 
 // withLog adds what QEMU said and how it ended to err.
 func withLog(err error, status, runDir string) error {
-	if log := logTail(runDir); log != "" {
+	if log := process.LogTail(logPath(runDir)); log != "" {
 		return fmt.Errorf("%w (QEMU: %s): %s", err, status, log)
 	}
 	return fmt.Errorf("%w (QEMU: %s)", err, status)
@@ -284,7 +284,7 @@ func (m *Machine) monitor(shutdowns *qmp.Watch) {
 	if err := m.process.Wait(); err != nil {
 		return // closed: QEMU runs on without us
 	}
-	m.exit = Exit{Reason: reason, Status: m.process.Reap(), Log: logTail(m.runDir)}
+	m.exit = Exit{Reason: reason, Status: m.process.Reap(), Log: process.LogTail(logPath(m.runDir))}
 	close(m.ended)
 }
 

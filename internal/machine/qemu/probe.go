@@ -10,6 +10,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"strongroom/internal/machine/process"
 )
 
 // probeTimeout is how long the firmware may take to boot a disk. It needs 0.3 s
@@ -88,7 +90,7 @@ func try(binary string, accel Accel) error {
 		"-drive", "file="+escape(disk)+",format=raw,if=ide,snapshot=on",
 		"-device", "isa-debug-exit,iobase=0xf4,iosize=1")
 	// To a file: a pipe would have to be read, also from a QEMU that hangs.
-	messages, err := os.Create(filepath.Join(dir, "qemu.log"))
+	messages, err := os.Create(logPath(dir))
 	if err != nil {
 		return err
 	}
@@ -117,5 +119,5 @@ func try(binary string, accel Accel) error {
 	if errors.As(err, &exit) && exit.ExitCode() == exitCode {
 		return nil
 	}
-	return fmt.Errorf("a guest did not boot (%v): %s", err, logTail(dir))
+	return fmt.Errorf("a guest did not boot (%v): %s", err, process.LogTail(logPath(dir)))
 }

@@ -14,7 +14,6 @@ package qemu
 import (
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -175,21 +174,3 @@ func Socket(runDir string) string { return filepath.Join(runDir, "qmp.sock") }
 func serialSocket(runDir string) string { return filepath.Join(runDir, "serial.sock") }
 
 func logPath(runDir string) string { return filepath.Join(runDir, "qemu.log") }
-
-// logTail returns the end of QEMU's own messages, at most 2 KiB.
-func logTail(runDir string) string {
-	const tailMax = 2 << 10
-	f, err := os.Open(logPath(runDir))
-	if err != nil {
-		return ""
-	}
-	defer f.Close()
-	size, err := f.Seek(0, 2)
-	if err != nil {
-		return ""
-	}
-	off := max(0, size-tailMax)
-	b := make([]byte, min(size, tailMax))
-	n, _ := f.ReadAt(b, off)
-	return strings.TrimSpace(strings.ToValidUTF8(string(b[:n]), "?"))
-}

@@ -1,0 +1,226 @@
+package volumectl
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"sync"
+	"time"
+
+	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/keysafe"
+	"strongroom/internal/errs"
+)
+
+// Client controls a volume process. After a connection broke, the next call
+// makes a new one. It must be closed.
+type Client struct {
+	path string
+
+	mu     sync.Mutex // held during a call
+	link   *link      // guarded by mu; nil while not connected
+	closed bool       // guarded by mu
+	hello  reply      // guarded by mu: of the latest connection
+	pid    int        // guarded by mu: the kernel's word on who listens
+}
+
+// Dial connects to the volume process that listens at path. It returns an error
+// of kind [errs.Unavailable] if there is none, and refuses one of another user.
+func Dial(ctx context.Context, path string) (*Client, error) {
+	c := &Client{path: path}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err := c.connect(ctx); err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// VM returns the name of the VM, as the volume process was started with.
+func (c *Client) VM() string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.hello.VM
+}
+
+// PID returns the process that listens at the socket, by the kernel's word.
+func (c *Client) PID() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.pid
+}
+
+// Close ends the connection. The volume process lives on. It waits for a call
+// that is under way, is idempotent and never fails.
+func (c *Client) Close() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.closed = true
+	c.disconnect()
+	return nil
+}
+
+// AddDisk makes the volume process open and serve a disk. file is the open disk,
+// with the locks that whoever opened it has taken, which the volume process then
+// shares; dek is its key, or nil for a raw disk. Both stay the caller's. Errors:
+// kind [errs.Corrupt] if the key is not the disk's or the header is bad,
+// [errs.Exists], [errs.InvalidState] if the disk is in use, ...
+func (c *Client) AddDisk(ctx context.Context, d Disk, file *os.File, dek *keymem.Key) error {
+	r := request{Op: opAddDisk, Disk: d.Name, Format: d.Format, ReadOnly: d.ReadOnly, Size: d.SizeMin}
+	if dek != nil {
+		r.KeyBytes = dek.Len()
+	}
+	_, err := c.call(ctx, r, file, dek)
+	return errs.Wrap(err, "cannot add disk %s", d.Name)
+}
+
+// RemoveDisk makes the volume process flush and close a disk. NBD clients that
+// do not leave by themselves are disconnected.
+func (c *Client) RemoveDisk(ctx context.Context, disk string) error {
+	_, err := c.call(ctx, request{Op: opRemoveDisk, Disk: disk}, nil, nil)
+	return errs.Wrap(err, "cannot remove disk %s", disk)
+}
+
+// Listen makes the volume process serve NBD on a listening unix stream socket,
+// in place of an earlier one. listener stays the caller's.
+func (c *Client) Listen(ctx context.Context, listener *os.File) error {
+	_, err := c.call(ctx, request{Op: opListen}, listener, nil)
+	return errs.Wrap(err, "cannot serve NBD")
+}
+
+// ReplaceSafe replaces the key safe of a disk in use: the live shallow rekey.
+// When it returns nil, both header copies have the new safe, durably, and the
+// old KEK is not needed any more; after an error both KEKs must be kept.
+func (c *Client) ReplaceSafe(ctx context.Context, disk string, safe *keysafe.Safe) error {
+	_, err := c.call(ctx, request{Op: opReplaceSafe, Disk: disk, Safe: safe}, nil, nil)
+	return errs.Wrap(err, "cannot replace key safe of disk %s", disk)
+}
+
+// Resize sets the size of a disk in bytes, a multiple of 512.
+func (c *Client) Resize(ctx context.Context, disk string, size int64) error {
+	_, err := c.call(ctx, request{Op: opResize, Disk: disk, Size: size}, nil, nil)
+	return errs.Wrap(err, "cannot resize disk %s", disk)
+}
+
+// Flush makes all completed writes of a disk durable.
+func (c *Client) Flush(ctx context.Context, disk string) error {
+	_, err := c.call(ctx, request{Op: opFlush, Disk: disk}, nil, nil)
+	return errs.Wrap(err, "cannot flush disk %s", disk)
+}
+
+// Status returns what the volume process is doing.
+func (c *Client) Status(ctx context.Context) (*Status, error) {
+	answer, err := c.call(ctx, request{Op: opStatus}, nil, nil)
+	if err == nil && answer.Status == nil {
+		err = fmt.Errorf("%w: status is missing", ErrProtocol)
+	}
+	if err != nil {
+		return nil, errs.Wrap(err, "cannot get status of volume process")
+	}
+	return answer.Status, nil
+}
+
+// Shutdown makes the volume process flush and close everything and end. It
+// returns when all is durable, a moment before the process ends.
+func (c *Client) Shutdown(ctx context.Context) error {
+	_, err := c.call(ctx, request{Op: opShutdown}, nil, nil)
+	return errs.Wrap(err, "cannot shut down volume process")
+}
+
+// call sends a request and returns its reply. When ctx ends meanwhile, the
+// connection is given up, since what comes on it is not known any more.
+func (c *Client) call(ctx context.Context, r request, file *os.File, key *keymem.Key) (*reply, error) {
+	if err := r.validate(); err != nil {
+		return nil, errs.New(errs.Invalid, "%w", err)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed {
+		return nil, net.ErrClosed
+	}
+	if c.link == nil {
+		if err := c.connect(ctx); err != nil {
+			return nil, err
+		}
+	}
+	answer, err := c.exchange(ctx, r, file, key)
+	if err != nil {
+		c.disconnect()
+		return nil, err
+	}
+	return answer, answer.Error.error()
+}
+
+// exchange runs one request on the connection.
+func (c *Client) exchange(ctx context.Context, r request, file *os.File, key *keymem.Key) (*reply, error) {
+	conn := c.link.conn
+	conn.SetDeadline(time.Time{})
+	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
+	// An interrupt that comes late must not hit the next request.
+	defer func() {
+		if !stop() {
+			c.disconnect()
+		}
+	}()
+
+	answer, err := func() (*reply, error) {
+		if err := c.link.send(r, file); err != nil {
+			return nil, err
+		}
+		if key != nil {
+			if err := c.link.sendKey(key); err != nil {
+				return nil, err
+			}
+		}
+		message, fds, err := c.link.receive()
+		if err != nil {
+			return nil, err
+		}
+		closeAll(fds) // none is expected
+		return parseReply(message)
+	}()
+	switch {
+	case err == nil:
+		return answer, nil
+	case ctx.Err() != nil:
+		return nil, fmt.Errorf("no answer to %s: %w", r.Op, ctx.Err())
+	case errors.Is(err, ErrProtocol):
+		return nil, err
+	default:
+		return nil, errs.New(errs.Unavailable, "connection to volume process broke during %s: %w", r.Op, err)
+	}
+}
+
+func (c *Client) connect(ctx context.Context) error {
+	conn, err := new(net.Dialer).DialContext(ctx, "unixpacket", c.path)
+	if err != nil {
+		return errs.New(errs.Unavailable, "cannot reach volume process: %w", err)
+	}
+	c.link = newLink(conn.(*net.UnixConn))
+	pid, err := checkPeer(c.link.conn)
+	var answer *reply
+	if err == nil {
+		answer, err = c.exchange(ctx, request{Op: opHello, Version: Version}, nil, nil)
+	}
+	if err == nil {
+		err = answer.Error.error()
+	}
+	if err == nil && answer.Version != Version {
+		err = fmt.Errorf("%w: it speaks version %d", ErrProtocol, answer.Version)
+	}
+	if err != nil {
+		c.disconnect()
+		return errs.Wrap(err, "cannot talk to volume process")
+	}
+	c.hello, c.pid = *answer, pid
+	return nil
+}
+
+func (c *Client) disconnect() {
+	if c.link != nil {
+		c.link.conn.Close()
+		c.link = nil
+	}
+}

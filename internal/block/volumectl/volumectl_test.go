@@ -1,0 +1,449 @@
+package volumectl
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
+
+	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/keysafe"
+	"strongroom/internal/errs"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// recorder is a Handler that writes down what it is asked for.
+type recorder struct {
+	mu    sync.Mutex
+	calls []string
+	block chan struct{} // if not nil, Flush waits for it
+	err   error         // what Resize returns
+	end   func()        // called by Shutdown
+}
+
+func (r *recorder) record(format string, args ...any) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.calls = append(r.calls, fmt.Sprintf(format, args...))
+}
+
+func (r *recorder) AddDisk(_ context.Context, d Disk, file *os.File, dek *keymem.Key) error {
+	defer file.Close()
+	defer dek.Close()
+	content, err := io.ReadAll(file)
+	if err != nil {
+		return err
+	}
+	sum := 0
+	if dek != nil {
+		for _, b := range dek.Bytes() {
+			sum += int(b)
+		}
+	}
+	r.record("add %+v with %q and a key of sum %d", d, content, sum)
+	return nil
+}
+
+func (r *recorder) RemoveDisk(_ context.Context, disk string) error {
+	r.record("remove %s", disk)
+	return nil
+}
+
+func (r *recorder) Listen(_ context.Context, listener *os.File) error {
+	defer listener.Close()
+	l, err := net.FileListener(listener)
+	if err != nil {
+		return err
+	}
+	r.record("listen %s", l.Addr().Network())
+	return l.Close()
+}
+
+func (r *recorder) ReplaceSafe(_ context.Context, disk string, safe *keysafe.Safe) error {
+	r.record("replace %s %s", disk, safe.Encode())
+	return nil
+}
+
+func (r *recorder) Resize(_ context.Context, disk string, size int64) error {
+	r.record("resize %s %d", disk, size)
+	return r.err
+}
+
+func (r *recorder) Flush(_ context.Context, disk string) error {
+	if r.block != nil {
+		<-r.block
+	}
+	r.record("flush %s", disk)
+	return nil
+}
+
+func (r *recorder) Status(context.Context) (*Status, error) {
+	return &Status{Listening: true, Disks: []DiskStatus{{Disk: "disk-0", Format: LUKS, Size: 512, Damage: []string{"bad"}}}}, nil
+}
+
+func (r *recorder) Shutdown(context.Context) error {
+	r.record("shutdown")
+	r.end()
+	return nil
+}
+
+// serve runs a Server with a recorder and returns its socket's path.
+func serve(t *testing.T) (*recorder, string) {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "ctl") // short, unlike t.TempDir
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, "s")
+	l, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: path, Net: "unixpacket"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	r := &recorder{end: cancel}
+	done := make(chan error)
+	go func() {
+		server := Server{VM: "web-1", Handler: r, Log: slog.New(slog.DiscardHandler)}
+		done <- server.Serve(ctx, l)
+	}()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		os.RemoveAll(dir)
+	})
+	return r, path
+}
+
+func dial(t *testing.T, path string) *Client {
+	t.Helper()
+	c, err := Dial(t.Context(), path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return c
+}
+
+func testSafe(t testing.TB) *keysafe.Safe {
+	t.Helper()
+	kek, err := keymem.Random(keysafe.KEKSize)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer kek.Close()
+	dek, err := keymem.Random(keysafe.DEKSize)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dek.Close()
+	safe, err := keysafe.Wrap(kek, dek, keysafe.Ref{Provider: "kp-1", KeyID: "k/1"}, "disk:x", 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return safe
+}
+
+func TestOperations(t *testing.T) {
+	t.Parallel()
+	r, path := serve(t)
+	c := dial(t, path)
+	ctx := t.Context()
+	if c.VM() != "web-1" || c.PID() != os.Getpid() {
+		t.Errorf("VM %q, PID %d", c.VM(), c.PID())
+	}
+	file, err := os.Create(filepath.Join(t.TempDir(), "disk"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	file.WriteString("content")
+	file.Seek(0, io.SeekStart)
+	key, err := keymem.Take(bytes.Repeat([]byte{2}, KeySize))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer key.Close()
+	socket := filepath.Join(filepath.Dir(path), "nbd")
+	listener, err := net.ListenUnix("unix", &net.UnixAddr{Name: socket, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	listenerFile, err := listener.File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listenerFile.Close()
+	safe := testSafe(t)
+
+	r.err = errs.New(errs.NoSpace, "full").WithReason("Why").WithHint("do this")
+	if err := c.AddDisk(ctx, Disk{Name: "disk-0", Format: LUKS, SizeMin: 512}, file, key); err != nil {
+		t.Error(err)
+	}
+	if err := c.AddDisk(ctx, Disk{Name: "disk-1", Format: Raw, ReadOnly: true}, file, nil); err != nil {
+		t.Error(err)
+	}
+	if err := c.Listen(ctx, listenerFile); err != nil {
+		t.Error(err)
+	}
+	if err := c.ReplaceSafe(ctx, "disk-0", safe); err != nil {
+		t.Error(err)
+	}
+	err = c.Resize(ctx, "disk-0", 1024)
+	if err == nil || err.Error() != "cannot resize disk disk-0: full" || errs.KindOf(err) != errs.NoSpace ||
+		errs.ReasonOf(err) != "Why" || errs.HintOf(err) != "do this" {
+		t.Errorf("an error crossed as %v (%v, %q, %q)", err, errs.KindOf(err), errs.ReasonOf(err), errs.HintOf(err))
+	}
+	if err := c.Flush(ctx, "disk-0"); err != nil {
+		t.Error(err)
+	}
+	want, _ := r.Status(ctx)
+	if status, err := c.Status(ctx); err != nil || !cmp.Equal(status, want) {
+		t.Errorf("status %+v, %v", status, err)
+	}
+	if err := c.RemoveDisk(ctx, "disk-0"); err != nil {
+		t.Error(err)
+	}
+	if err := c.Shutdown(ctx); err != nil {
+		t.Error(err)
+	}
+	if diff := cmp.Diff([]string{
+		`add {Name:disk-0 Format:luks ReadOnly:false SizeMin:512} with "content" and a key of sum 128`,
+		`add {Name:disk-1 Format:raw ReadOnly:true SizeMin:0} with "" and a key of sum 0`,
+		"listen unix",
+		fmt.Sprintf("replace disk-0 %s", safe.Encode()),
+		"resize disk-0 1024",
+		"flush disk-0",
+		"remove disk-0",
+		"shutdown",
+	}, r.calls); diff != "" {
+		t.Error(diff)
+	}
+	if err := key.Close(); err != nil || key == nil {
+		t.Error("AddDisk took the caller's key")
+	}
+	if err := c.Flush(ctx, "disk-0"); errs.KindOf(err) != errs.Unavailable {
+		t.Errorf("after shutdown: %v, want kind Unavailable", err)
+	}
+}
+
+func TestInvalidCalls(t *testing.T) {
+	t.Parallel()
+	r, path := serve(t)
+	c := dial(t, path)
+	short, err := keymem.New(32)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer short.Close()
+	for name, call := range map[string]func() error{
+		"disk name": func() error { return c.Flush(t.Context(), "../x") },
+		"size":      func() error { return c.Resize(t.Context(), "disk-0", 513) },
+		"no safe":   func() error { return c.ReplaceSafe(t.Context(), "disk-0", nil) },
+		"no key":    func() error { return c.AddDisk(t.Context(), Disk{Name: "a", Format: LUKS}, os.Stdin, nil) },
+		"short key": func() error { return c.AddDisk(t.Context(), Disk{Name: "a", Format: LUKS}, os.Stdin, short) },
+		"format":    func() error { return c.AddDisk(t.Context(), Disk{Name: "a"}, os.Stdin, nil) },
+	} {
+		if err := call(); errs.KindOf(err) != errs.Invalid {
+			t.Errorf("%s: %v, want kind Invalid", name, err)
+		}
+	}
+	if len(r.calls) != 0 {
+		t.Errorf("the handler saw %q", r.calls)
+	}
+	if _, err := Dial(t.Context(), path+"x"); errs.KindOf(err) != errs.Unavailable || !errors.Is(err, unix.ENOENT) {
+		t.Errorf("dialling nobody: %v", err)
+	}
+}
+
+// TestContextEnds: the caller does not wait, the operation goes on, and the next
+// call is on a fresh connection.
+func TestContextEnds(t *testing.T) {
+	t.Parallel()
+	r, path := serve(t)
+	r.block = make(chan struct{})
+	c := dial(t, path)
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	if err := c.Flush(ctx, "disk-0"); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("got %v, want the deadline", err)
+	}
+	if err := c.RemoveDisk(t.Context(), "disk-0"); err != nil {
+		t.Error(err)
+	}
+	close(r.block)
+	if err := c.Flush(t.Context(), "disk-1"); err != nil {
+		t.Error(err)
+	}
+	c.Close()
+	if err := c.Flush(t.Context(), "disk-1"); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("after Close: %v", err)
+	}
+}
+
+// TestViolations sends what no Client sends: each ends the connection, does
+// nothing, and leaves the server in order.
+func TestViolations(t *testing.T) {
+	t.Parallel()
+	const hello = `{"op":"hello","version":1}`
+	addDisk := fmt.Sprintf(`{"op":"add-disk","disk":"d","format":"luks","key_bytes":%d}`, KeySize)
+	for name, packets := range map[string][]packet{
+		"not hello first":    {{text: `{"op":"status"}`}},
+		"hello twice":        {{text: hello, ok: true}, {text: hello}},
+		"not JSON":           {{text: hello, ok: true}, {text: "\x00"}},
+		"two objects":        {{text: hello, ok: true}, {text: `{"op":"status"}{}`}},
+		"unknown operation":  {{text: hello, ok: true}, {text: `{"op":"format-disk"}`}},
+		"unknown member":     {{text: hello, ok: true}, {text: `{"op":"status","x":1}`}},
+		"foreign member":     {{text: hello, ok: true}, {text: `{"op":"status","disk":"d"}`}},
+		"too long":           {{text: hello, ok: true}, {text: `{"op":"status"}` + strings.Repeat(" ", MessageMax)}},
+		"no descriptor":      {{text: hello, ok: true}, {text: `{"op":"listen"}`}},
+		"stray descriptor":   {{text: hello, ok: true}, {text: `{"op":"status"}`, fds: 1}},
+		"two descriptors":    {{text: hello, ok: true}, {text: `{"op":"listen"}`, fds: 2}},
+		"many descriptors":   {{text: hello, ok: true}, {text: `{"op":"listen"}`, fds: 60}},
+		"key too short":      {{text: hello, ok: true}, {text: addDisk, fds: 1, more: true}, {text: strings.Repeat("k", KeySize-1)}},
+		"key too long":       {{text: hello, ok: true}, {text: addDisk, fds: 1, more: true}, {text: strings.Repeat("k", KeySize+1)}},
+		"bad safe":           {{text: hello, ok: true}, {text: `{"op":"replace-safe","disk":"d","safe":{"version":1}}`}},
+		"negative size":      {{text: hello, ok: true}, {text: `{"op":"resize","disk":"d","size":-512}`}},
+		"version zero":       {{text: `{"op":"hello"}`}},
+		"key for a raw disk": {{text: hello, ok: true}, {text: `{"op":"add-disk","disk":"d","format":"raw","key_bytes":64}`, fds: 1}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r, path := serve(t)
+			conn, err := net.DialUnix("unixpacket", nil, &net.UnixAddr{Name: path, Net: "unixpacket"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			for _, p := range packets {
+				p.exchange(t, conn)
+			}
+			if len(r.calls) != 0 {
+				t.Errorf("the handler saw %q", r.calls)
+			}
+			if _, err := dial(t, path).Status(t.Context()); err != nil {
+				t.Errorf("the server does not answer others any more: %v", err)
+			}
+		})
+	}
+}
+
+type packet struct {
+	text string
+	fds  int
+	ok   bool // an answer comes
+	more bool // neither an answer nor the end of the connection comes
+}
+
+func (p packet) exchange(t *testing.T, conn *net.UnixConn) {
+	t.Helper()
+	var oob []byte
+	if p.fds > 0 {
+		fds := make([]int, p.fds)
+		for i := range fds {
+			fds[i] = int(os.Stdin.Fd())
+		}
+		oob = unix.UnixRights(fds...)
+	}
+	if _, _, err := conn.WriteMsgUnix([]byte(p.text), oob, nil); err != nil {
+		t.Fatal(err)
+	}
+	if p.more {
+		return
+	}
+	conn.SetReadDeadline(time.Now().Add(time.Minute))
+	n, err := conn.Read(make([]byte, MessageMax))
+	if p.ok && (n == 0 || err != nil) {
+		t.Fatalf("no answer to %s: %v", p.text, err)
+	}
+	if !p.ok && !errors.Is(err, io.EOF) && !errors.Is(err, unix.ECONNRESET) {
+		t.Fatalf("after %.80s: %d bytes, %v; want the end of the connection", p.text, n, err)
+	}
+}
+
+func TestTooManyConnections(t *testing.T) {
+	t.Parallel()
+	_, path := serve(t)
+	for range ConnectionsMax {
+		dial(t, path)
+	}
+	if c, err := Dial(t.Context(), path); err == nil {
+		c.Close()
+		t.Error("one connection too many was served")
+	}
+}
+
+func FuzzParseRequest(f *testing.F) {
+	safe := testSafe(f)
+	for _, r := range []request{
+		{Op: opHello, Version: 1},
+		{Op: opAddDisk, Disk: "disk-0", Format: LUKS, KeyBytes: KeySize, Size: 512, ReadOnly: true},
+		{Op: opAddDisk, Disk: "disk-0", Format: Raw},
+		{Op: opReplaceSafe, Disk: "disk-0", Safe: safe},
+		{Op: opResize, Disk: "disk-0", Size: 1 << 40},
+		{Op: opStatus},
+	} {
+		message, err := json.Marshal(r)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(message)
+	}
+	f.Fuzz(func(t *testing.T, message []byte) {
+		r, err := parseRequest(message)
+		if err != nil {
+			if r != nil || !errors.Is(err, ErrProtocol) {
+				t.Errorf("error %v with request %+v", err, r)
+			}
+			return
+		}
+		again, err := json.Marshal(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		second, err := parseRequest(again)
+		if err != nil {
+			t.Fatalf("%s is refused after it was parsed from %s: %v", again, message, err)
+		}
+		third, err := json.Marshal(second)
+		if err != nil || !bytes.Equal(again, third) {
+			t.Errorf("%s becomes %s", again, third)
+		}
+	})
+}
+
+func FuzzParseReply(f *testing.F) {
+	f.Add([]byte(`{}`))
+	f.Add([]byte(`{"error":{"text":"x","kind":"Locked","reason":"r","hint":"h"}}`))
+	f.Add([]byte(`{"version":1,"vm":"web-1","pid":7,"future":true}`))
+	f.Add([]byte(`{"status":{"listening":true,"disks":[{"disk":"d","format":"luks","size":512,"damage":["x"]}]}}`))
+	f.Fuzz(func(t *testing.T, message []byte) {
+		r, err := parseReply(message)
+		if err != nil {
+			if r != nil || !errors.Is(err, ErrProtocol) {
+				t.Errorf("error %v with reply %+v", err, r)
+			}
+			return
+		}
+		if r.Error != nil && r.Error.error().Error() == "" {
+			t.Error("an error without text")
+		}
+	})
+}
