@@ -9,14 +9,18 @@ import (
 	"strongroom/internal/crypto/keysafe"
 )
 
+// SizeMax is the largest size of a volume in bytes: IEEE Std 1619-2018 allows
+// 2^44 cipher blocks under one key.
+const SizeMax = 1 << 48
+
 // Owner returns the owner of the key safe of the volume with that UUID, which a
 // safe names and authenticates.
 func Owner(uuid string) string { return "disk:" + uuid }
 
 // FormatOptions say what volume [Format] makes.
 type FormatOptions struct {
-	// Size is the size of the disk that the guest sees, in bytes: a multiple of
-	// the sector size and of the block size of the storage. The storage is resized
+	// Size is the size of the disk that the guest sees, in bytes, at most
+	// [SizeMax]: a multiple of the sector size and of the block size of the storage. The storage is resized
 	// to hold it. 0: as much as fits on the storage as it is, such as a block
 	// device.
 	Size int64
@@ -77,8 +81,8 @@ func format(dev blockdev.Resizer, opts FormatOptions) error {
 		return err
 	}
 	unit := int64(max(segment.SectorSize, dev.BlockSize()))
-	if opts.Size < 0 || opts.Size > 1<<62 || opts.Size%unit != 0 {
-		return fmt.Errorf("size %d is not a multiple of %d", opts.Size, unit)
+	if opts.Size < 0 || opts.Size > SizeMax || opts.Size%unit != 0 {
+		return fmt.Errorf("size %d is not a multiple of %d up to %d", opts.Size, unit, int64(SizeMax))
 	}
 	if segment.Offset%int64(dev.BlockSize()) != 0 {
 		return fmt.Errorf("data offset %d is not a multiple of the block size %d of the storage", segment.Offset, dev.BlockSize())

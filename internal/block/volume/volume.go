@@ -265,7 +265,7 @@ func (v *Volume) Flush() error {
 }
 
 // Resize implements [blockdev.Resizer], if the Device below is one. What is
-// added was never written and reads as zeros.
+// added was never written and reads as zeros. The size is at most [SizeMax].
 func (v *Volume) Resize(size int64) error {
 	fail := func(err error) error {
 		return fmt.Errorf("cannot resize volume %s to %d bytes: %w", v.uuid, size, err)
@@ -274,7 +274,7 @@ func (v *Volume) Resize(size int64) error {
 		return fail(blockdev.ErrReadOnly)
 	}
 	dev, ok := v.dev.(blockdev.Resizer)
-	if !ok || v.segment.Size != 0 || size <= 0 || size%int64(v.blockSize) != 0 || size > 1<<62 {
+	if !ok || v.segment.Size != 0 || size <= 0 || size%int64(v.blockSize) != 0 || size > SizeMax {
 		return fail(blockdev.ErrBadSize)
 	}
 	pass, err := v.guard.EnterAll()
