@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -40,6 +41,12 @@ func (r *recorder) record(format string, args ...any) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.calls = append(r.calls, fmt.Sprintf(format, args...))
+}
+
+func (r *recorder) seen() []string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.calls)
 }
 
 func (r *recorder) AddDisk(_ context.Context, d Disk, file *os.File, dek *keymem.Key) error {
@@ -102,8 +109,8 @@ func (r *recorder) Shutdown(context.Context) error {
 	return nil
 }
 
-// serve runs a Server with a recorder and returns its socket's path.
-func serve(t *testing.T) (*recorder, string) {
+// serve runs a Server with r and returns its socket's path.
+func serve(t *testing.T, r *recorder) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "ctl") // short, unlike t.TempDir
 	if err != nil {
@@ -115,7 +122,7 @@ func serve(t *testing.T) (*recorder, string) {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	r := &recorder{end: cancel}
+	r.end = cancel
 	done := make(chan error)
 	go func() {
 		server := Server{VM: "web-1", Handler: r, Log: slog.New(slog.DiscardHandler)}
@@ -128,7 +135,7 @@ func serve(t *testing.T) (*recorder, string) {
 		}
 		os.RemoveAll(dir)
 	})
-	return r, path
+	return path
 }
 
 func dial(t *testing.T, path string) *Client {
@@ -162,7 +169,8 @@ func testSafe(t testing.TB) *keysafe.Safe {
 
 func TestOperations(t *testing.T) {
 	t.Parallel()
-	r, path := serve(t)
+	r := &recorder{err: errs.New(errs.NoSpace, "full").WithReason("Why").WithHint("do this")}
+	path := serve(t, r)
 	c := dial(t, path)
 	ctx := t.Context()
 	if c.VM() != "web-1" || c.PID() != os.Getpid() {
@@ -193,7 +201,6 @@ func TestOperations(t *testing.T) {
 	defer listenerFile.Close()
 	safe := testSafe(t)
 
-	r.err = errs.New(errs.NoSpace, "full").WithReason("Why").WithHint("do this")
 	if err := c.AddDisk(ctx, Disk{Name: "disk-0", Format: LUKS, SizeMin: 512}, file, key); err != nil {
 		t.Error(err)
 	}
@@ -233,7 +240,7 @@ func TestOperations(t *testing.T) {
 		"flush disk-0",
 		"remove disk-0",
 		"shutdown",
-	}, r.calls); diff != "" {
+	}, r.seen()); diff != "" {
 		t.Error(diff)
 	}
 	if err := key.Close(); err != nil || key == nil {
@@ -246,7 +253,8 @@ func TestOperations(t *testing.T) {
 
 func TestInvalidCalls(t *testing.T) {
 	t.Parallel()
-	r, path := serve(t)
+	r := new(recorder)
+	path := serve(t, r)
 	c := dial(t, path)
 	short, err := keymem.New(32)
 	if err != nil {
@@ -265,8 +273,8 @@ func TestInvalidCalls(t *testing.T) {
 			t.Errorf("%s: %v, want kind Invalid", name, err)
 		}
 	}
-	if len(r.calls) != 0 {
-		t.Errorf("the handler saw %q", r.calls)
+	if calls := r.seen(); len(calls) != 0 {
+		t.Errorf("the handler saw %q", calls)
 	}
 	if _, err := Dial(t.Context(), path+"x"); errs.KindOf(err) != errs.Unavailable || !errors.Is(err, unix.ENOENT) {
 		t.Errorf("dialling nobody: %v", err)
@@ -277,8 +285,8 @@ func TestInvalidCalls(t *testing.T) {
 // call is on a fresh connection.
 func TestContextEnds(t *testing.T) {
 	t.Parallel()
-	r, path := serve(t)
-	r.block = make(chan struct{})
+	r := &recorder{block: make(chan struct{})}
+	path := serve(t, r)
 	c := dial(t, path)
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 	defer cancel()
@@ -326,7 +334,8 @@ func TestViolations(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			r, path := serve(t)
+			r := new(recorder)
+	path := serve(t, r)
 			conn, err := net.DialUnix("unixpacket", nil, &net.UnixAddr{Name: path, Net: "unixpacket"})
 			if err != nil {
 				t.Fatal(err)
@@ -335,8 +344,8 @@ func TestViolations(t *testing.T) {
 			for _, p := range packets {
 				p.exchange(t, conn)
 			}
-			if len(r.calls) != 0 {
-				t.Errorf("the handler saw %q", r.calls)
+			if calls := r.seen(); len(calls) != 0 {
+				t.Errorf("the handler saw %q", calls)
 			}
 			if _, err := dial(t, path).Status(t.Context()); err != nil {
 				t.Errorf("the server does not answer others any more: %v", err)
@@ -358,7 +367,7 @@ func (p packet) exchange(t *testing.T, conn *net.UnixConn) {
 	if p.fds > 0 {
 		fds := make([]int, p.fds)
 		for i := range fds {
-			fds[i] = int(os.Stdin.Fd())
+			fds[i] = 0 // anything open
 		}
 		oob = unix.UnixRights(fds...)
 	}
@@ -380,7 +389,7 @@ func (p packet) exchange(t *testing.T, conn *net.UnixConn) {
 
 func TestTooManyConnections(t *testing.T) {
 	t.Parallel()
-	_, path := serve(t)
+	path := serve(t, new(recorder))
 	for range ConnectionsMax {
 		dial(t, path)
 	}
