@@ -75,11 +75,12 @@ func newReader(src io.ReaderAt, size int64, key *keymem.Key, context string) (*R
 	if plain > SizeMax {
 		return nil, fmt.Errorf("%w: %d bytes", ErrTooLarge, plain)
 	}
-	buffer, err := keymem.New(SegmentSize)
+	segment := int(min(plain, SegmentSize))
+	buffer, err := keymem.New(max(1, segment))
 	if err != nil {
 		return nil, err
 	}
-	r := &Reader{src: src, aead: aead, size: plain, plain: buffer, cached: -1, sealed: make([]byte, sealedSize)}
+	r := &Reader{src: src, aead: aead, size: plain, plain: buffer, cached: -1, sealed: make([]byte, segment+tagSize)}
 	if err := r.load(segments(plain) - 1); err != nil {
 		r.Close()
 		return nil, err
@@ -167,11 +168,11 @@ func (r *Reader) Close() error {
 // was open.
 func readAt(src io.ReaderAt, p []byte, off int64) error {
 	n, err := src.ReadAt(p, off)
-	if n == len(p) {
-		return nil
+	if err != nil && !errors.Is(err, io.EOF) {
+		return err
 	}
-	if err == nil || errors.Is(err, io.EOF) {
+	if n < len(p) {
 		return fmt.Errorf("%w: it ends at byte %d", ErrCorrupt, off+int64(n))
 	}
-	return err
+	return nil
 }

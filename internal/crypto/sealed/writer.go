@@ -2,6 +2,7 @@ package sealed
 
 import (
 	"crypto/cipher"
+	"crypto/rand"
 	"fmt"
 	"io"
 
@@ -26,19 +27,29 @@ type Writer struct {
 // only. key stays the caller's and may be closed at once. w is used until
 // Close or Abort, and not closed.
 func NewWriter(w io.Writer, key *keymem.Key, context string) (*Writer, error) {
-	header := newHeader()
-	aead, verifier, err := derive(key, context, header)
+	var salt [saltSize]byte
+	rand.Read(salt[:]) // never fails: it ends the process instead
+	sealer, err := newWriter(w, key, context, salt)
 	if err != nil {
 		return nil, fmt.Errorf("cannot write sealed file: %w", err)
+	}
+	return sealer, nil
+}
+
+func newWriter(w io.Writer, key *keymem.Key, context string, salt [saltSize]byte) (*Writer, error) {
+	header := newHeader(salt)
+	aead, verifier, err := derive(key, context, header)
+	if err != nil {
+		return nil, err
 	}
 	copy(header[verifyOffset:], verifier)
 	plain, err := keymem.New(SegmentSize)
 	if err != nil {
-		return nil, fmt.Errorf("cannot write sealed file: %w", err)
+		return nil, err
 	}
 	if _, err := w.Write(header); err != nil {
 		plain.Close()
-		return nil, fmt.Errorf("cannot write sealed file: %w", err)
+		return nil, err
 	}
 	return &Writer{w: w, aead: aead, plain: plain, sealed: make([]byte, 0, sealedSize)}, nil
 }
