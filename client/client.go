@@ -90,7 +90,14 @@ func New(cfg Config) (*Client, error) {
 		}
 		c.base = "https://" + host
 		c.transport.Protocols.SetHTTP2(true)
-		c.transport.TLSClientConfig = &tls.Config{MinVersion: tls.VersionTLS13, RootCAs: roots, ServerName: cfg.ServerName}
+		c.transport.TLSClientConfig = &tls.Config{
+			MinVersion: tls.VersionTLS13,
+			RootCAs:    roots,
+			ServerName: cfg.ServerName,
+			VerifyConnection: func(cs tls.ConnectionState) error {
+				return errs.Wrap(checkRole(cs.PeerCertificates[0]), "cannot trust %s", cfg.Server)
+			},
+		}
 	}
 	c.http = &http.Client{
 		Transport: c.transport,

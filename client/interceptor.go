@@ -54,8 +54,11 @@ func (i *interceptor) explain(err error) error {
 		return apierr.From(err)
 	}
 	var untrusted *tls.CertificateVerificationError
+	var known *errs.Error
 	var ce *connect.Error
 	switch {
+	case errors.As(err, &known): // from this package, through the transport
+		return known
 	case errors.As(err, &untrusted):
 		return errs.New(errs.Denied, "cannot trust %s: %w", i.server, untrusted.Err).
 			WithHint("if the server has a new certificate authority: strongroom login --server %s --ca FILE", i.server)

@@ -17,9 +17,10 @@ import (
 const fingerprintPrefix = "sha256:"
 
 // Fingerprint returns the name by which a person or a join token knows a
-// certificate: "sha256:" and the SHA-256 of its DER bytes in hex.
-func Fingerprint(cert *x509.Certificate) string {
-	sum := sha256.Sum256(cert.Raw)
+// certificate authority: "sha256:" and, in hex, the SHA-256 of its
+// SubjectPublicKeyInfo, so that it outlives a renewal of the certificate.
+func Fingerprint(ca *x509.Certificate) string {
+	sum := sha256.Sum256(ca.RawSubjectPublicKeyInfo)
 	return fingerprintPrefix + hex.EncodeToString(sum[:])
 }
 
@@ -70,6 +71,9 @@ func FetchCA(ctx context.Context, server string) (*x509.Certificate, []byte, err
 	if _, err := chain[0].Verify(opts); err != nil {
 		return nil, nil, errs.New(errs.Denied, "cannot trust %s: %w", server, err)
 	}
+	if err := checkRole(chain[0]); err != nil {
+		return nil, nil, errs.Wrap(err, "cannot trust %s", server)
+	}
 	return ca, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: ca.Raw}), nil
 }
 
@@ -82,4 +86,17 @@ func ParseFingerprint(s string) (string, error) {
 		return "", errs.New(errs.Invalid, "fingerprint %q: want %q and 64 hex digits", s, fingerprintPrefix)
 	}
 	return fingerprintPrefix + hex.EncodeToString(sum), nil
+}
+
+// checkRole refuses a server that proves to be something other than a
+// controller: hosts have certificates of the same authority, and a host must
+// not be able to pose as the controller. A certificate that names no role is
+// from an authority that the user chose to trust.
+func checkRole(cert *x509.Certificate) error {
+	for _, id := range cert.URIs {
+		if id.Scheme == "strongroom" && !strings.HasPrefix(id.Path, "/controller/") {
+			return errs.New(errs.Denied, "it is %s, not a controller", id)
+		}
+	}
+	return nil
 }
