@@ -11,10 +11,10 @@ import "encoding/binary"
 // Schwabe, "Faster and Timing-Attack Resistant AES-GCM" (IACR ePrint 2009/129),
 // cut down to 64-bit words as in Thomas Pornin's BearSSL.
 
-// slices is four AES blocks, bit by bit: bit i of a byte is in word i. In every
+// planes is four AES blocks, bit by bit: bit i of a byte is in word i. In every
 // word, 16 bits belong to a row of the state and 4 of them to a column, one for
 // each block.
-type slices [8]uint64
+type planes [8]uint64
 
 // blocks is four AES blocks, each as two little-endian words.
 type blocks [4][2]uint64
@@ -35,7 +35,7 @@ func ungap(x uint64) uint64 {
 	return (x | x>>16) & 0xFFFFFFFF
 }
 
-func (q *slices) load(b *blocks) {
+func (q *planes) load(b *blocks) {
 	for i := range b {
 		lo, hi := b[i][0], b[i][1]
 		q[i] = spread(lo, hi)
@@ -44,7 +44,7 @@ func (q *slices) load(b *blocks) {
 	q.transpose()
 }
 
-func (q *slices) store(b *blocks) {
+func (q *planes) store(b *blocks) {
 	q.transpose()
 	for i := range b {
 		b[i][0] = ungap(q[i]) | ungap(q[i+4])<<32
@@ -54,7 +54,7 @@ func (q *slices) store(b *blocks) {
 
 // transpose exchanges the place of a bit among the words with its place among
 // eight bits of a word. It is its own inverse.
-func (q *slices) transpose() {
+func (q *planes) transpose() {
 	const m1, m2, m4 = 0x5555555555555555, 0x3333333333333333, 0x0F0F0F0F0F0F0F0F
 	for i := 0; i < 8; i += 2 {
 		a, b := q[i], q[i+1]
@@ -70,14 +70,14 @@ func (q *slices) transpose() {
 	}
 }
 
-func (q *slices) addKey(k *slices) {
+func (q *planes) addKey(k *planes) {
 	for i := range q {
 		q[i] ^= k[i]
 	}
 }
 
 // subBytes is the S-box; the names are those of the paper.
-func (q *slices) subBytes() {
+func (q *planes) subBytes() {
 	x0, x1, x2, x3, x4, x5, x6, x7 := q[7], q[6], q[5], q[4], q[3], q[2], q[1], q[0]
 
 	// Top linear transformation.
@@ -205,13 +205,13 @@ func (q *slices) subBytes() {
 
 // invSubBytes is the inverse S-box: S(x) = A(1/x), hence S'(x) = A'(S(A'(x)))
 // with A' the inverse of the affine map A.
-func (q *slices) invSubBytes() {
+func (q *planes) invSubBytes() {
 	q.invAffine()
 	q.subBytes()
 	q.invAffine()
 }
 
-func (q *slices) invAffine() {
+func (q *planes) invAffine() {
 	q0, q1, q2, q3, q4, q5, q6, q7 := ^q[0], ^q[1], q[2], q[3], q[4], ^q[5], ^q[6], q[7]
 	q[7] = q1 ^ q4 ^ q6
 	q[6] = q0 ^ q3 ^ q5
@@ -225,7 +225,7 @@ func (q *slices) invAffine() {
 
 // shiftRows turns row r of the state (16 bits of each word) left by r columns
 // (4 bits each).
-func (q *slices) shiftRows() {
+func (q *planes) shiftRows() {
 	for i, x := range q {
 		q[i] = x&0x000000000000FFFF |
 			x&0x00000000FFF00000>>4 | x&0x00000000000F0000<<12 |
@@ -234,7 +234,7 @@ func (q *slices) shiftRows() {
 	}
 }
 
-func (q *slices) invShiftRows() {
+func (q *planes) invShiftRows() {
 	for i, x := range q {
 		q[i] = x&0x000000000000FFFF |
 			x&0x000000000FFF0000<<4 | x&0x00000000F0000000>>12 |
@@ -245,8 +245,8 @@ func (q *slices) invShiftRows() {
 
 // mixColumns computes 2a + 3b + c + d as 2(a+b) + b + (c+d), where b, c and d
 // are the next rows of a column: rotations by 16, 32 and 48 bits.
-func (q *slices) mixColumns() {
-	var s slices // a + b
+func (q *planes) mixColumns() {
+	var s planes // a + b
 	for i, a := range q {
 		b := a>>16 | a<<48
 		s[i] = a ^ b
@@ -257,8 +257,8 @@ func (q *slices) mixColumns() {
 
 // invMixColumns uses that its matrix is mixColumns times (5, 0, 4, 0), that is
 // a + 4(a+c).
-func (q *slices) invMixColumns() {
-	var s, d slices
+func (q *planes) invMixColumns() {
+	var s, d planes
 	for i, a := range q {
 		s[i] = a ^ (a>>32 | a<<32)
 	}
@@ -268,7 +268,7 @@ func (q *slices) invMixColumns() {
 }
 
 // addDoubled adds 2s in GF(2^8) with the polynomial x^8+x^4+x^3+x+1.
-func (q *slices) addDoubled(s *slices) {
+func (q *planes) addDoubled(s *planes) {
 	q[0] ^= s[7]
 	q[1] ^= s[0] ^ s[7]
 	q[2] ^= s[1]
@@ -280,8 +280,8 @@ func (q *slices) addDoubled(s *slices) {
 }
 
 // encrypt encrypts four blocks with the round keys.
-func (b *blocks) encrypt(keys []slices) {
-	var q slices
+func (b *blocks) encrypt(keys []planes) {
+	var q planes
 	q.load(b)
 	q.addKey(&keys[0])
 	last := len(keys) - 1
@@ -298,8 +298,8 @@ func (b *blocks) encrypt(keys []slices) {
 }
 
 // decrypt is the inverse of encrypt.
-func (b *blocks) decrypt(keys []slices) {
-	var q slices
+func (b *blocks) decrypt(keys []planes) {
+	var q planes
 	q.load(b)
 	last := len(keys) - 1
 	q.addKey(&keys[last])
@@ -319,11 +319,11 @@ func (b *blocks) decrypt(keys []slices) {
 // the working space of expand, so that no part of the key is computed in
 // ordinary memory.
 type bitsliced struct {
-	data, tweak [maxRoundKeys]slices
+	data, tweak [maxRoundKeys]planes
 	rounds      int
 
 	words [4 * maxRoundKeys]uint32
-	sub   slices
+	sub   planes
 	block blocks
 }
 
@@ -338,7 +338,7 @@ func (s *bitsliced) expand(key []byte) {
 }
 
 // expandOne is the key expansion of FIPS 197 section 5.2.
-func (s *bitsliced) expandOne(keys *[maxRoundKeys]slices, key []byte) {
+func (s *bitsliced) expandOne(keys *[maxRoundKeys]planes, key []byte) {
 	n := len(key) / 4
 	w := s.words[:4*(s.rounds+1)]
 	for i := range n {

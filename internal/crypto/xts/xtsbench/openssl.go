@@ -64,5 +64,5 @@ func parseSpeed(out string) (float64, error) {
 		}
 		return perS, nil
 	}
-	return 0, errors.New("output has no line +F:")
+	return 0, errors.New("output has no line of figures (+F)")
 }

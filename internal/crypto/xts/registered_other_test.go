@@ -1,0 +1,5 @@
+//go:build !amd64 || purego
+
+package xts
+
+func expectedImplementations([]string) []string { return []string{"portable"} }
