@@ -1,0 +1,82 @@
+// Command bench measures volumes served over NBD beside their peers, and writes
+// docs/reference/performance.md and .json.
+//
+// In one run, in turn and in several rounds, it loads: an encrypted volume of
+// ours, the same without encryption, qemu-storage-daemon serving a LUKS image,
+// and nbdkit's luks filter; and once more a server that does nothing, to show
+// where the load generators themselves end. All images are on a tmpfs. Medians
+// are reported.
+//
+// Loads come from two generators: one of our own ([nbd.Pipeline], one thread),
+// which is fast enough not to be the limit, and fio's nbd engine, which
+// everybody has and which ends near 75,000 requests a second.
+//
+// Run as `bench serve KIND FILE KEYFILE SOCKET`, it is the server under test,
+// in a process of its own so that its processor time can be told apart.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"regexp"
+	"syscall"
+	"time"
+)
+
+// options of a run.
+type options struct {
+	rounds   int
+	duration time.Duration // of one measurement
+	size     int64         // of each image, in bytes
+	dir      string        // a tmpfs
+	out      string        // where the tables go; a .json beside it
+	only     *regexp.Regexp
+}
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := run(ctx, os.Args[1:]); err != nil && !errors.Is(err, flag.ErrHelp) {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context, args []string) error {
+	if len(args) == 5 && args[0] == "serve" {
+		return serve(ctx, args[1], args[2], args[3], args[4])
+	}
+	var o options
+	var only string
+	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
+	flags.IntVar(&o.rounds, "rounds", 5, "how often each load is measured")
+	flags.DurationVar(&o.duration, "duration", 700*time.Millisecond, "of one measurement")
+	flags.Int64Var(&o.size, "size", 256<<20, "of each image, in bytes; a multiple of 1 MiB")
+	flags.StringVar(&o.dir, "dir", "/dev/shm", "a tmpfs with room for four images")
+	flags.StringVar(&o.out, "out", filepath.FromSlash("docs/reference/performance.md"), "where the tables go")
+	flags.StringVar(&only, "only", "", "measure only what matches: a regular expression on `SERVER/GENERATOR/LOAD`")
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	if o.rounds < 1 || o.duration < 50*time.Millisecond || o.size < 16<<20 || o.size%(1<<20) != 0 {
+		return errors.New("cannot measure: -rounds, -duration or -size is too small")
+	}
+	var err error
+	if o.only, err = regexp.Compile(only); err != nil {
+		return err
+	}
+	r, err := measure(ctx, o)
+	if err != nil {
+		return err
+	}
+	if only != "" {
+		fmt.Print(r.markdown())
+		return nil
+	}
+	return r.write(o.out)
+}

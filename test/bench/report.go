@@ -1,0 +1,350 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+)
+
+// The generators.
+const (
+	ownGenerator = "own"
+	fioGenerator = "fio"
+)
+
+// result is the median of the rounds of one load on one server.
+type result struct {
+	Server    string `json:"server"`
+	Generator string `json:"generator"`
+	Load      string `json:"load"`
+
+	RequestsPerSecond float64 `json:"requests_per_second"`
+	MiBPerSecond      float64 `json:"mib_per_second"`
+	P99Microseconds   float64 `json:"p99_us"`
+	CPUSecondsPerGiB  float64 `json:"cpu_seconds_per_gib"` // of the server
+	GeneratorCPU      float64 `json:"generator_cpu"`       // processors that ours used; 0 for fio's
+	Rounds            int     `json:"rounds"`
+}
+
+// report is what a run has found, and under which circumstances.
+type report struct {
+	Time     string            `json:"time"`
+	Machine  string            `json:"machine"`
+	Load     string            `json:"load_average_before"`
+	Versions map[string]string `json:"versions"`
+	Commands []string          `json:"commands"`
+	Duration string            `json:"duration"`
+	Size     int64             `json:"size"`
+	Results  []result          `json:"results"`
+}
+
+// measure runs everything.
+func measure(ctx context.Context, o options) (r *report, err error) {
+	dir, err := os.MkdirTemp(o.dir, "strongroom-bench-")
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	r, err = newReport(ctx, o)
+	if err != nil {
+		return nil, err
+	}
+	servers, err := startServers(ctx, dir, o.size)
+	if err != nil {
+		return nil, err
+	}
+	defer stopServers(servers)
+	for _, s := range servers {
+		r.Commands = append(r.Commands, strings.ReplaceAll(strings.Join(s.command, " "), dir+"/", "$DIR/"))
+		if err := fill(ctx, s); err != nil {
+			return nil, fmt.Errorf("cannot fill the image of %s: %w", s.name, err)
+		}
+	}
+
+	type key struct {
+		server, generator string
+		load              string
+	}
+	samples := map[key][]sample{}
+	for round := range o.rounds {
+		fmt.Fprintf(os.Stderr, "round %d of %d\n", round+1, o.rounds)
+		for _, l := range loads() {
+			for i := range servers {
+				// Another one begins each time, so that none is always measured
+				// after the same neighbour.
+				s := servers[(i+round)%len(servers)]
+				for _, generator := range []string{ownGenerator, fioGenerator} {
+					k := key{s.name, generator, l.name}
+					if generator == fioGenerator && l.random && l.depth == 1 || !o.only.MatchString(k.server+"/"+k.generator+"/"+k.load) {
+						continue
+					}
+					var one sample
+					if generator == fioGenerator {
+						one, err = withFio(ctx, s, l, o.size, o.duration)
+					} else {
+						one, err = withOurs(ctx, s, l, o.duration)
+					}
+					if err != nil {
+						return nil, fmt.Errorf("cannot measure %s with %s, %s: %w\n%s", l.name, generator, s.name, err, s.errors.String())
+					}
+					samples[k] = append(samples[k], one)
+				}
+			}
+		}
+	}
+	for _, generator := range []string{ownGenerator, fioGenerator} {
+		for _, l := range loads() {
+			for _, s := range servers {
+				if all := samples[key{s.name, generator, l.name}]; len(all) > 0 {
+					r.Results = append(r.Results, summarize(s.name, generator, l, all))
+				}
+			}
+		}
+	}
+	return r, nil
+}
+
+func summarize(server, generator string, l load, all []sample) result {
+	median := func(of func(sample) float64) float64 {
+		var values []float64
+		for _, s := range all {
+			values = append(values, of(s))
+		}
+		slices.Sort(values)
+		return (values[(len(values)-1)/2] + values[len(values)/2]) / 2
+	}
+	requests := median(func(s sample) float64 { return s.requests })
+	return result{
+		Server: server, Generator: generator, Load: l.name,
+		RequestsPerSecond: requests,
+		MiBPerSecond:      requests * float64(l.bytes) / (1 << 20),
+		P99Microseconds:   median(func(s sample) float64 { return s.p99 }),
+		CPUSecondsPerGiB:  median(func(s sample) float64 { return s.cpu }),
+		GeneratorCPU:      median(func(s sample) float64 { return s.own }),
+		Rounds:            len(all),
+	}
+}
+
+func newReport(ctx context.Context, o options) (*report, error) {
+	r := &report{
+		Time:     time.Now().UTC().Format(time.RFC3339),
+		Duration: o.duration.String(), Size: o.size,
+		Versions: map[string]string{"Go": runtime.Version()},
+	}
+	for name, command := range map[string][]string{
+		"qemu-storage-daemon": {"qemu-storage-daemon", "--version"},
+		"nbdkit":              {"nbdkit", "--version"},
+		"fio":                 {"fio", "--version"},
+		"Linux":               {"uname", "-r"},
+		"strongroom":          {"git", "describe", "--always", "--dirty"},
+	} {
+		out, err := exec.CommandContext(ctx, command[0], command[1:]...).Output()
+		if err != nil {
+			return nil, fmt.Errorf("cannot tell the version of %s: %w", name, err)
+		}
+		first, _, _ := strings.Cut(string(out), "\n")
+		r.Versions[name] = first
+	}
+	load, err := os.ReadFile("/proc/loadavg")
+	if err != nil {
+		return nil, err
+	}
+	r.Load = strings.Join(strings.Fields(string(load))[:3], " ")
+	r.Machine, err = machine()
+	return r, err
+}
+
+// machine describes the processor and its number.
+func machine() (string, error) {
+	info, err := os.ReadFile("/proc/cpuinfo")
+	if err != nil {
+		return "", err
+	}
+	model := "unknown processor"
+	flags := ""
+	for line := range strings.Lines(string(info)) {
+		name, value, _ := strings.Cut(line, ":")
+		switch strings.TrimSpace(name) {
+		case "model name":
+			model = strings.TrimSpace(value)
+		case "flags":
+			flags = " " + strings.TrimSpace(value) + " "
+		}
+	}
+	var has []string
+	for _, f := range []string{"aes", "vaes", "avx2", "avx512f", "hypervisor"} {
+		if strings.Contains(flags, " "+f+" ") {
+			has = append(has, f)
+		}
+	}
+	return fmt.Sprintf("%s, %d processors (%s), %s/%s", model, runtime.NumCPU(), strings.Join(has, " "), runtime.GOOS, runtime.GOARCH), nil
+}
+
+// find returns the result of a load on a server, or nil.
+func (r *report) find(server, generator, load string) *result {
+	for i := range r.Results {
+		if x := &r.Results[i]; x.Server == server && x.Generator == generator && x.Load == load {
+			return x
+		}
+	}
+	return nil
+}
+
+// write writes the tables to file, and the figures beside it.
+func (r *report) write(file string) error {
+	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+		return err
+	}
+	figures, err := json.MarshalIndent(r, "", "  ")
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(strings.TrimSuffix(file, ".md")+".json", append(figures, '\n'), 0o644); err != nil {
+		return err
+	}
+	if err := os.WriteFile(file, []byte(r.markdown()), 0o644); err != nil {
+		return err
+	}
+	fmt.Fprintf(os.Stderr, "written: %s\n", file)
+	return nil
+}
+
+// markdown is the page of the reference.
+func (r *report) markdown() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, `# Performance of served volumes
+
+Written by `+"`make bench`"+`; do not edit. Figures of one run on one machine, for comparing with
+each other; the same figures are in performance.json.
+
+Each load was measured %d times for %s on each server in turn; medians are shown. Images of %d MiB on a
+tmpfs, filled before. All peers encrypt with AES-256-XTS and plain64 tweaks. "peers" is the better
+of the two peers; CPU is the server's processor seconds per GiB moved, user and system.
+
+- machine: %s
+- load average before: %s
+`, r.rounds(), r.Duration, r.Size>>20, r.Machine, r.Load)
+	for _, name := range []string{"strongroom", "Go", "qemu-storage-daemon", "nbdkit", "fio", "Linux"} {
+		fmt.Fprintf(&b, "- %s: %s\n", name, r.Versions[name])
+	}
+
+	for _, g := range []struct{ name, title string }{
+		{ownGenerator, "With our own load generator"},
+		{fioGenerator, "With fio's nbd engine"},
+	} {
+		rows := r.rows(g.name)
+		if len(rows) == 0 {
+			continue
+		}
+		fmt.Fprintf(&b, "\n## %s\n\n", g.title)
+		table(&b, append([][]string{{"load", "server", "requests/s", "MiB/s", "p99 µs", "CPU s/GiB", "ours : this"}}, rows...))
+	}
+
+	if rows := r.ratios(); len(rows) > 0 {
+		b.WriteString("\n## Ratios\n\n")
+		table(&b, append([][]string{{"load", "generator", "ours : peers", "CPU, ours : peers", "encrypted : not encrypted"}}, rows...))
+	}
+	b.WriteString(`
+"` + ceiling + `" is our server on a device that does nothing: no server can be seen to be faster than
+that with the same generator. A ratio between rows that come close to it says little about the
+servers. Ours uses one thread for load; where it used that wholly, it was the limit.
+
+`)
+	if rows := r.generator(); len(rows) > 0 {
+		table(&b, append([][]string{{"load", "our generator's end, requests/s", "processors it used for that", "for the fastest encrypted", "fio's end, requests/s"}}, rows...))
+	}
+	b.WriteString("\n## Commands\n\n```\n")
+	for _, c := range r.Commands {
+		b.WriteString(c + "\n")
+	}
+	b.WriteString("fio " + strings.Join(fioArguments("$DIR/....sock", "randread", load{bytes: 4096, depth: 32}, r.Size, 0)[:8], " ") + " ...\n```\n")
+	return b.String()
+}
+
+func (r *report) rounds() int {
+	n := 0
+	for _, x := range r.Results {
+		n = max(n, x.Rounds)
+	}
+	return n
+}
+
+// rows is the table of one generator.
+func (r *report) rows(generator string) [][]string {
+	var rows [][]string
+	for _, x := range r.Results {
+		if x.Generator != generator {
+			continue
+		}
+		ratio := ""
+		if base := r.find(ours, generator, x.Load); base != nil && x.Server != ours {
+			ratio = fmt.Sprintf("%.2f", base.RequestsPerSecond/x.RequestsPerSecond)
+		}
+		rows = append(rows, []string{
+			x.Load, x.Server, fmt.Sprintf("%.0f", x.RequestsPerSecond), fmt.Sprintf("%.0f", x.MiBPerSecond),
+			fmt.Sprintf("%.0f", x.P99Microseconds), fmt.Sprintf("%.2f", x.CPUSecondsPerGiB), ratio,
+		})
+	}
+	return rows
+}
+
+// ratios compares ours with the better peer and with ourselves.
+func (r *report) ratios() [][]string {
+	var rows [][]string
+	for _, generator := range []string{ownGenerator, fioGenerator} {
+		for _, l := range loads() {
+			o, p := r.find(ours, generator, l.name), r.find(plain, generator, l.name)
+			d, k := r.find(daemon, generator, l.name), r.find(kit, generator, l.name)
+			if o == nil || p == nil || d == nil || k == nil {
+				continue
+			}
+			rows = append(rows, []string{
+				l.name, generator,
+				fmt.Sprintf("%.2f", o.RequestsPerSecond/max(d.RequestsPerSecond, k.RequestsPerSecond)),
+				fmt.Sprintf("%.2f", o.CPUSecondsPerGiB/min(d.CPUSecondsPerGiB, k.CPUSecondsPerGiB)),
+				fmt.Sprintf("%.2f", o.RequestsPerSecond/p.RequestsPerSecond),
+			})
+		}
+	}
+	return rows
+}
+
+// generator shows where the load generators end.
+func (r *report) generator() [][]string {
+	var rows [][]string
+	for _, l := range loads() {
+		top, o, fio := r.find(ceiling, ownGenerator, l.name), r.find(ours, ownGenerator, l.name), r.find(ceiling, fioGenerator, l.name)
+		if top == nil || o == nil {
+			continue
+		}
+		end := ""
+		if fio != nil {
+			end = fmt.Sprintf("%.0f", fio.RequestsPerSecond)
+		}
+		rows = append(rows, []string{
+			l.name, fmt.Sprintf("%.0f", top.RequestsPerSecond), fmt.Sprintf("%.2f", top.GeneratorCPU), fmt.Sprintf("%.2f", o.GeneratorCPU), end,
+		})
+	}
+	return rows
+}
+
+// table writes rows as a Markdown table; the first is the head.
+func table(b *strings.Builder, rows [][]string) {
+	w := tabwriter.NewWriter(b, 0, 0, 1, ' ', 0)
+	for i, row := range rows {
+		fmt.Fprintf(w, "| %s\t|\n", strings.Join(row, "\t| "))
+		if i == 0 {
+			fmt.Fprintf(w, "|%s\t|\n", strings.Join(slices.Repeat([]string{"---"}, len(row)), "\t|"))
+		}
+	}
+	_ = w.Flush() // a Builder does not fail
+}

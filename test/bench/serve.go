@@ -1,0 +1,107 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"os"
+
+	"strongroom/internal/block/blockdev"
+	"strongroom/internal/block/luks"
+	"strongroom/internal/block/nbd"
+	"strongroom/internal/block/volume"
+	"strongroom/internal/crypto/keymem"
+)
+
+// serve is the server under test, until ctx ends.
+func serve(ctx context.Context, kind, file, keyFile, socket string) error {
+	dev, err := openDevice(kind, file, keyFile)
+	if err != nil {
+		return err
+	}
+	defer dev.Close()
+	s := nbd.NewServer(nbd.Config{})
+	if err := s.AddExport(nbd.Export{Device: dev}); err != nil {
+		return err
+	}
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		return err
+	}
+	return s.Serve(ctx, l)
+}
+
+func openDevice(kind, file, keyFile string) (blockdev.Device, error) {
+	f, err := blockdev.OpenFile(file, blockdev.FileOptions{})
+	if err != nil {
+		return nil, err
+	}
+	switch kind {
+	case "plain":
+		return f, nil
+	case "nothing":
+		return nothing{f}, nil
+	case "encrypted":
+		dek, err := readKey(keyFile)
+		if err != nil {
+			f.Close()
+			return nil, err
+		}
+		defer dek.Close()
+		v, err := volume.Open(f, dek, volume.Options{})
+		if err != nil {
+			f.Close()
+			return nil, err
+		}
+		return v, nil
+	}
+	f.Close()
+	return nil, fmt.Errorf("cannot serve a device of kind %q", kind)
+}
+
+func readKey(file string) (*keymem.Key, error) {
+	k, err := os.Open(file)
+	if err != nil {
+		return nil, err
+	}
+	defer k.Close()
+	return keymem.Read(k, luks.KeySize)
+}
+
+// nothing does no work: what is measured with it is the way there and back.
+type nothing struct{ *blockdev.File }
+
+func (nothing) ReadAt(p []byte, _ int64) (int, error) {
+	p[0] = 1 // zeros would not be sent
+	return len(p), nil
+}
+
+func (nothing) WriteAt(p []byte, _ int64) (int, error) { return len(p), nil }
+
+// makePlain makes an image of size bytes; makeEncrypted one with a volume in
+// it, whose DEK goes to keyFile. The key protects nothing but the measurement.
+func makePlain(file string, size int64) error {
+	f, err := blockdev.OpenFile(file, blockdev.FileOptions{Create: true})
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return f.Resize(size)
+}
+
+func makeEncrypted(file, keyFile string, size int64) error {
+	dek, err := keymem.Random(luks.KeySize)
+	if err != nil {
+		return err
+	}
+	defer dek.Close()
+	if err := os.WriteFile(keyFile, dek.Bytes(), 0o600); err != nil {
+		return err
+	}
+	f, err := blockdev.OpenFile(file, blockdev.FileOptions{Create: true})
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return volume.Format(f, volume.FormatOptions{Size: size, DEK: dek})
+}
