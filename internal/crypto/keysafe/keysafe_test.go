@@ -12,6 +12,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/leaktest"
 )
 
 const testOwner = "disk:7f3c1d52-0a77-4a7e-9c1e-2f5d3c9b8a10"
@@ -275,6 +276,20 @@ func TestRefString(t *testing.T) {
 			t.Errorf("ParseRef(%q) = %v, %v; want ErrInvalidRef", s, got, err)
 		}
 	}
+}
+
+func TestNoKeyIsPrinted(t *testing.T) {
+	t.Parallel()
+	kek, dek := randomKey(t, KEKSize), randomKey(t, DEKSize)
+	s := mustWrap(t, kek, dek)
+	_, owner := s.Unwrap(kek, "disk:other")
+	_, opens := s.Unwrap(randomKey(t, KEKSize), testOwner)
+	_, rewrap := s.Rewrap(kek, dek, testRef) // the DEK is too long for a KEK
+	_, parse := Parse(append(s.Encode(), dek.Bytes()...))
+	if owner == nil || opens == nil || rewrap == nil || parse == nil {
+		t.Fatal("an error is missing")
+	}
+	leaktest.Refute(t, leaktest.Print(s, *s, s.Encode(), kek, dek, owner, opens, rewrap, parse), kek, dek)
 }
 
 // vector is one case of testdata/vectors.json, which gen.py makes without this

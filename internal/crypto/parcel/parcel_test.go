@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/leaktest"
 )
 
 var testContext = Context{Sender: "controller", Recipient: "host-1", Provider: "kp-1", KeyID: "k"}.String()
@@ -231,6 +232,26 @@ func TestClose(t *testing.T) {
 	if k, err := r.Secret(); k != nil || !errors.Is(err, ErrClosed) {
 		t.Errorf("Secret after Close: %v, %v; want ErrClosed", k, err)
 	}
+}
+
+func TestNoKeyIsPrinted(t *testing.T) {
+	t.Parallel()
+	r, key := newTestRecipient(t), newKey(t, 32)
+	secret, err := r.Secret()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer secret.Close()
+	parcel, err := Seal(r.PublicKey(), testContext, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, opens := r.Open(parcel, "another context")
+	_, invalid := r.Open(key.Bytes(), testContext)
+	if opens == nil || invalid == nil {
+		t.Fatal("an error is missing")
+	}
+	leaktest.Refute(t, leaktest.Print(r, parcel, opens, invalid), key, secret)
 }
 
 // vector is one case of testdata/vectors.json, which gen.py makes with another

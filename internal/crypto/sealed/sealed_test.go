@@ -17,6 +17,7 @@ import (
 	"pgregory.net/rapid"
 
 	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/leaktest"
 )
 
 const testContext = "test"
@@ -489,6 +490,31 @@ func TestPieces(t *testing.T) {
 			}
 		}
 	})
+}
+
+func TestNoKeyIsPrinted(t *testing.T) {
+	t.Parallel()
+	key, data := randomKey(t, KeySize), randomKey(t, 100)
+	file := seal(t, key, data.Bytes())
+	r, err := open(file, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	w, err := NewWriter(io.Discard, key, testContext)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Abort()
+	if _, err := w.Write(data.Bytes()); err != nil {
+		t.Fatal(err)
+	}
+	_, wrongKey := open(file, data)
+	_, foreign := open(data.Bytes(), key)
+	if wrongKey == nil || foreign == nil {
+		t.Fatal("an error is missing")
+	}
+	leaktest.Refute(t, leaktest.Print(file, r, w, wrongKey, foreign), key, data)
 }
 
 func TestPlainSize(t *testing.T) {

@@ -15,6 +15,7 @@ import (
 
 	"strongroom/internal/crypto/keymem"
 	"strongroom/internal/crypto/keysafe"
+	"strongroom/internal/crypto/leaktest"
 	"strongroom/internal/crypto/parcel"
 	"strongroom/internal/errs"
 	"strongroom/internal/keys/keyprovider"
@@ -321,14 +322,7 @@ func TestNativeNoKeyIsPrinted(t *testing.T) {
 	defer imported.Close()
 	_, _, corrupt := keyprovider.Import(data[1:], nil)
 	collision := set.Add(restore(t, n.Info(), randomKey(t, 32)))
-	var out strings.Builder
-	for _, value := range []any{n, set, blob, info, imported, corrupt, collision, n.Info()} {
-		for _, format := range []string{"%v", "%+v", "%#v", "%s", "%q", "%x", "%d"} {
-			fmt.Fprintf(&out, format+"\n", value)
-		}
-		if encoded, err := json.Marshal(value); err == nil {
-			out.Write(encoded)
-		}
-	}
-	providertest.RefuteLeak(t, out.String(), kdk)
+	ref, kek := newRef(t, n)
+	unknown := second(set.KEK(t.Context(), keysafe.Ref{Provider: "kp-2", KeyID: ref.KeyID}))
+	leaktest.Refute(t, leaktest.Print(n, set, blob, info, imported, corrupt, collision, unknown, n.Info()), kdk, kek)
 }

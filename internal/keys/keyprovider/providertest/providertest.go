@@ -5,9 +5,6 @@ package providertest
 import (
 	"context"
 	"errors"
-	"fmt"
-	"log/slog"
-	"strings"
 	"sync"
 	"testing"
 
@@ -15,6 +12,7 @@ import (
 
 	"strongroom/internal/crypto/keymem"
 	"strongroom/internal/crypto/keysafe"
+	"strongroom/internal/crypto/leaktest"
 	"strongroom/internal/keys/keyprovider"
 )
 
@@ -226,15 +224,12 @@ func testConcurrent(t *testing.T, f Fixture) {
 // errors.
 func testNoKeyIsPrinted(t *testing.T, f Fixture) {
 	ref, kek := newKEK(t, f.Provider)
-	var out strings.Builder
-	log := slog.New(slog.NewJSONHandler(&out, nil))
-	log.Info("provider", "provider", f.Provider, "ref", ref, "kek", kek)
-	for _, format := range []string{"%v", "%+v", "%#v", "%s", "%x"} {
-		fmt.Fprintf(&out, format+" "+format+" "+format+"\n", f.Provider, ref, kek)
-	}
+	printed := leaktest.Print(f.Provider, ref, kek)
 	for _, missing := range f.Missing {
 		_, err := f.Provider.KEK(t.Context(), missing)
-		fmt.Fprintf(&out, "%+v\n", err)
+		printed += leaktest.Print(err)
 	}
-	RefuteLeak(t, out.String(), kek)
+	f.Provider.Close()
+	_, err := f.Provider.KEK(t.Context(), ref)
+	leaktest.Refute(t, printed+leaktest.Print(err), kek)
 }
