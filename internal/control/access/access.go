@@ -17,7 +17,6 @@ package access
 import (
 	"context"
 	"errors"
-	"fmt"
 	"slices"
 	"strings"
 	"time"
@@ -87,13 +86,14 @@ type Role struct {
 	Privileges  []Privilege `json:"privileges"`
 }
 
-// Permission gives a principal a role on an object. A permission nearer to the
-// object replaces those further up, as in vSphere.
+// Permission gives a principal roles on an object: the privileges of all of
+// them. A permission nearer to the object replaces those further up, as in
+// vSphere.
 type Permission struct {
-	Principal string `json:"principal"` // as [Principal.String] writes it
-	Object    Object `json:"object"`
-	Role      string `json:"role"`
-	Propagate bool   `json:"propagate"` // to everything below
+	Principal string   `json:"principal"` // as [Principal.String] writes it
+	Object    Object   `json:"object"`
+	Roles     []string `json:"roles"`     // at least one
+	Propagate bool     `json:"propagate"` // to everything below
 }
 
 // Control decides and keeps who may do what. Use [New].
@@ -151,45 +151,40 @@ func (c *Control) Check(ctx context.Context, p Principal, priv Privilege, on Obj
 	return nil
 }
 
-// PrivilegesOn returns what p may do on an object.
-func (c *Control) PrivilegesOn(ctx context.Context, p Principal, on Object) ([]Privilege, error) {
-	role, err := c.roleOn(ctx, p, on)
-	if err != nil {
-		return nil, err
-	}
-	return role.Privileges, nil
-}
 
 // RolesOf returns the names of all roles that p has somewhere.
 func (c *Control) RolesOf(ctx context.Context, p Principal) ([]string, error) {
 	perms, err := c.Permissions(ctx, p.String())
 	var names []string
 	for _, perm := range perms {
-		if !slices.Contains(names, perm.Role) {
-			names = append(names, perm.Role)
+		for _, r := range perm.Roles {
+			if !slices.Contains(names, r) {
+				names = append(names, r)
+			}
 		}
 	}
 	return names, err
 }
 
-// roleOn returns the role of p on an object, or an empty one.
-func (c *Control) roleOn(ctx context.Context, p Principal, on Object) (Role, error) {
+// PrivilegesOn returns what p may do on an object, sorted.
+func (c *Control) PrivilegesOn(ctx context.Context, p Principal, on Object) ([]Privilege, error) {
 	if err := on.check(); err != nil {
-		return Role{}, err
+		return nil, err
 	}
 	switch p.Kind {
 	case InternalPrincipal:
-		return builtinRoles()[0], nil
+		all, _ := Privileges()
+		return all, nil
 	case UserPrincipal, CertificatePrincipal:
 	default:
-		return Role{}, nil
+		return nil, nil
 	}
 	if p.Name == "" {
-		return Role{}, nil
+		return nil, nil
 	}
-	var role Role
+	var privs []Privilege
 	err := c.db.View(ctx, func(tx *store.Tx) error {
-		role = Role{}
+		privs = nil
 		if p.Kind == UserPrincipal {
 			u, err := c.users.In(tx).Get(ctx, p.Name)
 			if errors.Is(err, store.ErrNotFound) || err == nil && u.Disabled {
@@ -201,21 +196,25 @@ func (c *Control) roleOn(ctx context.Context, p Principal, on Object) (Role, err
 		}
 		for o, ok := on, true; ok; o, ok = o.parent() {
 			perm, err := c.perms.In(tx).Get(ctx, permKey(p.String(), o))
-			if errors.Is(err, store.ErrNotFound) {
+			if errors.Is(err, store.ErrNotFound) || err == nil && o != on && !perm.Propagate {
 				continue
 			}
 			if err != nil {
 				return err
 			}
-			if o != on && !perm.Propagate {
-				continue
+			for _, name := range perm.Roles {
+				role, err := c.role(ctx, tx, name)
+				if err != nil {
+					return err
+				}
+				privs = append(privs, role.Privileges...)
 			}
-			role, err = c.role(ctx, tx, perm.Role)
-			return err
+			return nil
 		}
 		return nil
 	})
-	return role, err
+	slices.Sort(privs)
+	return slices.Compact(privs), err
 }
 
 func permKey(principal string, o Object) string { return principal + "@" + string(o) }
@@ -278,7 +277,7 @@ func (c *Control) DeleteRole(ctx context.Context, name string) error {
 			return err
 		}
 		for _, p := range perms {
-			if p.Role == name {
+			if slices.Contains(p.Roles, name) {
 				return errs.New(errs.InvalidState, "%s has it on %s", p.Principal, p.Object).WithReason("ResourceInUse")
 			}
 		}
@@ -306,7 +305,7 @@ func (c *Control) Grant(ctx context.Context, p Permission) error {
 		}
 		return c.keepAdministrator(ctx, tx)
 	})
-	return errs.Wrap(err, "cannot give %s the role %s on %s", p.Principal, p.Role, p.Object)
+	return errs.Wrap(err, "cannot give %s %s on %s", p.Principal, strings.Join(p.Roles, ", "), p.Object)
 }
 
 func (c *Control) grant(ctx context.Context, tx *store.Tx, p Permission) error {
@@ -326,8 +325,13 @@ func (c *Control) grant(ctx context.Context, tx *store.Tx, p Permission) error {
 	default:
 		return errs.New(errs.Invalid, "%q is no principal: it is user:NAME or certificate:NAME", p.Principal)
 	}
-	if _, err := c.role(ctx, tx, p.Role); err != nil {
-		return err
+	if len(p.Roles) == 0 || len(p.Roles) > maxRoles {
+		return errs.New(errs.Invalid, "a permission gives 1 to %d roles", maxRoles)
+	}
+	for _, name := range p.Roles {
+		if _, err := c.role(ctx, tx, name); err != nil {
+			return err
+		}
 	}
 	return c.perms.In(tx).Put(ctx, permKey(p.Principal, p.Object), p)
 }
@@ -366,16 +370,19 @@ func (c *Control) keepAdministrator(ctx context.Context, tx *store.Tx) error {
 		if err != nil {
 			return err
 		}
-		if p.Role == Administrator && p.Propagate {
+		if slices.Contains(p.Roles, Administrator) && p.Propagate {
 			return nil
 		}
 	}
 	return errs.New(errs.InvalidState, "nobody would be left with the role %s on everything", Administrator).
-		WithHint("give another user that role first: strongroom permission grant user:NAME %s /", Administrator)
+		WithHint("create another administrator first: strongroom user create NAME --role %s", Administrator)
 }
 
 // maxName is the longest name of a user or role, in bytes.
 const maxName = 64
+
+// maxRoles is how many roles one permission can give.
+const maxRoles = 16
 
 func checkName(kind, name string) error {
 	ok := name != "" && len(name) <= maxName
@@ -394,5 +401,3 @@ func checkName(kind, name string) error {
 func errDenied(what string) error {
 	return errs.New(errs.Denied, "%s", what).WithReason("InvalidLogin")
 }
-
-var _ fmt.Stringer = Principal{}

@@ -109,9 +109,6 @@ func (c *Control) create(ctx context.Context, tx *store.Tx, name, hash string, r
 	if err := checkName("user", name); err != nil {
 		return err
 	}
-	if len(roles) > 1 {
-		return errs.New(errs.Invalid, "a user has one role on an object; make a custom role of several")
-	}
 	now := c.now()
 	err := c.users.In(tx).Create(ctx, name, user{Name: name, Password: hash, Created: now, Changed: now})
 	if errors.Is(err, store.ErrExists) {
@@ -120,12 +117,10 @@ func (c *Control) create(ctx context.Context, tx *store.Tx, name, hash string, r
 	if err != nil {
 		return err
 	}
-	for _, role := range roles {
-		if err := c.grant(ctx, tx, Permission{Principal: string(UserPrincipal) + ":" + name, Object: Root, Role: role, Propagate: true}); err != nil {
-			return err
-		}
+	if len(roles) == 0 {
+		return nil
 	}
-	return nil
+	return c.grant(ctx, tx, Permission{Principal: string(UserPrincipal) + ":" + name, Object: Root, Roles: roles, Propagate: true})
 }
 
 // Users returns all local users.
@@ -144,10 +139,12 @@ func (c *Control) Users(ctx context.Context) ([]User, error) {
 		for _, u := range users {
 			x := User{Name: u.Name, Disabled: u.Disabled, Created: u.Created}
 			for _, p := range perms {
-				if p.Principal == string(UserPrincipal)+":"+u.Name && !slices.Contains(x.Roles, p.Role) {
-					x.Roles = append(x.Roles, p.Role)
+				if p.Principal == string(UserPrincipal)+":"+u.Name {
+					x.Roles = append(x.Roles, p.Roles...)
 				}
 			}
+			slices.Sort(x.Roles)
+			x.Roles = slices.Compact(x.Roles)
 			out = append(out, x)
 		}
 		return nil
