@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"os/exec"
 	"strconv"
 	"strings"
@@ -29,22 +30,30 @@ func runOpenSSL(ctx context.Context, opts Options) ([]Result, error) {
 	var results []Result
 	for _, n := range Sizes() {
 		for _, op := range []string{Encrypt, Decrypt} {
-			args := []string{"speed", "-mr", "-seconds", strconv.Itoa(seconds), "-bytes", strconv.Itoa(n), "-evp", "aes-256-xts"}
-			if op == Decrypt {
-				args = append(args, "-decrypt")
-			}
-			out, err := exec.CommandContext(ctx, program, args...).Output()
-			if err != nil {
-				return nil, fmt.Errorf("%s %s: %w", program, strings.Join(args, " "), err)
-			}
-			perS, err := parseSpeed(string(out))
+			r, err := runOpenSSLSize(ctx, program, seconds, n, op)
 			if err != nil {
 				return nil, err
 			}
-			results = append(results, Result{OpenSSL, n, op, perS / 1e9})
+			results = append(results, r)
 		}
 	}
 	return results, nil
+}
+
+func runOpenSSLSize(ctx context.Context, program string, seconds, n int, op string) (Result, error) {
+	args := []string{"speed", "-mr", "-seconds", strconv.Itoa(seconds), "-bytes", strconv.Itoa(n), "-evp", "aes-256-xts"}
+	if op == Decrypt {
+		args = append(args, "-decrypt")
+	}
+	out, err := exec.CommandContext(ctx, program, args...).Output()
+	if err != nil {
+		return Result{}, fmt.Errorf("%s %s: %w", program, strings.Join(args, " "), err)
+	}
+	perS, err := parseSpeed(string(out))
+	if err != nil {
+		return Result{}, err
+	}
+	return Result{OpenSSL, n, op, perS / 1e9}, nil
 }
 
 // parseSpeed takes the bytes per second from the output of `openssl speed -mr`
@@ -59,7 +68,7 @@ func parseSpeed(out string) (float64, error) {
 		}
 		fields := strings.Split(rest, ":")
 		perS, err := strconv.ParseFloat(fields[len(fields)-1], 64)
-		if err != nil || perS <= 0 || len(fields) != 3 {
+		if err != nil || !(perS > 0) || math.IsInf(perS, 0) || len(fields) != 3 {
 			return 0, fmt.Errorf("line %q is not a speed", strings.TrimSpace(line))
 		}
 		return perS, nil

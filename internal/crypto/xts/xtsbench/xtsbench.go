@@ -59,7 +59,8 @@ type Options struct {
 	Duration time.Duration
 	// OpenSSL is the program to run; empty means the one in PATH, if any.
 	OpenSSL string
-	// Implementations are those of package xts to measure; nil means all.
+	// Implementations are those of package xts to measure; nil means all, and
+	// a list that is empty none.
 	Implementations []string
 }
 
