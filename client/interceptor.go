@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"io"
 	"net/http"
 
 	"connectrpc.com/connect"
@@ -76,7 +77,16 @@ type streamConn struct {
 	explain func(error) error
 }
 
-func (c *streamConn) Send(m any) error     { return c.explain(c.StreamingClientConn.Send(m)) }
-func (c *streamConn) Receive(m any) error  { return c.explain(c.StreamingClientConn.Receive(m)) }
-func (c *streamConn) CloseRequest() error  { return c.explain(c.StreamingClientConn.CloseRequest()) }
-func (c *streamConn) CloseResponse() error { return c.explain(c.StreamingClientConn.CloseResponse()) }
+func (c *streamConn) Send(m any) error     { return c.end(c.StreamingClientConn.Send(m)) }
+func (c *streamConn) Receive(m any) error  { return c.end(c.StreamingClientConn.Receive(m)) }
+func (c *streamConn) CloseRequest() error  { return c.end(c.StreamingClientConn.CloseRequest()) }
+func (c *streamConn) CloseResponse() error { return c.end(c.StreamingClientConn.CloseResponse()) }
+
+// end explains an error, other than the end of the stream, which Connect marks
+// by one that wraps io.EOF.
+func (c *streamConn) end(err error) error {
+	if errors.Is(err, io.EOF) {
+		return err
+	}
+	return c.explain(err)
+}

@@ -132,7 +132,8 @@ password.`,
 
 func newRoleCmd(env *Env) *cobra.Command {
 	return newGroup("role", "Roles: what users may do",
-		"A role is a set of privileges. NoCryptoAdmin may do everything but encrypt and manage keys.",
+		`A role is a set of privileges. NoCryptoAdmin may do everything but encrypt and
+manage keys.`,
 		newRoleLsCmd(env))
 }
 

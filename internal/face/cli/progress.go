@@ -35,7 +35,7 @@ type item struct {
 func newProgress(env *Env) *progress {
 	p := &progress{env: env, items: make(map[string]*item)}
 	if env.Interactive && !env.flags.quiet {
-		p.bars = mpb.New(mpb.WithOutput(env.Stderr), mpb.WithWidth(64))
+		p.bars = mpb.New(mpb.WithOutput(env.Stderr), mpb.WithWidth(64), mpb.WithAutoRefresh())
 	}
 	return p
 }

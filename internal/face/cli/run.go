@@ -24,7 +24,8 @@ For a laptop and for tests. For production run the roles apart.`,
 
 func newControllerCmd(roles Roles) *cobra.Command {
 	return newGroup("controller", "The controller role",
-		"The controller keeps the inventory, the key providers, users, tasks and events, and serves the API.",
+		`The controller keeps the inventory, the key providers, users, tasks and events,
+and serves the API.`,
 		newControllerRunCmd(roles))
 }
 
