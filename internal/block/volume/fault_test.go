@@ -15,7 +15,7 @@ import (
 )
 
 // clones is how many outcomes of each power loss are looked at.
-const clones = 6
+const clones = 4
 
 // errHealed says that a header copy could not be read and the other one was
 // used, which is no error.
@@ -74,29 +74,42 @@ func survivors(dev *faultdev.Device, rng *rand.Rand) []*blockdev.Memory {
 	return disks
 }
 
-// TestFaultsFormat: there is no volume, or one that reads as zeros.
+// TestFaultsFormat: there is no volume, or one that reads as zeros, also where
+// there was something else before.
 func TestFaultsFormat(t *testing.T) {
 	t.Parallel()
 	rng := rand.New(rand.NewPCG(blockdevtest.Seed(t), 0))
 	dek := newKey(t, 64)
-	atEveryFault(t, blockdev.NewMemory(0, 512), func(t *testing.T, dev *faultdev.Device) error {
-		err := volume.Format(dev, volume.FormatOptions{Size: 64 << 10, DEK: dek, UUID: testUUID, DataOffset: testOffset})
-		for _, disk := range survivors(dev, rng) {
-			v, openErr := volume.Open(disk, dek, volume.Options{})
-			switch {
-			case openErr == nil:
-				if got := contents(t, v); !bytes.Equal(got, make([]byte, 64<<10)) {
-					t.Error("a new volume does not read as zeros")
-				}
-				v.Close()
-			case err == nil:
-				t.Errorf("a volume that was made does not open: %v", openErr)
-			case !errors.Is(openErr, volume.ErrNotVolume) && !errors.Is(openErr, volume.ErrTruncated) && !errors.Is(openErr, volume.ErrCorrupt):
-				t.Errorf("error %v", openErr)
+	used := blockdev.NewMemory(200<<10, 512)
+	_, err := used.WriteAt(pattern(200<<10, 1), 0)
+	check(t, err)
+	for name, disk := range map[string]*blockdev.Memory{"new": blockdev.NewMemory(0, 512), "used": used} {
+		for _, size := range []int64{64 << 10, 0} {
+			if name == "new" && size == 0 {
+				continue
 			}
+			t.Run(fmt.Sprintf("%s/%d", name, size), func(t *testing.T) {
+				atEveryFault(t, disk, func(t *testing.T, dev *faultdev.Device) error {
+					err := volume.Format(dev, volume.FormatOptions{Size: size, DEK: dek, UUID: testUUID, DataOffset: testOffset, Overwrite: true})
+					for _, disk := range survivors(dev, rng) {
+						v, openErr := volume.Open(disk, dek, volume.Options{})
+						switch {
+						case openErr == nil:
+							if got := contents(t, v); !bytes.Equal(got, make([]byte, len(got))) || size != 0 && len(got) != int(size) {
+								t.Errorf("a new volume has %d bytes or does not read as zeros", len(got))
+							}
+							v.Close()
+						case err == nil:
+							t.Errorf("a volume that was made does not open: %v", openErr)
+						case !errors.Is(openErr, volume.ErrNotVolume) && !errors.Is(openErr, volume.ErrTruncated) && !errors.Is(openErr, volume.ErrCorrupt):
+							t.Errorf("error %v", openErr)
+						}
+					}
+					return err
+				})
+			})
 		}
-		return err
-	})
+	}
 }
 
 // TestFaultsReplaceSafe: the old safe or the new one, never neither, and the

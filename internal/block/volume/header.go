@@ -48,7 +48,8 @@ type FormatOptions struct {
 
 // Format makes a volume on dev that reads as zeros, and makes it durable; dev
 // stays the caller's, for [Open]. The header is written last: cut short, Format
-// leaves no volume, or the new one.
+// leaves the new volume or none; if it overwrites, also what it left of the old
+// contents.
 //
 // It returns [ErrNotEmpty] if dev has a size and Overwrite is false, and then
 // changes nothing; [ErrWrongSafe]; [blockdev.ErrNoSpace]; or other errors of

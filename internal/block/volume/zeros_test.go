@@ -101,6 +101,66 @@ func TestDiscardNotAllowed(t *testing.T) {
 	}
 }
 
+// TestNearlyEmptySector reads ciphertext that is zeros but for its last byte.
+func TestNearlyEmptySector(t *testing.T) {
+	t.Parallel()
+	dek := newKey(t, 64)
+	mem := blockdev.NewMemory(0, 512)
+	format(t, mem, volume.FormatOptions{Size: 64 << 10, DEK: dek})
+	raw := make([]byte, 64<<10)
+	raw[20*512-1] = 1
+	_, err := mem.WriteAt(raw, testOffset)
+	check(t, err)
+	want, err := oracle(dek, raw, 512)
+	check(t, err)
+	if !bytes.Equal(contents(t, openVolume(t, mem, dek)), want) {
+		t.Error("contents differ")
+	}
+}
+
+// holey has one hole, of any alignment.
+type holey struct {
+	*blockdev.Memory
+	start, end int64
+}
+
+func (h holey) NextExtent(off int64) (blockdev.Extent, error) {
+	switch {
+	case off < h.start:
+		return blockdev.Extent{Offset: off, Length: h.start - off}, nil
+	case off < h.end:
+		return blockdev.Extent{Offset: off, Length: h.end - off, Hole: true}, nil
+	}
+	return blockdev.Extent{Offset: off, Length: h.Size() - off}, nil
+}
+
+// TestExtentsOddHoles has holes below that are no whole sectors: what the volume
+// calls a hole must lie wholly in one.
+func TestExtentsOddHoles(t *testing.T) {
+	t.Parallel()
+	dek := newKey(t, 64)
+	const size, sector = 64 << 10, 4096
+	for _, hole := range [][2]int64{{0, size}, {100, 200}, {100, 9000}, {4096, 8192}, {5000, 9000}, {5000, 12288}, {60_000, size}, {8192, 8193}} {
+		mem := holey{blockdev.NewMemory(0, 512), testOffset + hole[0], testOffset + hole[1]}
+		format(t, mem, volume.FormatOptions{Size: size, SectorSize: sector, DEK: dek})
+		v := openVolume(t, mem, dek)
+		first, last := (hole[0]+sector-1)/sector*sector, hole[1]/sector*sector // of the whole sectors in it
+		for start := int64(0); start < size; start += 511 {
+			for off := start; off < size; {
+				e, err := v.NextExtent(off)
+				check(t, err)
+				if e.Offset != off || e.Length <= 0 || off+e.Length > size {
+					t.Fatalf("hole %v: NextExtent(%d) = %+v", hole, off, e)
+				}
+				if e.Hole && (off < first || off+e.Length > last) || !e.Hole && off >= first && off < last {
+					t.Fatalf("hole %v: NextExtent(%d) = %+v", hole, off, e)
+				}
+				off += e.Length
+			}
+		}
+	}
+}
+
 // TestExtents checks holes against a layout made by hand.
 func TestExtents(t *testing.T) {
 	t.Parallel()

@@ -14,13 +14,12 @@
 //
 //   - A block is never torn inside.
 //   - What was written before the last successful flush is there.
-//   - Each block written since, by a write, zeroes or discard, holds, at random
-//     and independently, its flushed contents or any that it was given since. So
-//     a request of several blocks may be there wholly, not at all, or torn.
-//   - After a failed flush, what was written before it stays at random also when
+//   - Each request since is, at random and independently, there, not there, or
+//     torn: there in some of its blocks, at random. So requests may be reordered.
+//   - After a failed flush, what was requested before it stays at random also when
 //     a later flush succeeds: the kernel reports lost writes once and drops them.
-//   - The size is, at random, the flushed one or any that it was given since.
-//     Blocks beyond are gone; a gap reads as zeros.
+//   - A resize is there or not. Blocks beyond the size are gone; a gap reads as
+//     zeros.
 //
 // A Device keeps all in memory. It is safe for concurrent use; operations run
 // one at a time.
@@ -29,6 +28,7 @@ package faultdev
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -82,15 +82,28 @@ type Device struct {
 	fault    *Fault
 	ops      int
 	injected Kind
+	serial   int                // of the last operation, whatever Inject does to ops
 	older    map[int64]*history // by block: what it may hold instead of mem's contents
-	sizes    []int64            // what the size may be instead of mem's
+	sizes    []resizing         // since the last flush, oldest first
 	closed   bool
 }
 
 // history is the past of a block since it was last known to be durable.
 type history struct {
-	versions [][]byte // oldest first; the first was flushed
-	suspect  bool     // a flush has failed since the last write
+	changes []change // oldest first, never empty
+	suspect bool     // a flush has failed since the last change
+}
+
+// change is what one operation did to one block.
+type change struct {
+	op     int    // its serial
+	before []byte // contents of the block
+}
+
+// resizing is what one operation did to the size.
+type resizing struct {
+	op     int
+	before int64
 }
 
 var (
@@ -98,7 +111,8 @@ var (
 	_ blockdev.Extenter = (*Device)(nil)
 )
 
-// New returns a device with the contents of mem, all durable. It owns mem from
+// New returns a device with the contents of mem, all durable; mem has whole
+// blocks. It owns mem from
 // now on. A nil fault means none.
 func New(mem *blockdev.Memory, fault *Fault) *Device {
 	return &Device{mem: mem, fault: fault, older: map[int64]*history{}}
@@ -146,29 +160,40 @@ func (d *Device) Contents() *blockdev.Memory {
 func (d *Device) PowerLoss(rng *rand.Rand) *blockdev.Memory {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	fates := make([]fate, d.serial+1)
+	for op := range fates {
+		fates[op] = fate(rng.IntN(3))
+	}
+	there := func(op int) bool { return fates[op] == kept || fates[op] == torn && rng.IntN(2) == 0 }
+
 	disk := d.mem.Clone()
 	size := disk.Size()
-	if i := rng.IntN(len(d.sizes) + 1); i < len(d.sizes) {
-		size = d.sizes[i]
+	for i := len(d.sizes) - 1; i >= 0 && !there(d.sizes[i].op); i-- {
+		size = d.sizes[i].before
 	}
 	must(disk.Resize(size))
-	blocks := make([]int64, 0, len(d.older))
-	for block := range d.older {
-		blocks = append(blocks, block)
-	}
-	slices.Sort(blocks) // so that the seed decides, not the order of the map
-	for _, block := range blocks {
-		h := d.older[block]
+	for _, block := range slices.Sorted(maps.Keys(d.older)) { // so that the seed decides, not the order of the map
 		off := block * int64(d.BlockSize())
-		i := rng.IntN(len(h.versions) + 1)
-		if i == len(h.versions) || off+int64(d.BlockSize()) > size {
+		if off+int64(d.BlockSize()) > size {
 			continue
 		}
-		_, err := disk.WriteAt(h.versions[i], off)
-		must(err)
+		changes := d.older[block].changes
+		for i := len(changes) - 1; i >= 0 && !there(changes[i].op); i-- {
+			_, err := disk.WriteAt(changes[i].before, off)
+			must(err)
+		}
 	}
 	return disk
 }
+
+// fate is what becomes of an unflushed operation when the power goes.
+type fate int
+
+const (
+	kept fate = iota
+	dropped
+	torn // drawn for each block
+)
 
 // must panics on an error of a healthy memory device, which has none.
 func must(err error) {
@@ -184,6 +209,7 @@ func (d *Device) begin(kind Kind) (do bool, mode Mode, err error) {
 	}
 	op := d.ops
 	d.ops++
+	d.serial++
 	switch {
 	case d.fault == nil || op < d.fault.Op:
 		return true, Done, nil
@@ -196,9 +222,9 @@ func (d *Device) begin(kind Kind) (do bool, mode Mode, err error) {
 	return true, Done, nil
 }
 
-// change runs do on the range, or on every other block of it, after saving the
+// alter runs do on the range, or on every other block of it, after saving the
 // blocks that it touches.
-func (d *Device) change(off, n int64, do func(off, n int64) error) error {
+func (d *Device) alter(off, n int64, do func(off, n int64) error) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if err := blockdev.CheckRange(d.mem.Size(), off, n); err != nil {
@@ -246,7 +272,7 @@ func (d *Device) save(off, n int64) {
 			h = &history{}
 			d.older[at/unit] = h
 		}
-		h.versions, h.suspect = append(h.versions, contents), false
+		h.changes, h.suspect = append(h.changes, change{d.serial, contents}), false
 	}
 }
 
@@ -273,7 +299,7 @@ func (d *Device) ReadAt(p []byte, off int64) (int, error) {
 
 // WriteAt implements [blockdev.Device].
 func (d *Device) WriteAt(p []byte, off int64) (int, error) {
-	err := d.change(off, int64(len(p)), func(at, n int64) error {
+	err := d.alter(off, int64(len(p)), func(at, n int64) error {
 		_, err := d.mem.WriteAt(p[at-off:at-off+n], at)
 		return err
 	})
@@ -285,12 +311,12 @@ func (d *Device) WriteAt(p []byte, off int64) (int, error) {
 
 // WriteZeroes implements [blockdev.Device].
 func (d *Device) WriteZeroes(off, n int64, mayPunch bool) error {
-	return d.change(off, n, func(off, n int64) error { return d.mem.WriteZeroes(off, n, mayPunch) })
+	return d.alter(off, n, func(off, n int64) error { return d.mem.WriteZeroes(off, n, mayPunch) })
 }
 
 // Discard implements [blockdev.Device].
 func (d *Device) Discard(off, n int64) error {
-	return d.change(off, n, d.mem.Discard)
+	return d.alter(off, n, d.mem.Discard)
 }
 
 // Flush implements [blockdev.Device].
@@ -328,7 +354,7 @@ func (d *Device) Resize(size int64) error {
 		if size < old {
 			d.save(size, old-size)
 		}
-		d.sizes = append(d.sizes, old)
+		d.sizes = append(d.sizes, resizing{d.serial, old})
 	}
 	return errors.Join(failure, d.mem.Resize(size))
 }
