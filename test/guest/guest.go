@@ -22,6 +22,7 @@ import (
 	"path"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"strongroom/test/guest/plan"
 )
@@ -132,8 +133,11 @@ func build(ctx context.Context, opts Options) (Image, error) {
 	}
 	root.add(plan.Path, 0o644, text)
 
-	initrd, err := store(opts.CacheDir, "initrd", root.archive())
+	initrd, err := store(opts.CacheDir, "initrd-", root.archive())
 	if err != nil {
+		return Image{}, err
+	}
+	if err := prune(opts.CacheDir, "initrd-"); err != nil {
 		return Image{}, err
 	}
 	return Image{Kernel: k.image, Initrd: initrd, Append: appendLine}, nil
@@ -156,19 +160,20 @@ func withPrograms(steps []Step, programs []string) []Step {
 	return result
 }
 
-// store puts data into dir under a name made of its hash.
-func store(dir, kind string, data []byte) (string, error) {
+// store puts data into dir under a name made of prefix and its hash.
+func store(dir, prefix string, data []byte) (string, error) {
 	sum := sha256.Sum256(data)
-	name := filepath.Join(dir, kind+"-"+hex.EncodeToString(sum[:8]))
+	name := filepath.Join(dir, prefix+hex.EncodeToString(sum[:8]))
 	if info, err := os.Stat(name); err == nil && info.Size() == int64(len(data)) {
-		return name, nil
+		now := time.Now()
+		return name, os.Chtimes(name, now, now) // for prune
 	}
-	f, err := os.CreateTemp(dir, kind+"-new-")
+	f, err := os.CreateTemp(dir, prefix+"new-")
 	if err != nil {
 		return "", err
 	}
 	_, err = f.Write(data)
-	if err = errors.Join(err, f.Close()); err == nil {
+	if err = errors.Join(err, f.Chmod(0o644), f.Close()); err == nil {
 		err = os.Rename(f.Name(), name)
 	}
 	if err != nil {
@@ -176,6 +181,32 @@ func store(dir, kind string, data []byte) (string, error) {
 		return "", err
 	}
 	return name, nil
+}
+
+// prune removes what was not used for a day.
+func prune(dir, prefix string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if !strings.HasPrefix(e.Name(), prefix) {
+			continue
+		}
+		info, err := e.Info()
+		if errors.Is(err, fs.ErrNotExist) { // another process was quicker
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if time.Since(info.ModTime()) > 24*time.Hour {
+			if err := os.Remove(filepath.Join(dir, e.Name())); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // addSystem puts busybox and what /init needs before it runs into the tree.

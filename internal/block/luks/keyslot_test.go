@@ -226,7 +226,7 @@ func TestAddPassphraseFaults(t *testing.T) {
 				t.Fatalf("operation %d %v: the header in memory has the keyslot: %v", op, mode, err)
 			}
 			crashed := dev.Contents()
-			generation(t, crashed, dek)
+			generation(t, crashed)
 			after, err := luks.Read(crashed, crashed.Size())
 			if err != nil {
 				t.Fatal(err)

@@ -82,11 +82,14 @@ func (h *Header) segment() (Segment, error) {
 // checkRequirements returns an error for a header that says that only programs
 // which know a certain feature may touch it.
 func (h *Header) checkRequirements() error {
-	for _, name := range h.meta.mandatory {
-		if strings.Contains(name, "reencrypt") {
-			return fmt.Errorf("%w: a re-encryption is in progress (requirement %.40q); let cryptsetup finish it", ErrUnsupported, name)
-		}
-		return fmt.Errorf("%w: it has the requirement %.40q", ErrUnsupported, name)
+	names := h.meta.mandatory
+	if i := slices.IndexFunc(names, isReencryption); i >= 0 {
+		return fmt.Errorf("%w: a re-encryption is in progress (requirement %.40q); let cryptsetup finish it", ErrUnsupported, names[i])
+	}
+	if len(names) > 0 {
+		return fmt.Errorf("%w: it has the requirement %.40q", ErrUnsupported, names[0])
 	}
 	return nil
 }
+
+func isReencryption(requirement string) bool { return strings.Contains(requirement, "reencrypt") }
