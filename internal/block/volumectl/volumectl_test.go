@@ -335,7 +335,7 @@ func TestViolations(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			r := new(recorder)
-	path := serve(t, r)
+			path := serve(t, r)
 			conn, err := net.DialUnix("unixpacket", nil, &net.UnixAddr{Name: path, Net: "unixpacket"})
 			if err != nil {
 				t.Fatal(err)

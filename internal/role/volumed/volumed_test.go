@@ -1,0 +1,517 @@
+package volumed_test
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
+
+	"strongroom/internal/block/blockdev"
+	"strongroom/internal/block/volume"
+	"strongroom/internal/block/volumectl"
+	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/keysafe"
+	"strongroom/internal/errs"
+	"strongroom/internal/machine/qemu"
+	"strongroom/internal/machine/volumeproc"
+	"strongroom/internal/role/volumed"
+
+	"github.com/google/uuid"
+)
+
+// TestMain lets the test binary be the volume process and a host that dies.
+func TestMain(m *testing.M) {
+	if len(os.Args) > 1 {
+		switch os.Args[1] {
+		case "volumed":
+			os.Exit(volumed.Main(os.Args[2:]))
+		case "dying-host":
+			dyingHost(os.Args[2], os.Args[3])
+		}
+	}
+	goleak.VerifyTestMain(m)
+}
+
+const (
+	diskSize = 8 << 20
+	diskUUID = "5c6f1a3e-8f0d-4d2b-9a1e-0f4f6d1b2c3d"
+)
+
+func check(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func wantKind(t *testing.T, err error, kind errs.Kind) {
+	t.Helper()
+	if err == nil || errs.KindOf(err) != kind {
+		t.Errorf("got %v (%v), want kind %v", err, errs.KindOf(err), kind)
+	}
+}
+
+// runDir returns a directory whose path is short enough for sockets.
+func runDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "vol")
+	check(t, err)
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return filepath.Join(dir, "run")
+}
+
+func start(t *testing.T, c volumeproc.Config) *volumeproc.Process {
+	t.Helper()
+	p, err := volumeproc.Start(t.Context(), c)
+	check(t, err)
+	t.Cleanup(func() {
+		if err := p.Kill(context.Background()); err != nil && !errors.Is(err, os.ErrClosed) {
+			t.Error(err)
+		}
+		p.Close()
+	})
+	return p
+}
+
+func random(t *testing.T, n int) *keymem.Key {
+	t.Helper()
+	k, err := keymem.Random(n)
+	check(t, err)
+	t.Cleanup(func() { k.Close() })
+	return k
+}
+
+// newVolume makes an encrypted disk and returns its path and DEK.
+func newVolume(t *testing.T) (path string, dek *keymem.Key, kek *keymem.Key, safe *keysafe.Safe) {
+	t.Helper()
+	dek, kek = random(t, volumectl.KeySize), random(t, keysafe.KEKSize)
+	safe, err := keysafe.Wrap(kek, dek, keysafe.Ref{Provider: "kp-1", KeyID: "k0"}, volume.Owner(diskUUID), 1)
+	check(t, err)
+	path = filepath.Join(t.TempDir(), "disk-0.luks")
+	dev, err := blockdev.OpenFile(path, blockdev.FileOptions{Create: true})
+	check(t, err)
+	defer dev.Close()
+	check(t, volume.Format(dev, volume.FormatOptions{Size: diskSize, UUID: diskUUID, DEK: dek, Safe: safe}))
+	return path, dek, kek, safe
+}
+
+// add opens a disk as a host does and passes it on.
+func add(ctx context.Context, p *volumeproc.Process, d volumectl.Disk, path string, dek *keymem.Key) error {
+	dev, err := blockdev.OpenFile(path, blockdev.FileOptions{ReadOnly: d.ReadOnly})
+	if err != nil {
+		return err
+	}
+	defer dev.Close()
+	file, err := dev.Dup()
+	if err != nil {
+		return err
+	}
+	defer file.Close()
+	return p.AddDisk(ctx, d, file, dek)
+}
+
+func uri(dir, export string) string {
+	return fmt.Sprintf("nbd+unix:///%s?socket=%s", export, volumeproc.NBDSocket(dir))
+}
+
+// run runs a peer program.
+func run(t *testing.T, name string, args ...string) string {
+	t.Helper()
+	out, err := exec.CommandContext(t.Context(), name, args...).CombinedOutput()
+	if err != nil {
+		t.Fatalf("%s %q: %v\n%s", name, args, err, out)
+	}
+	return string(out)
+}
+
+func qemuIO(t *testing.T, target string, commands ...string) string {
+	t.Helper()
+	args := []string{"-f", "raw"}
+	for _, c := range commands {
+		args = append(args, "-c", c)
+	}
+	return run(t, "qemu-io", append(args, target)...)
+}
+
+// TestServe uses an encrypted and a plain disk through a real process with
+// QEMU's and libnbd's tools.
+func TestServe(t *testing.T) {
+	t.Parallel()
+	dir := runDir(t)
+	p := start(t, volumeproc.Config{VM: "web-1", RunDir: dir})
+	path, dek, _, _ := newVolume(t)
+	raw := filepath.Join(t.TempDir(), "disk-1.raw")
+	check(t, os.WriteFile(raw, make([]byte, 1<<20), 0o600))
+	check(t, add(t.Context(), p, volumectl.Disk{Name: "disk-0", Format: volumectl.LUKS, SizeMin: diskSize}, path, dek))
+	check(t, add(t.Context(), p, volumectl.Disk{Name: "disk-1", Format: volumectl.Raw}, raw, nil))
+	checkProcess(t, p.PID(), dir)
+
+	qemuIO(t, uri(dir, "disk-0"), "write -P 0x5a 0 1M", "write -P 0xa5 1000 3000", "flush", "read -P 0xa5 1000 3000", "read -P 0x5a 4096 4096", "read -P 0 2M 1M")
+	qemuIO(t, uri(dir, "disk-1"), "write -P 0x11 0 4096")
+	copied := filepath.Join(t.TempDir(), "copy")
+	run(t, "nbdcopy", uri(dir, "disk-0"), copied)
+	plain, err := os.ReadFile(copied)
+	check(t, err)
+	if len(plain) != diskSize || bytes.Count(plain[:1<<20], []byte{0x5a}) != 1<<20-3000 || plain[1000] != 0xa5 {
+		t.Errorf("nbdcopy read %d bytes that are not what qemu-io wrote", len(plain))
+	}
+
+	status, err := p.Status(t.Context())
+	check(t, err)
+	if len(status.Disks) != 2 || !status.Listening {
+		t.Fatalf("status %+v", status)
+	}
+	if d := status.Disks[0]; d.Disk != "disk-0" || d.UUID != diskUUID || d.Size != diskSize || d.WrittenBytes < 1<<20 || d.ReadBytes < 1<<20 ||
+		d.Flushes == 0 || d.Failures != 0 || d.Damage != nil || d.HeaderError != "" {
+		t.Errorf("status of disk-0: %+v", d)
+	}
+
+	// Disks go one by one, and all at the end; what was written stays.
+	check(t, p.RemoveDisk(t.Context(), "disk-1"))
+	wantKind(t, p.Flush(t.Context(), "disk-1"), errs.NotFound)
+	if b, err := os.ReadFile(raw); err != nil || bytes.Count(b, []byte{0x11}) != 4096 {
+		t.Errorf("the plain disk does not hold what was written: %v", err)
+	}
+	check(t, p.Stop(t.Context()))
+	if exit := p.Exit(); !strings.HasPrefix(exit, "exit status 0") {
+		t.Errorf("it ended with %s", exit)
+	}
+	onDisk, err := os.ReadFile(path)
+	check(t, err)
+	if bytes.Contains(onDisk, bytes.Repeat([]byte{0x5a}, 16)) {
+		t.Error("plaintext is on the disk")
+	}
+	dev, err := blockdev.OpenFile(path, blockdev.FileOptions{ReadOnly: true})
+	check(t, err)
+	v, err := volume.Open(dev, dek, volume.Options{ReadOnly: true})
+	check(t, err)
+	defer v.Close()
+	again := make([]byte, diskSize)
+	_, err = v.ReadAt(again, 0)
+	check(t, err)
+	if !bytes.Equal(again, plain) {
+		t.Error("after the end the volume holds something else")
+	}
+}
+
+// checkProcess checks that the process runs as it must.
+func checkProcess(t *testing.T, pid int, dir string) {
+	t.Helper()
+	read := func(name string) string {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/%s", pid, name))
+		check(t, err)
+		return string(b)
+	}
+	status := read("status")
+	if !strings.Contains(status, "NoNewPrivs:\t1\n") {
+		t.Error("it may gain privileges")
+	}
+	for line := range strings.SplitSeq(status, "\n") {
+		if strings.HasPrefix(line, "VmRSS:") {
+			t.Logf("resident: %s", strings.Join(strings.Fields(line)[1:], " "))
+		}
+	}
+	if limits := read("limits"); !strings.Contains(strings.Join(strings.Fields(limits), " "), "Max core file size 0 0") {
+		t.Error("it may dump core")
+	}
+	if environment := read("environ"); environment != "" {
+		t.Errorf("it has the environment %q", environment)
+	}
+	if args := strings.ReplaceAll(read("cmdline"), "\x00", " "); args != "strongroom volumed --vm web-1 --run-dir "+dir+" " {
+		t.Errorf("it has the arguments %q", args)
+	}
+	if sid, err := unix.Getsid(pid); err != nil || sid != pid {
+		t.Errorf("its session is %d (%v), want its own", sid, err)
+	}
+	entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
+	check(t, err)
+	for _, e := range entries {
+		target, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/%s", pid, e.Name()))
+		if err != nil {
+			continue
+		}
+		known := false
+		for _, prefix := range []string{"/dev/null", dir, "socket:", "anon_inode:", "/secretmem", "/memfd:", "pipe:", "/sys/fs/cgroup/"} { // the last are the Go runtime's
+			known = known || strings.HasPrefix(target, prefix)
+		}
+		if !known && !strings.Contains(target, "/disk-") {
+			t.Errorf("descriptor %s is %s", e.Name(), target)
+		}
+	}
+}
+
+func TestRefusals(t *testing.T) {
+	t.Parallel()
+	ctx := t.Context()
+	dir := runDir(t)
+	p := start(t, volumeproc.Config{VM: "web-1", RunDir: dir})
+	path, dek, _, safe := newVolume(t)
+	disk := volumectl.Disk{Name: "disk-0", Format: volumectl.LUKS}
+
+	wantKind(t, add(ctx, p, disk, path, random(t, volumectl.KeySize)), errs.Corrupt) // not its key
+	large := disk
+	large.SizeMin = diskSize + 512
+	wantKind(t, add(ctx, p, large, path, dek), errs.Corrupt)
+	foreign := filepath.Join(t.TempDir(), "foreign")
+	check(t, os.WriteFile(foreign, make([]byte, 1<<20), 0o600))
+	wantKind(t, add(ctx, p, disk, foreign, dek), errs.Corrupt)
+	wantKind(t, p.AddDisk(ctx, disk, readOnlyFile(t, path), dek), errs.InvalidState)
+
+	check(t, add(ctx, p, disk, path, dek)) // none of that has left a lock
+	if err := add(ctx, p, volumectl.Disk{Name: "other", Format: volumectl.LUKS}, path, dek); !errors.Is(err, blockdev.ErrInUse) {
+		t.Errorf("a host opened a disk that is in use: %v", err)
+	}
+	check(t, add(ctx, p, volumectl.Disk{Name: "disk-1", Format: volumectl.Raw, ReadOnly: true}, foreign, nil))
+	wantKind(t, p.AddDisk(ctx, disk, readOnlyFile(t, foreign), dek), errs.Exists)
+	wantKind(t, p.ReplaceSafe(ctx, "disk-1", safe), errs.Invalid)
+	wantKind(t, p.ReplaceSafe(ctx, "none", safe), errs.NotFound)
+	wantKind(t, p.Resize(ctx, "disk-1", 2<<20), errs.InvalidState)
+	wantKind(t, p.Resize(ctx, "disk-0", 512), errs.Invalid)
+	elsewhere, err := keysafe.Wrap(random(t, keysafe.KEKSize), dek, keysafe.Ref{Provider: "kp-1", KeyID: "k"}, "disk:another", 2)
+	check(t, err)
+	wantKind(t, p.ReplaceSafe(ctx, "disk-0", elsewhere), errs.Invalid)
+	check(t, p.Resize(ctx, "disk-0", 2*diskSize))
+	if out := run(t, "nbdinfo", "--size", uri(dir, "disk-0")); strings.TrimSpace(out) != fmt.Sprint(2*diskSize) {
+		t.Errorf("after growing, NBD says %s bytes", out)
+	}
+	if out, err := exec.Command("qemu-io", "-f", "raw", "-c", "write 0 512", uri(dir, "disk-1")).CombinedOutput(); err == nil {
+		t.Errorf("a read-only disk was written: %s", out)
+	}
+	if _, err := volumeproc.Start(ctx, volumeproc.Config{VM: "web-1", RunDir: dir}); !errors.Is(err, volumeproc.ErrRunning) {
+		t.Errorf("second start: %v, want ErrRunning", err)
+	}
+}
+
+func readOnlyFile(t *testing.T, path string) *os.File {
+	t.Helper()
+	f, err := os.Open(path)
+	check(t, err)
+	t.Cleanup(func() { f.Close() })
+	return f
+}
+
+// dyingHost starts a volume process with one disk, whose key comes on standard
+// input, says so, and waits to be killed.
+func dyingHost(dir, disk string) {
+	fail := func(err error) {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	dek, err := keymem.Read(os.Stdin, volumectl.KeySize)
+	if err != nil {
+		fail(err)
+	}
+	lock, err := os.Create(filepath.Join(filepath.Dir(dir), "lock"))
+	if err != nil {
+		fail(err)
+	}
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
+		fail(err)
+	}
+	p, err := volumeproc.Start(context.Background(), volumeproc.Config{VM: "web-1", RunDir: dir, Hold: []*os.File{lock}})
+	if err != nil {
+		fail(err)
+	}
+	if err := add(context.Background(), p, volumectl.Disk{Name: "disk-0", Format: volumectl.LUKS}, disk, dek); err != nil {
+		fail(err)
+	}
+	fmt.Println("ready")
+	io.Copy(io.Discard, os.Stdin) // until killed, or our parent has gone
+	os.Exit(0)
+}
+
+// TestHostDies kills the host while a guest writes. The volume process goes on,
+// holds the VM's lock, and is found by the next host, which replaces the key safe
+// and stops it.
+func TestHostDies(t *testing.T) {
+	t.Parallel()
+	dir := runDir(t)
+	path, dek, oldKEK, safe := newVolume(t)
+	host := exec.Command("/proc/self/exe", "dying-host", dir, path)
+	host.Stderr = os.Stderr
+	stdin, err := host.StdinPipe()
+	check(t, err)
+	stdout, err := host.StdoutPipe()
+	check(t, err)
+	check(t, host.Start())
+	_, err = stdin.Write(dek.Bytes())
+	check(t, err)
+	if line, err := bufio.NewReader(stdout).ReadString('\n'); line != "ready\n" {
+		t.Fatalf("host said %q, %v", line, err)
+	}
+
+	fio := exec.CommandContext(t.Context(), "fio", "--name=guest", "--ioengine=nbd", "--uri="+uri(dir, "disk-0"),
+		"--rw=randwrite", "--bs=4k", "--iodepth=8", "--size=4M", "--time_based", "--runtime=3", "--verify=crc32c", "--verify_backlog=64")
+	var fioOut bytes.Buffer
+	fio.Stdout, fio.Stderr = &fioOut, &fioOut
+	fio.Dir = t.TempDir() // it leaves files behind
+	check(t, fio.Start())
+
+	check(t, host.Process.Kill())
+	host.Wait()
+	p, err := volumeproc.Adopt(t.Context(), dir, "web-1")
+	check(t, err)
+	t.Cleanup(func() { p.Kill(context.Background()); p.Close() })
+	lock, err := os.Open(filepath.Join(filepath.Dir(dir), "lock"))
+	check(t, err)
+	defer lock.Close()
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); !errors.Is(err, unix.EWOULDBLOCK) {
+		t.Errorf("the VM's lock went with the host: %v", err)
+	}
+	if _, err := volumeproc.Adopt(t.Context(), dir, "web-2"); err == nil {
+		t.Error("adopted as another VM's")
+	}
+
+	// Shallow rekey, again and again, while the guest writes.
+	var newKEK *keymem.Key
+	rekeys := 0
+	for deadline := time.Now().Add(2 * time.Second); time.Now().Before(deadline); rekeys++ {
+		newKEK = random(t, keysafe.KEKSize)
+		safe, err = safe.Rewrap(oldKEK, newKEK, keysafe.Ref{Provider: "kp-2", KeyID: fmt.Sprint("k", rekeys)})
+		check(t, err)
+		check(t, p.ReplaceSafe(t.Context(), "disk-0", safe))
+		checkSafe(t, path, safe)
+		oldKEK = newKEK
+	}
+	if err := fio.Wait(); err != nil {
+		t.Errorf("the guest noticed: %v\n%s", err, fioOut.Bytes())
+	}
+	status, err := p.Status(t.Context())
+	check(t, err)
+	t.Logf("%d rekeys during %d writes", rekeys, status.Disks[0].Writes)
+	if d := status.Disks[0]; d.Writes < 100 || d.Failures != 0 || d.Damage != nil {
+		t.Errorf("status %+v", d)
+	}
+	check(t, p.Stop(t.Context()))
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		t.Errorf("the VM's lock outlives its disks: %v", err)
+	}
+	if _, err := volumeproc.Adopt(t.Context(), dir, "web-1"); !errors.Is(err, volumeproc.ErrNotRunning) {
+		t.Errorf("after the end: %v, want ErrNotRunning", err)
+	}
+}
+
+// checkSafe checks that the disk, which is in use, has that safe in both headers.
+func checkSafe(t *testing.T, path string, want *keysafe.Safe) {
+	t.Helper()
+	dev, err := blockdev.OpenFile(path, blockdev.FileOptions{ReadOnly: true, Unlocked: true})
+	check(t, err)
+	defer dev.Close()
+	info, err := volume.Inspect(dev)
+	check(t, err)
+	if len(info.Safes) != 1 || !bytes.Equal(info.Safes[0].Encode(), want.Encode()) || info.Damage != nil {
+		t.Fatalf("header has %v (damage %v), want %v", info.Safes, info.Damage, want)
+	}
+}
+
+// TestQEMU: a real QEMU uses the disk, outlives a crash of the volume process, and
+// goes on with the next one.
+func TestQEMU(t *testing.T) {
+	t.Parallel()
+	dir := runDir(t)
+	path, dek, _, _ := newVolume(t)
+	disk := volumectl.Disk{Name: "disk-0", Format: volumectl.LUKS}
+	first := start(t, volumeproc.Config{VM: "web-1", RunDir: dir})
+	check(t, add(t.Context(), first, disk, path, dek))
+	m, err := qemu.Start(t.Context(), qemu.Config{
+		Name: "web-1", UUID: uuid.New(), CPUs: 1, MemoryMiB: 64, RunDir: dir,
+		Disks: []qemu.Disk{{ID: "disk-0", Socket: volumeproc.NBDSocket(dir), Export: "disk-0", Bootable: true}},
+	})
+	check(t, err)
+	defer m.Close()
+	defer m.Kill(context.Background())
+
+	// The firmware reads the disk to boot.
+	waitReads(t, first)
+	check(t, first.Kill(t.Context()))
+	first.Close()
+	second := start(t, volumeproc.Config{VM: "web-1", RunDir: dir})
+	check(t, add(t.Context(), second, disk, path, dek)) // the locks went with the process
+	if status, err := m.Status(t.Context()); err != nil || status != qemu.Running {
+		t.Errorf("QEMU is %s, %v", status, err)
+	}
+	// A fresh disk of the same server proves that QEMU has come back to it.
+	check(t, m.AddDisk(t.Context(), qemu.Disk{ID: "again", Socket: volumeproc.NBDSocket(dir), Export: "disk-0", ReadOnly: true}))
+	check(t, m.Kill(t.Context()))
+	check(t, second.Stop(t.Context()))
+}
+
+func waitReads(t *testing.T, p *volumeproc.Process) {
+	t.Helper()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.After(time.Minute); ; {
+		status, err := p.Status(t.Context())
+		check(t, err)
+		if status.Disks[0].Reads > 1 {
+			return
+		}
+		select {
+		case <-tick.C:
+		case <-deadline:
+			t.Fatal("QEMU does not read")
+		}
+	}
+}
+
+// TestStartFails: what the process says is in the error, and nothing is left.
+func TestStartFails(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		command []string
+		want    string
+	}{
+		"ends":    {[]string{"/bin/sh", "-c", "echo no memory >&2; exit 3", "--"}, "exit status 3): no memory"},
+		"missing": {[]string{"/nonexistent"}, "no such file"},
+	} {
+		dir := runDir(t)
+		if _, err := volumeproc.Start(t.Context(), volumeproc.Config{VM: "web-1", RunDir: dir, Command: c.command}); err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: %v, want %s", name, err, c.want)
+		}
+		if _, err := volumeproc.Adopt(t.Context(), dir, "web-1"); !errors.Is(err, volumeproc.ErrNotRunning) {
+			t.Errorf("%s: then %v, want ErrNotRunning", name, err)
+		}
+	}
+	if status := volumed.Main([]string{"--vm", "x", "extra"}); status != 1 {
+		t.Errorf("started by hand it returns %d", status)
+	}
+	dir := runDir(t)
+	check(t, os.Mkdir(dir, 0o700))
+	stranger, err := net.Listen("unix", filepath.Join(dir, "volume.sock"))
+	check(t, err)
+	defer stranger.Close()
+	if _, err := volumeproc.Start(t.Context(), volumeproc.Config{VM: "web-1", RunDir: dir}); err == nil {
+		t.Error("started over somebody else's socket")
+	}
+}
+
+// TestTerminated: the system shuts down.
+func TestTerminated(t *testing.T) {
+	t.Parallel()
+	dir := runDir(t)
+	p := start(t, volumeproc.Config{VM: "web-1", RunDir: dir})
+	path, dek, _, _ := newVolume(t)
+	check(t, add(t.Context(), p, volumectl.Disk{Name: "disk-0", Format: volumectl.LUKS}, path, dek))
+	qemuIO(t, uri(dir, "disk-0"), "write -P 0x5a 0 1M")
+	check(t, unix.Kill(p.PID(), unix.SIGTERM))
+	select {
+	case <-p.Ended():
+	case <-time.After(time.Minute):
+		t.Fatal("it does not end")
+	}
+	if exit := p.Exit(); !strings.HasPrefix(exit, "exit status 0") {
+		t.Errorf("it ended with %s", exit)
+	}
+}
