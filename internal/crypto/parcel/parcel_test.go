@@ -143,7 +143,7 @@ func TestOpenRefuses(t *testing.T) {
 			t.Errorf("context %s: %v, %v; want ErrDoesNotOpen", other, k, err)
 		}
 	}
-	for i := range parcel {
+	for i := 0; i < len(parcel); i += 17 {
 		altered := bytes.Clone(parcel)
 		altered[i] ^= 0x80
 		k, err := r.Open(altered, testContext)

@@ -113,16 +113,6 @@ func (fsys *faultFS) open(path string) (file, error) {
 	return &faultFile{fsys: fsys, node: fsys.names[path]}, nil
 }
 
-func (fsys *faultFS) link(oldPath, newPath string) error {
-	return fsys.call("link", nothing, func() error {
-		if fsys.names[newPath] != nil {
-			return fs.ErrExist
-		}
-		fsys.names[newPath] = fsys.names[oldPath]
-		return nil
-	})
-}
-
 func (fsys *faultFS) rename(oldPath, newPath string) error {
 	return fsys.call("rename", nothing, func() error {
 		fsys.names[newPath] = fsys.names[oldPath]

@@ -116,61 +116,6 @@ func TestWriteFileWrongKeyLeavesTheOldFile(t *testing.T) {
 	wantNames(t, dir, "f")
 }
 
-func TestKeyFile(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	path := filepath.Join(dir, "host.key")
-	if k, err := LoadKeyFile(path); k != nil || !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("no file: %v, %v; want ErrNotExist", k, err)
-	}
-	if err := os.WriteFile(path+newSuffix, []byte("left behind"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	key, err := CreateKeyFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer key.Close()
-	if key.Len() != KeySize {
-		t.Errorf("key has %d bytes", key.Len())
-	}
-	wantKeyFile := func() {
-		t.Helper()
-		got, err := LoadKeyFile(path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer got.Close()
-		if !got.Equal(key) {
-			t.Error("another key")
-		}
-	}
-	wantKeyFile()
-	if again, err := CreateKeyFile(path); again != nil || !errors.Is(err, fs.ErrExist) {
-		t.Errorf("created twice: %v, %v; want ErrExist", again, err)
-	}
-	wantKeyFile()
-	wantNames(t, dir, "host.key")
-
-	for _, mode := range []fs.FileMode{0o640, 0o604, 0o620, 0o666} {
-		if err := os.Chmod(path, mode); err != nil {
-			t.Fatal(err)
-		}
-		if k, err := LoadKeyFile(path); k != nil || !errors.Is(err, ErrKeyFile) {
-			t.Errorf("mode %o: %v, %v; want ErrKeyFile", mode, k, err)
-		}
-	}
-	for _, size := range []int{0, KeySize - 1, KeySize + 1} {
-		short := filepath.Join(dir, "short")
-		if err := os.WriteFile(short, make([]byte, size), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		if k, err := LoadKeyFile(short); k != nil || !errors.Is(err, ErrKeyFile) {
-			t.Errorf("%d bytes: %v, %v; want ErrKeyFile", size, k, err)
-		}
-	}
-}
-
 // Each operation of WriteFile fails in turn, in each way, and after each the
 // machine may lose its power: the file has the old or the new content.
 func TestWriteFileFaults(t *testing.T) {
@@ -199,32 +144,6 @@ func TestWriteFileFaults(t *testing.T) {
 		// It can be tried again.
 		if err := writeFile(fsys, path, key, testContext, newData); err != nil {
 			t.Errorf("%s: second try: %v", fsys.history, err)
-		}
-	})
-}
-
-// The same for a key file: it is there whole or not at all, and a caller that
-// got the key finds it again.
-func TestCreateKeyFileFaults(t *testing.T) {
-	t.Parallel()
-	const path = "dir/key"
-	var created *keymem.Key
-	everyFault(t, newFaultFS, func(fsys *faultFS) error {
-		key, err := createKeyFile(fsys, path)
-		created = key
-		return err
-	}, func(fsys *faultFS, done bool) {
-		got, err := loadKeyFile(fsys, path)
-		if errors.Is(err, fs.ErrNotExist) && !done {
-			got, err = createKeyFile(fsys, path)
-		}
-		if err != nil {
-			t.Errorf("%s: %v, done = %t", fsys.history, err, done)
-			return
-		}
-		defer got.Close()
-		if done && !got.Equal(created) {
-			t.Errorf("%s: another key", fsys.history)
 		}
 	})
 }

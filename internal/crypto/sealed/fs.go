@@ -13,7 +13,6 @@ import (
 type fileSystem interface {
 	create(path string) (file, error) // new, mode 0600, for reading and writing
 	open(path string) (file, error)   // for reading
-	link(oldPath, newPath string) error
 	rename(oldPath, newPath string) error
 	remove(path string) error
 	syncDir(path string) error
@@ -45,7 +44,6 @@ func orNil(f *os.File, err error) (file, error) {
 	return f, nil
 }
 
-func (osFS) link(oldPath, newPath string) error   { return os.Link(oldPath, newPath) }
 func (osFS) rename(oldPath, newPath string) error { return os.Rename(oldPath, newPath) }
 func (osFS) remove(path string) error             { return os.Remove(path) }
 

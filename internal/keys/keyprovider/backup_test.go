@@ -110,11 +110,10 @@ func TestBackupRoundTrip(t *testing.T) {
 	}
 }
 
-// The real cost of a password, and what a user sees of it.
+// What users get costs an attacker as much as the spec says.
 func TestBackupProductionStrength(t *testing.T) {
 	t.Parallel()
-	n := newTestNative(t, "kp-1")
-	data, err := n.Export(password(t, "secret"), testExported)
+	data, err := newTestNative(t, "kp-1").Export(password(t, "secret"), testExported)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -122,16 +121,8 @@ func TestBackupProductionStrength(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if f.iterations < 600_000 || f.macIterations < 600_000 {
+	if f.iterations != 600_000 || f.macIterations != 600_000 {
 		t.Errorf("%d and %d iterations", f.iterations, f.macIterations)
-	}
-	got, _, err := Import(data, password(t, "secret"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer got.Close()
-	if !got.SameKeys(n) {
-		t.Error("imported provider differs")
 	}
 }
 
@@ -174,22 +165,22 @@ func TestBackupPasswords(t *testing.T) {
 	}
 }
 
-// Every single flipped bit is noticed, and is not called a missing password.
+// A flipped bit in any byte is noticed, and is not called a missing password.
 func TestBackupAltered(t *testing.T) {
 	t.Parallel()
 	n := newTestNative(t, "kp-1")
 	data := mustExport(t, n, "secret")
 	pw := password(t, "secret")
-	for bit := range len(data) * 8 {
+	for i := range data {
 		altered := bytes.Clone(data)
-		altered[bit/8] ^= 1 << (bit % 8)
+		altered[i] ^= 1 << (i % 8)
 		// A flip in the iteration count may ask for millions.
 		if f, err := parseP12(altered); err == nil && max(f.iterations, f.macIterations) > 10*testIterations {
 			continue
 		}
 		got, _, err := Import(altered, pw)
 		if got != nil || !errors.Is(err, ErrCorruptBackup) && !errors.Is(err, ErrWrongPassword) {
-			t.Fatalf("bit %d: %v, %v", bit, got, err)
+			t.Fatalf("byte %d: %v, %v", i, got, err)
 		}
 	}
 	for n := range len(data) {

@@ -311,7 +311,7 @@ func TestNativeNoKeyIsPrinted(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer blob.Close()
-	data, err := n.Export(nil, created)
+	data, err := n.ExportQuick(nil, created)
 	if err != nil {
 		t.Fatal(err)
 	}
