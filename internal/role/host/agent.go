@@ -179,16 +179,16 @@ func (a *agent) stream(ctx context.Context, out *connect.ServerStream[strongroom
 		_ = out.Send(&strongroomv1.AgentProgress{Step: now, Done: done, Total: total})
 	})
 	if err != nil {
-		return apierr.To(err)
+		return apierr.To(explain(err))
 	}
 	a.host.notify()
 	m, err := a.host.machine(id)
 	if err != nil {
-		return apierr.To(err)
+		return apierr.To(explain(err))
 	}
 	vm, err := a.host.describe(ctx, m)
 	if err != nil {
-		return apierr.To(err)
+		return apierr.To(explain(err))
 	}
 	mu.Lock()
 	defer mu.Unlock()

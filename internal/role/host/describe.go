@@ -99,6 +99,7 @@ func keyRef(ref keysafe.Ref) *strongroomv1.KeyRef {
 // reason returns the text of err with its machine-readable reason and hint, for
 // people who look at a VM and not at an error.
 func reason(err error) string {
+	err = explain(err)
 	text := err.Error()
 	if r := errs.ReasonOf(err); r != "" {
 		text += " (" + r + ")"

@@ -45,7 +45,7 @@ func explainUnary(next connect.UnaryFunc) connect.UnaryFunc {
 		if connect.CodeOf(err) == connect.CodeUnimplemented {
 			err = errs.New(errs.InvalidState, "a host alone cannot do this").WithHint("ask the controller: leave out --server, or name it there")
 		}
-		return nil, apierr.To(err)
+		return nil, apierr.To(explain(err))
 	}
 }
 

@@ -79,7 +79,7 @@ func (h *Host) start(ctx context.Context, reg registered) (_ *running, err error
 	}
 	volumes, err := volumeproc.Start(ctx, volumeproc.Config{VM: reg.Name, RunDir: h.runDir(reg), Hold: []*os.File{lock.File()}})
 	if err != nil {
-		return nil, fmt.Errorf("cannot start its volume process: %w", err)
+		return nil, errs.New(errs.Unavailable, "cannot start its volume process: %w", err)
 	}
 	defer func() {
 		if err != nil {
@@ -93,7 +93,7 @@ func (h *Host) start(ctx context.Context, reg registered) (_ *running, err error
 	}
 	machine, err := qemu.Start(ctx, config)
 	if err != nil {
-		return nil, err
+		return nil, errs.New(errs.Unavailable, "%w", err).WithHint("look at the end of its log: %s", filepath.Join(dir, bundle.LogName))
 	}
 	return &running{qemu: machine, volumes: volumes, gone: make(chan struct{})}, nil
 }

@@ -1,0 +1,157 @@
+package controller
+
+import (
+	"context"
+
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"time"
+
+	strongroomv1 "strongroom/api/strongroom/v1"
+	"strongroom/internal/control/inventory"
+	"strongroom/internal/control/task"
+)
+
+// stamp is nil for the zero time, which the API leaves out.
+func stamp(t time.Time) *timestamppb.Timestamp {
+	if t.IsZero() {
+		return nil
+	}
+	return timestamppb.New(t)
+}
+
+func keyToAPI(k *inventory.KeyRef) *strongroomv1.KeyRef {
+	if k == nil {
+		return nil
+	}
+	return &strongroomv1.KeyRef{Provider: k.Provider, KeyId: k.KeyID}
+}
+
+func keyFromAPI(k *strongroomv1.KeyRef) *inventory.KeyRef {
+	if k == nil {
+		return nil
+	}
+	return &inventory.KeyRef{Provider: k.GetProvider(), KeyID: k.GetKeyId()}
+}
+
+// names finds names of clusters and hosts by id, once for a whole list.
+type names map[string]string
+
+func (c *Controller) objectNames(ctx context.Context) (names, error) {
+	n := names{}
+	clusters, err := c.inv.Clusters(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, cl := range clusters {
+		n[cl.ID] = cl.Name
+	}
+	hosts, err := c.inv.Hosts(ctx, "")
+	if err != nil {
+		return nil, err
+	}
+	for _, h := range hosts {
+		n[h.ID] = h.Name
+	}
+	return n, nil
+}
+
+func vmToAPI(v inventory.VM, n names) *strongroomv1.VM {
+	out := &strongroomv1.VM{
+		Id: v.ID, Name: v.Name, Cluster: n[v.ClusterID], Host: n[v.HostID], Datastore: v.Datastore, Folder: v.Folder,
+		PowerState: string(v.PowerState), CryptoState: string(v.CryptoState), LockReason: v.LockReason, Encrypted: v.Encrypted(),
+		Key: keyToAPI(v.Key), Created: stamp(v.Created), Settings: settingsToAPI(v.Settings),
+	}
+	for _, d := range v.Disks {
+		out.Disks = append(out.Disks, &strongroomv1.Disk{
+			Name: d.Name, File: d.File, SizeBytes: d.SizeBytes, AllocatedBytes: d.AllocatedBytes, Encrypted: d.Format == inventory.LUKS,
+			Key: keyToAPI(d.Key), Uuid: d.UUID, Generation: d.Generation, Cipher: d.Cipher,
+		})
+	}
+	return out
+}
+
+func settingsToAPI(s inventory.Settings) *strongroomv1.VMSettings {
+	return &strongroomv1.VMSettings{
+		Cpus: s.CPUs, MemoryMib: s.MemoryMiB, Machine: s.Machine, Kernel: s.Kernel, Initrd: s.Initrd, Append: s.Append, Network: s.Network,
+	}
+}
+
+func settingsFromAPI(s *strongroomv1.VMSettings) inventory.Settings {
+	return inventory.Settings{
+		CPUs: s.GetCpus(), MemoryMiB: s.GetMemoryMib(), Machine: s.GetMachine(), Kernel: s.GetKernel(), Initrd: s.GetInitrd(),
+		Append: s.GetAppend(), Network: s.GetNetwork(),
+	}
+}
+
+// apply takes over what a host says of a VM. A disk whose header the host could
+// not read keeps the key it was last seen with: it still needs it.
+func apply(v *inventory.VM, said *strongroomv1.VM) {
+	known := map[string]inventory.Disk{}
+	for _, d := range v.Disks {
+		known[d.Name] = d
+	}
+	v.Disks = nil
+	for _, d := range said.GetDisks() {
+		disk := inventory.Disk{
+			Name: d.GetName(), File: d.GetFile(), Format: inventory.Raw, SizeBytes: d.GetSizeBytes(), AllocatedBytes: d.GetAllocatedBytes(),
+			Key: keyFromAPI(d.GetKey()), UUID: d.GetUuid(), Generation: d.GetGeneration(), Cipher: d.GetCipher(),
+		}
+		if d.GetEncrypted() {
+			disk.Format = inventory.LUKS
+		}
+		if disk.Format == inventory.LUKS && disk.Key == nil {
+			if old, ok := known[disk.Name]; ok && old.Key != nil {
+				disk.Key, disk.UUID, disk.Generation, disk.Cipher = old.Key, old.UUID, old.Generation, old.Cipher
+			}
+		}
+		v.Disks = append(v.Disks, disk)
+	}
+	v.Key = keyFromAPI(said.GetKey())
+	v.PowerState = inventory.PowerState(said.GetPowerState())
+	v.CryptoState = inventory.CryptoState(said.GetCryptoState())
+	v.LockReason = said.GetLockReason()
+	v.Settings = settingsFromAPI(said.GetSettings())
+}
+
+func providerToAPI(p inventory.Provider, inUse bool) *strongroomv1.Provider {
+	return &strongroomv1.Provider{
+		Name: p.Name, Type: string(p.Type), KeyId: p.KeyID, State: string(p.State), Details: p.Details, IsDefault: p.Default,
+		TpmRequired: p.TPMRequired, Created: stamp(p.Created), BackedUp: stamp(p.BackedUpAt), InUse: inUse,
+	}
+}
+
+func hostToAPI(h inventory.Host, n names) *strongroomv1.Host {
+	out := &strongroomv1.Host{
+		Id: h.ID, Name: h.Name, Cluster: n[h.ClusterID], Address: h.Address, ConnectionState: string(h.State),
+		CryptoState: string(h.CryptoState), Version: h.Version, LastSeen: stamp(h.LastSeen), Capabilities: h.Capabilities,
+	}
+	for _, held := range h.Held {
+		out.Providers = append(out.Providers, held.Provider)
+	}
+	return out
+}
+
+func datastoreToAPI(d inventory.Datastore, n names) *strongroomv1.Datastore {
+	return &strongroomv1.Datastore{
+		Name: d.Name, Type: d.Type, Cluster: n[d.ClusterID], Path: d.Path, CapacityBytes: d.CapacityBytes, FreeBytes: d.FreeBytes,
+	}
+}
+
+func taskToAPI(t task.Task) *strongroomv1.Task {
+	out := &strongroomv1.Task{
+		Id: t.ID, Kind: t.Kind, Target: t.Target, Principal: t.Owner, State: string(t.State), Step: t.CurrentStep(),
+		Created: stamp(t.Created), Started: stamp(t.Started), Ended: stamp(t.Ended),
+	}
+	if t.Progress != nil {
+		out.Done, out.Total, out.Unit = t.Progress.Done, t.Progress.Total, t.Progress.Unit
+	}
+	if t.Waiting != nil {
+		out.Step += " (waiting: " + t.Waiting.Reason + ")"
+	}
+	if t.Error != nil {
+		out.Error = t.Error.Text
+		out.ErrorDetail = &strongroomv1.ErrorDetail{Kind: t.Error.Kind, Reason: t.Error.Reason, Hint: t.Error.Hint}
+	}
+	return out
+}

@@ -1,0 +1,184 @@
+package controller
+
+import (
+	"bytes"
+	"crypto"
+	"crypto/ed25519"
+	"errors"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"strongroom/internal/crypto/keyfile"
+	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/sealed"
+	"strongroom/internal/crypto/vault"
+	"strongroom/internal/errs"
+	"strongroom/internal/keys/keyprovider"
+)
+
+// The controller's sealed key store: docs/spec/vault.md.
+const (
+	vaultName       = "controller.vault"
+	vaultContext    = "strongroom/controller-store/v1"
+	secretProviders = "providers"
+	secretAuditKey  = "audit-key"
+	sealContext     = "strongroom/controller-sealed/v1/" // and a name
+)
+
+// keystore holds the native providers with their KDKs, in locked memory and
+// sealed on disk. It also seals small secrets of the control plane (the CA's
+// private key). It is safe for concurrent use.
+type keystore struct {
+	key   *keymem.Key
+	vault *vault.Vault
+
+	mu        sync.Mutex // one change of providers at a time
+	providers *keyprovider.Set
+}
+
+func openKeystore(cfg Config) (_ *keystore, err error) {
+	path := filepath.Join(cfg.DataDir, vaultName)
+	_, statErr := os.Lstat(path)
+	fresh := errors.Is(statErr, fs.ErrNotExist)
+	key, err := keyfile.Read(cfg.KeyFile, sealed.KeySize)
+	if fresh && errs.KindOf(err) == errs.NotFound {
+		key, err = keyfile.Create(cfg.KeyFile, sealed.KeySize)
+	}
+	if err != nil {
+		return nil, errs.Wrap(err, "cannot open the key store")
+	}
+	k := &keystore{key: key, providers: keyprovider.NewSet()}
+	defer func() {
+		if err != nil {
+			k.Close()
+		}
+	}()
+	if fresh {
+		if k.vault, err = vault.New(path, key, vaultContext); err != nil {
+			return nil, err
+		}
+		return k, k.save() // a key file without a vault would look like a loss at the next start
+	}
+	if k.vault, err = vault.Open(path, key, vaultContext); err != nil {
+		return nil, errs.Wrap(err, "cannot open the key store")
+	}
+	blob, err := k.vault.Get(secretProviders)
+	if err != nil {
+		return nil, err
+	}
+	defer blob.Close()
+	set, err := keyprovider.UnmarshalSecrets(blob)
+	if err != nil {
+		return nil, errs.Wrap(err, "cannot read the key store")
+	}
+	k.providers.Close()
+	k.providers = set
+	return k, nil
+}
+
+// Close wipes all keys from memory.
+func (k *keystore) Close() {
+	k.providers.Close()
+	if k.vault != nil {
+		k.vault.Close()
+	}
+	k.key.Close()
+}
+
+// add stores a provider; it is durable when add returns. The store owns p then,
+// also after an error.
+func (k *keystore) add(p *keyprovider.Native) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	name := p.Name()
+	_, lookupErr := k.providers.Lookup(name)
+	if err := k.providers.Add(p); err != nil {
+		return errors.Join(err, p.Close())
+	}
+	err := k.save()
+	if err != nil && lookupErr != nil {
+		err = errors.Join(err, k.providers.Remove(name))
+	}
+	return err
+}
+
+// remove forgets a provider and its KDK, here and on disk. One that is not here
+// is no error.
+func (k *keystore) remove(name string) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if err := k.providers.Remove(name); err != nil {
+		if errors.Is(err, keyprovider.ErrUnknownProvider) {
+			return nil
+		}
+		return err
+	}
+	return k.save()
+}
+
+// native returns the provider of that name, which stays the store's.
+func (k *keystore) native(name string) (*keyprovider.Native, error) {
+	p, err := k.providers.Lookup(name)
+	if err != nil {
+		return nil, err
+	}
+	native, ok := p.(*keyprovider.Native)
+	if !ok {
+		return nil, errs.New(errs.InvalidState, "provider %s is not a native one", name)
+	}
+	return native, nil
+}
+
+func (k *keystore) save() error {
+	blob, err := keyprovider.MarshalSecrets(k.providers)
+	if err != nil {
+		return err
+	}
+	defer blob.Close()
+	return k.vault.Update(map[string]*keymem.Key{secretProviders: blob})
+}
+
+// auditSigner returns the key that signs the audit log, made at the first start.
+func (k *keystore) auditSigner() (crypto.Signer, error) {
+	seed, err := k.vault.Get(secretAuditKey)
+	if errs.KindOf(err) == errs.NotFound {
+		if seed, err = keymem.Random(ed25519.SeedSize); err == nil {
+			err = k.vault.Update(map[string]*keymem.Key{secretAuditKey: seed})
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer seed.Close()
+	return ed25519.NewKeyFromSeed(seed.Bytes()), nil
+}
+
+// Seal implements [pki.Sealer].
+func (k *keystore) Seal(name string, plaintext []byte) ([]byte, error) {
+	var out bytes.Buffer
+	w, err := sealed.NewWriter(&out, k.key, sealContext+name)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := w.Write(plaintext); err != nil {
+		w.Abort()
+		return nil, err
+	}
+	if err := w.Close(); err != nil {
+		return nil, err
+	}
+	return out.Bytes(), nil
+}
+
+// Open implements [pki.Sealer].
+func (k *keystore) Open(name string, text []byte) ([]byte, error) {
+	r, err := sealed.NewReader(bytes.NewReader(text), int64(len(text)), k.key, sealContext+name)
+	if err != nil {
+		return nil, err
+	}
+	defer r.Close()
+	return io.ReadAll(r)
+}

@@ -1,0 +1,301 @@
+package controller
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"strongroom/api/apierr"
+	strongroomv1 "strongroom/api/strongroom/v1"
+	"strongroom/internal/control/audit"
+	"strongroom/internal/control/event"
+	"strongroom/internal/control/inventory"
+	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/errs"
+	"strongroom/internal/keys/keyprovider"
+)
+
+// providers serves ProviderService.
+type providers struct{ *Controller }
+
+func (c providers) CreateNativeProvider(ctx context.Context, req *connect.Request[strongroomv1.CreateNativeProviderRequest]) (*connect.Response[strongroomv1.Provider], error) {
+	native, err := keyprovider.CreateNative(req.Msg.GetName(), req.Msg.GetTpmRequired(), time.Now())
+	if err != nil {
+		return nil, errs.New(errs.Invalid, "%w", err)
+	}
+	info := native.Info()
+	// The key first: a provider in the inventory whose key is not stored would
+	// be a promise that cannot be kept.
+	if _, err := c.inv.Provider(ctx, info.Name); err == nil {
+		return nil, errors.Join(errs.New(errs.Exists, "there is a provider %s already", info.Name), native.Close())
+	}
+	if err := c.keys.add(native); err != nil {
+		return nil, err
+	}
+	p, err := c.inv.CreateProvider(ctx, inventory.Provider{
+		Name: info.Name, Type: inventory.Native, KeyID: info.KeyID.String(), TPMRequired: info.TPMRequired, Created: info.Created,
+	})
+	if err != nil {
+		return nil, errors.Join(err, c.keys.remove(info.Name))
+	}
+	c.post(ctx, event.New{Type: event.ProviderCreated, Target: "provider/" + p.Name, Args: map[string]string{"key_id": p.KeyID}})
+	c.poke()
+	return connect.NewResponse(providerToAPI(p, false)), nil
+}
+
+func (c providers) show(ctx context.Context, p inventory.Provider) (*strongroomv1.Provider, error) {
+	users, err := c.inv.Usage(ctx, p.Name, "")
+	if err != nil {
+		return nil, err
+	}
+	return providerToAPI(p, len(users) > 0), nil
+}
+
+func (c providers) ListProviders(ctx context.Context, _ *connect.Request[strongroomv1.ListProvidersRequest]) (*connect.Response[strongroomv1.ListProvidersResponse], error) {
+	all, err := c.inv.Providers(ctx)
+	if err != nil {
+		return nil, err
+	}
+	res := &strongroomv1.ListProvidersResponse{}
+	for _, p := range all {
+		out, err := c.show(ctx, p)
+		if err != nil {
+			return nil, err
+		}
+		res.Providers = append(res.Providers, out)
+	}
+	return connect.NewResponse(res), nil
+}
+
+func (c providers) GetProvider(ctx context.Context, req *connect.Request[strongroomv1.GetProviderRequest]) (*connect.Response[strongroomv1.Provider], error) {
+	p, err := c.inv.Provider(ctx, req.Msg.GetName())
+	if err != nil {
+		return nil, err
+	}
+	out, err := c.show(ctx, p)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(out), nil
+}
+
+// password takes a password out of a request; nil if there is none.
+func password(b []byte) (*keymem.Key, error) {
+	if len(b) == 0 {
+		return nil, nil
+	}
+	return keymem.Take(b)
+}
+
+func (c providers) ExportProvider(ctx context.Context, req *connect.Request[strongroomv1.ExportProviderRequest]) (*connect.Response[strongroomv1.ExportProviderResponse], error) {
+	secret, err := password(req.Msg.GetPassword())
+	if err != nil {
+		return nil, err
+	}
+	defer secret.Close()
+	p, err := c.inv.Provider(ctx, req.Msg.GetName())
+	if err != nil {
+		return nil, err
+	}
+	native, err := c.keys.native(p.Name)
+	if err != nil {
+		return nil, err
+	}
+	p12, err := native.Export(secret, time.Now())
+	if err != nil {
+		return nil, errs.Wrap(err, "cannot export provider %s", p.Name)
+	}
+	sum := sha256.Sum256(p12)
+	id, err := c.inv.StartExport(ctx, p.Name, hex.EncodeToString(sum[:]))
+	if err != nil {
+		return nil, err
+	}
+	c.post(ctx, event.New{Type: event.ProviderExported, Target: "provider/" + p.Name})
+	// Which choice was made is on record, the password never (behaviour 272).
+	if err := c.auditBackup(ctx, p.Name, secret != nil); err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&strongroomv1.ExportProviderResponse{FileName: p.Name + ".p12", P12: p12, ExportId: id}), nil
+}
+
+// auditBackup records that a backup was made, and whether a password protects it.
+func (c *Controller) auditBackup(ctx context.Context, name string, protected bool) error {
+	_, err := c.audit.Append(audit.Entry{
+		Actor: callerOf(ctx).principal.String(), Action: "provider.export", Object: "/provider/" + name, Outcome: audit.Success,
+		Details: map[string]string{"password": map[bool]string{true: "set", false: "none"}[protected]},
+	})
+	return errs.Wrap(err, "cannot write the audit log")
+}
+
+func (c providers) ConfirmProviderBackup(ctx context.Context, req *connect.Request[strongroomv1.ConfirmProviderBackupRequest]) (*connect.Response[strongroomv1.Provider], error) {
+	if _, err := c.inv.ConfirmBackup(ctx, req.Msg.GetName(), req.Msg.GetExportId(), hex.EncodeToString(req.Msg.GetSha256())); err != nil {
+		return nil, err
+	}
+	c.post(ctx, event.New{Type: event.ProviderBackedUp, Target: "provider/" + req.Msg.GetName()})
+	// The hosts get the key at once, so that the answer tells the state that the
+	// user can work with.
+	if err := c.syncAll(ctx); err != nil {
+		return nil, err
+	}
+	return c.GetProvider(ctx, connect.NewRequest(&strongroomv1.GetProviderRequest{Name: req.Msg.GetName()}))
+}
+
+func (c providers) ImportProvider(ctx context.Context, req *connect.Request[strongroomv1.ImportProviderRequest]) (*connect.Response[strongroomv1.ImportProviderResponse], error) {
+	secret, err := password(req.Msg.GetPassword())
+	if err != nil {
+		return nil, err
+	}
+	defer secret.Close()
+	native, backup, err := keyprovider.Import(req.Msg.GetP12(), secret)
+	if err != nil {
+		return nil, importError(err)
+	}
+	info := native.Info()
+	record := inventory.Provider{
+		Name: info.Name, Type: inventory.Native, KeyID: info.KeyID.String(), TPMRequired: info.TPMRequired, Created: info.Created,
+	}
+	existed, err := c.inv.CheckImport(ctx, record)
+	if err != nil {
+		return nil, errors.Join(err, native.Close())
+	}
+	res := &strongroomv1.ImportProviderResponse{Exported: stamp(backup.Exported), PasswordProtected: backup.PasswordProtected}
+	if req.Msg.GetDryRun() {
+		res.Provider = providerToAPI(record, false)
+		return connect.NewResponse(res), native.Close()
+	}
+	if err := c.keys.add(native); err != nil {
+		return nil, err
+	}
+	p, imported, err := c.inv.ImportProvider(ctx, record)
+	if err != nil {
+		if !existed {
+			err = errors.Join(err, c.keys.remove(info.Name))
+		}
+		return nil, err
+	}
+	res.Imported = imported
+	if imported {
+		c.post(ctx, event.New{Type: event.ProviderImported, Target: "provider/" + p.Name, Args: map[string]string{"key_id": p.KeyID}})
+	}
+	if res.Unlocked, err = c.unlockAll(ctx); err != nil {
+		return nil, err
+	}
+	if p, err = c.inv.Provider(ctx, p.Name); err != nil {
+		return nil, err
+	}
+	if res.Provider, err = c.show(ctx, p); err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(res), nil
+}
+
+// importError tells a user what is wrong with a backup file.
+func importError(err error) error {
+	switch {
+	case errors.Is(err, keyprovider.ErrPasswordNeeded):
+		return errs.New(errs.Denied, "cannot import: %w", err).WithReason(apierr.ReasonPasswordNeeded).
+			WithHint("strongroom provider import FILE.p12 --password-file FILE")
+	case errors.Is(err, keyprovider.ErrWrongPassword):
+		return errs.New(errs.Denied, "cannot import: %w", err).WithHint("try again with the password that was set at the export")
+	}
+	return errs.New(errs.Corrupt, "cannot import: %w", err).WithHint("use another copy of the backup")
+}
+
+// unlockAll gives the hosts their keys and looks again at the VMs that are
+// locked. It returns the names of those that no longer are.
+func (c *Controller) unlockAll(ctx context.Context) ([]string, error) {
+	if err := c.syncAll(ctx); err != nil {
+		return nil, err
+	}
+	vms, err := c.inv.VMs(ctx, "")
+	if err != nil {
+		return nil, err
+	}
+	var unlocked []string
+	for _, vm := range vms {
+		if vm.CryptoState != inventory.Locked {
+			continue
+		}
+		if now, err := c.lookAgain(ctx, vm); err == nil && now.CryptoState == inventory.Unlocked {
+			unlocked = append(unlocked, vm.Name)
+		}
+	}
+	return unlocked, nil
+}
+
+// lookAgain asks the host how a VM is and notes it.
+func (c *Controller) lookAgain(ctx context.Context, vm inventory.VM) (inventory.VM, error) {
+	h, err := c.inv.HostByID(ctx, vm.HostID)
+	if err != nil {
+		return vm, err
+	}
+	res, err := callHost(ctx, h, c.agents.of(h).GetVM, &strongroomv1.AgentGetVMRequest{Id: vm.ID})
+	if err != nil {
+		return vm, err
+	}
+	if err := c.noteVM(ctx, h.ID, res.GetVm()); err != nil {
+		return vm, err
+	}
+	return c.inv.VMByID(ctx, vm.ID)
+}
+
+func (c providers) SetDefaultProvider(ctx context.Context, req *connect.Request[strongroomv1.SetDefaultProviderRequest]) (*connect.Response[strongroomv1.SetDefaultProviderResponse], error) {
+	if err := c.inv.SetDefaultProvider(ctx, req.Msg.GetName()); err != nil {
+		return nil, err
+	}
+	chosen := req.Msg.GetName()
+	if chosen == "" {
+		chosen = "none"
+	}
+	c.post(ctx, event.New{Type: event.ProviderDefaultChanged, Target: "provider/" + req.Msg.GetName(), Args: map[string]string{"provider": chosen}})
+	if err := c.events.Evaluate(ctx, c.inv); err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&strongroomv1.SetDefaultProviderResponse{}), nil
+}
+
+func (c providers) GetProviderUsage(ctx context.Context, req *connect.Request[strongroomv1.GetProviderUsageRequest]) (*connect.Response[strongroomv1.GetProviderUsageResponse], error) {
+	users, err := c.inv.Usage(ctx, req.Msg.GetName(), "")
+	if err != nil {
+		return nil, err
+	}
+	if len(users) == 0 {
+		if _, err := c.inv.Provider(ctx, req.Msg.GetName()); err != nil {
+			return nil, err
+		}
+	}
+	n, err := c.objectNames(ctx)
+	if err != nil {
+		return nil, err
+	}
+	res := &strongroomv1.GetProviderUsageResponse{}
+	for _, u := range users {
+		res.Users = append(res.Users, &strongroomv1.KeyUser{Vm: u.VM, Disk: u.Disk, KeyId: u.Key.KeyID, Host: n[u.HostID]})
+	}
+	return connect.NewResponse(res), nil
+}
+
+func (c providers) DeleteProvider(ctx context.Context, req *connect.Request[strongroomv1.DeleteProviderRequest]) (*connect.Response[strongroomv1.DeleteProviderResponse], error) {
+	name := req.Msg.GetName()
+	p, err := c.inv.Provider(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	if err := c.inv.DeleteProvider(ctx, name, req.Msg.GetForce()); err != nil {
+		return nil, err
+	}
+	// The inventory first: a key that nobody names does no harm, and is removed
+	// by the next delete or replaced by an import.
+	if err := c.keys.remove(name); err != nil {
+		return nil, err
+	}
+	c.post(ctx, event.New{Type: event.ProviderDeleted, Target: "provider/" + name, Args: map[string]string{"key_id": p.KeyID}})
+	if err := c.syncAll(ctx); err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&strongroomv1.DeleteProviderResponse{}), nil
+}

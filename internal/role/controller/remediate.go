@@ -1,0 +1,224 @@
+package controller
+
+import (
+	"context"
+	"log/slog"
+	"reflect"
+	"time"
+
+	strongroomv1 "strongroom/api/strongroom/v1"
+	"strongroom/internal/control/event"
+	"strongroom/internal/control/inventory"
+	"strongroom/internal/errs"
+)
+
+// sweepEvery is how often the controller looks for hosts that fell silent.
+const sweepEvery = 2 * time.Second
+
+// remediate puts hosts, provider states and alarms right: at every
+// kms.remediation_interval, and soon after something changed.
+func (c *Controller) remediate(ctx context.Context) error {
+	interval := time.NewTicker(time.Duration(c.cfg.KMS.RemediationInterval))
+	defer interval.Stop()
+	sweep := time.NewTicker(sweepEvery)
+	defer sweep.Stop()
+	for {
+		if err := c.remediateOnce(ctx); err != nil && ctx.Err() == nil {
+			c.log.LogAttrs(ctx, slog.LevelError, "remediation failed; it is tried again", slog.Any("err", err))
+		}
+		for wait := true; wait; {
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-interval.C:
+				wait = false
+			case <-c.wake:
+				wait = false
+			case <-sweep.C:
+				silent, err := c.sweep(ctx)
+				if err != nil && ctx.Err() == nil {
+					c.log.LogAttrs(ctx, slog.LevelError, "cannot look for silent hosts", slog.Any("err", err))
+				}
+				wait = !silent
+			}
+		}
+	}
+}
+
+// sweep notes hosts that fell silent, and reports whether there are any. What
+// their VMs do is not known any more, and is not claimed to be.
+func (c *Controller) sweep(ctx context.Context) (bool, error) {
+	silent, err := c.inv.Sweep(ctx)
+	if err != nil {
+		return false, err
+	}
+	for _, h := range silent {
+		c.post(ctx, event.New{Type: event.HostNotResponding, Target: "host/" + h.Name})
+		vms, err := c.inv.VMs(ctx, h.ID)
+		if err != nil {
+			return true, err
+		}
+		for _, vm := range vms {
+			if _, err := c.inv.UpdateVM(ctx, vm.ID, func(v *inventory.VM) error {
+				v.PowerState = inventory.PowerUnknown
+				return nil
+			}); err != nil {
+				return true, err
+			}
+		}
+	}
+	return len(silent) > 0, nil
+}
+
+func (c *Controller) remediateOnce(ctx context.Context) error {
+	hosts, err := c.inv.Hosts(ctx, "")
+	if err != nil {
+		return err
+	}
+	for _, h := range hosts {
+		if h.State != inventory.Connected {
+			continue
+		}
+		if err := c.syncHost(ctx, h); err != nil {
+			c.log.LogAttrs(ctx, slog.LevelWarn, "host not put right", slog.String("host", h.Name), slog.Any("err", err))
+		}
+	}
+	return c.refresh(ctx)
+}
+
+// refresh computes provider states and alarms anew.
+func (c *Controller) refresh(ctx context.Context) error {
+	changes, err := c.inv.RefreshProviderStates(ctx)
+	if err != nil {
+		return err
+	}
+	for _, change := range changes {
+		c.post(ctx, event.New{
+			Type: event.ProviderStateChanged, Target: "provider/" + change.Provider.Name,
+			Args: map[string]string{"from": string(change.Was), "to": string(change.Provider.State)},
+		})
+	}
+	return c.events.Evaluate(ctx, c.inv)
+}
+
+// syncHost gives a host its wanted configuration and notes what it has then.
+func (c *Controller) syncHost(ctx context.Context, h inventory.Host) error {
+	req := &strongroomv1.SyncHostRequest{}
+	providers, err := c.inv.Providers(ctx)
+	if err != nil {
+		return err
+	}
+	for _, p := range providers {
+		if p.TPMRequired && !h.Capabilities[inventory.CapabilityTPM] {
+			continue
+		}
+		want := &strongroomv1.WantedProvider{Name: p.Name, KeyId: p.KeyID, TpmRequired: p.TPMRequired, Created: stamp(p.Created)}
+		if !h.Holds(p.Name, p.KeyID) {
+			native, err := c.keys.native(p.Name)
+			if err != nil {
+				return errs.Wrap(err, "cannot give host %s provider %s", h.Name, p.Name)
+			}
+			if want.Parcel, err = native.Seal("controller", h.ID, h.ParcelPublicKey); err != nil {
+				return err
+			}
+		}
+		req.Providers = append(req.Providers, want)
+	}
+	datastores, err := c.inv.Datastores(ctx)
+	if err != nil {
+		return err
+	}
+	for _, d := range datastores {
+		if d.ClusterID == h.ClusterID {
+			req.Datastores = append(req.Datastores, &strongroomv1.WantedDatastore{Name: d.Name, Type: d.Type, Path: d.PathOn(h.ID)})
+		}
+	}
+	res, err := callHost(ctx, h, c.agents.of(h).SyncHost, req)
+	if err != nil {
+		return err
+	}
+	return c.noteSync(ctx, h, res)
+}
+
+func (c *Controller) noteSync(ctx context.Context, h inventory.Host, res *strongroomv1.SyncHostResponse) error {
+	var held []inventory.HeldKey
+	for _, p := range res.GetProviders() {
+		held = append(held, inventory.HeldKey{Provider: p.GetName(), KeyID: p.GetKeyId()})
+	}
+	if !sameHeld(h.Held, held) {
+		if _, err := c.inv.UpdateHost(ctx, h.ID, func(h *inventory.Host) error {
+			h.Held = held
+			if len(held) > 0 {
+				h.CryptoState = inventory.HostSafe
+			}
+			return nil
+		}); err != nil {
+			return err
+		}
+	}
+	for _, d := range res.GetDatastores() {
+		if !d.GetAccessible() {
+			c.log.LogAttrs(ctx, slog.LevelWarn, "datastore is not accessible", slog.String("host", h.Name), slog.String("datastore", d.GetName()), slog.String("err", d.GetError()))
+			continue
+		}
+		if _, err := c.inv.UpdateDatastore(ctx, d.GetName(), func(ds *inventory.Datastore) error {
+			ds.CapacityBytes, ds.FreeBytes = d.GetCapacityBytes(), d.GetFreeBytes()
+			return nil
+		}); err != nil && errs.KindOf(err) != errs.NotFound {
+			return err
+		}
+	}
+	return nil
+}
+
+// syncAll puts all connected hosts right now, for an operation that needs it.
+// A host that does not answer is put right later.
+func (c *Controller) syncAll(ctx context.Context) error {
+	return c.remediateOnce(ctx)
+}
+
+// post stores an event. The operation that it tells of has happened, so a
+// failure to tell is logged and not returned.
+func (c *Controller) post(ctx context.Context, n event.New) {
+	if n.Principal == "" {
+		n.Principal = callerOf(ctx).principal.String()
+	}
+	if _, err := c.events.Post(context.WithoutCancel(ctx), n); err != nil {
+		c.log.LogAttrs(ctx, slog.LevelError, "event not stored", slog.String("type", n.Type), slog.Any("err", err))
+	}
+}
+
+// noteVM takes over what a host says of a VM. One that the inventory does not
+// know is not taken in: somebody unregistered it, or must register it.
+func (c *Controller) noteVM(ctx context.Context, hostID string, said *strongroomv1.VM) error {
+	old, err := c.inv.VMByID(ctx, said.GetId())
+	if errs.KindOf(err) == errs.NotFound || err == nil && old.HostID != hostID {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	next := old
+	apply(&next, said)
+	if reflect.DeepEqual(old, next) {
+		return nil
+	}
+	_, err = c.inv.UpdateVM(ctx, old.ID, func(v *inventory.VM) error {
+		apply(v, said)
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	if old.PowerState != next.PowerState && old.PowerState != inventory.PowerUnknown {
+		kind := event.VMPoweredOff
+		if next.PowerState == inventory.PoweredOn {
+			kind = event.VMPoweredOn
+		}
+		c.post(ctx, event.New{Type: kind, Target: "vm/" + old.Name, Args: map[string]string{"host": said.GetHost()}})
+	}
+	if old.CryptoState != next.CryptoState {
+		return c.events.Evaluate(ctx, c.inv)
+	}
+	return nil
+}

@@ -1,0 +1,295 @@
+package controller
+
+import (
+	"context"
+	"slices"
+
+	"connectrpc.com/connect"
+	"github.com/google/uuid"
+
+	strongroomv1 "strongroom/api/strongroom/v1"
+	"strongroom/internal/control/access"
+	"strongroom/internal/control/inventory"
+	"strongroom/internal/control/task"
+	"strongroom/internal/errs"
+)
+
+// vms serves VMService: it checks what can be checked at once and leaves the
+// rest to a task.
+type vms struct{ *Controller }
+
+func (c vms) ListVMs(ctx context.Context, _ *connect.Request[strongroomv1.ListVMsRequest]) (*connect.Response[strongroomv1.ListVMsResponse], error) {
+	all, err := c.inv.VMs(ctx, "")
+	if err != nil {
+		return nil, err
+	}
+	n, err := c.objectNames(ctx)
+	if err != nil {
+		return nil, err
+	}
+	res := &strongroomv1.ListVMsResponse{}
+	for _, v := range all {
+		res.Vms = append(res.Vms, vmToAPI(v, n))
+	}
+	return connect.NewResponse(res), nil
+}
+
+func (c vms) GetVM(ctx context.Context, req *connect.Request[strongroomv1.GetVMRequest]) (*connect.Response[strongroomv1.VM], error) {
+	v, err := c.inv.VM(ctx, req.Msg.GetName())
+	if err != nil {
+		return nil, err
+	}
+	n, err := c.objectNames(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(vmToAPI(v, n)), nil
+}
+
+// submit starts a task on a VM for the caller.
+func (c *Controller) submit(ctx context.Context, kind, vm string, args vmArgs) (*connect.Response[strongroomv1.Task], error) {
+	t, err := c.tasks.Submit(ctx, task.Request{Kind: kind, Target: "vm/" + vm, Owner: callerOf(ctx).principal.String(), Args: args})
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(taskToAPI(t)), nil
+}
+
+// on finds a VM and its host, which must answer.
+func (c *Controller) on(ctx context.Context, name string) (inventory.VM, vmArgs, error) {
+	v, err := c.inv.VM(ctx, name)
+	if err != nil {
+		return inventory.VM{}, vmArgs{}, err
+	}
+	h, err := c.inv.HostByID(ctx, v.HostID)
+	if err != nil {
+		return inventory.VM{}, vmArgs{}, err
+	}
+	return v, vmArgs{ID: v.ID, Name: v.Name, HostID: h.ID}, answering(h)
+}
+
+func answering(h inventory.Host) error {
+	if h.State == inventory.Connected {
+		return nil
+	}
+	return errs.New(errs.Unavailable, "host %s is %s", h.Name, h.State).WithHint("strongroom host show %s", h.Name)
+}
+
+// newKey names a new KEK of a provider for a VM on a host, which must hold the
+// provider's keys. Naming it makes nothing: a native provider derives it.
+func (c *Controller) newKey(ctx context.Context, provider, hostID string) (*inventory.KeyRef, error) {
+	h, err := c.inv.HostByID(ctx, hostID)
+	if err != nil {
+		return nil, err
+	}
+	p, err := c.inv.ProviderForEncryption(ctx, provider, h.ClusterID)
+	if err != nil {
+		return nil, err
+	}
+	if !h.Holds(p.Name, p.KeyID) {
+		if err := c.syncHost(ctx, h); err != nil {
+			return nil, err
+		}
+		if h, err = c.inv.HostByID(ctx, hostID); err != nil {
+			return nil, err
+		}
+	}
+	if !h.Holds(p.Name, p.KeyID) {
+		err := errs.New(errs.InvalidState, "host %s does not have the keys of provider %s", h.Name, p.Name)
+		if p.TPMRequired {
+			return nil, err.WithHint("the provider is for hosts with a TPM only; use one that is not: strongroom provider ls")
+		}
+		return nil, err.WithHint("strongroom provider show %s", p.Name)
+	}
+	return &inventory.KeyRef{Provider: p.Name, KeyID: p.KeyID + "/" + uuid.NewString()}, nil
+}
+
+func (c vms) CreateVM(ctx context.Context, req *connect.Request[strongroomv1.CreateVMRequest]) (*connect.Response[strongroomv1.Task], error) {
+	m := req.Msg
+	if m.GetEncrypt() {
+		if err := c.access.Check(ctx, callerOf(ctx).principal, "Cryptographer.EncryptNew", access.Root); err != nil {
+			return nil, err
+		}
+	}
+	if err := inventory.CheckName("VM", m.GetName()); err != nil {
+		return nil, err
+	}
+	if _, err := c.inv.VM(ctx, m.GetName()); err == nil {
+		return nil, errs.New(errs.Exists, "there is a VM %s already", m.GetName()).WithHint("strongroom vm show %s", m.GetName())
+	}
+	h, err := c.place(ctx, m.GetDatastore(), m.GetHost())
+	if err != nil {
+		return nil, err
+	}
+	args := vmArgs{ID: uuid.NewString(), Name: m.GetName(), HostID: h.ID, Datastore: m.GetDatastore(), Settings: m.GetSettings(), NewDisks: m.GetDisks()}
+	if m.GetEncrypt() {
+		if args.Key, err = c.newKey(ctx, m.GetProvider(), h.ID); err != nil {
+			return nil, err
+		}
+	}
+	return c.submit(ctx, taskCreate, args.Name, args)
+}
+
+// place returns the host of that name, or any that answers, which has the
+// datastore.
+func (c *Controller) place(ctx context.Context, datastore, host string) (inventory.Host, error) {
+	d, err := c.inv.Datastore(ctx, datastore)
+	if err != nil {
+		return inventory.Host{}, err
+	}
+	if host != "" {
+		h, err := c.inv.Host(ctx, host)
+		if err != nil {
+			return inventory.Host{}, err
+		}
+		if h.ClusterID != d.ClusterID {
+			return inventory.Host{}, errs.New(errs.Invalid, "host %s is not in the cluster of datastore %s", h.Name, d.Name)
+		}
+		return h, answering(h)
+	}
+	all, err := c.inv.Hosts(ctx, d.ClusterID)
+	if err != nil {
+		return inventory.Host{}, err
+	}
+	i := slices.IndexFunc(all, func(h inventory.Host) bool { return h.State == inventory.Connected })
+	if i < 0 {
+		return inventory.Host{}, errs.New(errs.Unavailable, "no host of the cluster of datastore %s is connected", d.Name).WithHint("strongroom host ls")
+	}
+	return all[i], nil
+}
+
+func (c vms) PowerOnVM(ctx context.Context, req *connect.Request[strongroomv1.PowerOnVMRequest]) (*connect.Response[strongroomv1.Task], error) {
+	_, args, err := c.on(ctx, req.Msg.GetName())
+	if err != nil {
+		return nil, err
+	}
+	return c.submit(ctx, taskPowerOn, args.Name, args)
+}
+
+func (c vms) PowerOffVM(ctx context.Context, req *connect.Request[strongroomv1.PowerOffVMRequest]) (*connect.Response[strongroomv1.Task], error) {
+	_, args, err := c.on(ctx, req.Msg.GetName())
+	if err != nil {
+		return nil, err
+	}
+	args.Hard, args.TimeoutSeconds = req.Msg.GetHard(), req.Msg.GetTimeoutSeconds()
+	return c.submit(ctx, taskPowerOff, args.Name, args)
+}
+
+// disks returns the disks of those names, all if there are none.
+func disks(v inventory.VM, names []string) ([]inventory.Disk, error) {
+	if len(names) == 0 {
+		return v.Disks, nil
+	}
+	var out []inventory.Disk
+	for _, name := range names {
+		i := slices.IndexFunc(v.Disks, func(d inventory.Disk) bool { return d.Name == name })
+		if i < 0 {
+			return nil, errs.New(errs.NotFound, "VM %s has no disk %q", v.Name, name).WithHint("strongroom vm show %s", v.Name)
+		}
+		out = append(out, v.Disks[i])
+	}
+	return out, nil
+}
+
+func encrypted(d inventory.Disk) bool { return d.Format == inventory.LUKS }
+
+func (c vms) EncryptVM(ctx context.Context, req *connect.Request[strongroomv1.EncryptVMRequest]) (*connect.Response[strongroomv1.Task], error) {
+	v, args, err := c.on(ctx, req.Msg.GetName())
+	if err != nil {
+		return nil, err
+	}
+	chosen, err := disks(v, req.Msg.GetDisks())
+	if err != nil {
+		return nil, err
+	}
+	if !slices.ContainsFunc(chosen, func(d inventory.Disk) bool { return !encrypted(d) }) {
+		return nil, errs.New(errs.InvalidState, "VM %s has no disk that is not encrypted", v.Name).WithHint("strongroom vm rekey %s", v.Name)
+	}
+	if args.Key, err = c.newKey(ctx, req.Msg.GetProvider(), v.HostID); err != nil {
+		return nil, err
+	}
+	args.Disks = req.Msg.GetDisks()
+	return c.submit(ctx, taskEncrypt, v.Name, args)
+}
+
+func (c vms) DecryptVM(ctx context.Context, req *connect.Request[strongroomv1.DecryptVMRequest]) (*connect.Response[strongroomv1.Task], error) {
+	v, args, err := c.on(ctx, req.Msg.GetName())
+	if err != nil {
+		return nil, err
+	}
+	if err := hasEncrypted(v, req.Msg.GetDisks()); err != nil {
+		return nil, err
+	}
+	args.Disks = req.Msg.GetDisks()
+	return c.submit(ctx, taskDecrypt, v.Name, args)
+}
+
+// hasEncrypted returns an error unless one of the disks named is encrypted.
+func hasEncrypted(v inventory.VM, names []string) error {
+	chosen, err := disks(v, names)
+	if err != nil {
+		return err
+	}
+	if !slices.ContainsFunc(chosen, encrypted) {
+		return errs.New(errs.InvalidState, "VM %s is not encrypted", v.Name).WithHint("strongroom vm encrypt %s", v.Name)
+	}
+	return nil
+}
+
+func (c vms) RekeyVM(ctx context.Context, req *connect.Request[strongroomv1.RekeyVMRequest]) (*connect.Response[strongroomv1.Task], error) {
+	v, args, err := c.on(ctx, req.Msg.GetName())
+	if err != nil {
+		return nil, err
+	}
+	if err := hasEncrypted(v, req.Msg.GetDisks()); err != nil {
+		return nil, err
+	}
+	provider := req.Msg.GetProvider()
+	if provider == "" && v.Key != nil {
+		provider = v.Key.Provider
+	}
+	if args.Key, err = c.newKey(ctx, provider, v.HostID); err != nil {
+		return nil, err
+	}
+	args.Disks, args.Deep = req.Msg.GetDisks(), req.Msg.GetDeep()
+	return c.submit(ctx, taskRekey, v.Name, args)
+}
+
+func (c vms) RegisterVM(ctx context.Context, req *connect.Request[strongroomv1.RegisterVMRequest]) (*connect.Response[strongroomv1.Task], error) {
+	m := req.Msg
+	h, err := c.place(ctx, m.GetDatastore(), m.GetHost())
+	if err != nil {
+		return nil, err
+	}
+	name := m.GetName()
+	if name == "" {
+		name = m.GetFolder()
+	} else if _, err := c.inv.VM(ctx, name); err == nil {
+		return nil, errs.New(errs.Exists, "there is a VM %s already", name).WithHint("choose another name with --name")
+	}
+	return c.submit(ctx, taskRegister, name, vmArgs{Name: m.GetName(), HostID: h.ID, Datastore: m.GetDatastore(), Folder: m.GetFolder()})
+}
+
+func (c vms) UnregisterVM(ctx context.Context, req *connect.Request[strongroomv1.UnregisterVMRequest]) (*connect.Response[strongroomv1.Task], error) {
+	_, args, err := c.on(ctx, req.Msg.GetName())
+	if err != nil {
+		return nil, err
+	}
+	return c.submit(ctx, taskUnregister, args.Name, args)
+}
+
+func (c vms) DeleteVM(ctx context.Context, req *connect.Request[strongroomv1.DeleteVMRequest]) (*connect.Response[strongroomv1.Task], error) {
+	_, args, err := c.on(ctx, req.Msg.GetName())
+	if err != nil {
+		return nil, err
+	}
+	return c.submit(ctx, taskDelete, args.Name, args)
+}
+
+func (c vms) UnlockVM(ctx context.Context, req *connect.Request[strongroomv1.UnlockVMRequest]) (*connect.Response[strongroomv1.Task], error) {
+	_, args, err := c.on(ctx, req.Msg.GetName())
+	if err != nil {
+		return nil, err
+	}
+	return c.submit(ctx, taskUnlock, args.Name, args)
+}

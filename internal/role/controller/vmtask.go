@@ -1,0 +1,314 @@
+package controller
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"time"
+
+	strongroomv1 "strongroom/api/strongroom/v1"
+	"strongroom/internal/control/audit"
+	"strongroom/internal/control/event"
+	"strongroom/internal/control/inventory"
+	"strongroom/internal/control/task"
+	"strongroom/internal/errs"
+)
+
+// The kinds of task on VMs.
+const (
+	taskCreate     = "vm.create"
+	taskPowerOn    = "vm.power-on"
+	taskPowerOff   = "vm.power-off"
+	taskEncrypt    = "vm.encrypt"
+	taskDecrypt    = "vm.decrypt"
+	taskRekey      = "vm.rekey"
+	taskRegister   = "vm.register"
+	taskUnregister = "vm.unregister"
+	taskDelete     = "vm.delete"
+	taskUnlock     = "vm.unlock"
+)
+
+// retryAfter is how long a step waits for a host that does not answer.
+const retryAfter = 2 * time.Second
+
+// vmArgs are the arguments of a task on a VM. They name keys and hold none. The
+// VM's id and the new key's id are chosen before the task starts, so that a
+// host recognises what it has done already.
+type vmArgs struct {
+	ID     string `json:"id,omitempty"`
+	Name   string `json:"name"`
+	HostID string `json:"host_id"`
+
+	Key   *inventory.KeyRef `json:"key,omitempty"`
+	Disks []string          `json:"disks,omitempty"`
+	Deep  bool              `json:"deep,omitempty"`
+
+	Hard           bool   `json:"hard,omitempty"`
+	TimeoutSeconds uint32 `json:"timeout_seconds,omitempty"`
+
+	Datastore string                   `json:"datastore,omitempty"`
+	Folder    string                   `json:"folder,omitempty"`
+	Settings  *strongroomv1.VMSettings `json:"settings,omitempty"`
+	NewDisks  []*strongroomv1.NewDisk  `json:"new_disks,omitempty"`
+}
+
+// vmStep is the work of a step: it does it on the host and returns the VM as the
+// host left it, or nil.
+type vmStep func(ctx context.Context, r *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error)
+
+// taskKinds returns all kinds of task.
+func (c *Controller) taskKinds() []task.Kind {
+	one := func(name, step string, noReturn bool, do vmStep) task.Kind {
+		return task.Kind{Name: name, Steps: []task.StepFuncs{{Name: step, Do: c.step(do), NoReturn: noReturn}}}
+	}
+	return []task.Kind{
+		{Name: taskCreate, Steps: []task.StepFuncs{
+			{Name: "create the VM folder", Do: c.step(c.createOnHost), Undo: c.step(c.deleteOnHost)},
+			{Name: "add to the inventory", Do: c.step(c.addCreated)},
+		}},
+		{Name: taskRegister, Steps: []task.StepFuncs{
+			{Name: "register on the host", Do: c.step(c.registerOnHost), Undo: c.step(c.unregisterRegistered)},
+			{Name: "add to the inventory", Do: c.step(c.addRegistered)},
+		}},
+		one(taskPowerOn, "power on", false, c.powerOn),
+		one(taskPowerOff, "power off", false, c.powerOff),
+		one(taskEncrypt, "encrypt disks", false, c.encrypt),
+		one(taskDecrypt, "decrypt disks", false, c.decrypt),
+		one(taskRekey, "rekey disks", false, c.rekey),
+		one(taskUnlock, "look for keys", false, c.unlock),
+		one(taskUnregister, "unregister", true, c.unregister),
+		one(taskDelete, "delete", true, c.delete),
+	}
+}
+
+// step makes a task's step of a VM step: it notes the VM as the host left it,
+// tells what happened, and has the step tried again while the host is away.
+func (c *Controller) step(do vmStep) func(context.Context, *task.Run) error {
+	return func(ctx context.Context, r *task.Run) error {
+		var a vmArgs
+		if err := r.Args(&a); err != nil {
+			return err
+		}
+		h, err := c.inv.HostByID(ctx, a.HostID)
+		if err != nil {
+			return err
+		}
+		vm, err := do(ctx, r, h, a)
+		if err == nil && vm != nil {
+			err = c.noteVM(ctx, h.ID, vm)
+		}
+		if errors.Is(err, errUnreachable) && ctx.Err() == nil && waits(r.Task().Kind) {
+			return &task.Retry{After: retryAfter, Reason: err.Error()}
+		}
+		if ctx.Err() == nil {
+			err = c.conclude(ctx, r.Task(), a, err)
+		}
+		return err
+	}
+}
+
+// waits reports whether a task of that kind waits for a host that is away. One
+// who powers a VM on or off wants to know at once.
+func waits(kind string) bool { return kind != taskPowerOn && kind != taskPowerOff }
+
+// conclude audits a crypto operation and tells of it, or of its failure. It
+// returns err, or that the audit record could not be written.
+func (c *Controller) conclude(ctx context.Context, t task.Task, a vmArgs, err error) error {
+	n := event.New{Principal: t.Owner, Target: t.Target, Args: map[string]string{}}
+	if err != nil {
+		n.Type, n.Args["kind"], n.Args["error"] = event.TaskFailed, t.Kind, err.Error()
+		switch {
+		case errs.KindOf(err) == errs.NoSpace:
+			n.Type, n.Args["datastore"] = event.VMNoDiskSpace, a.Datastore
+		case t.Kind == taskRekey:
+			n.Type = event.VMRekeyFailed
+		}
+		c.post(ctx, n)
+	}
+	entry := audit.Entry{Actor: t.Owner, Action: t.Kind, Object: "/" + t.Target, Outcome: audit.Success, Details: map[string]string{"task": t.ID}}
+	if err != nil {
+		entry.Outcome, entry.Details["error"] = audit.Failed, err.Error()
+	}
+	if a.Key != nil {
+		entry.Details["provider"], entry.Details["key_id"] = a.Key.Provider, a.Key.KeyID
+		n.Args["provider"] = a.Key.Provider
+	}
+	switch t.Kind {
+	case taskEncrypt:
+		n.Type = event.VMEncrypted
+	case taskDecrypt:
+		n.Type = event.VMDecrypted
+	case taskRekey:
+		n.Type, n.Args["depth"] = event.VMRekeyed, "shallow"
+		if a.Deep {
+			n.Args["depth"] = "deep"
+		}
+		entry.Action += "." + n.Args["depth"]
+	case taskCreate:
+		n.Type = event.VMCreated
+	case taskRegister:
+		n.Type = event.VMRegistered
+	case taskUnregister:
+		n.Type = event.VMUnregistered
+	case taskDelete:
+		n.Type = event.VMDeleted
+	default:
+		n.Type = ""
+	}
+	last := t.CurrentStep() == t.Steps[len(t.Steps)-1].Name
+	if err == nil && n.Type != "" && last && !t.Undoing {
+		c.post(ctx, n)
+	}
+	if _, auditErr := c.audit.Append(entry); auditErr != nil {
+		c.log.LogAttrs(ctx, slog.LevelError, "audit record not written", slog.String("task", t.ID), slog.Any("err", auditErr))
+		return errors.Join(err, errs.Wrap(auditErr, "cannot write the audit log"))
+	}
+	return err
+}
+
+// progress tells a task what the host tells.
+func progress(ctx context.Context, r *task.Run) func(*strongroomv1.AgentProgress) {
+	return func(p *strongroomv1.AgentProgress) { r.Progress(ctx, p.GetDone(), p.GetTotal(), "bytes") }
+}
+
+func (c *Controller) createOnHost(ctx context.Context, r *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {
+	// The host may be new or the datastore: it needs both before the VM.
+	if err := c.syncHost(ctx, h); err != nil {
+		return nil, err
+	}
+	return streamHost(ctx, h, c.agents.of(h).CreateVM, &strongroomv1.AgentCreateVMRequest{
+		Id: a.ID, Name: a.Name, Datastore: a.Datastore, Settings: a.Settings, Disks: a.NewDisks, Key: keyToAPI(a.Key),
+	}, progress(ctx, r))
+}
+
+func (c *Controller) deleteOnHost(ctx context.Context, _ *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {
+	_, err := callHost(ctx, h, c.agents.of(h).DeleteVM, &strongroomv1.AgentDeleteVMRequest{Id: a.ID})
+	return nil, err
+}
+
+func (c *Controller) addCreated(ctx context.Context, _ *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {
+	return nil, c.addToInventory(ctx, h, a.ID)
+}
+
+// addToInventory takes a VM in as its host describes it. One that is there is no
+// error.
+func (c *Controller) addToInventory(ctx context.Context, h inventory.Host, id string) error {
+	res, err := callHost(ctx, h, c.agents.of(h).GetVM, &strongroomv1.AgentGetVMRequest{Id: id})
+	if err != nil {
+		return err
+	}
+	said := res.GetVm()
+	if _, err := c.inv.VMByID(ctx, id); err == nil {
+		return c.noteVM(ctx, h.ID, said)
+	}
+	v := inventory.VM{
+		ID: id, Name: said.GetName(), ClusterID: h.ClusterID, HostID: h.ID, Datastore: said.GetDatastore(), Folder: said.GetFolder(),
+		Created: said.GetCreated().AsTime(),
+	}
+	apply(&v, said)
+	for _, d := range v.Disks {
+		if encrypted(d) && d.Key == nil {
+			return errs.New(errs.Corrupt, "cannot tell which key %s needs: %s", d.Name, said.GetLockReason())
+		}
+	}
+	if _, err := c.inv.CreateVM(ctx, v); err != nil {
+		return err
+	}
+	return c.events.Evaluate(ctx, c.inv)
+}
+
+// registered is what the first step of a registration leaves to the second.
+type registered struct {
+	ID string `json:"id"`
+	// Before: the VM was on the host before the task; undoing leaves it there.
+	Before bool `json:"before"`
+}
+
+func (c *Controller) registerOnHost(ctx context.Context, r *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {
+	if err := c.syncHost(ctx, h); err != nil {
+		return nil, err
+	}
+	res, err := callHost(ctx, h, c.agents.of(h).RegisterVM, &strongroomv1.AgentRegisterVMRequest{Datastore: a.Datastore, Folder: a.Folder, Name: a.Name})
+	if err != nil {
+		return nil, err
+	}
+	_, err = c.inv.VMByID(ctx, res.GetVm().GetId())
+	return nil, r.SetData(ctx, registered{ID: res.GetVm().GetId(), Before: err == nil})
+}
+
+func (c *Controller) addRegistered(ctx context.Context, r *task.Run, h inventory.Host, _ vmArgs) (*strongroomv1.VM, error) {
+	var reg registered
+	if err := r.Data(&reg); err != nil {
+		return nil, err
+	}
+	return nil, c.addToInventory(ctx, h, reg.ID)
+}
+
+func (c *Controller) unregisterRegistered(ctx context.Context, r *task.Run, h inventory.Host, _ vmArgs) (*strongroomv1.VM, error) {
+	var reg registered
+	if err := r.Data(&reg); err != nil || reg.ID == "" || reg.Before {
+		return nil, err
+	}
+	_, err := callHost(ctx, h, c.agents.of(h).UnregisterVM, &strongroomv1.AgentUnregisterVMRequest{Id: reg.ID})
+	return nil, err
+}
+
+func (c *Controller) powerOn(ctx context.Context, _ *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {
+	res, err := callHost(ctx, h, c.agents.of(h).PowerOnVM, &strongroomv1.AgentPowerOnVMRequest{Id: a.ID})
+	return res.GetVm(), err
+}
+
+func (c *Controller) powerOff(ctx context.Context, _ *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {
+	res, err := callHostLong(ctx, h, c.agents.of(h).PowerOffVM, &strongroomv1.AgentPowerOffVMRequest{Id: a.ID, Hard: a.Hard, TimeoutSeconds: a.TimeoutSeconds})
+	return res.GetVm(), err
+}
+
+func (c *Controller) encrypt(ctx context.Context, r *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {
+	return streamHost(ctx, h, c.agents.of(h).EncryptVM, &strongroomv1.AgentEncryptVMRequest{Id: a.ID, Disks: a.Disks, Key: keyToAPI(a.Key)}, progress(ctx, r))
+}
+
+func (c *Controller) decrypt(ctx context.Context, r *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {
+	return streamHost(ctx, h, c.agents.of(h).DecryptVM, &strongroomv1.AgentDecryptVMRequest{Id: a.ID, Disks: a.Disks}, progress(ctx, r))
+}
+
+func (c *Controller) rekey(ctx context.Context, r *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {
+	return streamHost(ctx, h, c.agents.of(h).RekeyVM, &strongroomv1.AgentRekeyVMRequest{Id: a.ID, Disks: a.Disks, Key: keyToAPI(a.Key), Deep: a.Deep}, progress(ctx, r))
+}
+
+func (c *Controller) unlock(ctx context.Context, _ *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {
+	if err := c.syncHost(ctx, h); err != nil {
+		return nil, err
+	}
+	v, err := c.inv.VMByID(ctx, a.ID)
+	if err != nil {
+		return nil, err
+	}
+	if v, err = c.lookAgain(ctx, v); err != nil {
+		return nil, err
+	}
+	if v.CryptoState == inventory.Locked {
+		return nil, errs.New(errs.Locked, "VM %s is still locked: %s", v.Name, v.LockReason).WithHint("strongroom provider import FILE.p12")
+	}
+	return nil, nil
+}
+
+func (c *Controller) unregister(ctx context.Context, _ *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {
+	if _, err := callHost(ctx, h, c.agents.of(h).UnregisterVM, &strongroomv1.AgentUnregisterVMRequest{Id: a.ID}); err != nil {
+		return nil, err
+	}
+	return nil, c.forget(ctx, a.ID)
+}
+
+func (c *Controller) delete(ctx context.Context, r *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {
+	if _, err := c.deleteOnHost(ctx, r, h, a); err != nil {
+		return nil, err
+	}
+	return nil, c.forget(ctx, a.ID)
+}
+
+func (c *Controller) forget(ctx context.Context, id string) error {
+	if err := c.inv.DeleteVM(ctx, id); err != nil {
+		return err
+	}
+	return c.events.Evaluate(ctx, c.inv)
+}
