@@ -151,7 +151,6 @@ func (c *Control) Check(ctx context.Context, p Principal, priv Privilege, on Obj
 	return nil
 }
 
-
 // RolesOf returns the names of all roles that p has somewhere.
 func (c *Control) RolesOf(ctx context.Context, p Principal) ([]string, error) {
 	perms, err := c.Permissions(ctx, p.String())
