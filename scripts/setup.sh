@@ -9,15 +9,16 @@
 # Debian and Ubuntu: apt-get, through sudo when not root. Elsewhere it prints
 # what to install and fails.
 #
-# The kernel is never installed: it is unpacked into .cache/guest-kernel, so
-# that no boot loader, initramfs or /boot of this machine is touched:
+# The kernel is never installed: it is unpacked into guest-kernel in
+# $STRONGROOM_CACHE (default: .cache of the checkout), so that no boot loader, initramfs or /boot of this machine is touched:
 #
-#   .cache/guest-kernel/vmlinuz    the kernel
-#   .cache/guest-kernel/modules    its /lib/modules/VERSION
+#   guest-kernel/vmlinuz    the kernel
+#   guest-kernel/modules    its /lib/modules/VERSION
 set -eu
 
 cd "$(dirname "$0")/.."
-guest_kernel=.cache/guest-kernel
+cache=${STRONGROOM_CACHE:-.cache}
+guest_kernel=$cache/guest-kernel
 check_only=
 [ "${1:-}" = --check ] && check_only=1
 
@@ -37,7 +38,8 @@ cryptsetup           cryptsetup-bin      LUKS2 peer in tests
 dmsetup              dmsetup             dm-crypt inside test guests
 mke2fs               e2fsprogs           file systems inside test guests
 mkfs.xfs             xfsprogs            file systems of disk groups
-fio                  fio                 benchmarks
+losetup              mount               block devices in tests
+fio                  fio                 benchmarks, load in tests
 openssl              openssl             peer for PKCS#12 and AES in tests
 ps                   procps              tests look for leftover processes
 gcc                  gcc                 go test -race
@@ -155,8 +157,8 @@ kernel_packages() {
 }
 
 if ! have_kernel; then
-	mkdir -p .cache
-	work=$(mktemp -d .cache/guest-kernel.XXXXXX)
+	mkdir -p "$cache"
+	work=$(mktemp -d "$cache/guest-kernel.XXXXXX")
 	trap 'rm -rf "$work"' EXIT
 	fetch() {
 		packages=$(kernel_packages) || return 1

@@ -11,8 +11,14 @@ import (
 	"time"
 )
 
-// guestKernel is where scripts/setup.sh puts the kernel of test guests.
-const guestKernel = "../../../.cache/guest-kernel"
+// guestKernel returns where scripts/setup.sh puts the kernel of test guests.
+func guestKernel() string {
+	cache := os.Getenv("STRONGROOM_CACHE")
+	if cache == "" {
+		cache = "../../../.cache"
+	}
+	return filepath.Join(cache, "guest-kernel")
+}
 
 // guestInit says that it is up, and powers off when the button is pressed.
 const guestInit = `#!/bin/busybox sh
@@ -34,7 +40,7 @@ while :; do sleep 60; done
 // guest returns the paths of a kernel and an initramfs that boot to "guest-up".
 func guest(t *testing.T) (kernel, initrd string) {
 	t.Helper()
-	kernel, err := filepath.Abs(filepath.Join(guestKernel, "vmlinuz"))
+	kernel, err := filepath.Abs(filepath.Join(guestKernel(), "vmlinuz"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -60,7 +66,7 @@ func guest(t *testing.T) (kernel, initrd string) {
 	add("bin/busybox", executable, read("/bin/busybox"))
 	add("init", executable, []byte(guestInit))
 	for _, module := range []string{"drivers/acpi/button.ko", "drivers/input/evdev.ko"} {
-		add("modules/"+filepath.Base(module), executable, read(filepath.Join(guestKernel, "modules/kernel", module)))
+		add("modules/"+filepath.Base(module), executable, read(filepath.Join(guestKernel(), "modules/kernel", module)))
 	}
 	add("TRAILER!!!", 0, nil)
 	initrd = filepath.Join(t.TempDir(), "initrd")
