@@ -10,7 +10,8 @@
 # what to install and fails.
 #
 # The kernel is never installed: it is unpacked into guest-kernel in
-# $STRONGROOM_CACHE (default: .cache of the checkout), so that no boot loader, initramfs or /boot of this machine is touched:
+# $STRONGROOM_CACHE (default: .cache of the checkout), so that no boot loader,
+# initramfs or /boot of this machine is touched:
 #
 #   guest-kernel/vmlinuz    the kernel
 #   guest-kernel/modules    its /lib/modules/VERSION

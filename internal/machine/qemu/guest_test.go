@@ -101,11 +101,11 @@ func shortDir(t *testing.T) string {
 	return dir
 }
 
-// eventually waits until ok, for at most a minute: everything here is emulated,
-// and other tests run beside it.
+// eventually waits until ok, for at most two minutes: everything here is
+// emulated, and other tests run beside it.
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	deadline := time.After(time.Minute)
+	deadline := time.After(2 * time.Minute)
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
 	for !ok() {

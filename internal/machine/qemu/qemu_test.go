@@ -278,7 +278,7 @@ func TestGuest(t *testing.T) {
 	}
 	// A disk is there for the guest about 5 s after it was plugged: a PCIe
 	// hot-plug port waits that long for a change of mind.
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	if err := m.RemoveDisk(ctx, "new-1"); err != nil {
 		t.Fatal(err)

@@ -74,8 +74,10 @@ func runDir(t *testing.T) string {
 
 func start(t *testing.T, c volumeproc.Config) *volumeproc.Process {
 	t.Helper()
+	began := time.Now()
 	p, err := volumeproc.Start(t.Context(), c)
 	check(t, err)
+	t.Logf("volume process up after %v", time.Since(began))
 	t.Cleanup(func() {
 		if err := p.Kill(context.Background()); err != nil && !errors.Is(err, os.ErrClosed) {
 			t.Error(err)
