@@ -1,11 +1,14 @@
 package luks_test
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"strongroom/internal/block/blockdev"
@@ -20,7 +23,7 @@ const (
 )
 
 // powerLosses is how often the power goes at each place.
-const powerLosses = 10
+const powerLosses = 5
 
 // damages are the states in which a commit may find the header copies, all of
 // them with a good header of generation 1.
@@ -87,53 +90,71 @@ func TestCommitFaults(t *testing.T) {
 	rng := rand.New(rand.NewPCG(seed, 0))
 	dek := randomKey(t, luks.KeySize)
 	original := firstGeneration(t, dek)
-	next := newSafe(t, dek, 2)
+	second, third := newSafe(t, dek, 2), newSafe(t, dek, 3)
 
-	for state, damage := range damages {
+	for _, state := range slices.Sorted(maps.Keys(damages)) { // in the same order for a seed
 		before := append([]byte(nil), original...)
-		damage(before)
+		damages[state](before)
 		for _, mode := range faultdev.Modes() {
-			for op := 0; ; op++ {
-				h, err := luks.Read(memory(t, before), smallDisk)
-				if err != nil {
-					t.Fatalf("%s: %v", state, err)
-				}
-				if err := h.SetSafe(next); err != nil {
-					t.Fatal(err)
-				}
-				dev := faultdev.New(memory(t, before), &faultdev.Fault{Op: op, Mode: mode})
-				err = h.Commit(dev)
-				if dev.Injected() == faultdev.None {
+			for op := range 5 { // the fifth is never reached
+				// The same Header tries again with something else, and fails too.
+				for again := 0; again < 4; again++ {
+					name := fmt.Sprintf("%s: operation %d %v, then operation %d torn", state, op, mode, again)
+					h, err := luks.Read(memory(t, before), smallDisk)
 					if err != nil {
-						t.Fatalf("%s: commit without a fault: %v", state, err)
+						t.Fatalf("%s: %v", name, err)
 					}
-					break
-				}
-				if !errors.Is(err, faultdev.ErrInjected) {
-					t.Fatalf("%s: operation %d %v: fault is not reported: %v", state, op, mode, err)
-				}
-				for range powerLosses {
-					if g := generation(t, dev.PowerLoss(rng)); g != 1 && g != 2 {
-						t.Fatalf("%s: operation %d %v: generation %d", state, op, mode, g)
+					if err := h.SetSafe(second); err != nil {
+						t.Fatal(err)
 					}
-				}
-				recommit(t, dev.Contents(), dek)
+					dev := faultdev.New(memory(t, before), &faultdev.Fault{Op: op, Mode: mode})
+					err = h.Commit(dev)
+					if dev.Injected() == faultdev.None {
+						if err != nil || op != 4 {
+							t.Fatalf("%s: commit without a fault, of %d operations: %v", name, op, err)
+						}
+						checkPowerLoss(t, dev, rng, name, 2)
+						break
+					}
+					if !errors.Is(err, faultdev.ErrInjected) {
+						t.Fatalf("%s: fault is not reported: %v", name, err)
+					}
+					checkPowerLoss(t, dev, rng, name, 1, 2)
+					recommit(t, dev.Contents(), dek)
 
-				// The same Header may try again, and fail again.
-				dev.Inject(&faultdev.Fault{Op: op, Mode: mode})
-				if err := h.Commit(dev); err != nil {
-					for range powerLosses {
-						generation(t, dev.PowerLoss(rng))
+					if err := h.SetSafe(third); err != nil {
+						t.Fatal(err)
 					}
-					dev.Inject(nil)
+					dev.Inject(&faultdev.Fault{Op: again, Mode: faultdev.Torn})
+					if err := h.Commit(dev); !errors.Is(err, faultdev.ErrInjected) {
+						t.Fatalf("%s: second fault is not reported: %v", name, err)
+					}
+					checkPowerLoss(t, dev, rng, name, 1, 2, 3)
+					dev.Heal()
 					commit(t, h, dev)
-				}
-				for range powerLosses {
-					if g := generation(t, dev.PowerLoss(rng)); g != 2 {
-						t.Fatalf("%s: operation %d %v: generation %d after a good commit", state, op, mode, g)
-					}
+					checkPowerLoss(t, dev, rng, name, 3)
 				}
 			}
+		}
+	}
+}
+
+// checkPowerLoss lets the power go, and checks that the header is of one of
+// those generations.
+func checkPowerLoss(t *testing.T, dev *faultdev.Device, rng *rand.Rand, name string, want ...uint64) {
+	t.Helper()
+	for range powerLosses {
+		after := dev.PowerLoss(rng)
+		if g := generation(t, after); !slices.Contains(want, g) {
+			t.Fatalf("%s: generation %d, want %v", name, g, want)
+		}
+		h, err := luks.Read(after, smallDisk)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b := contents(t, after)
+		if len(h.Damaged()) == 0 && !bytes.Equal(b[4096:headerSize], b[headerSize+4096:2*headerSize]) {
+			t.Fatalf("%s: two different copies, and neither is reported", name)
 		}
 	}
 }
@@ -245,5 +266,39 @@ func TestCryptsetupAgreesOnTornHeaders(t *testing.T) {
 				t.Errorf("cryptsetup did not repair the header, or we do not see it: %v, %v", h.Damaged(), err)
 			}
 		})
+	}
+}
+
+// TestCryptsetupAgreesOnLostHeaders zeroes one copy, and both.
+func TestCryptsetupAgreesOnLostHeaders(t *testing.T) {
+	t.Parallel()
+	dek := randomKey(t, luks.KeySize)
+	for state, isLuks := range map[string]bool{"primary zeroed": true, "secondary zeroed": true, "both zeroed": false} {
+		b := firstGeneration(t, dek)
+		if isLuks {
+			damages[state](b)
+		} else {
+			clear(b[:2*headerSize])
+		}
+		name := filepath.Join(t.TempDir(), "disk.img")
+		if err := os.WriteFile(name, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		code, out := cryptsetup(t, "isLuks", "--type", "luks2", name)
+		_, err := luks.Read(bytes.NewReader(b), int64(len(b)))
+		if (code == 0) != isLuks || (err == nil) != isLuks {
+			t.Errorf("%s: cryptsetup isLuks: exit code %d %s; Read: %v", state, code, out, err)
+		}
+		if !isLuks {
+			continue
+		}
+		mustCryptsetup(t, "luksDump", name)
+		healed, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if h, err := luks.Read(bytes.NewReader(healed), int64(len(healed))); err != nil || len(h.Damaged()) != 0 {
+			t.Errorf("%s: cryptsetup did not repair the header, or we do not see it: %v", state, err)
+		}
 	}
 }
