@@ -64,7 +64,8 @@ func measure(ctx context.Context, o options) (r *report, err error) {
 	}
 	defer stopServers(servers)
 	for _, s := range servers {
-		r.Commands = append(r.Commands, strings.ReplaceAll(strings.Join(s.command, " "), dir+"/", "$DIR/"))
+		program := filepath.Base(s.command[0])
+		r.Commands = append(r.Commands, strings.ReplaceAll(program+" "+strings.Join(s.command[1:], " "), dir+"/", "$DIR/"))
 		if err := fill(ctx, s); err != nil {
 			return nil, fmt.Errorf("cannot fill the image of %s: %w", s.name, err)
 		}

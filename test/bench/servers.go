@@ -27,7 +27,7 @@ const (
 // server is one process under test.
 type server struct {
 	name    string
-	command []string // as it was started
+	command []string // as it is started
 	socket  string
 	process *exec.Cmd
 	errors  bytes.Buffer // what it says on standard error

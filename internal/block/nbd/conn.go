@@ -51,6 +51,7 @@ func (c *conn) serve(agreed outcome) error {
 	c.export, c.structured, c.blockStatus = agreed.export, agreed.structured, agreed.blockStatus
 	c.in.sock = c.sock
 	c.in.buf = make([]byte, inputSize)
+	widen(c.sock)
 	w, err := c.newWorker(true)
 	if err != nil {
 		return err
@@ -163,11 +164,12 @@ const slow = 20_000 // ns
 
 func (p *pace) isSlow() bool { return p.average.Load() > slow }
 
-// note counts one request. Two workers may overwrite each other's count, which
-// does no harm to an average.
+// note counts one request. One that took very long counts no more than five
+// slow ones: it is the scheduler's doing as often as the device's. Two workers
+// may overwrite each other's count, which does no harm to an average.
 func (p *pace) note(ns int64) {
 	a := p.average.Load()
-	p.average.Store(a + (ns-a)/8)
+	p.average.Store(a + (min(ns, 5*slow)-a)/8)
 }
 
 // input is the buffered reading side of a socket.
@@ -213,6 +215,15 @@ func (in *input) read(p []byte) error {
 		err = io.ErrUnexpectedEOF
 	}
 	return err
+}
+
+// widen lets a socket take a long reply at once, so that its writer need not
+// wait for the other side to read it in parts. The system may allow less, which
+// is slower and nothing else.
+func widen(sock net.Conn) {
+	if s, ok := sock.(interface{ SetWriteBuffer(bytes int) error }); ok {
+		_ = s.SetWriteBuffer(1 << 20)
+	}
 }
 
 // control runs f with sock's descriptor.

@@ -47,6 +47,7 @@ func dial(ctx context.Context, network, address, name string) (net.Conn, details
 		}
 		return nil, details{}, err
 	}
+	widen(sock)
 	return sock, d, nil
 }
 
