@@ -1,6 +1,7 @@
 package nbd
 
 import (
+	"bytes"
 	"fmt"
 	"os"
 	"syscall"
@@ -49,4 +50,25 @@ func TestErrno(t *testing.T) {
 			t.Errorf("errno of %v, wrapped, is %d, want %d", test.err, got, test.want)
 		}
 	}
+}
+
+// FuzzRequestHeader: what parses, encodes to the same bytes.
+func FuzzRequestHeader(f *testing.F) {
+	f.Add(appendRequest(nil, request{flags: flagFUA, typ: cmdWrite, cookie: 1 << 40, offset: 1 << 50, length: 1 << 20}))
+	f.Add(make([]byte, sizeRequest))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if len(b) < sizeRequest {
+			return
+		}
+		r, ok := parseRequest(b)
+		if !ok {
+			if r != (request{}) {
+				t.Errorf("a request that does not parse gives %+v", r)
+			}
+			return
+		}
+		if got := appendRequest(nil, r); !bytes.Equal(got, b[:sizeRequest]) {
+			t.Errorf("%x parses and encodes to %x", b[:sizeRequest], got)
+		}
+	})
 }
