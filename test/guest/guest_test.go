@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"strongroom/test/guest"
+	"strongroom/test/guest/plan"
 )
 
 func newDisk(t *testing.T, size int64) string {
@@ -45,100 +46,77 @@ func build(t *testing.T, opts guest.Options) guest.Image {
 	return image
 }
 
-func TestFileSystemSurvivesPowerOff(t *testing.T) {
+// TestWorkload boots a disk twice, and presses the power button each time.
+func TestWorkload(t *testing.T) {
 	t.Parallel()
+	const marker = "MARKER-in-plain-text"
 	disk := newDisk(t, 64<<20)
-	image := build(t, guest.Options{
-		Programs: []string{"mke2fs"},
-		Steps: []guest.Step{
-			{Name: "format", Command: "if agent blank /dev/vda; then mke2fs -q -t ext4 /dev/vda; fi"},
-			{Name: "mount", Command: "mount -t ext4 /dev/vda /mnt"},
-			{Name: "verify", Command: "agent verify-files /mnt"},
-			{Name: "write", Command: "agent write-files /mnt/$(date +%s) 10 100000 MARKER-in-plain-text"},
-			{Name: "churn", Command: "agent churn /mnt/churn 1000000 5"},
-			{Name: "unmount", Command: "umount /mnt"},
-		},
-	})
-	for boot, want := range []string{"verified 0 files", "verified 11 files"} {
-		console, err := start(t, guest.Machine{Image: image, Drives: []string{"format=raw,file=" + disk}})
-		if err != nil {
-			t.Fatal(err)
+	image := build(t, guest.Workload(marker))
+	for boot, verified := range []string{"verified 0 files", "verified 21 files"} {
+		socket := filepath.Join(t.TempDir(), "qmp")
+		pressed := false
+		var failed error
+		console, err := start(t, guest.Machine{
+			Image:  image,
+			Drives: []string{"format=raw,file=" + disk},
+			Args:   []string{"-qmp", "unix:" + socket + ",server=on,wait=off"},
+			OnEvent: func(e guest.Event) {
+				if e.Kind == guest.Note && e.Step == "churn" && !pressed {
+					pressed = true
+					failed = press(socket)
+				}
+			},
+		})
+		if err != nil || failed != nil {
+			t.Fatal(err, failed)
 		}
-		if !strings.Contains(console, want) {
-			t.Errorf("boot %d: console does not say %q:\n%s", boot, want, console)
+		for _, want := range []string{verified, "power button", "blocks read as written last", "ok unmount"} {
+			if !strings.Contains(console, want) {
+				t.Errorf("boot %d: console does not say %q:\n%s", boot, want, console)
+			}
 		}
 	}
 	b, err := os.ReadFile(disk)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !strings.Contains(string(b), "MARKER-in-plain-text") {
+	if !strings.Contains(string(b), marker) {
 		t.Error("the marker is not on the disk")
 	}
 }
 
-// TestFailureIsReported damages a disk between two guests: the second must see it.
+// TestFailureIsReported changes one byte of a pattern: the guest must see it,
+// and run no further step.
 func TestFailureIsReported(t *testing.T) {
 	t.Parallel()
 	disk := newDisk(t, 8<<20)
-	drives := []string{"format=raw,file=" + disk}
-	pattern := func(verb string) guest.Image {
-		return build(t, guest.Options{Steps: []guest.Step{
-			{Name: verb, Command: "agent " + verb + "-pattern /dev/vda 4096 4000000 7"},
-			{Name: "again", Command: "true"},
-		}})
-	}
-	if _, err := start(t, guest.Machine{Image: pattern("write"), Drives: drives}); err != nil {
-		t.Fatal(err)
-	}
+	b := make([]byte, 4_000_000)
+	plan.Fill(b, 4096, 7)
+	b[1<<20-4096] ^= 1
 	f, err := os.OpenFile(disk, os.O_RDWR, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	if _, err := f.WriteAt([]byte{0x55}, 1<<20); err != nil {
+	if _, err := f.WriteAt(b, 4096); err != nil {
 		t.Fatal(err)
 	}
+	image := build(t, guest.Options{Steps: []guest.Step{
+		{Name: "good", Command: "agent verify-pattern /dev/vda 4096 1044480 7"},
+		{Name: "bad", Command: "agent verify-pattern /dev/vda 4096 4000000 7"},
+		{Name: "never", Command: "true"},
+	}})
 	var steps []string
-	console, err := start(t, guest.Machine{Image: pattern("verify"), Drives: drives, OnEvent: func(e guest.Event) {
-		steps = append(steps, string(e.Kind)+" "+e.Step)
+	console, err := start(t, guest.Machine{Image: image, Drives: []string{"format=raw,file=" + disk}, OnEvent: func(e guest.Event) {
+		if e.Kind != guest.Note {
+			steps = append(steps, string(e.Kind)+" "+e.Step)
+		}
 	}})
 	if err == nil || !strings.Contains(console, "the sector at offset 1048576 differs") {
 		t.Errorf("a changed byte is not reported: %v\n%s", err, console)
 	}
-	if want := []string{"start verify", "fail verify", "failed -"}; !slices.Equal(steps, want) {
+	if want := []string{"start good", "ok good", "start bad", "fail bad", "failed -"}; !slices.Equal(steps, want) {
 		t.Errorf("events %q, want %q", steps, want)
-	}
-}
-
-// TestPowerButton ends a step that would run for ever, and the steps behind it
-// still run.
-func TestPowerButton(t *testing.T) {
-	t.Parallel()
-	socket := filepath.Join(t.TempDir(), "qmp")
-	image := build(t, guest.Options{Steps: []guest.Step{
-		{Name: "churn", Command: "mkdir /mnt/a && agent churn /mnt/a/churn 400000 0 && echo over"},
-		{Name: "verify", Command: "agent verify-files /mnt"},
-	}})
-	pressed := false
-	var failed error
-	console, err := start(t, guest.Machine{
-		Image: image,
-		Args:  []string{"-qmp", "unix:" + socket + ",server=on,wait=off"},
-		OnEvent: func(e guest.Event) {
-			if e.Kind == guest.Note && e.Step == "churn" && !pressed {
-				pressed = true
-				failed = press(socket)
-			}
-		},
-	})
-	if err != nil || failed != nil {
-		t.Fatal(err, failed)
-	}
-	for _, want := range []string{"power button", "blocks read as written last", "verified 1 files, 397312 bytes"} {
-		if !strings.Contains(console, want) {
-			t.Errorf("console does not say %q:\n%s", want, console)
-		}
 	}
 }
 
