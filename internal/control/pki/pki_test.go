@@ -210,7 +210,7 @@ func TestIssueFromCSR(t *testing.T) {
 
 // talk makes one TLS connection and returns what each side says to it, and the
 // client's view.
-func talk(t *testing.T, server, client *tls.Config) (serverErr, clientErr error, state tls.ConnectionState) {
+func talk(t *testing.T, server, client *tls.Config) (state tls.ConnectionState, serverErr, clientErr error) {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -248,7 +248,7 @@ func talk(t *testing.T, server, client *tls.Config) (serverErr, clientErr error,
 		state = conn.ConnectionState()
 	}
 	raw.Close()
-	return <-done, clientErr, state
+	return state, <-done, clientErr
 }
 
 func issue(t *testing.T, ca *pki.CA, id pki.Identity) *pki.Credential {
@@ -298,7 +298,7 @@ func TestMutualTLS(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
-			serverErr, clientErr, state := talk(t, c.server, c.client)
+			state, serverErr, clientErr := talk(t, c.server, c.client)
 			if c.ok && (serverErr != nil || clientErr != nil || state.Version != tls.VersionTLS13) {
 				t.Errorf("server: %v, client: %v, version %x", serverErr, clientErr, state.Version)
 			}
@@ -327,7 +327,7 @@ func TestMutualTLS(t *testing.T) {
 		forged.Certificate = [][]byte{cert.Certificate[0], ca.Certificate().Raw}
 		return &forged, nil
 	}
-	if _, err, _ := talk(t, cfg, pki.JoinConfig(pki.FingerprintOf(ca.Certificate()))); err == nil {
+	if _, _, err := talk(t, cfg, pki.JoinConfig(pki.FingerprintOf(ca.Certificate()))); err == nil {
 		t.Error("joined through a man in the middle")
 	}
 }
@@ -340,10 +340,10 @@ func TestExpiredCertificateIsRefused(t *testing.T) {
 	good := issue(t, ca, controller)
 	ca.SetClock(func() time.Time { return time.Now().Add(-pki.CertLife - time.Hour) })
 	old, oldServer := issue(t, ca, host), issue(t, ca, controller)
-	if _, err, _ := talk(t, pki.ServerConfig(good, ca.Certificate(), false, nil), pki.ClientConfig(old, ca.Certificate(), controller)); err == nil {
+	if _, _, err := talk(t, pki.ServerConfig(good, ca.Certificate(), false, nil), pki.ClientConfig(old, ca.Certificate(), controller)); err == nil {
 		t.Error("an expired client came in")
 	}
-	if _, err, _ := talk(t, pki.ServerConfig(oldServer, ca.Certificate(), true, nil), pki.ClientConfig(nil, ca.Certificate(), controller)); err == nil {
+	if _, _, err := talk(t, pki.ServerConfig(oldServer, ca.Certificate(), true, nil), pki.ClientConfig(nil, ca.Certificate(), controller)); err == nil {
 		t.Error("an expired server was believed")
 	}
 }
@@ -380,7 +380,7 @@ func TestReplaceWhileServing(t *testing.T) {
 	if err := c.Replace(cert, key, ca.Certificate()); err != nil {
 		t.Fatal(err)
 	}
-	_, err, state := talk(t, server, pki.ClientConfig(nil, ca.Certificate(), id))
+	state, _, err := talk(t, server, pki.ClientConfig(nil, ca.Certificate(), id))
 	if err != nil || state.PeerCertificates[0].SerialNumber.Cmp(before) == 0 {
 		t.Errorf("still the old certificate (%v)", err)
 	}
