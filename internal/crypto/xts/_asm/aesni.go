@@ -30,8 +30,8 @@ func aesni(inverse bool) {
 	at := func(base reg.Register, i int) Mem { return Mem{Base: base, Disp: block * i} }
 	prepare := func(i int) []func() { return w.chain.next(at(w.next, i)) }
 
-	// The frame: sectors' first tweaks, one place that is read and not used,
-	// and two groups of tweaks; all aligned to 16 bytes.
+	// The frame: sectors' first tweaks, a ninth that is read and not used, and
+	// two groups of tweaks; all aligned to 16 bytes. SP is a multiple of 8.
 	const used = batch + 1 + 2*batch
 	AllocLocal(used*block + 8)
 	LEAQ(Mem{Base: reg.StackPointer, Disp: 8 + (batch+1)*block}, w.end)

@@ -67,8 +67,7 @@ func vaes512(inverse bool) {
 		return timesBytes(uint8(i/2), wrap, next[i%2], next[i], carry)
 	}
 
-	// The frame: sectors' first tweaks, and one place that is read and not
-	// used.
+	// The frame: sectors' first tweaks, and a ninth that is read and not used.
 	const used = batch/4 + 1
 	frame := AllocLocal(used * vector)
 	firstTweaks := func(i int) Mem { return frame.Offset(vector * i) }

@@ -5,10 +5,13 @@
 //
 //  1. The tweaks of the next eight sectors are encrypted together, because one
 //     alone would wait for the latency of every AES round.
-//  2. A sector is done in batches of eight vectors: the tweaks T x^i of a batch
-//     are derived from the one before, added to the input with the first round
-//     key, then come the rounds, eight AES instructions at a time, which is as
-//     many as a core can have in flight.
+//  2. A sector is done in groups of eight vectors: input, plus tweaks, plus the
+//     first round key; then the rounds, eight AES instructions at a time, which
+//     is as many as a core can have in flight; then the tweaks again. Between
+//     the AES instructions of a group stand those that make the tweaks T x^i
+//     of the next group: in general registers for the narrow implementations,
+//     because vector instructions take the units that AES needs; in vector
+//     registers for AVX-512, which would be waiting for them.
 //
 // Multiplication by x^k in GF(2^128) (k < 64) is a shift by k bits; the k bits
 // shifted out at the top come back multiplied by the polynomial's low part,

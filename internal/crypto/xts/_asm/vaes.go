@@ -55,8 +55,8 @@ func vaes256(inverse bool) {
 		return append(w.chain.next(m), w.chain.next(m.Offset(block))...)
 	}
 
-	// The frame: sectors' first tweaks, one place that is read and not used
-	// and one that is not, and two groups of tweaks.
+	// The frame: sectors' first tweaks, a ninth that is read and not used, room
+	// to the next vector, and two groups of tweaks.
 	const used = batch/2 + 1 + 2*batch
 	frame := AllocLocal(used * vector)
 	firstTweaks := func(i int) Mem { return frame.Offset(vector * i) }
