@@ -14,9 +14,16 @@ import (
 
 	"strongroom/client"
 	"strongroom/internal/face/cli"
+	"strongroom/internal/role/volumed"
 )
 
-func main() { os.Exit(run()) }
+func main() {
+	// A volume process is started at every power-on: it needs no command tree.
+	if len(os.Args) > 1 && os.Args[1] == "volumed" {
+		os.Exit(volumed.Main(os.Args[2:]))
+	}
+	os.Exit(run())
+}
 
 // run is main with an exit code, so that tests can run it in their process.
 func run() int {

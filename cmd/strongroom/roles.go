@@ -14,6 +14,11 @@ import (
 // newRoles tells the command line what runs in this process.
 func newRoles() cli.Roles {
 	return cli.Roles{
+		RunController: runController,
+		RunHost:       runHost,
+		RunDev:        runDev,
+		JoinHost:      joinHost,
+		RunVolumed:    runVolumed,
 		FormatVolume:  formatVolume,
 		InspectVolume: inspectVolume,
 		ServeVolume:   serveVolume,

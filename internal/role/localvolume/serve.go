@@ -93,10 +93,7 @@ func listen(socket string) (*net.UnixListener, error) {
 	addr := &net.UnixAddr{Name: socket, Net: "unix"}
 	l, err := net.ListenUnix("unix", addr)
 	if errors.Is(err, syscall.EADDRINUSE) {
-		if c, dialErr := net.DialUnix("unix", nil, addr); !errors.Is(dialErr, syscall.ECONNREFUSED) {
-			if dialErr == nil {
-				c.Close()
-			}
+		if !abandoned(addr) {
 			return nil, errs.New(errs.Exists, "cannot listen on %s: it exists", socket)
 		}
 		if err := os.Remove(socket); err != nil {
@@ -114,4 +111,17 @@ func listen(socket string) (*net.UnixListener, error) {
 		return nil, explain(err)
 	}
 	return l, nil
+}
+
+// abandoned reports whether addr is a socket that nobody listens on.
+func abandoned(addr *net.UnixAddr) bool {
+	// Connecting to a file that is no socket is refused in the same way.
+	if info, err := os.Lstat(addr.Name); err != nil || info.Mode().Type() != os.ModeSocket {
+		return false
+	}
+	c, err := net.DialUnix("unix", nil, addr)
+	if err == nil {
+		c.Close()
+	}
+	return errors.Is(err, syscall.ECONNREFUSED)
 }

@@ -1,0 +1,122 @@
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+)
+
+// TestMain makes the test binary run as strongroom when a script asks for it.
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){"strongroom": main})
+}
+
+// TestScripts runs testdata/script/*.txtar: the program as its users see it,
+// with QEMU, libnbd and cryptsetup as its peers.
+func TestScripts(t *testing.T) {
+	t.Parallel()
+	testscript.Run(t, testscript.Params{
+		Dir:                 "testdata/script",
+		RequireExplicitExec: true,
+		Setup: func(env *testscript.Env) error {
+			// A unix socket's path must be short, and $WORK is not.
+			dir, err := os.MkdirTemp("", "sr")
+			if err != nil {
+				return err
+			}
+			env.Defer(func() { os.RemoveAll(dir) })
+			env.Setenv("SOCKETS", dir)
+			env.Setenv("HOME", env.WorkDir)
+			env.Setenv("PATH", env.Getenv("PATH")+string(filepath.ListSeparator)+"/usr/sbin")
+			return nil
+		},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"keyfile":  makeKeyFile,
+			"waitfor":  waitForSocket,
+			"mode":     checkMode,
+			"truncate": truncate,
+		},
+	})
+}
+
+// makeKeyFile is "keyfile NAME BYTES": a file for its owner only. The contents
+// follow from the name, so that a script fails the same way again.
+func makeKeyFile(ts *testscript.TestScript, neg bool, args []string) {
+	var n int
+	if len(args) != 2 || neg {
+		ts.Fatalf("usage: keyfile NAME BYTES")
+	}
+	_, err := fmt.Sscan(args[1], &n)
+	ts.Check(err)
+	var key []byte
+	for i := 0; len(key) < n; i++ {
+		sum := sha256.Sum256(fmt.Append(nil, args[0], i))
+		key = append(key, sum[:]...)
+	}
+	ts.Check(os.WriteFile(ts.MkAbs(args[0]), key[:n], 0o600))
+}
+
+// waitForSocket is "waitfor SOCKET": until somebody listens on it.
+func waitForSocket(ts *testscript.TestScript, neg bool, args []string) {
+	if len(args) != 1 || neg {
+		ts.Fatalf("usage: waitfor SOCKET")
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		conn, err := new(net.Dialer).DialContext(ctx, "unix", args[0])
+		if err == nil {
+			conn.Close()
+			return
+		}
+		select {
+		case <-ctx.Done():
+			ts.Fatalf("nobody listens on %s: %v", args[0], err)
+		case <-tick.C:
+		}
+	}
+}
+
+// checkMode is "mode OCTAL FILE".
+func checkMode(ts *testscript.TestScript, neg bool, args []string) {
+	if len(args) != 2 {
+		ts.Fatalf("usage: mode OCTAL FILE")
+	}
+	info, err := os.Stat(ts.MkAbs(args[1]))
+	ts.Check(err)
+	if got := fmt.Sprintf("%04o", info.Mode().Perm()); (got == args[0]) == neg {
+		ts.Fatalf("%s has mode %s", args[1], got)
+	}
+}
+
+// truncate is "truncate FILE BYTES".
+func truncate(ts *testscript.TestScript, neg bool, args []string) {
+	var n int64
+	if len(args) != 2 || neg {
+		ts.Fatalf("usage: truncate FILE BYTES")
+	}
+	_, err := fmt.Sscan(args[1], &n)
+	ts.Check(errors.Join(err, os.Truncate(ts.MkAbs(args[0]), n)))
+}
+
+// TestEveryExampleParses holds the examples of the help to the flags that there
+// are.
+func TestEveryExampleParses(t *testing.T) {
+	t.Parallel()
+	for _, example := range examples() {
+		if err := example.check(); err != nil {
+			t.Errorf("%s: %v", strings.Join(example.args, " "), err)
+		}
+	}
+}
