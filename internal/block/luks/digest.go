@@ -16,7 +16,7 @@ const (
 	digestSaltSize   = 32 // bytes; cryptsetup takes no other
 
 	// iterationsMax bounds the time that a PBKDF2 in a header can make us
-	// spend: some 15 seconds.
+	// spend: well under a minute.
 	iterationsMax = 50_000_000
 )
 

@@ -1,6 +1,7 @@
 package luks
 
 import (
+	"cmp"
 	"crypto/rand"
 	"errors"
 	"fmt"
@@ -109,7 +110,7 @@ func (h *Header) freeArea(size int64) (int64, error) {
 			used = append(used, k.area)
 		}
 	}
-	slices.SortFunc(used, func(a, b area) int { return int(a.offset - b.offset) })
+	slices.SortFunc(used, func(a, b area) int { return cmp.Compare(a.offset, b.offset) })
 	start := 2 * h.bin.size
 	end := start + h.meta.keyslotsSize
 	for _, a := range append(used, area{offset: end}) {

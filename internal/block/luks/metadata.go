@@ -1,14 +1,15 @@
 package luks
 
 import (
+	"cmp"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"math"
 	"slices"
-	"sort"
 	"strconv"
+	"strings"
 )
 
 // Limits of cryptsetup and of the specification.
@@ -161,8 +162,8 @@ func decodeDigest(f numberedField) digest {
 		kind:     f.get("type").text(),
 		keyslots: f.get("keyslots").texts(),
 		segments: f.get("segments").texts(),
-		salt:     f.get("salt").base64(1, 64),
-		value:    f.get("digest").base64(1, 64),
+		salt:     f.get("salt").base64(16, 64),
+		value:    f.get("digest").base64(20, 64), // a shorter one would take wrong keys for right
 	}
 	if g.kind == "pbkdf2" {
 		g.hash = f.get("hash").text()
@@ -188,10 +189,7 @@ func decodeKeyslot(f numberedField) keyslot {
 // checkSegments checks that every encrypted segment has a digest.
 func (m *metadata) checkSegments(d *decoder) {
 	for i, s := range m.segments {
-		if s.kind != "crypt" {
-			continue
-		}
-		if len(m.digestsOf(i)) == 0 {
+		if s.kind == "crypt" && len(m.digestsOf(i)) == 0 {
 			d.fail(fmt.Sprintf("segments.%d", i), "has no digest")
 		}
 	}
@@ -223,7 +221,7 @@ func (m *metadata) checkAreas(d *decoder, headerSize int64) {
 			areas = append(areas, k)
 		}
 	}
-	sort.Slice(areas, func(i, j int) bool { return areas[i].area.offset < areas[j].area.offset })
+	slices.SortFunc(areas, func(a, b keyslot) int { return cmp.Compare(a.area.offset, b.area.offset) })
 	for _, k := range areas {
 		path := fmt.Sprintf("keyslots.%d.area", k.id)
 		if k.area.offset < first || k.area.offset > end || k.area.size > end-k.area.offset {
@@ -234,7 +232,7 @@ func (m *metadata) checkAreas(d *decoder, headerSize int64) {
 	}
 }
 
-func isBackupFlag(flag string) bool { return len(flag) > 7 && flag[:7] == "backup-" }
+func isBackupFlag(flag string) bool { return strings.HasPrefix(flag, "backup-") }
 
 // decoder collects the first error, so that decoding reads like the format.
 type decoder struct{ err error }
@@ -298,7 +296,7 @@ func (f field) numbered(limit int) []numberedField {
 		}
 		members = append(members, numberedField{field: f.get(name), id: id})
 	}
-	sort.Slice(members, func(i, j int) bool { return members[i].id < members[j].id })
+	slices.SortFunc(members, func(a, b numberedField) int { return cmp.Compare(a.id, b.id) })
 	return members
 }
 

@@ -390,7 +390,7 @@ func TestMetadataRefused(t *testing.T) {
 		"digest of unknown slot":   {func(d doc) { digest(d)["keyslots"] = []any{"3"} }, "keyslots"},
 		"salt":                     {func(d doc) { digest(d)["salt"] = "!" }, "salt"},
 		"long salt":                {func(d doc) { digest(d)["salt"] = strings.Repeat("AAAA", 2000) }, "salt"},
-		"empty digest":             {func(d doc) { digest(d)["digest"] = "" }, "digest"},
+		"short digest":             {func(d doc) { digest(d)["digest"] = "AAAAAAAAAAAAAAAAAAAAAA==" }, "digest"},
 		"iterations":               {func(d doc) { digest(d)["iterations"] = 0 }, "iterations"},
 		"token without keyslots":   {func(d doc) { delete(d["tokens"].(doc)["0"].(doc), "keyslots") }, "tokens.0.keyslots"},
 		"token of unknown keyslot": {func(d doc) { d["tokens"].(doc)["0"].(doc)["keyslots"] = []any{"1"} }, "tokens.0.keyslots"},
