@@ -55,7 +55,7 @@ func run(ctx context.Context, args []string) error {
 	var only string
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
 	flags.IntVar(&o.rounds, "rounds", 5, "how often each load is measured")
-	flags.DurationVar(&o.duration, "duration", 700*time.Millisecond, "of one measurement")
+	flags.DurationVar(&o.duration, "duration", 600*time.Millisecond, "of one measurement")
 	flags.Int64Var(&o.size, "size", 256<<20, "of each image, in bytes; a multiple of 1 MiB")
 	flags.StringVar(&o.dir, "dir", "/dev/shm", "a tmpfs with room for four images")
 	flags.StringVar(&o.out, "out", filepath.FromSlash("docs/reference/performance.md"), "where the tables go")

@@ -261,7 +261,7 @@ servers. Ours uses one thread for load; where it used that wholly, it was the li
 
 `)
 	if rows := r.generator(); len(rows) > 0 {
-		table(&b, append([][]string{{"load", "our generator's end, requests/s", "processors it used for that", "for the fastest encrypted", "fio's end, requests/s"}}, rows...))
+		table(&b, append([][]string{{"load", "our generator's end, requests/s", "processors it used for that", "and for ours, encrypted", "fio's end, requests/s"}}, rows...))
 	}
 	b.WriteString("\n## Commands\n\n```\n")
 	for _, c := range r.Commands {
