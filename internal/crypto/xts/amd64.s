@@ -777,138 +777,138 @@ data128:
 	MOVO       80(AX), X10
 	AESENC     X10, X0
 	MOVQ       CX, (R15)
-	AESENC     X10, X1
 	MOVQ       R14, 8(R15)
-	AESENC     X10, X2
+	AESENC     X10, X1
 	MOVQ       R14, R10
-	AESENC     X10, X3
 	SARQ       $0x3f, R10
-	AESENC     X10, X4
+	AESENC     X10, X2
 	ANDL       $0x00000087, R10
-	AESENC     X10, X5
 	ADDQ       CX, CX
 	ADCQ       R14, R14
+	AESENC     X10, X3
+	XORQ       R10, CX
+	MOVQ       CX, 16(R15)
+	AESENC     X10, X4
+	MOVQ       R14, 24(R15)
+	MOVQ       R14, R10
+	AESENC     X10, X5
+	SARQ       $0x3f, R10
+	ANDL       $0x00000087, R10
 	AESENC     X10, X6
+	ADDQ       CX, CX
+	ADCQ       R14, R14
 	XORQ       R10, CX
 	AESENC     X10, X7
 	MOVO       96(AX), X10
 	AESENC     X10, X0
-	MOVQ       CX, 16(R15)
+	MOVQ       CX, 32(R15)
+	MOVQ       R14, 40(R15)
 	AESENC     X10, X1
-	MOVQ       R14, 24(R15)
-	AESENC     X10, X2
 	MOVQ       R14, R10
-	AESENC     X10, X3
 	SARQ       $0x3f, R10
-	AESENC     X10, X4
+	AESENC     X10, X2
 	ANDL       $0x00000087, R10
-	AESENC     X10, X5
 	ADDQ       CX, CX
 	ADCQ       R14, R14
+	AESENC     X10, X3
+	XORQ       R10, CX
+	MOVQ       CX, 48(R15)
+	AESENC     X10, X4
+	MOVQ       R14, 56(R15)
+	MOVQ       R14, R10
+	AESENC     X10, X5
+	SARQ       $0x3f, R10
+	ANDL       $0x00000087, R10
 	AESENC     X10, X6
+	ADDQ       CX, CX
+	ADCQ       R14, R14
 	XORQ       R10, CX
 	AESENC     X10, X7
 	MOVO       112(AX), X10
 	AESENC     X10, X0
-	MOVQ       CX, 32(R15)
+	MOVQ       CX, 64(R15)
+	MOVQ       R14, 72(R15)
 	AESENC     X10, X1
-	MOVQ       R14, 40(R15)
-	AESENC     X10, X2
 	MOVQ       R14, R10
-	AESENC     X10, X3
 	SARQ       $0x3f, R10
-	AESENC     X10, X4
+	AESENC     X10, X2
 	ANDL       $0x00000087, R10
-	AESENC     X10, X5
 	ADDQ       CX, CX
 	ADCQ       R14, R14
+	AESENC     X10, X3
+	XORQ       R10, CX
+	MOVQ       CX, 80(R15)
+	AESENC     X10, X4
+	MOVQ       R14, 88(R15)
+	MOVQ       R14, R10
+	AESENC     X10, X5
+	SARQ       $0x3f, R10
+	ANDL       $0x00000087, R10
 	AESENC     X10, X6
+	ADDQ       CX, CX
+	ADCQ       R14, R14
 	XORQ       R10, CX
 	AESENC     X10, X7
 	MOVO       128(AX), X10
 	AESENC     X10, X0
-	MOVQ       CX, 48(R15)
+	MOVQ       CX, 96(R15)
+	MOVQ       R14, 104(R15)
 	AESENC     X10, X1
-	MOVQ       R14, 56(R15)
-	AESENC     X10, X2
 	MOVQ       R14, R10
-	AESENC     X10, X3
 	SARQ       $0x3f, R10
-	AESENC     X10, X4
+	AESENC     X10, X2
 	ANDL       $0x00000087, R10
-	AESENC     X10, X5
 	ADDQ       CX, CX
 	ADCQ       R14, R14
+	AESENC     X10, X3
+	XORQ       R10, CX
+	MOVQ       CX, 112(R15)
+	AESENC     X10, X4
+	MOVQ       R14, 120(R15)
+	MOVQ       R14, R10
+	AESENC     X10, X5
+	SARQ       $0x3f, R10
+	ANDL       $0x00000087, R10
 	AESENC     X10, X6
+	ADDQ       CX, CX
+	ADCQ       R14, R14
 	XORQ       R10, CX
 	AESENC     X10, X7
 	MOVO       144(AX), X10
 	AESENC     X10, X0
-	MOVQ       CX, 64(R15)
 	AESENC     X10, X1
-	MOVQ       R14, 72(R15)
 	AESENC     X10, X2
-	MOVQ       R14, R10
 	AESENC     X10, X3
-	SARQ       $0x3f, R10
 	AESENC     X10, X4
-	ANDL       $0x00000087, R10
 	AESENC     X10, X5
-	ADDQ       CX, CX
-	ADCQ       R14, R14
 	AESENC     X10, X6
-	XORQ       R10, CX
 	AESENC     X10, X7
 	MOVO       160(AX), X10
 	AESENC     X10, X0
-	MOVQ       CX, 80(R15)
 	AESENC     X10, X1
-	MOVQ       R14, 88(R15)
 	AESENC     X10, X2
-	MOVQ       R14, R10
 	AESENC     X10, X3
-	SARQ       $0x3f, R10
 	AESENC     X10, X4
-	ANDL       $0x00000087, R10
 	AESENC     X10, X5
-	ADDQ       CX, CX
-	ADCQ       R14, R14
 	AESENC     X10, X6
-	XORQ       R10, CX
 	AESENC     X10, X7
 	MOVO       176(AX), X10
 	AESENC     X10, X0
-	MOVQ       CX, 96(R15)
 	AESENC     X10, X1
-	MOVQ       R14, 104(R15)
 	AESENC     X10, X2
-	MOVQ       R14, R10
 	AESENC     X10, X3
-	SARQ       $0x3f, R10
 	AESENC     X10, X4
-	ANDL       $0x00000087, R10
 	AESENC     X10, X5
-	ADDQ       CX, CX
-	ADCQ       R14, R14
 	AESENC     X10, X6
-	XORQ       R10, CX
 	AESENC     X10, X7
 	MOVO       192(AX), X10
 	AESENC     X10, X0
-	MOVQ       CX, 112(R15)
 	AESENC     X10, X1
-	MOVQ       R14, 120(R15)
 	AESENC     X10, X2
-	MOVQ       R14, R10
 	AESENC     X10, X3
-	SARQ       $0x3f, R10
 	AESENC     X10, X4
-	ANDL       $0x00000087, R10
 	AESENC     X10, X5
-	ADDQ       CX, CX
-	ADCQ       R14, R14
 	AESENC     X10, X6
-	XORQ       R10, CX
 	AESENC     X10, X7
 	MOVO       208(AX), X10
 	AESENC     X10, X0
@@ -1314,201 +1314,201 @@ data128:
 	VAESENC        Y10, Y0, Y0
 	MOVQ           CX, (R15)
 	MOVQ           R14, 8(R15)
-	VAESENC        Y10, Y1, Y1
 	MOVQ           R14, R10
 	SARQ           $0x3f, R10
-	VAESENC        Y10, Y2, Y2
+	VAESENC        Y10, Y1, Y1
 	ANDL           $0x00000087, R10
 	ADDQ           CX, CX
 	ADCQ           R14, R14
-	VAESENC        Y10, Y3, Y3
 	XORQ           R10, CX
 	MOVQ           CX, 16(R15)
-	VAESENC        Y10, Y4, Y4
+	VAESENC        Y10, Y2, Y2
 	MOVQ           R14, 24(R15)
 	MOVQ           R14, R10
-	VAESENC        Y10, Y5, Y5
 	SARQ           $0x3f, R10
 	ANDL           $0x00000087, R10
+	VAESENC        Y10, Y3, Y3
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	MOVQ           CX, 32(R15)
+	MOVQ           R14, 40(R15)
+	VAESENC        Y10, Y4, Y4
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	VAESENC        Y10, Y5, Y5
+	XORQ           R10, CX
+	MOVQ           CX, 48(R15)
+	MOVQ           R14, 56(R15)
+	MOVQ           R14, R10
 	VAESENC        Y10, Y6, Y6
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
 	ADDQ           CX, CX
 	ADCQ           R14, R14
 	XORQ           R10, CX
 	VAESENC        Y10, Y7, Y7
 	VBROADCASTI128 96(AX), Y10
 	VAESENC        Y10, Y0, Y0
-	MOVQ           CX, 32(R15)
-	MOVQ           R14, 40(R15)
-	VAESENC        Y10, Y1, Y1
+	MOVQ           CX, 64(R15)
+	MOVQ           R14, 72(R15)
 	MOVQ           R14, R10
 	SARQ           $0x3f, R10
-	VAESENC        Y10, Y2, Y2
+	VAESENC        Y10, Y1, Y1
 	ANDL           $0x00000087, R10
 	ADDQ           CX, CX
 	ADCQ           R14, R14
-	VAESENC        Y10, Y3, Y3
 	XORQ           R10, CX
-	MOVQ           CX, 48(R15)
-	VAESENC        Y10, Y4, Y4
-	MOVQ           R14, 56(R15)
+	MOVQ           CX, 80(R15)
+	VAESENC        Y10, Y2, Y2
+	MOVQ           R14, 88(R15)
 	MOVQ           R14, R10
-	VAESENC        Y10, Y5, Y5
 	SARQ           $0x3f, R10
 	ANDL           $0x00000087, R10
+	VAESENC        Y10, Y3, Y3
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	MOVQ           CX, 96(R15)
+	MOVQ           R14, 104(R15)
+	VAESENC        Y10, Y4, Y4
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	VAESENC        Y10, Y5, Y5
+	XORQ           R10, CX
+	MOVQ           CX, 112(R15)
+	MOVQ           R14, 120(R15)
+	MOVQ           R14, R10
 	VAESENC        Y10, Y6, Y6
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
 	ADDQ           CX, CX
 	ADCQ           R14, R14
 	XORQ           R10, CX
 	VAESENC        Y10, Y7, Y7
 	VBROADCASTI128 112(AX), Y10
 	VAESENC        Y10, Y0, Y0
-	MOVQ           CX, 64(R15)
-	MOVQ           R14, 72(R15)
-	VAESENC        Y10, Y1, Y1
+	MOVQ           CX, 128(R15)
+	MOVQ           R14, 136(R15)
 	MOVQ           R14, R10
 	SARQ           $0x3f, R10
-	VAESENC        Y10, Y2, Y2
+	VAESENC        Y10, Y1, Y1
 	ANDL           $0x00000087, R10
 	ADDQ           CX, CX
 	ADCQ           R14, R14
-	VAESENC        Y10, Y3, Y3
 	XORQ           R10, CX
-	MOVQ           CX, 80(R15)
-	VAESENC        Y10, Y4, Y4
-	MOVQ           R14, 88(R15)
+	MOVQ           CX, 144(R15)
+	VAESENC        Y10, Y2, Y2
+	MOVQ           R14, 152(R15)
 	MOVQ           R14, R10
-	VAESENC        Y10, Y5, Y5
 	SARQ           $0x3f, R10
 	ANDL           $0x00000087, R10
+	VAESENC        Y10, Y3, Y3
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	MOVQ           CX, 160(R15)
+	MOVQ           R14, 168(R15)
+	VAESENC        Y10, Y4, Y4
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	VAESENC        Y10, Y5, Y5
+	XORQ           R10, CX
+	MOVQ           CX, 176(R15)
+	MOVQ           R14, 184(R15)
+	MOVQ           R14, R10
 	VAESENC        Y10, Y6, Y6
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
 	ADDQ           CX, CX
 	ADCQ           R14, R14
 	XORQ           R10, CX
 	VAESENC        Y10, Y7, Y7
 	VBROADCASTI128 128(AX), Y10
 	VAESENC        Y10, Y0, Y0
-	MOVQ           CX, 96(R15)
-	MOVQ           R14, 104(R15)
-	VAESENC        Y10, Y1, Y1
+	MOVQ           CX, 192(R15)
+	MOVQ           R14, 200(R15)
 	MOVQ           R14, R10
 	SARQ           $0x3f, R10
-	VAESENC        Y10, Y2, Y2
+	VAESENC        Y10, Y1, Y1
 	ANDL           $0x00000087, R10
 	ADDQ           CX, CX
 	ADCQ           R14, R14
-	VAESENC        Y10, Y3, Y3
 	XORQ           R10, CX
-	MOVQ           CX, 112(R15)
-	VAESENC        Y10, Y4, Y4
-	MOVQ           R14, 120(R15)
+	MOVQ           CX, 208(R15)
+	VAESENC        Y10, Y2, Y2
+	MOVQ           R14, 216(R15)
 	MOVQ           R14, R10
-	VAESENC        Y10, Y5, Y5
 	SARQ           $0x3f, R10
 	ANDL           $0x00000087, R10
+	VAESENC        Y10, Y3, Y3
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	MOVQ           CX, 224(R15)
+	MOVQ           R14, 232(R15)
+	VAESENC        Y10, Y4, Y4
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	VAESENC        Y10, Y5, Y5
+	XORQ           R10, CX
+	MOVQ           CX, 240(R15)
+	MOVQ           R14, 248(R15)
+	MOVQ           R14, R10
 	VAESENC        Y10, Y6, Y6
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
 	ADDQ           CX, CX
 	ADCQ           R14, R14
 	XORQ           R10, CX
 	VAESENC        Y10, Y7, Y7
 	VBROADCASTI128 144(AX), Y10
 	VAESENC        Y10, Y0, Y0
-	MOVQ           CX, 128(R15)
-	MOVQ           R14, 136(R15)
 	VAESENC        Y10, Y1, Y1
-	MOVQ           R14, R10
-	SARQ           $0x3f, R10
 	VAESENC        Y10, Y2, Y2
-	ANDL           $0x00000087, R10
-	ADDQ           CX, CX
-	ADCQ           R14, R14
 	VAESENC        Y10, Y3, Y3
-	XORQ           R10, CX
-	MOVQ           CX, 144(R15)
 	VAESENC        Y10, Y4, Y4
-	MOVQ           R14, 152(R15)
-	MOVQ           R14, R10
 	VAESENC        Y10, Y5, Y5
-	SARQ           $0x3f, R10
-	ANDL           $0x00000087, R10
 	VAESENC        Y10, Y6, Y6
-	ADDQ           CX, CX
-	ADCQ           R14, R14
-	XORQ           R10, CX
 	VAESENC        Y10, Y7, Y7
 	VBROADCASTI128 160(AX), Y10
 	VAESENC        Y10, Y0, Y0
-	MOVQ           CX, 160(R15)
-	MOVQ           R14, 168(R15)
 	VAESENC        Y10, Y1, Y1
-	MOVQ           R14, R10
-	SARQ           $0x3f, R10
 	VAESENC        Y10, Y2, Y2
-	ANDL           $0x00000087, R10
-	ADDQ           CX, CX
-	ADCQ           R14, R14
 	VAESENC        Y10, Y3, Y3
-	XORQ           R10, CX
-	MOVQ           CX, 176(R15)
 	VAESENC        Y10, Y4, Y4
-	MOVQ           R14, 184(R15)
-	MOVQ           R14, R10
 	VAESENC        Y10, Y5, Y5
-	SARQ           $0x3f, R10
-	ANDL           $0x00000087, R10
 	VAESENC        Y10, Y6, Y6
-	ADDQ           CX, CX
-	ADCQ           R14, R14
-	XORQ           R10, CX
 	VAESENC        Y10, Y7, Y7
 	VBROADCASTI128 176(AX), Y10
 	VAESENC        Y10, Y0, Y0
-	MOVQ           CX, 192(R15)
-	MOVQ           R14, 200(R15)
 	VAESENC        Y10, Y1, Y1
-	MOVQ           R14, R10
-	SARQ           $0x3f, R10
 	VAESENC        Y10, Y2, Y2
-	ANDL           $0x00000087, R10
-	ADDQ           CX, CX
-	ADCQ           R14, R14
 	VAESENC        Y10, Y3, Y3
-	XORQ           R10, CX
-	MOVQ           CX, 208(R15)
 	VAESENC        Y10, Y4, Y4
-	MOVQ           R14, 216(R15)
-	MOVQ           R14, R10
 	VAESENC        Y10, Y5, Y5
-	SARQ           $0x3f, R10
-	ANDL           $0x00000087, R10
 	VAESENC        Y10, Y6, Y6
-	ADDQ           CX, CX
-	ADCQ           R14, R14
-	XORQ           R10, CX
 	VAESENC        Y10, Y7, Y7
 	VBROADCASTI128 192(AX), Y10
 	VAESENC        Y10, Y0, Y0
-	MOVQ           CX, 224(R15)
-	MOVQ           R14, 232(R15)
 	VAESENC        Y10, Y1, Y1
-	MOVQ           R14, R10
-	SARQ           $0x3f, R10
 	VAESENC        Y10, Y2, Y2
-	ANDL           $0x00000087, R10
-	ADDQ           CX, CX
-	ADCQ           R14, R14
 	VAESENC        Y10, Y3, Y3
-	XORQ           R10, CX
-	MOVQ           CX, 240(R15)
 	VAESENC        Y10, Y4, Y4
-	MOVQ           R14, 248(R15)
-	MOVQ           R14, R10
 	VAESENC        Y10, Y5, Y5
-	SARQ           $0x3f, R10
-	ANDL           $0x00000087, R10
 	VAESENC        Y10, Y6, Y6
-	ADDQ           CX, CX
-	ADCQ           R14, R14
-	XORQ           R10, CX
 	VAESENC        Y10, Y7, Y7
 	VBROADCASTI128 208(AX), Y10
 	VAESENC        Y10, Y0, Y0
@@ -2279,138 +2279,138 @@ data128:
 	MOVO       320(AX), X10
 	AESDEC     X10, X0
 	MOVQ       CX, (R15)
-	AESDEC     X10, X1
 	MOVQ       R14, 8(R15)
-	AESDEC     X10, X2
+	AESDEC     X10, X1
 	MOVQ       R14, R10
-	AESDEC     X10, X3
 	SARQ       $0x3f, R10
-	AESDEC     X10, X4
+	AESDEC     X10, X2
 	ANDL       $0x00000087, R10
-	AESDEC     X10, X5
 	ADDQ       CX, CX
 	ADCQ       R14, R14
+	AESDEC     X10, X3
+	XORQ       R10, CX
+	MOVQ       CX, 16(R15)
+	AESDEC     X10, X4
+	MOVQ       R14, 24(R15)
+	MOVQ       R14, R10
+	AESDEC     X10, X5
+	SARQ       $0x3f, R10
+	ANDL       $0x00000087, R10
 	AESDEC     X10, X6
+	ADDQ       CX, CX
+	ADCQ       R14, R14
 	XORQ       R10, CX
 	AESDEC     X10, X7
 	MOVO       336(AX), X10
 	AESDEC     X10, X0
-	MOVQ       CX, 16(R15)
+	MOVQ       CX, 32(R15)
+	MOVQ       R14, 40(R15)
 	AESDEC     X10, X1
-	MOVQ       R14, 24(R15)
-	AESDEC     X10, X2
 	MOVQ       R14, R10
-	AESDEC     X10, X3
 	SARQ       $0x3f, R10
-	AESDEC     X10, X4
+	AESDEC     X10, X2
 	ANDL       $0x00000087, R10
-	AESDEC     X10, X5
 	ADDQ       CX, CX
 	ADCQ       R14, R14
+	AESDEC     X10, X3
+	XORQ       R10, CX
+	MOVQ       CX, 48(R15)
+	AESDEC     X10, X4
+	MOVQ       R14, 56(R15)
+	MOVQ       R14, R10
+	AESDEC     X10, X5
+	SARQ       $0x3f, R10
+	ANDL       $0x00000087, R10
 	AESDEC     X10, X6
+	ADDQ       CX, CX
+	ADCQ       R14, R14
 	XORQ       R10, CX
 	AESDEC     X10, X7
 	MOVO       352(AX), X10
 	AESDEC     X10, X0
-	MOVQ       CX, 32(R15)
+	MOVQ       CX, 64(R15)
+	MOVQ       R14, 72(R15)
 	AESDEC     X10, X1
-	MOVQ       R14, 40(R15)
-	AESDEC     X10, X2
 	MOVQ       R14, R10
-	AESDEC     X10, X3
 	SARQ       $0x3f, R10
-	AESDEC     X10, X4
+	AESDEC     X10, X2
 	ANDL       $0x00000087, R10
-	AESDEC     X10, X5
 	ADDQ       CX, CX
 	ADCQ       R14, R14
+	AESDEC     X10, X3
+	XORQ       R10, CX
+	MOVQ       CX, 80(R15)
+	AESDEC     X10, X4
+	MOVQ       R14, 88(R15)
+	MOVQ       R14, R10
+	AESDEC     X10, X5
+	SARQ       $0x3f, R10
+	ANDL       $0x00000087, R10
 	AESDEC     X10, X6
+	ADDQ       CX, CX
+	ADCQ       R14, R14
 	XORQ       R10, CX
 	AESDEC     X10, X7
 	MOVO       368(AX), X10
 	AESDEC     X10, X0
-	MOVQ       CX, 48(R15)
+	MOVQ       CX, 96(R15)
+	MOVQ       R14, 104(R15)
 	AESDEC     X10, X1
-	MOVQ       R14, 56(R15)
-	AESDEC     X10, X2
 	MOVQ       R14, R10
-	AESDEC     X10, X3
 	SARQ       $0x3f, R10
-	AESDEC     X10, X4
+	AESDEC     X10, X2
 	ANDL       $0x00000087, R10
-	AESDEC     X10, X5
 	ADDQ       CX, CX
 	ADCQ       R14, R14
+	AESDEC     X10, X3
+	XORQ       R10, CX
+	MOVQ       CX, 112(R15)
+	AESDEC     X10, X4
+	MOVQ       R14, 120(R15)
+	MOVQ       R14, R10
+	AESDEC     X10, X5
+	SARQ       $0x3f, R10
+	ANDL       $0x00000087, R10
 	AESDEC     X10, X6
+	ADDQ       CX, CX
+	ADCQ       R14, R14
 	XORQ       R10, CX
 	AESDEC     X10, X7
 	MOVO       384(AX), X10
 	AESDEC     X10, X0
-	MOVQ       CX, 64(R15)
 	AESDEC     X10, X1
-	MOVQ       R14, 72(R15)
 	AESDEC     X10, X2
-	MOVQ       R14, R10
 	AESDEC     X10, X3
-	SARQ       $0x3f, R10
 	AESDEC     X10, X4
-	ANDL       $0x00000087, R10
 	AESDEC     X10, X5
-	ADDQ       CX, CX
-	ADCQ       R14, R14
 	AESDEC     X10, X6
-	XORQ       R10, CX
 	AESDEC     X10, X7
 	MOVO       400(AX), X10
 	AESDEC     X10, X0
-	MOVQ       CX, 80(R15)
 	AESDEC     X10, X1
-	MOVQ       R14, 88(R15)
 	AESDEC     X10, X2
-	MOVQ       R14, R10
 	AESDEC     X10, X3
-	SARQ       $0x3f, R10
 	AESDEC     X10, X4
-	ANDL       $0x00000087, R10
 	AESDEC     X10, X5
-	ADDQ       CX, CX
-	ADCQ       R14, R14
 	AESDEC     X10, X6
-	XORQ       R10, CX
 	AESDEC     X10, X7
 	MOVO       416(AX), X10
 	AESDEC     X10, X0
-	MOVQ       CX, 96(R15)
 	AESDEC     X10, X1
-	MOVQ       R14, 104(R15)
 	AESDEC     X10, X2
-	MOVQ       R14, R10
 	AESDEC     X10, X3
-	SARQ       $0x3f, R10
 	AESDEC     X10, X4
-	ANDL       $0x00000087, R10
 	AESDEC     X10, X5
-	ADDQ       CX, CX
-	ADCQ       R14, R14
 	AESDEC     X10, X6
-	XORQ       R10, CX
 	AESDEC     X10, X7
 	MOVO       432(AX), X10
 	AESDEC     X10, X0
-	MOVQ       CX, 112(R15)
 	AESDEC     X10, X1
-	MOVQ       R14, 120(R15)
 	AESDEC     X10, X2
-	MOVQ       R14, R10
 	AESDEC     X10, X3
-	SARQ       $0x3f, R10
 	AESDEC     X10, X4
-	ANDL       $0x00000087, R10
 	AESDEC     X10, X5
-	ADDQ       CX, CX
-	ADCQ       R14, R14
 	AESDEC     X10, X6
-	XORQ       R10, CX
 	AESDEC     X10, X7
 	MOVO       448(AX), X10
 	AESDEC     X10, X0
@@ -2816,201 +2816,201 @@ data128:
 	VAESDEC        Y10, Y0, Y0
 	MOVQ           CX, (R15)
 	MOVQ           R14, 8(R15)
-	VAESDEC        Y10, Y1, Y1
 	MOVQ           R14, R10
 	SARQ           $0x3f, R10
-	VAESDEC        Y10, Y2, Y2
+	VAESDEC        Y10, Y1, Y1
 	ANDL           $0x00000087, R10
 	ADDQ           CX, CX
 	ADCQ           R14, R14
-	VAESDEC        Y10, Y3, Y3
 	XORQ           R10, CX
 	MOVQ           CX, 16(R15)
-	VAESDEC        Y10, Y4, Y4
+	VAESDEC        Y10, Y2, Y2
 	MOVQ           R14, 24(R15)
 	MOVQ           R14, R10
-	VAESDEC        Y10, Y5, Y5
 	SARQ           $0x3f, R10
 	ANDL           $0x00000087, R10
+	VAESDEC        Y10, Y3, Y3
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	MOVQ           CX, 32(R15)
+	MOVQ           R14, 40(R15)
+	VAESDEC        Y10, Y4, Y4
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	VAESDEC        Y10, Y5, Y5
+	XORQ           R10, CX
+	MOVQ           CX, 48(R15)
+	MOVQ           R14, 56(R15)
+	MOVQ           R14, R10
 	VAESDEC        Y10, Y6, Y6
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
 	ADDQ           CX, CX
 	ADCQ           R14, R14
 	XORQ           R10, CX
 	VAESDEC        Y10, Y7, Y7
 	VBROADCASTI128 336(AX), Y10
 	VAESDEC        Y10, Y0, Y0
-	MOVQ           CX, 32(R15)
-	MOVQ           R14, 40(R15)
-	VAESDEC        Y10, Y1, Y1
+	MOVQ           CX, 64(R15)
+	MOVQ           R14, 72(R15)
 	MOVQ           R14, R10
 	SARQ           $0x3f, R10
-	VAESDEC        Y10, Y2, Y2
+	VAESDEC        Y10, Y1, Y1
 	ANDL           $0x00000087, R10
 	ADDQ           CX, CX
 	ADCQ           R14, R14
-	VAESDEC        Y10, Y3, Y3
 	XORQ           R10, CX
-	MOVQ           CX, 48(R15)
-	VAESDEC        Y10, Y4, Y4
-	MOVQ           R14, 56(R15)
+	MOVQ           CX, 80(R15)
+	VAESDEC        Y10, Y2, Y2
+	MOVQ           R14, 88(R15)
 	MOVQ           R14, R10
-	VAESDEC        Y10, Y5, Y5
 	SARQ           $0x3f, R10
 	ANDL           $0x00000087, R10
+	VAESDEC        Y10, Y3, Y3
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	MOVQ           CX, 96(R15)
+	MOVQ           R14, 104(R15)
+	VAESDEC        Y10, Y4, Y4
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	VAESDEC        Y10, Y5, Y5
+	XORQ           R10, CX
+	MOVQ           CX, 112(R15)
+	MOVQ           R14, 120(R15)
+	MOVQ           R14, R10
 	VAESDEC        Y10, Y6, Y6
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
 	ADDQ           CX, CX
 	ADCQ           R14, R14
 	XORQ           R10, CX
 	VAESDEC        Y10, Y7, Y7
 	VBROADCASTI128 352(AX), Y10
 	VAESDEC        Y10, Y0, Y0
-	MOVQ           CX, 64(R15)
-	MOVQ           R14, 72(R15)
-	VAESDEC        Y10, Y1, Y1
+	MOVQ           CX, 128(R15)
+	MOVQ           R14, 136(R15)
 	MOVQ           R14, R10
 	SARQ           $0x3f, R10
-	VAESDEC        Y10, Y2, Y2
+	VAESDEC        Y10, Y1, Y1
 	ANDL           $0x00000087, R10
 	ADDQ           CX, CX
 	ADCQ           R14, R14
-	VAESDEC        Y10, Y3, Y3
 	XORQ           R10, CX
-	MOVQ           CX, 80(R15)
-	VAESDEC        Y10, Y4, Y4
-	MOVQ           R14, 88(R15)
+	MOVQ           CX, 144(R15)
+	VAESDEC        Y10, Y2, Y2
+	MOVQ           R14, 152(R15)
 	MOVQ           R14, R10
-	VAESDEC        Y10, Y5, Y5
 	SARQ           $0x3f, R10
 	ANDL           $0x00000087, R10
+	VAESDEC        Y10, Y3, Y3
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	MOVQ           CX, 160(R15)
+	MOVQ           R14, 168(R15)
+	VAESDEC        Y10, Y4, Y4
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	VAESDEC        Y10, Y5, Y5
+	XORQ           R10, CX
+	MOVQ           CX, 176(R15)
+	MOVQ           R14, 184(R15)
+	MOVQ           R14, R10
 	VAESDEC        Y10, Y6, Y6
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
 	ADDQ           CX, CX
 	ADCQ           R14, R14
 	XORQ           R10, CX
 	VAESDEC        Y10, Y7, Y7
 	VBROADCASTI128 368(AX), Y10
 	VAESDEC        Y10, Y0, Y0
-	MOVQ           CX, 96(R15)
-	MOVQ           R14, 104(R15)
-	VAESDEC        Y10, Y1, Y1
+	MOVQ           CX, 192(R15)
+	MOVQ           R14, 200(R15)
 	MOVQ           R14, R10
 	SARQ           $0x3f, R10
-	VAESDEC        Y10, Y2, Y2
+	VAESDEC        Y10, Y1, Y1
 	ANDL           $0x00000087, R10
 	ADDQ           CX, CX
 	ADCQ           R14, R14
-	VAESDEC        Y10, Y3, Y3
 	XORQ           R10, CX
-	MOVQ           CX, 112(R15)
-	VAESDEC        Y10, Y4, Y4
-	MOVQ           R14, 120(R15)
+	MOVQ           CX, 208(R15)
+	VAESDEC        Y10, Y2, Y2
+	MOVQ           R14, 216(R15)
 	MOVQ           R14, R10
-	VAESDEC        Y10, Y5, Y5
 	SARQ           $0x3f, R10
 	ANDL           $0x00000087, R10
+	VAESDEC        Y10, Y3, Y3
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	XORQ           R10, CX
+	MOVQ           CX, 224(R15)
+	MOVQ           R14, 232(R15)
+	VAESDEC        Y10, Y4, Y4
+	MOVQ           R14, R10
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
+	ADDQ           CX, CX
+	ADCQ           R14, R14
+	VAESDEC        Y10, Y5, Y5
+	XORQ           R10, CX
+	MOVQ           CX, 240(R15)
+	MOVQ           R14, 248(R15)
+	MOVQ           R14, R10
 	VAESDEC        Y10, Y6, Y6
+	SARQ           $0x3f, R10
+	ANDL           $0x00000087, R10
 	ADDQ           CX, CX
 	ADCQ           R14, R14
 	XORQ           R10, CX
 	VAESDEC        Y10, Y7, Y7
 	VBROADCASTI128 384(AX), Y10
 	VAESDEC        Y10, Y0, Y0
-	MOVQ           CX, 128(R15)
-	MOVQ           R14, 136(R15)
 	VAESDEC        Y10, Y1, Y1
-	MOVQ           R14, R10
-	SARQ           $0x3f, R10
 	VAESDEC        Y10, Y2, Y2
-	ANDL           $0x00000087, R10
-	ADDQ           CX, CX
-	ADCQ           R14, R14
 	VAESDEC        Y10, Y3, Y3
-	XORQ           R10, CX
-	MOVQ           CX, 144(R15)
 	VAESDEC        Y10, Y4, Y4
-	MOVQ           R14, 152(R15)
-	MOVQ           R14, R10
 	VAESDEC        Y10, Y5, Y5
-	SARQ           $0x3f, R10
-	ANDL           $0x00000087, R10
 	VAESDEC        Y10, Y6, Y6
-	ADDQ           CX, CX
-	ADCQ           R14, R14
-	XORQ           R10, CX
 	VAESDEC        Y10, Y7, Y7
 	VBROADCASTI128 400(AX), Y10
 	VAESDEC        Y10, Y0, Y0
-	MOVQ           CX, 160(R15)
-	MOVQ           R14, 168(R15)
 	VAESDEC        Y10, Y1, Y1
-	MOVQ           R14, R10
-	SARQ           $0x3f, R10
 	VAESDEC        Y10, Y2, Y2
-	ANDL           $0x00000087, R10
-	ADDQ           CX, CX
-	ADCQ           R14, R14
 	VAESDEC        Y10, Y3, Y3
-	XORQ           R10, CX
-	MOVQ           CX, 176(R15)
 	VAESDEC        Y10, Y4, Y4
-	MOVQ           R14, 184(R15)
-	MOVQ           R14, R10
 	VAESDEC        Y10, Y5, Y5
-	SARQ           $0x3f, R10
-	ANDL           $0x00000087, R10
 	VAESDEC        Y10, Y6, Y6
-	ADDQ           CX, CX
-	ADCQ           R14, R14
-	XORQ           R10, CX
 	VAESDEC        Y10, Y7, Y7
 	VBROADCASTI128 416(AX), Y10
 	VAESDEC        Y10, Y0, Y0
-	MOVQ           CX, 192(R15)
-	MOVQ           R14, 200(R15)
 	VAESDEC        Y10, Y1, Y1
-	MOVQ           R14, R10
-	SARQ           $0x3f, R10
 	VAESDEC        Y10, Y2, Y2
-	ANDL           $0x00000087, R10
-	ADDQ           CX, CX
-	ADCQ           R14, R14
 	VAESDEC        Y10, Y3, Y3
-	XORQ           R10, CX
-	MOVQ           CX, 208(R15)
 	VAESDEC        Y10, Y4, Y4
-	MOVQ           R14, 216(R15)
-	MOVQ           R14, R10
 	VAESDEC        Y10, Y5, Y5
-	SARQ           $0x3f, R10
-	ANDL           $0x00000087, R10
 	VAESDEC        Y10, Y6, Y6
-	ADDQ           CX, CX
-	ADCQ           R14, R14
-	XORQ           R10, CX
 	VAESDEC        Y10, Y7, Y7
 	VBROADCASTI128 432(AX), Y10
 	VAESDEC        Y10, Y0, Y0
-	MOVQ           CX, 224(R15)
-	MOVQ           R14, 232(R15)
 	VAESDEC        Y10, Y1, Y1
-	MOVQ           R14, R10
-	SARQ           $0x3f, R10
 	VAESDEC        Y10, Y2, Y2
-	ANDL           $0x00000087, R10
-	ADDQ           CX, CX
-	ADCQ           R14, R14
 	VAESDEC        Y10, Y3, Y3
-	XORQ           R10, CX
-	MOVQ           CX, 240(R15)
 	VAESDEC        Y10, Y4, Y4
-	MOVQ           R14, 248(R15)
-	MOVQ           R14, R10
 	VAESDEC        Y10, Y5, Y5
-	SARQ           $0x3f, R10
-	ANDL           $0x00000087, R10
 	VAESDEC        Y10, Y6, Y6
-	ADDQ           CX, CX
-	ADCQ           R14, R14
-	XORQ           R10, CX
 	VAESDEC        Y10, Y7, Y7
 	VBROADCASTI128 448(AX), Y10
 	VAESDEC        Y10, Y0, Y0

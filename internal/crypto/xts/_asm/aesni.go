@@ -86,9 +86,10 @@ func aesni(inverse bool) {
 }
 
 // sseRounds applies the rounds between the first and the last to all of data.
-// Eight of the rounds are interleaved with the instructions that between gives,
-// if it is not nil: the core does them while AES instructions wait for one
-// another.
+// The first four that every key has are interleaved with the instructions that
+// between gives, if it is not nil: the core does them while AES instructions
+// wait for one another. It is done early, so that the stores are complete when
+// the next group loads from there.
 func sseRounds(a args, keys int, data []reg.VecPhysical, roundKey reg.VecPhysical, round func(mx, x Op), label string, between func(i int) []func()) {
 	a.fewRounds(label + "128")
 	for i := 1; i < lastKey; i++ {
@@ -96,15 +97,16 @@ func sseRounds(a args, keys int, data []reg.VecPhysical, roundKey reg.VecPhysica
 			Label(label + "128")
 		}
 		var others []func()
-		if j := i - skipped - 1; between != nil && 0 <= j && j < batch {
-			others = between(j)
+		if j := 2 * (i - skipped - 1); between != nil && 0 <= j && j < batch {
+			others = append(between(j), between(j+1)...)
 		}
 		MOVO(a.key(keys, i), roundKey)
 		for _, d := range data {
 			round(roundKey, d)
 			if len(others) > 0 {
-				others[0]()
-				others = others[1:]
+				k := min(2, len(others))
+				all(others[:k])
+				others = others[k:]
 			}
 		}
 	}

@@ -120,14 +120,14 @@ func avxRounds(a args, keys int, data []reg.VecPhysical, roundKey reg.VecPhysica
 			Label(label + "128")
 		}
 		var others []func()
-		if j := i - skipped - 1; between != nil && 0 <= j && j < batch {
-			others = between(j)
+		if j := 2 * (i - skipped - 1); between != nil && 0 <= j && j < batch {
+			others = append(between(j), between(j+1)...)
 		}
 		VBROADCASTI128(a.key(keys, i), roundKey)
 		for _, d := range data {
 			round(roundKey, d, d)
 			if len(others) > 0 {
-				k := min(2, len(others))
+				k := min(4, len(others))
 				all(others[:k])
 				others = others[k:]
 			}
