@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"log/slog"
 	"os"
 	"strings"
@@ -11,7 +10,6 @@ import (
 	"strongroom/internal/face/cli"
 	"strongroom/internal/role/controller"
 	"strongroom/internal/role/host"
-	"strongroom/internal/role/volumed"
 )
 
 // daemonLog is where roles that run as services log to: standard error, one
@@ -55,12 +53,4 @@ func joinHost(ctx context.Context, j cli.HostJoin) error {
 		return errs.New(errs.Invalid, `controller %.128q is not "https://HOST:PORT"`, j.Controller)
 	}
 	return host.Join(ctx, cfg, host.JoinRequest{Controller: address, Token: j.Token, Name: name})
-}
-
-// runVolumed runs the volume process of a VM. It is started by a host only.
-func runVolumed(_ context.Context, args []string) error {
-	if status := volumed.Main(args); status != 0 {
-		return errors.New("volume process failed; its log says why")
-	}
-	return nil
 }

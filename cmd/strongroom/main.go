@@ -18,7 +18,8 @@ import (
 )
 
 func main() {
-	// A volume process is started at every power-on: it needs no command tree.
+	// A volume process is started by a host at every power-on: it is no command
+	// for people, and needs no command tree.
 	if len(os.Args) > 1 && os.Args[1] == "volumed" {
 		os.Exit(volumed.Main(os.Args[2:]))
 	}

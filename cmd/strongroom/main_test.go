@@ -36,6 +36,7 @@ func TestScripts(t *testing.T) {
 			env.Defer(func() { os.RemoveAll(dir) })
 			env.Setenv("SOCKETS", dir)
 			env.Setenv("HOME", env.WorkDir)
+			env.Setenv("BIN", filepath.SplitList(env.Getenv("PATH"))[0]) // where strongroom is
 			env.Setenv("PATH", env.Getenv("PATH")+string(filepath.ListSeparator)+"/usr/sbin")
 			return nil
 		},

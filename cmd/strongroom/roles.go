@@ -18,7 +18,6 @@ func newRoles() cli.Roles {
 		RunHost:       runHost,
 		RunDev:        runDev,
 		JoinHost:      joinHost,
-		RunVolumed:    runVolumed,
 		FormatVolume:  formatVolume,
 		InspectVolume: inspectVolume,
 		ServeVolume:   serveVolume,

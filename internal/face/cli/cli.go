@@ -81,7 +81,6 @@ in for a login; STRONGROOM_CONFIG is the file in which logins are kept.`,
 		newTokenCmd(env),
 		newBenchmarkCmd(env, roles),
 		newVolumeCmd(env, roles),
-		newVolumedCmd(roles),
 	)
 	root.Version = env.Version
 	root.SilenceErrors = true // Run prints them

@@ -30,7 +30,7 @@ func TestOutput(t *testing.T) {
 		"provider ls", "provider show kp-1", "provider usage kp-1", "task ls", "event ls",
 		"event ls --follow", "alarm ls", "health", "user ls", "role ls", "whoami",
 		"vm encrypt web-1 plain-1", "vm encrypt web-1 --no-wait", "vm encrypt web-1 --quiet",
-		"host token create --cluster lab",
+		"host join-token --cluster lab",
 	} {
 		t.Run(command, func(t *testing.T) {
 			t.Parallel()

@@ -20,7 +20,7 @@ func newClusterCreateCmd(env *Env) *cobra.Command {
 	return &cobra.Command{
 		Use:   "create NAME",
 		Short: "Create a cluster",
-		Long: `Create a cluster without hosts. Add hosts with "strongroom host token create" and
+		Long: `Create a cluster without hosts. Add hosts with "strongroom host join-token" and
 "strongroom host join".
 
 Needs the privilege Host.Inventory.CreateCluster.`,

@@ -15,7 +15,7 @@ func newHostCmd(env *Env, roles Roles) *cobra.Command {
 	return newGroup("host", "Hosts: the machines that run the virtual machines",
 		`A host runs VMs and holds the keys that they need, in memory and in its sealed
 configuration. It joins a cluster with a one-time token.`,
-		newHostRunCmd(roles), newHostJoinCmd(env, roles), newHostTokenCmd(env),
+		newHostRunCmd(roles), newHostJoinCmd(env, roles), newHostJoinTokenCmd(env),
 		newHostLsCmd(env), newHostShowCmd(env), newHostRemoveCmd(env))
 }
 
@@ -52,7 +52,7 @@ be known to trust the controller. The machine makes its own keys; the controller
 gets the public halves.
 
 Run "strongroom host run" afterwards. Undo it with "strongroom host remove".`,
-		Example: `  strongroom host token create --cluster lab > token
+		Example: `  strongroom host join-token --cluster lab > token
   strongroom host join --controller https://controller.example:7443 --token-file token`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -76,26 +76,19 @@ Run "strongroom host run" afterwards. Undo it with "strongroom host remove".`,
 	return cmd
 }
 
-func newHostTokenCmd(env *Env) *cobra.Command {
-	return newGroup("token", "Join tokens",
-		"A join token makes one machine a host of one cluster.",
-		newHostTokenCreateCmd(env))
-}
-
-func newHostTokenCreateCmd(env *Env) *cobra.Command {
+func newHostJoinTokenCmd(env *Env) *cobra.Command {
 	var (
 		cluster  string
 		lifetime time.Duration
 	)
 	cmd := &cobra.Command{
-		Use:     "create",
-		Aliases: []string{"new"},
-		Short:   "Make a one-time token with which a machine joins a cluster",
+		Use:   "join-token",
+		Short: "Make a one-time token with which a machine joins a cluster",
 		Long: `Make a token with which one machine can join a cluster, once. Whoever has it can
 make a machine a host, which then gets the cluster's keys: treat it as a password.
 
 Needs the privilege Host.Inventory.AddHostToCluster.`,
-		Example: "  strongroom host token create --cluster lab --lifetime 10m > token",
+		Example: "  strongroom host join-token --cluster lab --lifetime 10m > token",
 		Args:    noArgs,
 		RunE: env.withClient("create a join token", func(cmd *cobra.Command, c *client.Client, _ []string) error {
 			res, err := client.Call(cmd.Context(), c.Host().CreateJoinToken, &strongroomv1.CreateJoinTokenRequest{
@@ -214,4 +207,3 @@ func addConfig(cmd *cobra.Command, config *string, byDefault string) {
 	cmd.Flags().StringVar(config, "config", byDefault, "the configuration `file`, TOML")
 	must(cmd.MarkFlagFilename("config", "toml"))
 }
-

@@ -119,4 +119,3 @@ func (p *progress) close() {
 	}
 	p.bars.Wait()
 }
-

@@ -15,8 +15,6 @@ type Roles struct {
 	RunDev func(ctx context.Context, dir string) error
 	// JoinHost makes this machine a host of a cluster.
 	JoinHost func(ctx context.Context, join HostJoin) error
-	// RunVolumed runs the volume process of one VM; the host starts it.
-	RunVolumed func(ctx context.Context, args []string) error
 
 	// The operations on one volume without a controller. Progress functions
 	// get bytes; they may be nil.

@@ -8,7 +8,9 @@ func newDevCmd(roles Roles) *cobra.Command {
 		Use:   "dev",
 		Short: "Run a controller and one host in this process, to try things",
 		Long: `Run a controller with an embedded store and one host in this process until SIGINT
-or SIGTERM. All state is in one folder: run it again and everything is there.
+or SIGTERM. All state is in one folder: run it again and everything is there. The
+first time it makes an administrator, a cluster, a host and a datastore, and it
+prints how to go on.
 
 For a laptop and for tests. For production run the roles apart.`,
 		Example: "  strongroom dev --dir ~/strongroom",
@@ -44,17 +46,4 @@ when it starts again; VMs never notice.`,
 	}
 	addConfig(cmd, &config, "/etc/strongroom/controller.toml")
 	return cmd
-}
-
-// newVolumedCmd is the role that a host starts for each VM; people do not.
-func newVolumedCmd(roles Roles) *cobra.Command {
-	return &cobra.Command{
-		Use:                "volumed",
-		Short:              "Serve the volumes of one virtual machine (started by the host)",
-		Hidden:             true,
-		DisableFlagParsing: true,
-		RunE: func(cmd *cobra.Command, args []string) error {
-			return cannot(roles.RunVolumed(cmd.Context(), args), "serve the volumes")
-		},
-	}
 }

@@ -21,9 +21,9 @@ func newLoginCmd(env *Env) *cobra.Command {
 and the session for the commands that follow, in a file that only you can read.
 
 The first time, say whom to trust: --ca FILE with the controller's ca.pem, or
---ca-fingerprint with the fingerprint that the controller printed when it was
-set up. At a terminal you are otherwise shown the fingerprint and asked.`,
-		Example: `  strongroom login --server https://controller.example:7443 --user admin --ca ca.pem
+--ca-fingerprint with its fingerprint. At a terminal you are otherwise shown the
+fingerprint and asked.`,
+		Example: `  strongroom login --server https://controller.example:7443 --user administrator --ca ca.pem
   strongroom login --server https://controller.example:7443 --ca-fingerprint sha256:9f86d0...`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -31,7 +31,7 @@ set up. At a terminal you are otherwise shown the fingerprint and asked.`,
 		},
 	}
 	f := cmd.Flags()
-	f.StringVar(&user, "user", "", "who logs in (default: the last one, else admin)")
+	f.StringVar(&user, "user", "", "who logs in (default: the last one, else administrator)")
 	f.StringVar(&passwordFile, "password-file", "", "`file` with the password; - is standard input")
 	f.StringVar(&fingerprint, "ca-fingerprint", "", "trust the authority with this fingerprint, `sha256:HEX`")
 	return cmd
@@ -53,7 +53,7 @@ func (env *Env) login(ctx context.Context, user, passwordFile, fingerprint strin
 		login.User = user
 	}
 	if login.User == "" {
-		login.User = "admin"
+		login.User = "administrator"
 	}
 	if err := env.establishTrust(ctx, &login, fingerprint); err != nil {
 		return err
@@ -114,7 +114,7 @@ func (env *Env) establishTrust(ctx context.Context, login *client.Login, fingerp
 	presented := client.Fingerprint(cert)
 	if fingerprint == "" {
 		env.notef("The certificate authority of %s is not known here. Its fingerprint is\n  %s", login.URL, presented)
-		if err := env.confirm(false, "Is this the fingerprint that the controller printed?"); err != nil {
+		if err := env.confirm(false, "Is this the fingerprint of the right controller?"); err != nil {
 			return err
 		}
 	} else if presented != fingerprint {
