@@ -1,6 +1,7 @@
 package blockdev_test
 
 import (
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 
@@ -52,30 +53,30 @@ func TestGuard(t *testing.T) {
 		close(late.leave)
 		expect(true, true, true, true, true, true, true)
 
-		closed := 0
+		var closed atomic.Int32
 		for range 2 {
 			go func() {
 				if g.Close() {
-					closed++
+					closed.Add(1)
 				}
-				closed += 10
+				closed.Add(10)
 			}()
 		}
 		synctest.Wait()
-		if closed != 0 {
+		if closed.Load() != 0 {
 			t.Error("Close did not wait for running requests")
 		}
 		_, err := g.Enter(0, 1, blockdev.Shared)
 		wantError(t, err, blockdev.ErrClosed)
 		close(all.leave)
 		synctest.Wait()
-		if closed != 0 {
+		if closed.Load() != 0 {
 			t.Error("Close did not wait for an empty request")
 		}
 		close(empty.leave)
 		synctest.Wait()
-		if closed != 21 {
-			t.Errorf("closed = %d: want both calls to return, and one to be the first", closed)
+		if n := closed.Load(); n != 21 {
+			t.Errorf("%d, not 21: want both calls to return, and one to be the first", n)
 		}
 	})
 }

@@ -37,7 +37,8 @@ type CopyOptions struct {
 	// noise. With us the copy reads the same either way; before dm-crypt opens a
 	// copy made so, [Volume.Fill] must run.
 	KeepHoles bool
-	// Verify reads both disks again after the copy and compares them.
+	// Verify reads both disks again after the copy and compares them, but for
+	// what is a hole in both.
 	Verify bool
 	// Progress, if not nil, is called with the bytes done and the bytes to do,
 	// holes included; with Verify they count twice. Calls come one at a time,
@@ -82,6 +83,9 @@ func Copy(ctx context.Context, dst, src blockdev.Device, opts CopyOptions) error
 		return nil
 	}
 	err = inChunks(ctx, src, false, progress, func(c chunk, want, got []byte) error {
+		if c.hole && isHole(dst, c.off, int64(len(want))) {
+			return nil // both read as zeros
+		}
 		if _, err := src.ReadAt(want, c.off); err != nil {
 			return err
 		}
@@ -97,6 +101,16 @@ func Copy(ctx context.Context, dst, src blockdev.Device, opts CopyOptions) error
 		return fmt.Errorf("cannot verify copy of disk: %w", err)
 	}
 	return nil
+}
+
+// isHole reports whether n bytes at off are known to be a hole of dev.
+func isHole(dev blockdev.Device, off, n int64) bool {
+	extenter, ok := dev.(blockdev.Extenter)
+	if !ok {
+		return false
+	}
+	e, err := extenter.NextExtent(off)
+	return err == nil && e.Hole && e.Length >= n
 }
 
 // chunk is a piece of a disk that is data or a hole throughout.

@@ -111,9 +111,8 @@ var (
 	_ blockdev.Extenter = (*Device)(nil)
 )
 
-// New returns a device with the contents of mem, all durable; mem has whole
-// blocks. It owns mem from
-// now on. A nil fault means none.
+// New returns a device with the contents of mem, all durable. mem has whole
+// blocks; it belongs to the Device from now on. A nil fault means none.
 func New(mem *blockdev.Memory, fault *Fault) *Device {
 	return &Device{mem: mem, fault: fault, older: map[int64]*history{}}
 }
