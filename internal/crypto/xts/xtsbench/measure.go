@@ -11,7 +11,7 @@ import (
 
 // rate returns how many bytes a second of processor time work gets through;
 // one call of work handles n bytes. It is the median of rounds, which together
-// take about d.
+// take about d; if one takes longer than that, there are fewer.
 func rate(ctx context.Context, n int, d time.Duration, work func()) (float64, error) {
 	const rounds = 7
 	// The thread's clock counts only its own work, so that other processes on
@@ -33,7 +33,7 @@ func rate(ctx context.Context, n int, d time.Duration, work func()) (float64, er
 		calls *= 2
 	}
 	rates := make([]float64, 0, rounds)
-	for range rounds {
+	for total := time.Duration(0); len(rates) < rounds && total < 2*d; {
 		if err := ctx.Err(); err != nil {
 			return 0, err
 		}
@@ -41,10 +41,11 @@ func rate(ctx context.Context, n int, d time.Duration, work func()) (float64, er
 		if err != nil {
 			return 0, err
 		}
+		total += t
 		rates = append(rates, float64(n)*float64(calls)/t.Seconds())
 	}
 	slices.Sort(rates)
-	return rates[rounds/2], nil
+	return rates[len(rates)/2], nil
 }
 
 // timed returns the processor time of this thread that calls of work take.
