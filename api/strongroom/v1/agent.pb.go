@@ -791,7 +791,9 @@ type AgentProgress struct {
 	Done  int64  `protobuf:"varint,2,opt,name=done,proto3" json:"done,omitempty"`
 	Total int64  `protobuf:"varint,3,opt,name=total,proto3" json:"total,omitempty"`
 	// Set in the last message: the work is done and durable.
-	Result        *VM `protobuf:"bytes,4,opt,name=result,proto3" json:"result,omitempty"`
+	Result *VM `protobuf:"bytes,4,opt,name=result,proto3" json:"result,omitempty"`
+	// Of done and total: "bytes" or "items".
+	Unit          string `protobuf:"bytes,5,opt,name=unit,proto3" json:"unit,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -852,6 +854,13 @@ func (x *AgentProgress) GetResult() *VM {
 		return x.Result
 	}
 	return nil
+}
+
+func (x *AgentProgress) GetUnit() string {
+	if x != nil {
+		return x.Unit
+	}
+	return ""
 }
 
 type AgentCreateVMRequest struct {
@@ -1604,12 +1613,13 @@ const file_strongroom_v1_agent_proto_rawDesc = "" +
 	"\x0ecapacity_bytes\x18\x03 \x01(\x04R\rcapacityBytes\x12\x1d\n" +
 	"\n" +
 	"free_bytes\x18\x04 \x01(\x04R\tfreeBytes\x12\x14\n" +
-	"\x05error\x18\x05 \x01(\tR\x05error\"x\n" +
+	"\x05error\x18\x05 \x01(\tR\x05error\"\x8c\x01\n" +
 	"\rAgentProgress\x12\x12\n" +
 	"\x04step\x18\x01 \x01(\tR\x04step\x12\x12\n" +
 	"\x04done\x18\x02 \x01(\x03R\x04done\x12\x14\n" +
 	"\x05total\x18\x03 \x01(\x03R\x05total\x12)\n" +
-	"\x06result\x18\x04 \x01(\v2\x11.strongroom.v1.VMR\x06result\"\xe6\x01\n" +
+	"\x06result\x18\x04 \x01(\v2\x11.strongroom.v1.VMR\x06result\x12\x12\n" +
+	"\x04unit\x18\x05 \x01(\tR\x04unit\"\xe6\x01\n" +
 	"\x14AgentCreateVMRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1c\n" +

@@ -92,7 +92,8 @@ func (w world) conditions(alarmID string) []Condition {
 		}
 	case AlarmHostNotResponding:
 		for _, h := range w.hosts {
-			if h.State == inventory.NotResponding {
+			// A host that has only joined is not expected to answer yet.
+			if h.State == inventory.NotResponding && !h.LastSeen.IsZero() {
 				out = append(out, Condition{"host/" + h.Name, map[string]string{"host": h.Name}})
 			}
 		}

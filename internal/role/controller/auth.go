@@ -22,6 +22,15 @@ type caller struct {
 	host      string // id of the host, if one called
 }
 
+// name is how the caller is called in events and the audit log. What nobody
+// asked for, the controller did itself.
+func (c caller) name() string {
+	if c.principal == (access.Principal{}) {
+		return access.Principal{Kind: access.InternalPrincipal, Name: controllerName}.String()
+	}
+	return c.principal.String()
+}
+
 type callerKey struct{}
 
 // callerOf returns who made the call; the zero caller may do nothing.
@@ -175,7 +184,7 @@ func (g *guard) record(ctx context.Context, procedure string, object access.Obje
 		return nil
 	}
 	entry := audit.Entry{
-		Actor: callerOf(ctx).principal.String(), Action: strings.TrimPrefix(procedure, "/strongroom.v1."), Object: string(object), Outcome: audit.Success,
+		Actor: callerOf(ctx).name(), Action: strings.TrimPrefix(procedure, "/strongroom.v1."), Object: string(object), Outcome: audit.Success,
 	}
 	switch {
 	case denied:

@@ -109,7 +109,7 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) (err error) {
 	if err := c.ensureAdministrator(ctx); err != nil {
 		return err
 	}
-	if _, err := c.events.Post(ctx, event.New{Type: event.SystemStarted, Principal: "internal:controller", Args: map[string]string{"version": Version}}); err != nil {
+	if _, err := c.events.Post(ctx, event.New{Type: event.SystemStarted, Principal: caller{}.name(), Args: map[string]string{"version": Version}}); err != nil {
 		return err
 	}
 	return c.run(ctx)

@@ -67,7 +67,6 @@ func (c enroll) Join(ctx context.Context, req *connect.Request[strongroomv1.Join
 		return nil, err
 	}
 	c.post(ctx, event.New{Type: event.HostJoined, Target: "host/" + m.GetName(), Args: map[string]string{"cluster": cluster.Name}})
-	c.poke()
 	return connect.NewResponse(&strongroomv1.JoinResponse{
 		HostId: id, ClusterId: clusterID, Cluster: cluster.Name, Certificate: cert.Raw, CaCertificate: c.ca.Certificate().Raw,
 	}), nil
@@ -102,9 +101,6 @@ func (c enroll) Heartbeat(ctx context.Context, req *connect.Request[strongroomv1
 	}
 	if err := c.inv.Beat(ctx, id, heartbeatLife); err != nil {
 		return nil, err
-	}
-	if before.State != inventory.Connected {
-		c.post(ctx, event.New{Type: event.HostConnected, Target: "host/" + before.Name})
 	}
 	for _, vm := range m.GetVms() {
 		if err := c.noteVM(ctx, id, vm); err != nil {

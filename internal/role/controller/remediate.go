@@ -53,7 +53,6 @@ func (c *Controller) sweep(ctx context.Context) (bool, error) {
 		return false, err
 	}
 	for _, h := range silent {
-		c.post(ctx, event.New{Type: event.HostNotResponding, Target: "host/" + h.Name})
 		vms, err := c.inv.VMs(ctx, h.ID)
 		if err != nil {
 			return true, err
@@ -181,7 +180,7 @@ func (c *Controller) syncAll(ctx context.Context) error {
 // failure to tell is logged and not returned.
 func (c *Controller) post(ctx context.Context, n event.New) {
 	if n.Principal == "" {
-		n.Principal = callerOf(ctx).principal.String()
+		n.Principal = callerOf(ctx).name()
 	}
 	if _, err := c.events.Post(context.WithoutCancel(ctx), n); err != nil {
 		c.log.LogAttrs(ctx, slog.LevelError, "event not stored", slog.String("type", n.Type), slog.Any("err", err))
@@ -203,7 +202,10 @@ func (c *Controller) noteVM(ctx context.Context, hostID string, said *strongroom
 	if reflect.DeepEqual(old, next) {
 		return nil
 	}
-	_, err = c.inv.UpdateVM(ctx, old.ID, func(v *inventory.VM) error {
+	// What it was just before this change: a heartbeat and a task may tell the
+	// same change, and it is told to users once.
+	next, err = c.inv.UpdateVM(ctx, old.ID, func(v *inventory.VM) error {
+		old = *v
 		apply(v, said)
 		return nil
 	})

@@ -168,7 +168,7 @@ func (c *Controller) conclude(ctx context.Context, t task.Task, a vmArgs, err er
 
 // progress tells a task what the host tells.
 func progress(ctx context.Context, r *task.Run) func(*strongroomv1.AgentProgress) {
-	return func(p *strongroomv1.AgentProgress) { r.Progress(ctx, p.GetDone(), p.GetTotal(), "bytes") }
+	return func(p *strongroomv1.AgentProgress) { r.Progress(ctx, p.GetDone(), p.GetTotal(), p.GetUnit()) }
 }
 
 func (c *Controller) createOnHost(ctx context.Context, r *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {

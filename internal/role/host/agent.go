@@ -168,7 +168,7 @@ func (a *agent) stream(ctx context.Context, out *connect.ServerStream[strongroom
 	var mu sync.Mutex // Send is for one goroutine at a time
 	var last time.Time
 	var step string
-	err := work(func(now string, done, total int64) {
+	err := work(func(now string, done, total int64, unit string) {
 		mu.Lock()
 		defer mu.Unlock()
 		if now == step && time.Since(last) < progressEvery {
@@ -176,7 +176,7 @@ func (a *agent) stream(ctx context.Context, out *connect.ServerStream[strongroom
 		}
 		last, step = time.Now(), now
 		// A broken stream ends ctx, which ends the work.
-		_ = out.Send(&strongroomv1.AgentProgress{Step: now, Done: done, Total: total})
+		_ = out.Send(&strongroomv1.AgentProgress{Step: now, Done: done, Total: total, Unit: unit})
 	})
 	if err != nil {
 		return apierr.To(explain(err))

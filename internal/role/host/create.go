@@ -139,7 +139,7 @@ func (h *Host) makeDisk(ctx context.Context, folder recrypt.Dir, d bundle.Disk, 
 	if err != nil {
 		return err
 	}
-	err = src.copyTo(ctx, disk, func(done, total int64) { r("copying "+d.Name, done, total) })
+	err = src.copyTo(ctx, disk, func(done, total int64) { r("copying "+d.Name, done, total, unitBytes) })
 	if err == nil {
 		err = disk.Flush()
 	}

@@ -29,6 +29,7 @@ func (h *Host) powerOff(ctx context.Context, what string, hard bool, timeout tim
 		return nil
 	}
 	if hard {
+		r.order()
 		err = r.qemu.Kill(ctx)
 	} else {
 		err = powerDown(ctx, r, timeout)

@@ -7,6 +7,8 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"sync"
+	"time"
 
 	"github.com/google/uuid"
 
@@ -23,9 +25,38 @@ import (
 // running is a VM that is powered on: its QEMU and its volume process. The lock
 // of the VM folder is held by the volume process, so that it outlives the agent.
 type running struct {
-	qemu    *qemu.Machine
+	qemu *qemu.Machine
+	gone chan struct{} // closed when the VM is off and all of it is cleaned up
+
+	mu      sync.Mutex // guards what follows
 	volumes *volumeproc.Process
-	gone    chan struct{} // closed when the VM is off and all of it is cleaned up
+	ordered bool // we are ending it
+}
+
+// process returns the volume process, or nil while there is none.
+func (r *running) process() *volumeproc.Process {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.volumes
+}
+
+func (r *running) setProcess(p *volumeproc.Process) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.volumes = p
+}
+
+// order notes that the VM ends by our wish.
+func (r *running) order() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.ordered = true
+}
+
+func (r *running) wasOrdered() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.ordered
 }
 
 // powerOn starts a VM: it unwraps the DEKs with the KEKs that are here, hands
@@ -64,38 +95,49 @@ func (h *Host) start(ctx context.Context, reg registered) (_ *running, err error
 	if err != nil {
 		return nil, err
 	}
-	lock, err := bundle.Acquire(dir)
+	vm, volumes, err := h.startVolumes(ctx, reg, dir)
 	if err != nil {
 		return nil, err
-	}
-	defer lock.Release() // the volume process has it by then
-	vm, err := bundle.Read(dir)
-	if err != nil {
-		return nil, err
-	}
-	config, err := h.qemuConfig(reg, vm, root, dir)
-	if err != nil {
-		return nil, err
-	}
-	volumes, err := volumeproc.Start(ctx, volumeproc.Config{VM: reg.Name, RunDir: h.runDir(reg), Hold: []*os.File{lock.File()}})
-	if err != nil {
-		return nil, errs.New(errs.Unavailable, "cannot start its volume process: %w", err)
 	}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, volumes.Kill(context.WithoutCancel(ctx)), volumes.Close())
 		}
 	}()
-	for _, d := range vm.Disks {
-		if err := h.addDisk(ctx, volumes, dir, d); err != nil {
-			return nil, errs.Wrap(err, "disk %s", d.Name)
-		}
+	config, err := h.qemuConfig(reg, vm, root, dir)
+	if err != nil {
+		return nil, err
 	}
 	machine, err := qemu.Start(ctx, config)
 	if err != nil {
 		return nil, errs.New(errs.Unavailable, "%w", err).WithHint("look at the end of its log: %s", filepath.Join(dir, bundle.LogName))
 	}
 	return &running{qemu: machine, volumes: volumes, gone: make(chan struct{})}, nil
+}
+
+// startVolumes starts the volume process of a VM with all its disks. The process
+// holds the VM's lock from then on.
+func (h *Host) startVolumes(ctx context.Context, reg registered, dir string) (_ *bundle.VM, _ *volumeproc.Process, err error) {
+	lock, err := bundle.Acquire(dir)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer lock.Release() // the volume process has it by then
+	vm, err := bundle.Read(dir)
+	if err != nil {
+		return nil, nil, err
+	}
+	volumes, err := volumeproc.Start(ctx, volumeproc.Config{VM: reg.Name, RunDir: h.runDir(reg), Hold: []*os.File{lock.File()}})
+	if err != nil {
+		return nil, nil, errs.New(errs.Unavailable, "cannot start its volume process: %w", err)
+	}
+	for _, d := range vm.Disks {
+		if err := h.addDisk(ctx, volumes, dir, d); err != nil {
+			err = errs.Wrap(err, "disk %s", d.Name)
+			return nil, nil, errors.Join(err, volumes.Kill(context.WithoutCancel(ctx)), volumes.Close())
+		}
+	}
+	return vm, volumes, nil
 }
 
 // addDisk opens a disk and gives it to the volume process, with its DEK.
@@ -170,35 +212,87 @@ func macOf(id uuid.UUID) string {
 // path must be.
 func (h *Host) runDir(reg registered) string { return filepath.Join(h.cfg.RunDir, reg.ID[:13]) }
 
-// watch makes the VM known as powered on, and cleans up when it is off.
+// reviveEvery is how long a volume process that cannot be started is waited for
+// before the next attempt. QEMU holds the guest's requests back meanwhile.
+const reviveEvery = time.Second
+
+// watch makes the VM known as powered on, starts its volume process again if it
+// ends before QEMU, and cleans up when the VM is off.
 func (h *Host) watch(m *machine, r *running) {
 	m.setRunning(r)
 	h.watchers.Go(func() {
 		reg, _ := m.state()
 		log := h.log.With(slog.String("vm", reg.Name))
-		exit, err := r.qemu.Wait(h.life)
-		if err != nil {
-			return // the agent ends; the VM does not
+		for {
+			var lost <-chan struct{}
+			retry := time.NewTimer(reviveEvery)
+			if p := r.process(); p != nil {
+				lost = p.Ended()
+				retry.Stop()
+			}
+			select {
+			case <-h.life.Done():
+				retry.Stop()
+				return // the agent ends; the VM does not
+			case <-r.qemu.Ended():
+				retry.Stop()
+				h.cleanUp(m, r, log)
+				return
+			case <-lost:
+			case <-retry.C:
+			}
+			h.revive(reg, r, log)
 		}
-		log.LogAttrs(h.life, slog.LevelInfo, "VM powered off", slog.String("reason", exit.Reason), slog.String("status", exit.Status))
-		if exit.Reason == "" {
-			log.LogAttrs(h.life, slog.LevelError, "QEMU ended unexpectedly", slog.String("status", exit.Status), slog.String("output", exit.Log))
-		}
-		if err := r.volumes.Stop(h.life); err != nil {
-			log.LogAttrs(h.life, slog.LevelError, "volume process did not end well", slog.Any("err", err))
-			_ = r.volumes.Kill(h.life) // it must not keep the VM's lock
-		}
-		r.letGo()
-		m.setRunning(nil)
-		close(r.gone)
-		h.notify()
 	})
+}
+
+// revive starts a VM's volume process again. The guest waits and loses nothing:
+// what it was told is durable is on disk, and QEMU repeats the rest.
+func (h *Host) revive(reg registered, r *running, log *slog.Logger) {
+	if old := r.process(); old != nil {
+		log.LogAttrs(h.life, slog.LevelError, "volume process ended before its VM; it is started again", slog.String("status", old.Exit()))
+		old.Close()
+		r.setProcess(nil)
+	}
+	dir, err := h.folder(reg)
+	if err == nil {
+		var volumes *volumeproc.Process
+		if _, volumes, err = h.startVolumes(h.life, reg, dir); err == nil {
+			r.setProcess(volumes)
+			log.LogAttrs(h.life, slog.LevelInfo, "volume process runs again")
+			return
+		}
+	}
+	log.LogAttrs(h.life, slog.LevelError, "volume process not started; it is tried again", slog.Any("err", err))
+}
+
+// cleanUp ends the volume process of a VM that is off and makes that known.
+func (h *Host) cleanUp(m *machine, r *running, log *slog.Logger) {
+	if exit, err := r.qemu.Wait(h.life); err == nil {
+		level := slog.LevelInfo
+		if exit.Reason == "" && !r.wasOrdered() {
+			level = slog.LevelError
+		}
+		log.LogAttrs(h.life, level, "VM powered off", slog.String("reason", exit.Reason), slog.String("status", exit.Status), slog.String("output", exit.Log))
+	}
+	if p := r.process(); p != nil {
+		if err := p.Stop(h.life); err != nil {
+			log.LogAttrs(h.life, slog.LevelError, "volume process did not end well", slog.Any("err", err))
+			_ = p.Kill(h.life) // it must not keep the VM's lock
+		}
+	}
+	r.letGo()
+	m.setRunning(nil)
+	close(r.gone)
+	h.notify()
 }
 
 // letGo closes what the agent holds of a VM; the VM itself is not touched.
 func (r *running) letGo() {
 	r.qemu.Close()
-	r.volumes.Close()
+	if p := r.process(); p != nil {
+		p.Close()
+	}
 }
 
 // letGo is called when the agent ends.
@@ -210,9 +304,9 @@ func (h *Host) letGo() {
 	}
 }
 
-// adoptAll finds the VMs that an earlier agent started. What is left of a VM
-// that is only half there is ended: QEMU without its disks can do nothing, and
-// a volume process without QEMU would keep the VM locked.
+// adoptAll finds the VMs that an earlier agent started. A volume process that
+// is missing is started again; one without its QEMU is ended, because it would
+// keep the VM locked.
 func (h *Host) adoptAll(ctx context.Context) {
 	for _, m := range h.all() {
 		reg, _ := m.state()
@@ -223,13 +317,12 @@ func (h *Host) adoptAll(ctx context.Context) {
 		machine, qemuErr := qemu.Adopt(ctx, h.runDir(reg), id)
 		volumes, volErr := volumeproc.Adopt(ctx, h.runDir(reg), reg.Name)
 		switch {
-		case qemuErr == nil && volErr == nil:
+		case qemuErr == nil:
+			if volErr != nil {
+				volumes = nil // started by the watcher
+			}
 			h.watch(m, &running{qemu: machine, volumes: volumes, gone: make(chan struct{})})
 			h.log.LogAttrs(ctx, slog.LevelInfo, "running VM found", slog.String("vm", reg.Name))
-		case qemuErr == nil:
-			h.log.LogAttrs(ctx, slog.LevelError, "VM has lost its volume process and is ended", slog.String("vm", reg.Name), slog.Any("err", volErr))
-			_ = machine.Kill(ctx)
-			machine.Close()
 		case volErr == nil:
 			h.log.LogAttrs(ctx, slog.LevelInfo, "volume process without its VM is ended", slog.String("vm", reg.Name))
 			if err := volumes.Stop(ctx); err != nil {

@@ -12,9 +12,15 @@ import (
 	"strongroom/internal/machine/recrypt"
 )
 
-// report tells the progress of an operation: what is being done, and how many
-// of how many bytes of all of it. It is called from one goroutine at a time.
-type report func(step string, done, total int64)
+// report tells the progress of an operation: what is being done, and how much
+// of all of it. It is called from one goroutine at a time.
+type report func(step string, done, total int64, unit string)
+
+// The units of progress.
+const (
+	unitBytes = "bytes"
+	unitItems = "items"
+)
 
 // disksProgress turns the progress of one disk after another into that of all.
 type disksProgress struct {
@@ -33,8 +39,8 @@ func newDisksProgress(r report, vm *bundle.VM, indices []int, verb int64) *disks
 
 // disk returns the progress function for a disk, and one that ends it.
 func (p *disksProgress) disk(step string, size int64) (recrypt.Progress, func()) {
-	p.report(step, p.base, p.total)
-	return func(done, _ int64) { p.report(step, p.base+done, p.total) },
+	p.report(step, p.base, p.total, unitBytes)
+	return func(done, _ int64) { p.report(step, p.base+done, p.total, unitBytes) },
 		func() { p.base += size }
 }
 
@@ -179,7 +185,7 @@ func (h *Host) shallowRekeyOffline(ctx context.Context, id string, disks []strin
 	}
 	for n, i := range indices {
 		d := o.vm.Disks[i]
-		r("rekeying "+d.Name, int64(n), int64(len(indices)))
+		r("rekeying "+d.Name, int64(n), int64(len(indices)), unitItems)
 		if err := recrypt.ShallowRekey(ctx, o.folder(), d.File, ref, h.kek); err != nil {
 			return errs.Wrap(err, "cannot rekey %s of %s", d.Name, o.vm.Name)
 		}
@@ -216,14 +222,14 @@ func (h *Host) shallowRekeyRunning(ctx context.Context, m *machine, disks []stri
 	}
 	for n, i := range indices {
 		d := vm.Disks[i]
-		r("rekeying "+d.Name, int64(n), int64(len(indices)))
+		r("rekeying "+d.Name, int64(n), int64(len(indices)), unitItems)
 		safe, _, err := peek(filepath.Join(dir, d.File))
 		if err != nil {
 			return errs.Wrap(err, "cannot rekey %s of %s", d.Name, vm.Name)
 		}
 		next, err := recrypt.Rewrap(ctx, safe, ref, h.kek)
 		if err == nil && next != safe {
-			err = running.volumes.ReplaceSafe(ctx, d.Name, next)
+			err = replaceSafe(ctx, running, d.Name, next)
 		}
 		if err != nil {
 			return errs.Wrap(err, "cannot rekey %s of %s", d.Name, vm.Name)
@@ -231,6 +237,15 @@ func (h *Host) shallowRekeyRunning(ctx context.Context, m *machine, disks []stri
 		h.logRekey(ctx, vm, d, ref, "shallow")
 	}
 	return o.setKey(disks, ref)
+}
+
+// replaceSafe has the volume process of a running VM replace a key safe.
+func replaceSafe(ctx context.Context, r *running, disk string, safe *keysafe.Safe) error {
+	p := r.process()
+	if p == nil {
+		return errs.New(errs.Unavailable, "the volume process is being started again").WithHint("try again")
+	}
+	return p.ReplaceSafe(ctx, disk, safe)
 }
 
 // encrypted returns the encrypted ones among the disks named. A VM with none is
