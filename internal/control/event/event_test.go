@@ -327,6 +327,12 @@ func TestEvaluateAndHealth(t *testing.T) {
 	check(err)
 	_, err = inv.RefreshProviderStates(ctx)
 	check(err)
+	want("host has joined and was never heard of")
+	_, err = inv.UpdateHost(ctx, h.ID, func(h *inventory.Host) error {
+		h.LastSeen = time.Now().Add(-time.Hour)
+		return nil
+	})
+	check(err)
 	want("host away", event.AlarmHostNotResponding)
 	check(inv.Beat(ctx, h.ID, time.Minute))
 	want("all well")
