@@ -12,7 +12,7 @@
 //   - A disk has a key reference if and only if it is encrypted.
 //
 // It holds no key material, only addresses of keys. All methods are safe for
-// concurrent use. Behaviours: docs/explanation; the words are vSphere's.
+// concurrent use. The words are vSphere's.
 package inventory
 
 import (

@@ -69,10 +69,13 @@ func (c *slogCore) Write(e zapcore.Entry, fields []zapcore.Field) error {
 func (c *slogCore) Sync() error { return nil }
 
 // isNoise reports whether etcd raises its voice for nothing: a new database has
-// no schema version yet, and a refused request has its error returned.
+// no schema version yet, a refused request has its error returned, and of
+// listeners and their tokens there are none.
 func isNoise(msg string) bool {
 	switch msg {
-	case "Failed to detect schema version", "failed to update storage version", "failed to apply request":
+	case "Failed to detect schema version", "failed to update storage version", "failed to apply request",
+		"simple token is not cryptographically signed",
+		"Running http and grpc server on single port. This is not recommended for production.":
 		return true
 	}
 	return false
