@@ -24,6 +24,9 @@ type FileOptions struct {
 	// Unlocked opens a file that another process may be writing, for a look at
 	// its header. It needs ReadOnly.
 	Unlocked bool
+	// NoFollow refuses a symbolic link in place of the file, for a folder that
+	// may have come from elsewhere.
+	NoFollow bool
 }
 
 // File is a regular file or a block device as a [Device].
@@ -77,10 +80,17 @@ func OpenFile(path string, opts FileOptions) (*File, error) {
 	} else if st, err := os.Stat(path); err == nil && st.Mode()&os.ModeDevice != 0 && !opts.Unlocked {
 		flags |= unix.O_EXCL // without O_CREAT: claim the block device
 	}
-	f, err := os.OpenFile(path, flags|unix.O_NOCTTY, 0o600)
+	if opts.NoFollow {
+		flags |= unix.O_NOFOLLOW
+	}
+	// O_NONBLOCK: a FIFO in place of the file is refused, not waited for.
+	f, err := os.OpenFile(path, flags|unix.O_NOCTTY|unix.O_NONBLOCK, 0o600)
 	if err != nil {
-		if errors.Is(err, unix.EBUSY) {
+		switch {
+		case errors.Is(err, unix.EBUSY):
 			err = ErrInUse
+		case errors.Is(err, unix.ELOOP) && opts.NoFollow:
+			err = errors.New("it is a symbolic link")
 		}
 		return nil, fmt.Errorf("cannot open %s: %w", path, err)
 	}

@@ -84,6 +84,30 @@ func TestFileRefusesOtherKinds(t *testing.T) {
 	wantError(t, err, blockdev.ErrReadOnly)
 }
 
+// TestFileLink: a link is followed or refused, as asked; a FIFO is refused and
+// not waited for.
+func TestFileLink(t *testing.T) {
+	t.Parallel()
+	path := newFile(t, 4096)
+	link := path + ".link"
+	check(t, os.Symlink(path, link))
+	f := open(t, link, blockdev.FileOptions{})
+	check(t, f.Close())
+	fifo := path + ".fifo"
+	check(t, unix.Mkfifo(fifo, 0o600))
+	for _, opts := range []blockdev.FileOptions{{}, {ReadOnly: true}, {ReadOnly: true, Unlocked: true}} {
+		opts.NoFollow = true
+		for _, path := range []string{link, fifo} {
+			if f, err := blockdev.OpenFile(path, opts); err == nil {
+				f.Close()
+				t.Errorf("%s was opened with %+v", path, opts)
+			}
+		}
+		f := open(t, path, opts)
+		check(t, f.Close())
+	}
+}
+
 func TestFileInUse(t *testing.T) {
 	t.Parallel()
 	path := newFile(t, 4096)
