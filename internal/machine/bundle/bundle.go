@@ -26,6 +26,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
 
 	"strongroom/internal/crypto/keysafe"
 	"strongroom/internal/errs"
@@ -64,6 +65,8 @@ type VM struct {
 	// that has no encrypted disk. The KEK of each disk is in its header.
 	Key   *Key   `json:"key,omitempty"`
 	Disks []Disk `json:"disks"`
+	// Retired names files that disks had before and that are still to be deleted.
+	Retired []string `json:"retired,omitempty"`
 }
 
 // Key is the address of a KEK.
@@ -106,7 +109,7 @@ func (vm *VM) Encrypted() bool {
 // Clone returns a copy that shares nothing with vm.
 func (vm *VM) Clone() *VM {
 	c := *vm
-	c.Disks = slices.Clone(vm.Disks)
+	c.Disks, c.Retired = slices.Clone(vm.Disks), slices.Clone(vm.Retired)
 	if vm.Key != nil {
 		key := *vm.Key
 		c.Key = &key
@@ -174,6 +177,15 @@ func (vm *VM) Validate() error {
 		}
 		names[d.Name], files[d.File] = true, true
 	}
+	if len(vm.Retired) > DisksMax {
+		return invalid("%d retired files are more than %d", len(vm.Retired), DisksMax)
+	}
+	for _, file := range vm.Retired {
+		if !filePattern.MatchString(file) || files[file] || reserved(file) {
+			return invalid("name %.64q of a retired file is not valid, or a disk has it, or there are two", file)
+		}
+		files[file] = true
+	}
 	return nil
 }
 
@@ -231,8 +243,9 @@ func Read(dir string) (*VM, error) {
 }
 
 func read(path string) (*VM, error) {
-	// O_NOFOLLOW: a link in a folder from elsewhere could point anywhere.
-	f, err := os.OpenFile(path, os.O_RDONLY|noFollow, 0)
+	// A link in a folder from elsewhere could point anywhere, and a FIFO would
+	// keep us waiting.
+	f, err := os.OpenFile(path, os.O_RDONLY|noFollow|unix.O_NONBLOCK, 0)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, errs.New(errs.NotFound, "it has no %s", FileName)
 	}
@@ -240,6 +253,9 @@ func read(path string) (*VM, error) {
 		return nil, err
 	}
 	defer f.Close()
+	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
+		return nil, errs.New(errs.Invalid, "its %s is not a regular file", FileName)
+	}
 	text, err := io.ReadAll(io.LimitReader(f, SizeMax+1))
 	if err != nil {
 		return nil, err
@@ -247,8 +263,8 @@ func read(path string) (*VM, error) {
 	return Parse(text)
 }
 
-// Write makes vm the VM in the folder at dir, durably. On an error the old
-// vm.json is as it was.
+// Write makes vm the VM in the folder at dir, durably. On an error vm.json is
+// whole, and the old one or the new one.
 func Write(dir string, vm *VM) error {
 	if err := write(dir, vm); err != nil {
 		return errs.Wrap(err, "cannot write VM folder %s", dir)
@@ -308,6 +324,7 @@ func Remove(dir string, vm *VM) error {
 	for _, d := range vm.Disks {
 		names = append(names, d.File)
 	}
+	names = append(names, vm.Retired...)
 	left, err := Unfinished(dir)
 	if err != nil {
 		return err

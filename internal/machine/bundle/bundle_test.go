@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"strongroom/internal/errs"
 	"strongroom/internal/machine/bundle"
@@ -33,6 +34,7 @@ func TestWriteRead(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	want := sample()
+	want.Retired = []string{"disk-0.raw"}
 	if err := bundle.Write(dir, want); err != nil {
 		t.Fatal(err)
 	}
@@ -74,6 +76,10 @@ func TestInvalid(t *testing.T) {
 		"format":               func(vm *bundle.VM) { vm.Disks[0].Format = "qcow2" },
 		"odd size":             func(vm *bundle.VM) { vm.Disks[0].SizeBytes = 513 },
 		"negative size":        func(vm *bundle.VM) { vm.Disks[0].SizeBytes = -512 },
+		"retired file outside": func(vm *bundle.VM) { vm.Retired = []string{"../disk-0.raw"} },
+		"retired disk in use":  func(vm *bundle.VM) { vm.Retired = []string{vm.Disks[0].File} },
+		"retired twice":        func(vm *bundle.VM) { vm.Retired = []string{"disk-0.raw", "disk-0.raw"} },
+		"retired vm.json":      func(vm *bundle.VM) { vm.Retired = []string{bundle.FileName} },
 		"provider name":        func(vm *bundle.VM) { vm.Key.Provider = "no/slash" },
 	} {
 		vm := sample()
@@ -119,6 +125,18 @@ func TestLink(t *testing.T) {
 	}
 }
 
+// TestFIFO checks that a folder from elsewhere cannot keep us waiting.
+func TestFIFO(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	if err := unix.Mkfifo(filepath.Join(dir, bundle.FileName), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if vm, err := bundle.Read(dir); errs.KindOf(err) != errs.Invalid || vm != nil {
+		t.Errorf("Read of a FIFO = %v, %v", vm, err)
+	}
+}
+
 func TestLock(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -148,10 +166,11 @@ func TestRemove(t *testing.T) {
 		t.Fatal(err)
 	}
 	vm := sample()
+	vm.Retired = []string{"disk-0.raw"}
 	if err := bundle.Write(dir, vm); err != nil {
 		t.Fatal(err)
 	}
-	for _, name := range []string{"disk-0.luks", "disk-1.raw", "disk-1.luks.new", bundle.LogName, "notes.txt"} {
+	for _, name := range []string{"disk-0.luks", "disk-1.raw", "disk-0.raw", "disk-1.luks.new", bundle.LogName, "notes.txt"} {
 		if err := os.WriteFile(filepath.Join(dir, name), nil, 0o600); err != nil {
 			t.Fatal(err)
 		}

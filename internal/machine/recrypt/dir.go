@@ -45,7 +45,7 @@ func (d Dir) Open(name string) (blockdev.Resizer, error) {
 	if err != nil {
 		return nil, err
 	}
-	return blockdev.OpenFile(path, blockdev.FileOptions{})
+	return open(path, blockdev.FileOptions{NoFollow: true})
 }
 
 // Create implements [Folder].
@@ -54,7 +54,16 @@ func (d Dir) Create(name string) (blockdev.Resizer, error) {
 	if err != nil {
 		return nil, err
 	}
-	return blockdev.OpenFile(path, blockdev.FileOptions{Create: true})
+	return open(path, blockdev.FileOptions{Create: true, NoFollow: true})
+}
+
+// open keeps a nil *blockdev.File from becoming a device that is not nil.
+func open(path string, opts blockdev.FileOptions) (blockdev.Resizer, error) {
+	file, err := blockdev.OpenFile(path, opts)
+	if err != nil {
+		return nil, err
+	}
+	return file, nil
 }
 
 // Rename implements [Folder].
@@ -70,7 +79,7 @@ func (d Dir) Rename(old, new string) error {
 	if err := os.Rename(from, to); err != nil {
 		return fmt.Errorf("cannot rename %s: %w", old, err)
 	}
-	return d.sync()
+	return d.Sync()
 }
 
 // Remove implements [Folder].
@@ -86,14 +95,17 @@ func (d Dir) Remove(name string) error {
 	if err != nil {
 		return fmt.Errorf("cannot remove %s: %w", name, err)
 	}
-	return d.sync()
+	return d.Sync()
 }
 
-// sync makes the names in the folder durable.
-func (d Dir) sync() error {
+// Sync implements [Folder].
+func (d Dir) Sync() error {
 	f, err := os.Open(d.Path)
 	if err != nil {
-		return err
+		return fmt.Errorf("cannot make names durable: %w", err)
 	}
-	return errors.Join(f.Sync(), f.Close())
+	if err := errors.Join(f.Sync(), f.Close()); err != nil {
+		return fmt.Errorf("cannot make names durable: %w", err)
+	}
+	return nil
 }

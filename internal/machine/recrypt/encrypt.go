@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 
 	"strongroom/internal/block/blockdev"
 	"strongroom/internal/block/volume"
@@ -29,18 +30,37 @@ func encrypt(ctx context.Context, folder Folder, src blockdev.Device, name strin
 		return err
 	}
 	if done {
-		// Made and verified by an earlier call that was interrupted before
-		// vm.json named it, if the KEK is this call's; else somebody's file.
-		if _, safe, err := Inspect(folder, name); err != nil || safe.KEK != ref {
-			return inTheWay(name)
+		if done, err = encrypted(ctx, folder, src, name, ref, keks); done || err != nil {
+			return err
 		}
-		return probe(ctx, folder, name, keks)
 	}
 	vol, err := newVolume(ctx, folder, name, freshSpec(src.Size(), ref), keks)
 	if err != nil {
 		return err
 	}
 	return finish(ctx, folder, name, copyTo(ctx, vol, src, volume.CopyOptions{}, progress), keks)
+}
+
+// encrypted reports whether file name is the result of an earlier call that was
+// interrupted before vm.json named it. If the VM ran meanwhile, the result is
+// stale and will be replaced: its KEK, which is this call's, tells whose it is.
+// A file with another KEK is somebody's.
+func encrypted(ctx context.Context, folder Folder, src blockdev.Device, name string, ref keysafe.Ref, keks KEKs) (bool, error) {
+	switch _, safe, err := Inspect(folder, name); {
+	case err != nil:
+		return false, fmt.Errorf("%w: %w", inTheWay(name), err)
+	case safe.KEK != ref:
+		return false, inTheWay(name)
+	}
+	vol, _, err := OpenVolume(ctx, folder, name, keks)
+	if err != nil {
+		return false, err
+	}
+	same, err := equal(ctx, vol, src)
+	if err := errors.Join(err, vol.Close()); err != nil {
+		return false, err
+	}
+	return same, folder.Sync()
 }
 
 // finish gives a volume that was written without error its name, after a last
@@ -89,10 +109,13 @@ func decrypt(ctx context.Context, folder Folder, src blockdev.Device, name strin
 	if done {
 		// A plain disk does not tell which call made it: only its content can.
 		same, err := sameContent(ctx, folder, name, src)
-		if err == nil && !same {
-			err = inTheWay(name)
+		if err != nil {
+			return err
 		}
-		return err
+		if !same {
+			return inTheWay(name)
+		}
+		return folder.Sync()
 	}
 	if err := folder.Remove(name + Unfinished); err != nil {
 		return err

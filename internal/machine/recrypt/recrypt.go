@@ -50,6 +50,8 @@ type Folder interface {
 	Rename(old, new string) error
 	// Remove deletes a file, durably. It succeeds if there is none.
 	Remove(name string) error
+	// Sync makes the names in the folder durable as they are.
+	Sync() error
 }
 
 // KEKs finds the KEK that a key safe names. The caller closes the key.
@@ -72,19 +74,28 @@ func Finish(folder Folder, name string) error {
 }
 
 type volumeSpec struct {
-	size       int64 // bytes
-	sectorSize int   // bytes
-	uuid       string
-	ref        keysafe.Ref
-	generation uint64
+	size          int64 // bytes
+	sectorSize    int   // bytes
+	uuid          string
+	label         string
+	allowDiscards bool
+	ref           keysafe.Ref
+	generation    uint64
 }
+
+// sectorSize is that of the volumes made here, in bytes: a larger one would
+// change the block size of the guest's disk under dm-crypt.
+const sectorSize = 512
 
 // freshSpec describes a volume with an identity of its own.
 func freshSpec(size int64, ref keysafe.Ref) volumeSpec {
-	return volumeSpec{size: size, sectorSize: 512, uuid: uuid.NewString(), ref: ref, generation: 1}
+	return volumeSpec{size: size, sectorSize: sectorSize, uuid: uuid.NewString(), allowDiscards: true, ref: ref, generation: 1}
 }
 
 func newVolume(ctx context.Context, folder Folder, name string, spec volumeSpec, keks KEKs) (_ *volume.Volume, err error) {
+	if spec.size <= 0 || spec.size%int64(spec.sectorSize) != 0 {
+		return nil, errs.New(errs.Invalid, "a disk of %d bytes is not one of whole sectors of %d bytes", spec.size, spec.sectorSize)
+	}
 	if err := folder.Remove(name + Unfinished); err != nil {
 		return nil, err
 	}
@@ -111,8 +122,10 @@ func newVolume(ctx context.Context, folder Folder, name string, spec volumeSpec,
 			err = errors.Join(err, file.Close(), folder.Remove(name+Unfinished))
 		}
 	}()
-	format := volume.FormatOptions{Size: spec.size, SectorSize: spec.sectorSize, UUID: spec.uuid, DEK: dek, Safe: safe, AllowDiscards: true}
-	if err := volume.Format(file, format); err != nil {
+	err = volume.Format(file, volume.FormatOptions{
+		Size: spec.size, SectorSize: spec.sectorSize, UUID: spec.uuid, Label: spec.label, DEK: dek, Safe: safe, AllowDiscards: spec.allowDiscards,
+	})
+	if err != nil {
 		return nil, err
 	}
 	return volume.Open(file, dek, volume.Options{})

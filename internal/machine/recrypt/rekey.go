@@ -44,7 +44,9 @@ func ShallowRekey(ctx context.Context, folder Folder, name string, ref keysafe.R
 		return err
 	}
 	next, err := Rewrap(ctx, safe, ref, keks)
-	if err == nil && next != safe {
+	if err == nil {
+		// Also if it is in place: after an interrupted call it may be in one copy
+		// of the header only, or not durable.
 		err = vol.ReplaceSafe(next)
 	}
 	return errors.Join(err, vol.Close())
@@ -60,14 +62,21 @@ func DeepRekey(ctx context.Context, folder Folder, name string, ref keysafe.Ref,
 		return err
 	}
 	if safe.KEK == ref {
-		return src.Close() // done by an earlier call: a deep rekey has a KEK of its own
+		// Done by an earlier call: a deep rekey has a KEK of its own. That call may
+		// have failed before the new name was durable.
+		return errors.Join(folder.Sync(), src.Close())
 	}
 	return errors.Join(deepRekey(ctx, folder, src, name, safe, ref, keks, progress), src.Close())
 }
 
 func deepRekey(ctx context.Context, folder Folder, src *volume.Volume, name string, safe *keysafe.Safe, ref keysafe.Ref, keks KEKs, progress Progress) error {
+	info, err := src.Inspect()
+	if err != nil {
+		return err
+	}
 	spec := volumeSpec{
-		size: src.Size(), sectorSize: src.SectorSize(), uuid: src.UUID(), ref: ref, generation: safe.Generation + 1,
+		size: info.Size, sectorSize: info.SectorSize, uuid: info.UUID, label: info.Label, allowDiscards: info.AllowDiscards,
+		ref: ref, generation: safe.Generation + 1,
 	}
 	dst, err := newVolume(ctx, folder, name, spec, keks)
 	if err != nil {
