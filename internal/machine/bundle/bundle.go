@@ -106,6 +106,11 @@ func (vm *VM) Encrypted() bool {
 	return slices.ContainsFunc(vm.Disks, func(d Disk) bool { return d.Format == FormatLUKS })
 }
 
+// HasFile reports whether file is that of a disk.
+func (vm *VM) HasFile(file string) bool {
+	return slices.ContainsFunc(vm.Disks, func(d Disk) bool { return d.File == file })
+}
+
 // Clone returns a copy that shares nothing with vm.
 func (vm *VM) Clone() *VM {
 	c := *vm

@@ -77,7 +77,7 @@ func (h *Host) describeDisk(ctx context.Context, dir string, d bundle.Disk) (*st
 
 // peek reads the header of a volume that another process may have open.
 func peek(path string) (*keysafe.Safe, volume.Info, error) {
-	file, err := blockdev.OpenFile(path, blockdev.FileOptions{ReadOnly: true, Unlocked: true})
+	file, err := blockdev.OpenFile(path, blockdev.FileOptions{ReadOnly: true, Unlocked: true, NoFollow: true})
 	if err != nil {
 		return nil, volume.Info{}, err
 	}

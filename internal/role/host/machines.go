@@ -141,6 +141,9 @@ func (h *Host) takeOffline(ctx context.Context, id, purpose string) (_ *offline,
 		return nil, err
 	}
 	vm, err := bundle.Read(dir)
+	if err == nil {
+		vm, err = sweep(dir, vm)
+	}
 	if err != nil {
 		lock.Release()
 		return nil, err

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
 
 	"strongroom/internal/block/blockdev"
 	"strongroom/internal/block/volumectl"
@@ -127,6 +128,9 @@ func (h *Host) startVolumes(ctx context.Context, reg registered, dir string) (_ 
 	if err != nil {
 		return nil, nil, err
 	}
+	if vm, err = sweep(dir, vm); err != nil { // the next start or change tries again
+		h.log.LogAttrs(ctx, slog.LevelWarn, "former file of a disk not deleted", slog.String("vm", reg.Name), slog.Any("err", err))
+	}
 	volumes, err := volumeproc.Start(ctx, volumeproc.Config{VM: reg.Name, RunDir: h.runDir(reg), Hold: []*os.File{lock.File()}})
 	if err != nil {
 		return nil, nil, errs.New(errs.Unavailable, "cannot start its volume process: %w", err)
@@ -153,7 +157,8 @@ func (h *Host) addDisk(ctx context.Context, volumes *volumeproc.Process, dir str
 		}
 		defer dek.Close()
 	}
-	file, err := os.OpenFile(path, os.O_RDWR, 0)
+	// A folder from elsewhere must not make us open anything but its own files.
+	file, err := os.OpenFile(path, os.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return err
 	}
@@ -163,7 +168,7 @@ func (h *Host) addDisk(ctx context.Context, volumes *volumeproc.Process, dir str
 
 // unwrap returns the DEK of the volume at path, which the caller closes.
 func (h *Host) unwrap(ctx context.Context, path string) (*keymem.Key, error) {
-	file, err := blockdev.OpenFile(path, blockdev.FileOptions{ReadOnly: true, Unlocked: true})
+	file, err := blockdev.OpenFile(path, blockdev.FileOptions{ReadOnly: true, Unlocked: true, NoFollow: true})
 	if err != nil {
 		return nil, err
 	}

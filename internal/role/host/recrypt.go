@@ -2,6 +2,7 @@ package host
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"path/filepath"
@@ -114,21 +115,46 @@ func (h *Host) decryptVM(ctx context.Context, id string, disks []string, r repor
 	return nil
 }
 
-// replaceDisk makes vm.json name the new file of a disk, then removes the old
-// one.
+// replaceDisk makes vm.json name the new file of a disk and retire the old one,
+// then deletes that.
 func (o *offline) replaceDisk(i int, file, format string, key *bundle.Key) error {
 	next := o.vm.Clone()
-	old := next.Disks[i].File
+	next.Retired = append(next.Retired, next.Disks[i].File)
 	next.Disks[i].File, next.Disks[i].Format = file, format
 	next.Key = key
 	if !next.Encrypted() {
 		next.Key = nil
 	}
 	if err := bundle.Write(o.dir, next); err != nil {
+		// If the VM is as it was, the new file is only in the way of the next attempt.
+		if now, readErr := bundle.Read(o.dir); readErr == nil && !now.HasFile(file) {
+			err = errors.Join(err, o.folder().Remove(file))
+		}
 		return err
 	}
-	o.vm = next
-	return o.folder().Remove(old)
+	vm, err := sweep(o.dir, next)
+	o.vm = vm
+	return err
+}
+
+// sweep deletes the files that a VM's disks had before: after an encryption
+// that is the plain disk. It returns the VM as it is then.
+func sweep(dir string, vm *bundle.VM) (*bundle.VM, error) {
+	if len(vm.Retired) == 0 {
+		return vm, nil
+	}
+	folder := recrypt.Dir{Path: dir}
+	for _, name := range vm.Retired {
+		if err := folder.Remove(name); err != nil {
+			return vm, errs.Wrap(err, "cannot delete a disk's former file")
+		}
+	}
+	next := vm.Clone()
+	next.Retired = nil
+	if err := bundle.Write(dir, next); err != nil {
+		return vm, err
+	}
+	return next, nil
 }
 
 // rekeyVM gives the encrypted ones among the disks named a new KEK, and with
@@ -228,7 +254,7 @@ func (h *Host) shallowRekeyRunning(ctx context.Context, m *machine, disks []stri
 			return errs.Wrap(err, "cannot rekey %s of %s", d.Name, vm.Name)
 		}
 		next, err := recrypt.Rewrap(ctx, safe, ref, h.kek)
-		if err == nil && next != safe {
+		if err == nil { // also if it is in place: perhaps in one copy of the header only
 			err = replaceSafe(ctx, running, d.Name, next)
 		}
 		if err != nil {
