@@ -13,6 +13,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 )
 
 // chunk is how many bytes of a key count as a leak: half an AES-256 key.
@@ -73,15 +74,18 @@ func (s *Scanner) add(name string, text []byte) {
 	s.longest = max(s.longest, len(text))
 }
 
-// Tree scans every regular file below root, at most limit findings. A file that
-// vanishes meanwhile is passed over. It returns how many bytes it read, so that
-// a caller can tell a clean tree from an empty one.
-func (s *Scanner) Tree(root string, limit int) ([]Finding, int64, error) {
+// Tree scans every regular file below root but in the folders except, at most
+// limit findings. A file that vanishes meanwhile is passed over. It returns how
+// many bytes it read, so that a caller can tell a clean tree from an empty one.
+func (s *Scanner) Tree(root string, limit int, except ...string) ([]Finding, int64, error) {
 	var found []Finding
 	var total int64
 	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil
+		}
+		if err == nil && d.IsDir() && slices.Contains(except, path) {
+			return filepath.SkipDir
 		}
 		if err != nil || !d.Type().IsRegular() || len(found) >= limit {
 			return err

@@ -50,6 +50,19 @@ func (l *Lab) Close() {
 	l.processes = nil
 }
 
+// PIDs returns the processes that run.
+func (l *Lab) PIDs() []string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var pids []string
+	for _, p := range l.processes {
+		if processRuns(p.PID()) {
+			pids = append(pids, strconv.Itoa(p.PID()))
+		}
+	}
+	return pids
+}
+
 // Process is a running role.
 type Process struct {
 	Name string
@@ -198,9 +211,12 @@ func (c *Controller) Start() error {
 	return p.wait("listening on "+c.Address, func() bool { return listening("tcp", c.Address) })
 }
 
+// CLIConfig is the command line's configuration, logged in as the administrator.
+func (c *Controller) CLIConfig() string { return filepath.Join(c.dir, "cli.toml") }
+
 // CLI runs a command as the administrator.
 func (c *Controller) CLI(ctx context.Context, args ...string) (Result, error) {
-	return c.lab.run(ctx, filepath.Join(c.dir, "cli.toml"), args...)
+	return c.lab.run(ctx, c.CLIConfig(), args...)
 }
 
 // Must runs a command that has to succeed.
@@ -247,7 +263,7 @@ func (c *Controller) StartHost(ctx context.Context, name, cluster string) (*Host
 		return nil, err
 	}
 	defer os.Remove(tokenFile)
-	if _, err := c.Must(ctx, "host", "join", "--config", h.configPath(), "--controller", c.Address, "--name", name, "--token-file", tokenFile); err != nil {
+	if _, err := c.Must(ctx, "host", "join", "--config", h.configPath(), "--controller", "https://"+c.Address, "--name", name, "--token-file", tokenFile); err != nil {
 		return nil, err
 	}
 	if err := h.Start(); err != nil {

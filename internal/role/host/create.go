@@ -45,7 +45,7 @@ func (h *Host) createVM(ctx context.Context, req *strongroomv1.AgentCreateVMRequ
 		return h.register(reg)
 	case errs.KindOf(err) != errs.NotFound:
 		return errs.New(errs.Exists, "there is a VM folder %s on datastore %s", reg.Folder, reg.Datastore).
-			WithHint("strongroom vm register --datastore %s --folder %s", reg.Datastore, reg.Folder)
+			WithHint("strongroom vm register %s --datastore %s", reg.Folder, reg.Datastore)
 	}
 	if _, err := os.Lstat(dir); !errors.Is(err, fs.ErrNotExist) {
 		return errs.New(errs.Exists, "there is something called %s on datastore %s", reg.Folder, reg.Datastore)

@@ -26,18 +26,19 @@ func (h *Host) kek(ctx context.Context, ref keysafe.Ref) (*keymem.Key, error) {
 	if err == nil {
 		return key, nil
 	}
-	locked := errs.New(errs.Locked, "key %s of provider %s: %w", ref.KeyID, ref.Provider, err)
 	switch {
 	case errors.Is(err, keyprovider.ErrUnknownProvider):
-		return nil, locked.WithReason(reasonProviderUnknown).
-			WithHint("strongroom provider import FILE.p12, with the backup of %s", ref.Provider)
+		return nil, errs.New(errs.Locked, "provider %s, which has its key %s, is not on this host", ref.Provider, ref.KeyID).
+			WithReason(reasonProviderUnknown).WithHint("strongroom provider import FILE.p12, with the backup of %s", ref.Provider)
 	case errors.Is(err, keyprovider.ErrNotFound), errors.Is(err, keyprovider.ErrWrongProvider):
-		return nil, locked.WithReason(reasonKeyMissing).
-			WithHint("a provider named %s is here, with other key material; import the backup of the right one under its own name on a controller of its own", ref.Provider)
+		return nil, errs.New(errs.Locked, "the provider named %s on this host has other key material: it does not have key %s", ref.Provider, ref.KeyID).
+			WithReason(reasonKeyMissing).WithHint("register the VM on a controller that has the right %s", ref.Provider)
 	case errors.Is(err, keyprovider.ErrLocked):
-		return nil, locked.WithReason(reasonNotPermitted).WithHint("strongroom provider show %s", ref.Provider)
+		return nil, errs.New(errs.Locked, "key %s of provider %s may not be used here: %w", ref.KeyID, ref.Provider, err).
+			WithReason(reasonNotPermitted).WithHint("strongroom provider show %s", ref.Provider)
 	case errors.Is(err, keyprovider.ErrUnavailable):
-		return nil, locked.WithReason(reasonUnreachable).WithHint("strongroom provider show %s", ref.Provider)
+		return nil, errs.New(errs.Locked, "key %s of provider %s cannot be had now: %w", ref.KeyID, ref.Provider, err).
+			WithReason(reasonUnreachable).WithHint("strongroom provider show %s", ref.Provider)
 	}
 	return nil, err
 }
