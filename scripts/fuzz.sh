@@ -1,13 +1,22 @@
 #!/usr/bin/env bash
-# Runs every fuzzer of the module for the time given (default 10s), one after
-# another, and fails with the first that finds something.
+# Runs every fuzzer of the module for the time given (default 10s), as many at a
+# time as there are processors, each on one. Fails if one finds something, and
+# shows what.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-time=${1:-10s}
-grep -rlE --include='*_test.go' '^func Fuzz[A-Z]' internal client api test 2>/dev/null | sort | while read -r file; do
-	pkg=./$(dirname "$file")
-	sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\)(.*/\1/p' "$file" | while read -r fuzzer; do
-		echo "fuzz $pkg $fuzzer $time"
-		go test "$pkg" -run='^$' -fuzz="^$fuzzer\$" -fuzztime="$time" -fuzzminimizetime=5s </dev/null | grep -vE '^fuzz: elapsed' || exit 1
-	done
-done
+export FUZZTIME=${1:-10s}
+
+one() {
+	local pkg=$1 fuzzer=$2 out
+	if out=$(go test "$pkg" -run='^$' -fuzz="^$fuzzer\$" -fuzztime="$FUZZTIME" -fuzzminimizetime=20x -parallel=1 2>&1 </dev/null); then
+		echo "ok   $pkg $fuzzer $(grep -o 'execs: [0-9]*' <<<"$out" | tail -n 1)"
+	else
+		printf '%s\nFAIL %s %s\n' "$out" "$pkg" "$fuzzer"
+		return 255 # ends xargs
+	fi
+}
+export -f one
+
+grep -rlE --include='*_test.go' '^func Fuzz[A-Z]' internal client api test | sort | while read -r file; do
+	sed -n "s|^func \(Fuzz[A-Za-z0-9_]*\)(.*|./$(dirname "$file") \1|p" "$file"
+done | sort -u | xargs -P "$(nproc)" -L 1 bash -c 'one "$@"' _

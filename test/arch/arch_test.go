@@ -152,10 +152,10 @@ var reserved = []struct {
 	by       []string
 	why      string
 }{
-	{"os/exec", []string{"internal/machine/qemu", "internal/machine/vtpm", "internal/machine/volumeproc", "internal/crypto/xts/xtsbench", "test"}, "whoever starts processes can be made to start the wrong one"},
+	{"os/exec", []string{"internal/machine/qemu", "internal/machine/vtpm", "internal/machine/volumeproc", "internal/machine/image", "internal/crypto/xts/xtsbench", "test"}, "whoever starts processes can be made to start the wrong one"},
 	{"unsafe", []string{"api/strongroom", "internal/crypto/xts", "internal/crypto/keymem", "internal/block/blockdev", "internal/block/vhostuser"}, "memory safety is reviewed in few places"},
 	{"math/rand", []string{"test"}, "randomness comes from crypto/rand"},
-	{"math/rand/v2", []string{"test", "internal/block/blockdev/faultdev"}, "randomness comes from crypto/rand; a fault-injecting device replays a seed"},
+	{"math/rand/v2", []string{"test", "internal/block/blockdev/faultdev", "internal/block/blockdev/blockdevtest", "internal/control/store"}, "randomness comes from crypto/rand; only tests, which replay a seed, and the jitter of a retry may use another source"},
 	{"os/user", []string{"internal/face/cli"}, "it may call into the C library"},
 	{"log", nil, "logs are written with log/slog"},
 }

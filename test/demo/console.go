@@ -44,20 +44,6 @@ func (c *console) await(ctx context.Context, kind guest.Kind, step, text string)
 	}
 }
 
-// last returns the newest event of a step that fits, without waiting.
-func (c *console) last(step, text string) (guest.Event, bool) {
-	events, err := c.events()
-	if err != nil {
-		return guest.Event{}, false
-	}
-	for i := len(events) - 1; i >= 0; i-- {
-		if events[i].Step == step && strings.Contains(events[i].Text, text) {
-			return events[i], true
-		}
-	}
-	return guest.Event{}, false
-}
-
 func (c *console) events() ([]guest.Event, error) {
 	f, err := os.Open(c.path)
 	if os.IsNotExist(err) {
