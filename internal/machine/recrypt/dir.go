@@ -88,11 +88,9 @@ func (d Dir) Remove(name string) error {
 	if err != nil {
 		return err
 	}
-	err = os.Remove(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
+	// A file that is not there may have been removed by a call that failed
+	// before that was durable.
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("cannot remove %s: %w", name, err)
 	}
 	return d.Sync()

@@ -144,6 +144,10 @@ func sweep(dir string, vm *bundle.VM) (*bundle.VM, error) {
 		return vm, nil
 	}
 	folder := recrypt.Dir{Path: dir}
+	// The vm.json that retires them may not be durable yet.
+	if err := folder.Sync(); err != nil {
+		return vm, err
+	}
 	for _, name := range vm.Retired {
 		if err := folder.Remove(name); err != nil {
 			return vm, errs.Wrap(err, "cannot delete a disk's former file")
