@@ -49,7 +49,7 @@ func (t JoinToken) String() string {
 
 // ParseJoinToken is the reverse of [JoinToken.String].
 func ParseJoinToken(text string) (JoinToken, error) {
-	bad := errs.New(errs.Invalid, "this is no join token").WithHint("strongroom host token create --cluster NAME")
+	bad := errs.New(errs.Invalid, "this is no join token").WithHint("strongroom host join-token --cluster NAME")
 	if len(text) > maxJoinText {
 		return JoinToken{}, bad
 	}
@@ -119,7 +119,7 @@ func (j *Joins) Create(ctx context.Context, clusterID string, life time.Duration
 // unknown, used or expired gives the same Denied error.
 func (j *Joins) Redeem(ctx context.Context, t JoinToken) (clusterID string, err error) {
 	denied := errs.New(errs.Denied, "the join token is unknown, used or expired").
-		WithHint("make a new one: strongroom host token create --cluster NAME")
+		WithHint("make a new one: strongroom host join-token --cluster NAME")
 	hash := sha256.Sum256(t.Secret[:])
 	err = j.db.Txn(ctx, func(tx *store.Tx) error {
 		rec, err := j.tokens.In(tx).Get(ctx, t.ID)
