@@ -3,6 +3,7 @@ package cli
 import (
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/vbauerster/mpb/v8"
@@ -29,6 +30,7 @@ type progress struct {
 type item struct {
 	bar     *mpb.Bar // nil until its bytes are known
 	step    string
+	label   atomic.Pointer[string] // what the bar shows; mpb's goroutine reads it
 	printed time.Time
 }
 
@@ -72,15 +74,12 @@ func (p *progress) bytes(name, step string, done, total int64) {
 }
 
 func (p *progress) draw(it *item, name, step string, done, total int64) {
-	it.step = step
+	label := printable(name + ": " + step)
+	it.label.Store(&label)
 	if it.bar == nil {
-		label := func(decor.Statistics) string { // called by mpb's goroutine
-			p.mu.Lock()
-			defer p.mu.Unlock()
-			return printable(name + ": " + it.step)
-		}
+		// No lock in the decorator: mpb draws while it makes callers wait.
 		it.bar = p.bars.AddBar(total,
-			mpb.PrependDecorators(decor.Any(label, decor.WCSyncSpaceR)),
+			mpb.PrependDecorators(decor.Any(func(decor.Statistics) string { return *it.label.Load() }, decor.WCSyncSpaceR)),
 			mpb.AppendDecorators(decor.Percentage(decor.WCSyncSpace), decor.CountersKibiByte(" % .1f / % .1f")))
 	}
 	it.bar.SetTotal(total, false)

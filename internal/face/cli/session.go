@@ -177,13 +177,30 @@ with. It changes nothing, and needs a session only.`,
 			if err != nil {
 				return err
 			}
-			return env.printOne(res, []field{
+			return env.printOne(res, append([]field{
 				{"Server", c.Server()},
 				{"Version", res.GetServerVersion()},
 				{"User", res.GetPrincipal()},
 				{"Roles", strings.Join(res.GetRoles(), ", ")},
-				{"Privileges", strings.Join(res.GetPrivileges(), ", ")},
-			})
+			}, privilegeFields(res.GetPrivileges())...))
 		}),
 	}
+}
+
+// privilegeFields groups privileges, which are sorted, by what they are about.
+func privilegeFields(all []string) []field {
+	var fields []field
+	for _, p := range all {
+		i := strings.LastIndexByte(p, '.')
+		if i < 0 {
+			i = 0
+		}
+		group, name := p[:i], strings.TrimPrefix(p[i:], ".")
+		if n := len(fields); n > 0 && fields[n-1].title == group {
+			fields[n-1].text += ", " + name
+			continue
+		}
+		fields = append(fields, field{group, name})
+	}
+	return fields
 }
