@@ -128,7 +128,8 @@ func inChunks(ctx context.Context, dev blockdev.Device, skipHoles bool, progress
 	group, ctx := errgroup.WithContext(ctx)
 	for range min(runtime.GOMAXPROCS(0), copyWorkersMax) {
 		group.Go(func() error {
-			buf, buf2 := make([]byte, copyChunk), make([]byte, copyChunk)
+			size := min(copyChunk, dev.Size())
+			buf, buf2 := make([]byte, size), make([]byte, size)
 			for {
 				if err := context.Cause(ctx); err != nil {
 					return err

@@ -148,7 +148,7 @@ func equal(ctx context.Context, a, b blockdev.Device) (bool, error) {
 	if a.Size() != b.Size() {
 		return false, nil
 	}
-	const step = 1 << 20
+	step := min(1<<20, a.Size())
 	bufA, bufB := make([]byte, step), make([]byte, step)
 	for off := int64(0); off < a.Size(); off += step {
 		n := min(step, a.Size()-off)
