@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"go/ast"
 	"go/parser"
 	"go/token"
@@ -48,6 +49,9 @@ func mentioned(text string, code bool) [][]string {
 	var all [][]string
 	for _, m := range mention.FindAllStringSubmatch(text, -1) {
 		words := strings.Fields(m[1])
+		if internal := map[string]bool{"volumed": true, "native-backup": true}; internal[words[0]] {
+			continue // started by the host; a label inside a file
+		}
 		if code && lowerCase.MatchString(words[0]) {
 			all = append(all, words)
 			continue
@@ -70,6 +74,9 @@ func exists(words []string) error {
 	if err != nil {
 		return err
 	}
+	if cmd.HasSubCommands() && len(rest) > 0 && lowerCase.MatchString(rest[0]) && !strings.HasPrefix(rest[0], "-") {
+		return fmt.Errorf("%s has no %s", cmd.CommandPath(), rest[0])
+	}
 	for _, word := range rest {
 		name, ok := strings.CutPrefix(word, "--")
 		if !ok {
@@ -77,15 +84,11 @@ func exists(words []string) error {
 		}
 		name, _, _ = strings.Cut(name, "=")
 		if cmd.Flag(name) == nil && cmd.InheritedFlags().Lookup(name) == nil {
-			return &unknownFlag{cmd.CommandPath(), name}
+			return fmt.Errorf("%s has no flag --%s", cmd.CommandPath(), name)
 		}
 	}
 	return nil
 }
-
-type unknownFlag struct{ command, flag string }
-
-func (e *unknownFlag) Error() string { return e.command + " has no flag --" + e.flag }
 
 // inStrings yields the string literals of the Go files below root, without
 // tests and generated code.

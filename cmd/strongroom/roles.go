@@ -23,6 +23,7 @@ func newRoles() cli.Roles {
 		ServeVolume:   serveVolume,
 		RekeyVolume:   rekeyVolume,
 		DecryptVolume: decryptVolume,
+		VerifyAudit:   verifyAudit,
 		Benchmark:     benchmark,
 	}
 }

@@ -79,6 +79,7 @@ in for a login; STRONGROOM_CONFIG is the file in which logins are kept.`,
 		newUserCmd(env),
 		newRoleCmd(env),
 		newTokenCmd(env),
+		newAuditCmd(env, roles),
 		newBenchmarkCmd(env, roles),
 		newVolumeCmd(env, roles),
 	)

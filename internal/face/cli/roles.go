@@ -26,6 +26,9 @@ type Roles struct {
 	RekeyVolume   func(ctx context.Context, v VolumeRekey, progress func(done, total int64)) error
 	DecryptVolume func(ctx context.Context, v VolumeDecrypt, progress func(done, total int64)) error
 
+	// VerifyAudit checks an audit log without its controller.
+	VerifyAudit func(ctx context.Context, v AuditVerify) (AuditReport, error)
+
 	// Benchmark measures the cipher, each measurement for about the duration.
 	Benchmark func(ctx context.Context, each time.Duration) ([]Measurement, error)
 }

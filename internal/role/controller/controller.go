@@ -43,6 +43,7 @@ const (
 // Files in the data folder.
 const (
 	caCertName        = "ca.pem"                 // for users: `strongroom login --ca`
+	auditKeyName      = "audit-key.pem"          // public: `strongroom audit verify`
 	firstPasswordName = "initial-admin-password" // of the first administrator
 )
 
@@ -87,6 +88,9 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) (err error) {
 	if err != nil {
 		return err
 	}
+	if err := writePublicKey(filepath.Join(cfg.DataDir, auditKeyName), signer.Public()); err != nil {
+		return err
+	}
 	auditLog, err := audit.Open(audit.Config{Dir: filepath.Join(cfg.DataDir, "audit"), Signer: signer})
 	if err != nil {
 		return err
@@ -128,6 +132,7 @@ func (c *Controller) run(ctx context.Context) error {
 	group.Go(func() error { return serve(ctx, server, listener) })
 	group.Go(func() error { return c.tasks.Run(ctx) })
 	group.Go(func() error { return c.remediate(ctx) })
+	group.Go(func() error { return c.signAudit(ctx) })
 	group.Go(func() error {
 		return c.credential.KeepFresh(ctx, c.ca.Certificate(), renewRetry, c.renew, func(err error) {
 			c.log.LogAttrs(ctx, slog.LevelError, "own certificate not renewed", slog.Any("err", err))
@@ -169,6 +174,26 @@ func harden() error {
 		return err
 	}
 	return unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0)
+}
+
+// signAuditEvery is how long a record of the audit log stays without a
+// signature.
+const signAuditEvery = time.Minute
+
+// signAudit signs what was added to the audit log, also when nothing more is.
+func (c *Controller) signAudit(ctx context.Context) error {
+	tick := time.NewTicker(signAuditEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		if err := c.audit.Checkpoint(); err != nil {
+			c.log.LogAttrs(ctx, slog.LevelError, "audit log not signed", slog.Any("err", err))
+		}
+	}
 }
 
 // poke has the hosts put right soon.

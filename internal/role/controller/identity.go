@@ -2,6 +2,7 @@ package controller
 
 import (
 	"context"
+	"crypto"
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
@@ -28,6 +29,15 @@ func (c *Controller) openIdentity() (err error) {
 	}
 	text := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c.ca.Certificate().Raw})
 	return os.WriteFile(filepath.Join(c.cfg.DataDir, caCertName), text, 0o644)
+}
+
+// writePublicKey leaves the public half of a signing key for whoever verifies.
+func writePublicKey(path string, key crypto.PublicKey) error {
+	der, err := x509.MarshalPKIXPublicKey(key)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der}), 0o644)
 }
 
 // identity is what stands in the controller's certificate. The installation is
