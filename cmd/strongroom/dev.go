@@ -38,6 +38,11 @@ func runDev(ctx context.Context, dir string) error {
 	if err != nil {
 		return err
 	}
+	for _, address := range []string{devController, devAgent} {
+		if listens(address) {
+			return errs.New(errs.InvalidState, "something listens at %s already: another `strongroom dev`?", address)
+		}
+	}
 	datastore := filepath.Join(dir, "datastore")
 	if err := os.MkdirAll(datastore, 0o700); err != nil {
 		return err
