@@ -228,7 +228,7 @@ func (c *controller) WatchTask(_ context.Context, r *connect.Request[strongroomv
 	if err := s.Send(t); err != nil {
 		return err
 	}
-	t.State, t.Done = "success", t.GetTotal()
+	t.State, t.Step, t.Done, t.Total, t.Unit = "success", "", 0, 0, "" // the last bytes are seen or not
 	if t.GetId() == "t-web-2" {
 		t.State, t.Error = "error", "no key for web-2"
 		t.ErrorDetail = &strongroomv1.ErrorDetail{Kind: "Locked", Reason: "KeyStateMissingInCache", Hint: "strongroom provider import FILE.p12"}

@@ -30,6 +30,7 @@ type progress struct {
 type item struct {
 	bar     *mpb.Bar // nil until its bytes are known
 	step    string
+	total   int64
 	label   atomic.Pointer[string] // what the bar shows; mpb's goroutine reads it
 	printed time.Time
 }
@@ -74,11 +75,13 @@ func (p *progress) bytes(name, step string, done, total int64) {
 }
 
 func (p *progress) draw(it *item, name, step string, done, total int64) {
+	it.total = total
 	label := printable(name + ": " + step)
 	it.label.Store(&label)
 	if it.bar == nil {
 		// No lock in the decorator: mpb draws while it makes callers wait.
-		it.bar = p.bars.AddBar(total,
+		// Of a bar with a total from the start, mpb allows no other.
+		it.bar = p.bars.AddBar(0,
 			mpb.PrependDecorators(decor.Any(func(decor.Statistics) string { return *it.label.Load() }, decor.WCSyncSpaceR)),
 			mpb.AppendDecorators(decor.Percentage(decor.WCSyncSpace), decor.CountersKibiByte(" % .1f / % .1f")))
 	}
@@ -99,7 +102,8 @@ func (p *progress) end(name string, failed bool) {
 		it.bar.Abort(true)
 		return
 	}
-	it.bar.SetTotal(-1, true)
+	it.bar.SetCurrent(it.total) // the last bytes are seen or not
+	it.bar.SetTotal(it.total, true)
 }
 
 // close waits until the last bar is drawn.
