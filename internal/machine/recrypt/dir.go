@@ -20,7 +20,7 @@ type Dir struct {
 // path returns the path of a file in the folder. Names come from vm.json, which
 // may come from anywhere.
 func (d Dir) path(name string) (string, error) {
-	if !filepath.IsLocal(name) || filepath.Base(name) != name {
+	if !filepath.IsLocal(name) || filepath.Base(name) != name || name == "." {
 		return "", errs.New(errs.Invalid, "%q is not a file name in a VM folder", name)
 	}
 	return filepath.Join(d.Path, name), nil
