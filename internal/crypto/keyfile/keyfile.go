@@ -8,9 +8,12 @@ package keyfile
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
+
+	"golang.org/x/sys/unix"
 
 	"strongroom/internal/crypto/keymem"
 	"strongroom/internal/errs"
@@ -25,7 +28,7 @@ func Read(path string, n int) (*keymem.Key, error) {
 }
 
 func read(path string, n int) (*keymem.Key, error) {
-	f, err := os.Open(path)
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0) // a FIFO is refused, not waited for
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, errs.New(errs.NotFound, "%w", fs.ErrNotExist)
 	}
@@ -49,9 +52,17 @@ func read(path string, n int) (*keymem.Key, error) {
 	return keymem.Read(f, n)
 }
 
+// newPattern is what a file is called while it is written.
+const newPattern = ".key-*.new"
+
 // Create makes the file at path with a new random key of n bytes, durably, and
-// returns the key. It returns an error wrapping [fs.ErrExist] if there is a
-// file.
+// returns the key. The key is written under another name, flushed and read back
+// before the file gets its own, so that there is never a part of a key at path.
+//
+// It returns an error wrapping [fs.ErrExist] if there is something at path, and
+// leaves that alone. After another error or a crash there is no file, or one
+// that [Read] accepts and whose key nobody has used; a ".key-*.new" beside it
+// may be deleted.
 func Create(path string, n int) (*keymem.Key, error) {
 	key, err := create(path, n)
 	return key, errs.Wrap(err, "cannot make key file %s", path)
@@ -67,20 +78,64 @@ func create(path string, n int) (_ *keymem.Key, err error) {
 			key.Close()
 		}
 	}()
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
+		if err == nil {
+			err = fs.ErrExist
+		}
+		return nil, err
+	}
+	dir := filepath.Dir(path)
+	f, err := os.CreateTemp(dir, newPattern) // mode 0600
 	if err != nil {
 		return nil, err
 	}
-	_, err = f.Write(key.Bytes())
-	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return nil, errors.Join(err, os.Remove(path))
+	if err := errors.Join(fill(f, key), f.Close()); err != nil {
+		return nil, errors.Join(err, os.Remove(f.Name()))
 	}
-	dir, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return nil, err
+	if err := place(f.Name(), path); err != nil {
+		return nil, errors.Join(err, os.Remove(f.Name()))
 	}
-	if err := errors.Join(dir.Sync(), dir.Close()); err != nil {
+	if err := syncDir(dir); err != nil {
 		return nil, fmt.Errorf("cannot make its name durable: %w", err)
 	}
 	return key, nil
+}
+
+// fill writes the key to f, makes it durable and reads it back.
+func fill(f *os.File, key *keymem.Key) error {
+	if _, err := f.Write(key.Bytes()); err != nil {
+		return err
+	}
+	if err := f.Sync(); err != nil {
+		return err
+	}
+	written, err := keymem.Read(io.NewSectionReader(f, 0, int64(key.Len())), key.Len())
+	if err != nil {
+		return fmt.Errorf("cannot read back: %w", err)
+	}
+	defer written.Close()
+	if !written.Equal(key) {
+		return errors.New("cannot read back: it holds something else")
+	}
+	return nil
+}
+
+// place gives the file at from the name to, unless there is one of that name.
+func place(from, to string) error {
+	err := unix.Renameat2(unix.AT_FDCWD, from, unix.AT_FDCWD, to, unix.RENAME_NOREPLACE)
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) {
+		// Some file systems, NFS for one, cannot; a link does not replace either.
+		if err = os.Link(from, to); err == nil {
+			err = os.Remove(from)
+		}
+	}
+	return err
+}
+
+func syncDir(path string) error {
+	dir, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(dir.Sync(), dir.Close())
 }

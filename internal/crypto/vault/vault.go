@@ -44,6 +44,7 @@ var ErrCorrupt = errors.New("vault is damaged")
 type Vault struct {
 	path, context string
 	key           *keymem.Key
+	write         func(path string, key *keymem.Key, context string, data *keymem.Key) error // sealed.WriteFile
 
 	mu      sync.RWMutex // guards secrets
 	secrets map[string]*keymem.Key
@@ -83,7 +84,7 @@ func newVault(path string, key *keymem.Key, context string, secrets map[string]*
 		closeAll(secrets)
 		return nil, err
 	}
-	return &Vault{path: path, context: context, key: own, secrets: secrets}, nil
+	return &Vault{path: path, context: context, key: own, write: sealed.WriteFile, secrets: secrets}, nil
 }
 
 // Get returns a copy of the secret of that name, which the caller closes. It
@@ -99,8 +100,11 @@ func (v *Vault) Get(name string) (*keymem.Key, error) {
 }
 
 // Update sets the secrets in change, removes those that are nil in it, and
-// returns when the file is durable. On an error nothing has changed. The
-// secrets in change stay the caller's.
+// returns when the file is durable. The secrets in change stay the caller's.
+//
+// On an error the file holds the old set or the new one, whole: the last step,
+// making its name durable, can fail too. The vault then has what the file has,
+// or the old set if that cannot be read. Repeating the call is safe.
 func (v *Vault) Update(change map[string]*keymem.Key) error {
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -122,13 +126,27 @@ func (v *Vault) Update(change map[string]*keymem.Key) error {
 	if err != nil {
 		return fmt.Errorf("cannot update vault %s: %w", v.path, err)
 	}
-	if err := sealed.WriteFile(v.path, v.key, v.context, content); err != nil {
+	err = v.write(v.path, v.key, v.context, content)
+	if err != nil && !v.stored(content) {
 		closeAll(own)
 		return fmt.Errorf("cannot update vault %s: %w", v.path, err)
 	}
 	closeAll(v.secrets)
 	v.secrets = own
+	if err != nil {
+		return fmt.Errorf("cannot make the update of vault %s durable: %w", v.path, err)
+	}
 	return nil
+}
+
+// stored reports whether the file holds content.
+func (v *Vault) stored(content *keymem.Key) bool {
+	now, err := sealed.ReadFile(v.path, v.key, v.context)
+	if err != nil {
+		return false
+	}
+	defer now.Close()
+	return now.Equal(content)
 }
 
 // Close wipes the vault from memory. It is idempotent and never fails.

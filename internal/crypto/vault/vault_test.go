@@ -119,6 +119,52 @@ func TestFailedUpdate(t *testing.T) {
 	}
 }
 
+// TestUpdateNotDurable: when only the last step of an update fails, the vault is
+// what its file is, and the update can be repeated.
+func TestUpdateNotDurable(t *testing.T) {
+	t.Parallel()
+	path, key := filepath.Join(t.TempDir(), "v"), random(t, sealed.KeySize)
+	v, err := New(path, key, "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer v.Close()
+	failure := errors.New("the folder cannot be synced")
+	a, b := random(t, 32), random(t, 32)
+	for name, c := range map[string]struct {
+		before bool // the write fails before it does anything
+		want   *keymem.Key
+	}{"before": {true, a}, "after": {false, b}} {
+		v.write = sealed.WriteFile
+		if err := v.Update(map[string]*keymem.Key{"k": a}); err != nil {
+			t.Fatal(err)
+		}
+		v.write = func(path string, key *keymem.Key, context string, data *keymem.Key) error {
+			if !c.before {
+				if err := sealed.WriteFile(path, key, context, data); err != nil {
+					return err
+				}
+			}
+			return failure
+		}
+		if err := v.Update(map[string]*keymem.Key{"k": b}); !errors.Is(err, failure) {
+			t.Errorf("%s: error %v", name, err)
+		}
+		again, err := Open(path, key, "test")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, v := range []*Vault{v, again} {
+			if got, err := v.Get("k"); err != nil || !got.Equal(c.want) {
+				t.Errorf("%s: the vault holds another secret (error %v)", name, err)
+			} else {
+				got.Close()
+			}
+		}
+		again.Close()
+	}
+}
+
 func FuzzDecode(f *testing.F) {
 	f.Add([]byte(magic + "\x00\x00\x00\x01\x00\x00"))
 	f.Add([]byte(magic + "\x00\x00\x00\x01\x00\x02\x01a\x00\x00\x00\x01x\x01b\x00\x00\x00\x02yz"))
