@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -82,6 +83,9 @@ type secrets struct {
 func createVault(cfg Config, id identity, tlsKey *keymem.Key, recipient *parcel.Recipient) error {
 	path := filepath.Join(cfg.DataDir, vaultName)
 	key, err := keyfile.Create(cfg.KeyFile, sealed.KeySize)
+	if errors.Is(err, fs.ErrExist) {
+		key, err = keyfile.Read(cfg.KeyFile, sealed.KeySize) // of a join that was cut short
+	}
 	if err != nil {
 		return err
 	}
