@@ -18,8 +18,8 @@ import (
 func tool(t *testing.T, name string, args ...string) string {
 	t.Helper()
 	cmd := exec.CommandContext(testContext(t), name, args...)
-	// The system's Python has libnbd's module, another one may be in front.
 	cmd.Dir = t.TempDir() // fio leaves files behind
+	// The system's Python has libnbd's module, another one may be in front.
 	cmd.Env = append(os.Environ(), "PATH=/usr/bin:/bin:/usr/sbin:/sbin")
 	out, err := cmd.CombinedOutput()
 	if err != nil {

@@ -12,6 +12,7 @@ package controller
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
@@ -138,7 +139,8 @@ func (c *Controller) run(ctx context.Context) error {
 			c.log.LogAttrs(ctx, slog.LevelError, "own certificate not renewed", slog.Any("err", err))
 		})
 	})
-	c.log.LogAttrs(ctx, slog.LevelInfo, "controller is ready", slog.String("address", c.cfg.Listen))
+	fingerprint := pki.FingerprintOf(c.ca.Certificate())
+	c.log.LogAttrs(ctx, slog.LevelInfo, "controller is ready", slog.String("address", c.cfg.Listen), slog.String("ca_fingerprint", fmt.Sprintf("sha256:%x", fingerprint)))
 	err = group.Wait()
 	if errors.Is(err, context.Canceled) {
 		return nil

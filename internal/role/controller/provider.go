@@ -208,11 +208,12 @@ func importError(err error) error {
 // unlockAll gives the hosts their keys and looks again at the VMs that are
 // locked. It returns the names of those that no longer are.
 func (c *Controller) unlockAll(ctx context.Context) ([]string, error) {
-	if err := c.syncAll(ctx); err != nil {
-		return nil, err
-	}
+	// Listed first: a heartbeat may tell of a VM before we look at it.
 	vms, err := c.inv.VMs(ctx, "")
 	if err != nil {
+		return nil, err
+	}
+	if err := c.syncAll(ctx); err != nil {
 		return nil, err
 	}
 	var unlocked []string
