@@ -90,3 +90,11 @@ func (s *site) scan(t *testing.T, scan *keyscan.Scanner) []keyscan.Finding {
 	}
 	return found
 }
+
+// scanner returns one that looks for all keys in play.
+func (s *site) scanner(t *testing.T) *keyscan.Scanner {
+	t.Helper()
+	scan := new(keyscan.Scanner)
+	s.addKeys(t, scan)
+	return scan
+}

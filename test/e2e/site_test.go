@@ -155,7 +155,7 @@ func (s *site) refused(t *testing.T, want refusal, args ...string) lab.Result {
 func (want refusal) check(t *testing.T, r lab.Result, args []string) {
 	t.Helper()
 	said, hint, _ := strings.Cut(r.Stderr, "\nhint: ")
-	if r.Code != want.code || !strings.Contains(said, want.says) || !strings.HasPrefix(said, "strongroom: ") || !strings.Contains(hint, want.hint) {
+	if r.Code != want.code || !strings.Contains(said, want.says) || !strings.Contains("\n"+said, "\nstrongroom: ") || !strings.Contains(hint, want.hint) {
 		t.Errorf("strongroom %s: exit code %d, want %d with %q, hint %q:\n%s%s", strings.Join(args, " "), r.Code, want.code, want.says, want.hint, r.Stdout, r.Stderr)
 	}
 }
