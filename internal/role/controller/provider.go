@@ -23,28 +23,45 @@ import (
 type providers struct{ *Controller }
 
 func (c providers) CreateNativeProvider(ctx context.Context, req *connect.Request[strongroomv1.CreateNativeProviderRequest]) (*connect.Response[strongroomv1.Provider], error) {
-	native, err := keyprovider.CreateNative(req.Msg.GetName(), req.Msg.GetTpmRequired(), time.Now())
+	if _, err := c.inv.Provider(ctx, req.Msg.GetName()); err == nil {
+		return nil, errs.New(errs.Exists, "there is a provider %s already", req.Msg.GetName())
+	}
+	native, fresh, err := c.newNative(req.Msg.GetName(), req.Msg.GetTpmRequired())
 	if err != nil {
-		return nil, errs.New(errs.Invalid, "%w", err)
-	}
-	info := native.Info()
-	// The key first: a provider in the inventory whose key is not stored would
-	// be a promise that cannot be kept.
-	if _, err := c.inv.Provider(ctx, info.Name); err == nil {
-		return nil, errors.Join(errs.New(errs.Exists, "there is a provider %s already", info.Name), native.Close())
-	}
-	if err := c.keys.add(native); err != nil {
 		return nil, err
 	}
+	info := native.Info()
 	p, err := c.inv.CreateProvider(ctx, inventory.Provider{
 		Name: info.Name, Type: inventory.Native, KeyID: info.KeyID.String(), TPMRequired: info.TPMRequired, Created: info.Created,
 	})
 	if err != nil {
-		return nil, errors.Join(err, c.keys.remove(info.Name))
+		if fresh {
+			err = errors.Join(err, c.keys.remove(info.Name))
+		}
+		return nil, err
 	}
 	c.post(ctx, event.New{Type: event.ProviderCreated, Target: "provider/" + p.Name, Args: map[string]string{"key_id": p.KeyID}})
 	c.poke()
 	return connect.NewResponse(providerToAPI(p, false)), nil
+}
+
+// newNative makes a provider's key and stores it. The key comes before the
+// inventory: a provider whose key is not stored would be a promise that cannot
+// be kept. One that an interrupted call left in the store, or whose deletion was
+// interrupted, is used again; then fresh is false.
+func (c *Controller) newNative(name string, tpmRequired bool) (_ *keyprovider.Native, fresh bool, err error) {
+	if native, err := c.keys.native(name); err == nil {
+		return native, false, nil
+	}
+	native, err := keyprovider.CreateNative(name, tpmRequired, time.Now())
+	if err != nil {
+		return nil, false, errs.New(errs.Invalid, "%w", err)
+	}
+	if err := c.keys.add(native); err != nil {
+		return nil, false, err
+	}
+	native, err = c.keys.native(name)
+	return native, true, err
 }
 
 func (c providers) show(ctx context.Context, p inventory.Provider) (*strongroomv1.Provider, error) {

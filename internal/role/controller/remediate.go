@@ -6,14 +6,21 @@ import (
 	"reflect"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	strongroomv1 "strongroom/api/strongroom/v1"
 	"strongroom/internal/control/event"
 	"strongroom/internal/control/inventory"
 	"strongroom/internal/errs"
 )
 
-// sweepEvery is how often the controller looks for hosts that fell silent.
-const sweepEvery = 2 * time.Second
+const (
+	// sweepEvery is how often the controller looks for hosts that fell silent.
+	sweepEvery = 2 * time.Second
+	// syncTimeout bounds putting one host right: a user may be waiting for it.
+	syncTimeout = 5 * time.Second
+	syncsMax    = 32 // hosts at a time
+)
 
 // remediate puts hosts, provider states and alarms right: at every
 // kms.remediation_interval, and soon after something changed.
@@ -74,14 +81,23 @@ func (c *Controller) remediateOnce(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	// Side by side: one host that hangs must not hold up the others.
+	var group errgroup.Group
+	group.SetLimit(syncsMax)
 	for _, h := range hosts {
 		if h.State != inventory.Connected {
 			continue
 		}
-		if err := c.syncHost(ctx, h); err != nil {
-			c.log.LogAttrs(ctx, slog.LevelWarn, "host not put right", slog.String("host", h.Name), slog.Any("err", err))
-		}
+		group.Go(func() error {
+			ctx, cancel := context.WithTimeout(ctx, syncTimeout)
+			defer cancel()
+			if err := c.syncHost(ctx, h); err != nil {
+				c.log.LogAttrs(ctx, slog.LevelWarn, "host not put right", slog.String("host", h.Name), slog.Any("err", err))
+			}
+			return nil
+		})
 	}
+	_ = group.Wait()
 	return c.refresh(ctx)
 }
 

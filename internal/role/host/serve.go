@@ -23,6 +23,7 @@ const (
 // serve serves until ctx ends, then gives running requests a while.
 func serve(ctx context.Context, server *http.Server, l net.Listener, encrypted bool) error {
 	group, ctx := errgroup.WithContext(ctx)
+	server.BaseContext = func(net.Listener) context.Context { return ctx } // long operations stop at a safe point
 	group.Go(func() error {
 		var err error
 		if encrypted {
