@@ -3,8 +3,10 @@
 // no plain copy of it is ever written to a datastore.
 //
 // An image is hostile input: its format is what the user says and never
-// guessed, it may not refer to other files, and qemu-img runs with limits on
-// memory and time. All functions are safe for concurrent use.
+// guessed; one that refers to other files is refused by its header, because
+// qemu-img would open them, also only to tell about the image; and qemu-img runs
+// with a limit on its memory and ends with the caller's context. All functions
+// are safe for concurrent use.
 package image
 
 import (
@@ -12,72 +14,66 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"os"
 	"os/exec"
 	"strconv"
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"strongroom/internal/errs"
 )
 
-const (
-	// infoTimeout bounds reading an image's header.
-	infoTimeout = 30 * time.Second
-	// infoMax bounds what qemu-img tells of an image, in bytes.
-	infoMax = 1 << 20
-	// messageMax is how much of qemu-img's complaint is passed on, in bytes.
-	messageMax = 2 << 10
-)
+// messageMax is how much of qemu-img's complaint is passed on, in bytes.
+const messageMax = 2 << 10
 
-// VirtualSize returns the size in bytes of the disk in the qcow2 image at path.
-// It returns an error of kind [errs.Invalid] for an image that is no qcow2 or
-// refers to another file.
-func VirtualSize(ctx context.Context, path string) (int64, error) {
-	ctx, cancel := context.WithTimeout(ctx, infoTimeout)
-	defer cancel()
-	cmd := command(ctx, "info", "--output=json", "-f", "qcow2", "--", path)
-	var out, complaint bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &limited{&out, infoMax}, &limited{&complaint, messageMax}
-	if err := cmd.Run(); err != nil {
-		return 0, errs.New(errs.Invalid, "cannot read image %s: %w: %s", path, err, strings.TrimSpace(complaint.String()))
+// VirtualSize returns the size in bytes of the disk in the qcow2 image at path,
+// a multiple of [SectorSize]. It returns an error of kind [errs.Invalid] for
+// what is no qcow2, refers to another file or is encrypted, and one of kind
+// [errs.NotFound] if there is nothing.
+func VirtualSize(path string) (int64, error) {
+	f, size, err := open(path)
+	if err != nil {
+		return 0, err
 	}
-	var info struct {
-		VirtualSize     int64  `json:"virtual-size"`
-		Format          string `json:"format"`
-		BackingFile     string `json:"backing-filename"`
-		FullBackingFile string `json:"full-backing-filename"`
-		Encrypted       bool   `json:"encrypted"`
-		Specific        struct {
-			Data struct {
-				DataFile string `json:"data-file"`
-			} `json:"data"`
-		} `json:"format-specific"`
-	}
-	if err := json.Unmarshal(out.Bytes(), &info); err != nil {
-		return 0, fmt.Errorf("cannot read what qemu-img tells of %s: %w", path, err)
-	}
-	switch {
-	case info.Format != "qcow2":
-		return 0, errs.New(errs.Invalid, "image %s is no qcow2", path)
-	case info.BackingFile != "" || info.FullBackingFile != "" || info.Specific.Data.DataFile != "":
-		return 0, errs.New(errs.Invalid, "image %s is not whole: it refers to another file", path).
-			WithHint("qemu-img convert -O qcow2 %s WHOLE.qcow2", path)
-	case info.Encrypted:
-		return 0, errs.New(errs.Invalid, "image %s is encrypted by another program", path)
-	case info.VirtualSize <= 0:
-		return 0, errs.New(errs.Invalid, "image %s holds a disk of %d bytes", path, info.VirtualSize)
-	}
-	return info.VirtualSize, nil
+	return size, f.Close()
 }
 
 // Convert writes the disk in the qcow2 image at path to an NBD export on a unix
-// socket. The export is at least as large as the disk. progress, which may be
-// nil, is called with the part done, 0 to 1.
+// socket. The export is at least as large as the disk; what it has beyond is
+// left alone. The image's tables are checked first. progress, which may be nil, is called with the part done, 0 to 1.
+// Errors are those of [VirtualSize], and of kind [errs.Invalid] for an image
+// that qemu-img cannot read or an export that it cannot write, and of kind
+// [errs.NoSpace] if there is no room below the export.
 func Convert(ctx context.Context, path, socket, export string, progress func(part float64)) error {
-	target := fmt.Sprintf("nbd:unix:%s:exportname=%s", socket, export)
-	cmd := command(ctx, "convert", "-n", "-p", "-f", "qcow2", "-O", "raw", "--", path, target)
+	f, _, err := open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	target, err := json.Marshal(map[string]any{
+		"driver": "raw",
+		"file":   map[string]any{"driver": "nbd", "export": export, "server": map[string]string{"type": "unix", "path": socket}},
+	})
+	if err != nil {
+		return err
+	}
+	// qemu-img reads zeros where a damaged or truncated image has nothing.
+	const leaks = 3 // exit status: space is wasted, nothing is wrong
+	var exit *exec.ExitError
+	if err := run(command(ctx, f, "check", "-q", "-f", "qcow2", "--", inherited), nil); err != nil && (!errors.As(err, &exit) || exit.ExitCode() != leaks) {
+		return explain(ctx, path, err)
+	}
+	cmd := command(ctx, f, "convert", "-n", "-p", "-f", "qcow2", "-O", "raw", "--", inherited, "json:"+string(target))
+	return explain(ctx, path, run(cmd, progress))
+}
+
+// run runs cmd and adds to its error what it complained about.
+func run(cmd *exec.Cmd, progress func(part float64)) error {
 	var complaint bytes.Buffer
 	cmd.Stderr = &limited{&complaint, messageMax}
 	out, err := cmd.StdoutPipe()
@@ -89,19 +85,37 @@ func Convert(ctx context.Context, path, socket, export string, progress func(par
 	}
 	watch(out, progress)
 	if err := cmd.Wait(); err != nil {
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
-		return fmt.Errorf("cannot convert image %s: %w: %s", path, err, strings.TrimSpace(complaint.String()))
+		return fmt.Errorf("%w: %s", err, strings.TrimSpace(complaint.String()))
 	}
 	return nil
 }
 
-// command returns qemu-img with limits: 4 GiB of address space, so that a
-// crafted image cannot eat the host's memory.
-func command(ctx context.Context, args ...string) *exec.Cmd {
+// explain gives an error of qemu-img its kind.
+func explain(ctx context.Context, path string, err error) error {
+	var exit *exec.ExitError
+	switch {
+	case err == nil:
+		return nil
+	case ctx.Err() != nil:
+		return context.Cause(ctx)
+	case !errors.As(err, &exit):
+		return err
+	case strings.Contains(strings.ToLower(err.Error()), unix.ENOSPC.Error()):
+		return errs.New(errs.NoSpace, "cannot convert image %s: %w", path, err)
+	}
+	return errs.New(errs.Invalid, "cannot convert image %s: %w", path, err).WithHint("qemu-img check %s", path)
+}
+
+// inherited is the path by which qemu-img gets the image: the open file that was
+// looked at, whatever its name leads to by then.
+const inherited = "/proc/self/fd/3"
+
+// command returns qemu-img with the image as [inherited], and with limits: 4 GiB
+// of address space, so that a crafted image cannot eat the host's memory.
+func command(ctx context.Context, image *os.File, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, "prlimit", append([]string{"--as=4294967296", "--core=0", "qemu-img"}, args...)...)
 	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C"}
+	cmd.ExtraFiles = []*os.File{image}
 	cmd.WaitDelay = 10 * time.Second
 	return cmd
 }

@@ -108,7 +108,7 @@ func (h *Host) fillFolder(ctx context.Context, root, dir string, vm *bundle.VM, 
 			d.Format = bundle.FormatLUKS
 		}
 		d.File = bundle.DiskFile(name, d.Format)
-		src, err := openSource(ctx, root, want)
+		src, err := openSource(root, want)
 		if err != nil {
 			return errs.Wrap(err, "cannot make %s", name)
 		}
@@ -168,7 +168,7 @@ type source struct {
 }
 
 // openSource finds a disk's image on the datastore whose root is given.
-func openSource(ctx context.Context, root string, want *strongroomv1.NewDisk) (*source, error) {
+func openSource(root string, want *strongroomv1.NewDisk) (*source, error) {
 	if want.GetImage() == "" {
 		return &source{}, nil
 	}
@@ -185,10 +185,7 @@ func openSource(ctx context.Context, root string, want *strongroomv1.NewDisk) (*
 		size := (dev.Size() + bundle.SectorSize - 1) / bundle.SectorSize * bundle.SectorSize
 		return &source{size: size, raw: dev}, nil
 	case "qcow2":
-		if _, err := os.Stat(path); err != nil {
-			return nil, imageError(want.GetImage(), err)
-		}
-		size, err := image.VirtualSize(ctx, path)
+		size, err := image.VirtualSize(path)
 		if err != nil {
 			return nil, err
 		}
