@@ -1,18 +1,12 @@
 package controller
 
 import (
-	"bytes"
 	"fmt"
-	"net"
-	"os"
 	"path/filepath"
 	"time"
 
-	"github.com/pelletier/go-toml/v2"
+	"strongroom/internal/daemon"
 )
-
-// configSizeMax bounds the configuration file, in bytes.
-const configSizeMax = 64 << 10
 
 // Config is the configuration file of a controller, in TOML. Unknown fields
 // are refused. It holds no secret.
@@ -61,32 +55,21 @@ func (d Duration) MarshalText() ([]byte, error) { return []byte(time.Duration(d)
 
 // LoadConfig reads and checks the configuration file at path.
 func LoadConfig(path string) (Config, error) {
-	c, err := loadConfig(path)
+	text, err := daemon.ReadConfig(path)
+	if err != nil {
+		return Config{}, fmt.Errorf("cannot read controller configuration: %w", err)
+	}
+	c, err := ParseConfig(text)
 	if err != nil {
 		return Config{}, fmt.Errorf("cannot read controller configuration %s: %w", path, err)
 	}
 	return c, nil
 }
 
-func loadConfig(path string) (Config, error) {
-	info, err := os.Stat(path)
-	if err != nil {
-		return Config{}, err
-	}
-	if info.Size() > configSizeMax {
-		return Config{}, fmt.Errorf("it has %d bytes, more than %d", info.Size(), configSizeMax)
-	}
-	text, err := os.ReadFile(path)
-	if err != nil {
-		return Config{}, err
-	}
-	return ParseConfig(text)
-}
-
 // ParseConfig reads a configuration file's text and fills in the defaults.
 func ParseConfig(text []byte) (Config, error) {
 	var c Config
-	if err := toml.NewDecoder(bytes.NewReader(text)).DisallowUnknownFields().Decode(&c); err != nil {
+	if err := daemon.DecodeConfig(text, &c); err != nil {
 		return Config{}, err
 	}
 	return c.withDefaults()
@@ -105,15 +88,9 @@ func (c Config) withDefaults() (Config, error) {
 	if d := time.Duration(c.KMS.RemediationInterval); d < time.Second || d > 24*time.Hour {
 		return Config{}, fmt.Errorf("kms.remediation_interval %v is not 1s to 24h", d)
 	}
-	if _, _, err := net.SplitHostPort(c.Listen); err != nil {
-		return Config{}, fmt.Errorf("listen %q is not host:port", c.Listen)
-	}
-	if c.Advertise == "" {
-		c.Advertise = c.Listen
-	}
-	name, port, err := net.SplitHostPort(c.Advertise)
-	if err != nil || name == "" || port == "0" || net.ParseIP(name).IsUnspecified() {
-		return Config{}, fmt.Errorf("advertise %q is not an address that hosts and users can reach; set advertise = \"host:port\"", c.Advertise)
+	var err error
+	if c.Advertise, err = daemon.CheckAddresses(c.Listen, c.Advertise); err != nil {
+		return Config{}, err
 	}
 	return c, nil
 }

@@ -15,13 +15,11 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"net/http"
 	"os"
 	"path/filepath"
 	"time"
 
 	"golang.org/x/sync/errgroup"
-	"golang.org/x/sys/unix"
 
 	"strongroom/internal/control/access"
 	"strongroom/internal/control/audit"
@@ -30,16 +28,15 @@ import (
 	"strongroom/internal/control/pki"
 	"strongroom/internal/control/store"
 	"strongroom/internal/control/task"
+	"strongroom/internal/daemon"
 	"strongroom/internal/errs"
 )
 
 // Version is what the controller tells about itself.
 const Version = "0.1.0"
 
-const (
-	shutdownTimeout = 10 * time.Second
-	renewRetry      = time.Hour // between attempts to renew the own certificate
-)
+// renewRetry is the time between attempts to renew the own certificate.
+const renewRetry = time.Hour
 
 // Files in the data folder.
 const (
@@ -69,7 +66,7 @@ type Controller struct {
 // Run runs the controller until ctx ends. Tasks that run go on at the next
 // start.
 func Run(ctx context.Context, cfg Config, log *slog.Logger) (err error) {
-	if err := harden(); err != nil {
+	if err := daemon.Harden(); err != nil {
 		return err
 	}
 	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
@@ -130,7 +127,7 @@ func (c *Controller) run(ctx context.Context) error {
 		return errs.New(errs.Unavailable, "cannot listen for users and hosts: %w", err)
 	}
 	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error { return serve(ctx, server, listener) })
+	group.Go(func() error { return daemon.Serve(ctx, server, listener) })
 	group.Go(func() error { return c.tasks.Run(ctx) })
 	group.Go(func() error { return c.remediate(ctx) })
 	group.Go(func() error { return c.signAudit(ctx) })
@@ -146,36 +143,6 @@ func (c *Controller) run(ctx context.Context) error {
 		return nil
 	}
 	return err
-}
-
-// serve serves until ctx ends, then gives running requests a while.
-func serve(ctx context.Context, server *http.Server, l net.Listener) error {
-	group, ctx := errgroup.WithContext(ctx)
-	server.BaseContext = func(net.Listener) context.Context { return ctx } // ends streams of watchers
-	group.Go(func() error {
-		if err := server.ServeTLS(l, "", ""); !errors.Is(err, http.ErrServerClosed) {
-			return err
-		}
-		return nil
-	})
-	group.Go(func() error {
-		<-ctx.Done()
-		grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownTimeout)
-		defer cancel()
-		if err := server.Shutdown(grace); err != nil {
-			return errors.Join(err, server.Close())
-		}
-		return nil
-	})
-	return group.Wait()
-}
-
-// harden keeps the process's memory from core dumps and debuggers.
-func harden() error {
-	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
-		return err
-	}
-	return unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0)
 }
 
 // signAuditEvery is how long a record of the audit log stays without a

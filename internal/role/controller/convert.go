@@ -2,10 +2,9 @@ package controller
 
 import (
 	"context"
+	"time"
 
 	"google.golang.org/protobuf/types/known/timestamppb"
-
-	"time"
 
 	strongroomv1 "strongroom/api/strongroom/v1"
 	"strongroom/internal/control/inventory"

@@ -2,25 +2,19 @@ package controller
 
 import (
 	"net/http"
-	"time"
 
 	"connectrpc.com/connect"
 
 	"strongroom/api/rule"
 	"strongroom/api/strongroom/v1/strongroomv1connect"
 	"strongroom/internal/control/pki"
+	"strongroom/internal/daemon"
 	"strongroom/internal/errs"
 )
 
-const (
-	// headerTimeout bounds a request's header, so that a silent client costs a
-	// connection for a short time only.
-	headerTimeout = 10 * time.Second
-	headerMax     = 64 << 10 // bytes
-	// requestMax bounds one request, in bytes: a heartbeat with thousands of VMs
-	// is the largest.
-	requestMax = 16 << 20
-)
+// requestMax bounds one request, in bytes: a heartbeat with thousands of VMs is
+// the largest.
+const requestMax = 16 << 20
 
 // apiServer returns the server of users and hosts. It does not come to be if a
 // method does not declare who may call it.
@@ -55,6 +49,6 @@ func (c *Controller) apiServer() (*http.Server, error) {
 	}
 	return &http.Server{
 		Handler: withConnection(mux), TLSConfig: pki.ServerConfig(c.credential, c.ca.Certificate(), true, accept),
-		ReadHeaderTimeout: headerTimeout, MaxHeaderBytes: headerMax,
+		ReadHeaderTimeout: daemon.HeaderTimeout, MaxHeaderBytes: daemon.HeaderMax,
 	}, nil
 }

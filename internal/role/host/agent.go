@@ -18,6 +18,7 @@ import (
 	"strongroom/api/strongroom/v1/strongroomv1connect"
 	"strongroom/internal/control/pki"
 	"strongroom/internal/crypto/keysafe"
+	"strongroom/internal/daemon"
 	"strongroom/internal/errs"
 	"strongroom/internal/keys/keyprovider"
 )
@@ -52,7 +53,7 @@ func (h *Host) agentServer() (*http.Server, error) {
 		connect.WithReadMaxBytes(requestMax), connect.WithInterceptors(connect.UnaryInterceptorFunc(explainUnary))))
 	return &http.Server{
 		Handler: mux, TLSConfig: pki.ServerConfig(h.credential, h.secrets.ca, false, accept),
-		ReadHeaderTimeout: headerTimeout, MaxHeaderBytes: headerMax,
+		ReadHeaderTimeout: daemon.HeaderTimeout, MaxHeaderBytes: daemon.HeaderMax,
 		HTTP2: &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 15 * time.Second},
 	}, nil
 }

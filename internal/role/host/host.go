@@ -21,22 +21,19 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
-	"time"
 
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"strongroom/api/strongroom/v1/strongroomv1connect"
 	"strongroom/internal/control/pki"
+	"strongroom/internal/daemon"
 	"strongroom/internal/errs"
 	"strongroom/internal/machine/qemu"
 )
 
 // Version is what the host tells its controller about itself.
 const Version = "0.1.0"
-
-// shutdownTimeout is how long requests that are running get when the host ends.
-const shutdownTimeout = 10 * time.Second
 
 // Host is a running host agent.
 type Host struct {
@@ -60,7 +57,7 @@ type Host struct {
 
 // Run runs the host agent until ctx ends. VMs live on.
 func Run(ctx context.Context, cfg Config, log *slog.Logger) error {
-	if err := harden(); err != nil {
+	if err := daemon.Harden(); err != nil {
 		return err
 	}
 	for _, dir := range []string{cfg.DataDir, cfg.RunDir} {
@@ -110,8 +107,8 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) error {
 		return errors.Join(err, agentListener.Close())
 	}
 	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error { return serve(ctx, agent, agentListener, true) })
-	group.Go(func() error { return serve(ctx, h.localServer(), localListener, false) })
+	group.Go(func() error { return daemon.Serve(ctx, agent, agentListener) })
+	group.Go(func() error { return daemon.Serve(ctx, h.localServer(), localListener) })
 	group.Go(func() error { return h.heartbeats(ctx) })
 	group.Go(func() error { // the first probe takes seconds, a power-on should not
 		if accel, err := h.prober.Probe(); err != nil {
@@ -125,14 +122,6 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) error {
 		return nil
 	}
 	return err
-}
-
-// harden keeps the process's memory from core dumps and debuggers.
-func harden() error {
-	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
-		return err
-	}
-	return unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0)
 }
 
 // onlyOne makes sure that this is the only agent of this host.

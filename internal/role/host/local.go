@@ -12,6 +12,7 @@ import (
 	"strongroom/api/apierr"
 	strongroomv1 "strongroom/api/strongroom/v1"
 	"strongroom/api/strongroom/v1/strongroomv1connect"
+	"strongroom/internal/daemon"
 	"strongroom/internal/errs"
 )
 
@@ -28,7 +29,7 @@ func (h *Host) localServer() *http.Server {
 	options := connect.WithInterceptors(connect.UnaryInterceptorFunc(explainUnary))
 	mux.Handle(strongroomv1connect.NewVMServiceHandler(&local{host: h}, options, connect.WithReadMaxBytes(requestMax)))
 	mux.Handle(strongroomv1connect.NewSessionServiceHandler(&local{host: h}, options, connect.WithReadMaxBytes(requestMax)))
-	return &http.Server{Handler: mux, ReadHeaderTimeout: headerTimeout, MaxHeaderBytes: headerMax}
+	return &http.Server{Handler: mux, ReadHeaderTimeout: daemon.HeaderTimeout, MaxHeaderBytes: daemon.HeaderMax}
 }
 
 // requestMax bounds one request, in bytes: a sync of all providers and

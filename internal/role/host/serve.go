@@ -1,52 +1,13 @@
 package host
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"net"
-	"net/http"
 	"os"
-	"time"
 
-	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 )
-
-const (
-	// headerTimeout bounds a request's header, so that a silent client costs a
-	// connection for a short time only.
-	headerTimeout = 10 * time.Second
-	headerMax     = 64 << 10 // bytes
-)
-
-// serve serves until ctx ends, then gives running requests a while.
-func serve(ctx context.Context, server *http.Server, l net.Listener, encrypted bool) error {
-	group, ctx := errgroup.WithContext(ctx)
-	server.BaseContext = func(net.Listener) context.Context { return ctx } // long operations stop at a safe point
-	group.Go(func() error {
-		var err error
-		if encrypted {
-			err = server.ServeTLS(l, "", "")
-		} else {
-			err = server.Serve(l)
-		}
-		if errors.Is(err, http.ErrServerClosed) {
-			return nil
-		}
-		return err
-	})
-	group.Go(func() error {
-		<-ctx.Done()
-		grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownTimeout)
-		defer cancel()
-		if err := server.Shutdown(grace); err != nil {
-			return errors.Join(err, server.Close())
-		}
-		return nil
-	})
-	return group.Wait()
-}
 
 // listenLocal listens on the socket of the host's own administrators: root and
 // the user it runs as.
