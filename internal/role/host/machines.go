@@ -80,6 +80,17 @@ func (h *Host) machine(what string) (*machine, error) {
 	return m, nil
 }
 
+// reserve finds the VM with that id or name and reserves it for one operation;
+// release must be called.
+func (h *Host) reserve(ctx context.Context, what string) (_ *machine, release func(), err error) {
+	m, err := h.machine(what)
+	if err != nil {
+		return nil, nil, err
+	}
+	release, err = m.acquire(ctx)
+	return m, release, err
+}
+
 // all returns every registered VM.
 func (h *Host) all() []*machine {
 	var ms []*machine
@@ -114,11 +125,7 @@ type offline struct {
 
 // takeOffline reserves a VM that must be powered off, and locks its folder.
 func (h *Host) takeOffline(ctx context.Context, id, purpose string) (_ *offline, err error) {
-	m, err := h.machine(id)
-	if err != nil {
-		return nil, err
-	}
-	release, err := m.acquire(ctx)
+	m, release, err := h.reserve(ctx, id)
 	if err != nil {
 		return nil, err
 	}

@@ -14,11 +14,7 @@ const cleanupTimeout = 60 * time.Second
 // powerOff asks the guest to shut down and waits, or with hard cuts the power.
 // A VM that is off is no error.
 func (h *Host) powerOff(ctx context.Context, what string, hard bool, timeout time.Duration) error {
-	m, err := h.machine(what)
-	if err != nil {
-		return err
-	}
-	release, err := m.acquire(ctx)
+	m, release, err := h.reserve(ctx, what)
 	if err != nil {
 		return err
 	}

@@ -64,11 +64,7 @@ func (r *running) wasOrdered() bool {
 // them with the open disks to a new volume process, and starts QEMU on that. A
 // VM that runs is no error. When it fails, nothing of the VM runs.
 func (h *Host) powerOn(ctx context.Context, what string) error {
-	m, err := h.machine(what)
-	if err != nil {
-		return err
-	}
-	release, err := m.acquire(ctx)
+	m, release, err := h.reserve(ctx, what)
 	if err != nil {
 		return err
 	}
