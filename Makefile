@@ -27,7 +27,7 @@ build: ## bin/strongroom
 	CGO_ENABLED=0 $(GO) build -trimpath -o $(BIN) ./cmd/strongroom
 
 check: ## format, vet, staticcheck, generated files
-	@out=$$($(TOOL) gofumpt -l $$(git ls-files --cached --others --exclude-standard '*.go')); \
+	@out=$$($(TOOL) gofumpt -l $$(git ls-files --cached --others --exclude-standard '*.go' ':!*.pb.go' ':!*.connect.go')); \
 	 if [ -n "$$out" ]; then echo "not formatted (run: make tidy):"; echo "$$out"; exit 1; fi
 	$(GO) vet ./...
 	$(TOOL) staticcheck ./...
@@ -52,7 +52,7 @@ generate: ## regenerate what is generated
 	$(GO) generate ./...
 
 tidy: ## format, go.mod
-	$(TOOL) gofumpt -w $$(git ls-files '*.go')
+	$(TOOL) gofumpt -w $$(git ls-files '*.go' ':!*.pb.go' ':!*.connect.go')
 	$(GO) mod tidy
 
 clean:
