@@ -144,7 +144,7 @@ func (f *File) setUp() error {
 			return err
 		}
 	default:
-		return errors.New("it is neither a regular file nor a block device")
+		return ErrNotStorage
 	}
 	flags, err := unix.FcntlInt(uintptr(f.fd), unix.F_GETFL, 0)
 	if err != nil {

@@ -2,8 +2,10 @@ package host
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
+	"path/filepath"
 	"slices"
 	"sync"
 	"time"
@@ -86,6 +88,9 @@ func (a *agent) SyncHost(ctx context.Context, req *connect.Request[strongroomv1.
 func (h *Host) syncDatastores(wanted []*strongroomv1.WantedDatastore) error {
 	var next []datastore
 	for _, w := range wanted {
+		if !filepath.IsAbs(w.GetPath()) {
+			return errs.New(errs.Invalid, "path %.128q of datastore %s is not absolute", w.GetPath(), w.GetName())
+		}
 		next = append(next, datastore{Name: w.GetName(), Type: w.GetType(), Path: w.GetPath()})
 	}
 	current := h.secrets.snapshot()
@@ -109,23 +114,15 @@ func (h *Host) syncDatastores(wanted []*strongroomv1.WantedDatastore) error {
 func (h *Host) syncProviders(wanted []*strongroomv1.WantedProvider) error {
 	set, changed := h.secrets.providers, false
 	keep := map[string]bool{}
+	var failures []error // one bad provider does not keep the others away
 	for _, w := range wanted {
 		keep[w.GetName()] = true
 		if len(w.GetParcel()) == 0 {
 			continue // it is here, the host said so
 		}
-		keyID, err := uuid.Parse(w.GetKeyId())
-		if err != nil {
-			return errs.New(errs.Invalid, "cannot take over provider %s: its key id: %w", w.GetName(), err)
-		}
-		info := keyprovider.NativeInfo{Name: w.GetName(), KeyID: keyID, TPMRequired: w.GetTpmRequired(), Created: w.GetCreated().AsTime()}
-		native, err := keyprovider.OpenNative(info, h.secrets.parcel, "controller", h.secrets.identity.HostID, w.GetParcel())
-		if err != nil {
-			return errs.Wrap(err, "cannot take over provider %s", w.GetName())
-		}
-		if err := set.Add(native); err != nil {
-			native.Close()
-			return errs.Wrap(err, "cannot take over provider %s", w.GetName())
+		if err := h.takeOver(w); err != nil {
+			failures = append(failures, errs.Wrap(err, "cannot take over provider %s", w.GetName()))
+			continue
 		}
 		changed = true
 	}
@@ -133,16 +130,36 @@ func (h *Host) syncProviders(wanted []*strongroomv1.WantedProvider) error {
 		if keep[name] {
 			continue
 		}
-		if err := set.Remove(name); err != nil {
-			return err
+		if err := set.Remove(name); err != nil && !errors.Is(err, keyprovider.ErrUnknownProvider) {
+			failures = append(failures, err)
+			continue
 		}
 		changed = true
 	}
-	if !changed {
-		return nil
+	if changed {
+		h.notify()
 	}
-	h.notify()
-	return errs.Wrap(h.secrets.saveProviders(), "cannot store providers in the sealed host configuration")
+	if err := h.secrets.saveProviders(changed); err != nil {
+		failures = append(failures, errs.Wrap(err, "cannot store providers in the sealed host configuration"))
+	}
+	return errors.Join(failures...)
+}
+
+// takeOver opens the parcel of a provider and adds that to the host's.
+func (h *Host) takeOver(w *strongroomv1.WantedProvider) error {
+	keyID, err := uuid.Parse(w.GetKeyId())
+	if err != nil {
+		return errs.New(errs.Invalid, "its key id: %w", err)
+	}
+	info := keyprovider.NativeInfo{Name: w.GetName(), KeyID: keyID, TPMRequired: w.GetTpmRequired(), Created: w.GetCreated().AsTime()}
+	native, err := keyprovider.OpenNative(info, h.secrets.parcel, "controller", h.secrets.identity.HostID, w.GetParcel())
+	if err != nil {
+		return err
+	}
+	if err := h.secrets.providers.Add(native); err != nil {
+		return errors.Join(err, native.Close())
+	}
+	return nil
 }
 
 // held returns the providers whose keys the host has.

@@ -39,6 +39,12 @@ func (h *Host) createVM(ctx context.Context, req *strongroomv1.AgentCreateVMRequ
 	if err != nil {
 		return err
 	}
+	// A call that is repeated may find the first one still at its end.
+	release, err := h.machineOf(reg).acquire(ctx)
+	if err != nil {
+		return err
+	}
+	defer release()
 	dir := filepath.Join(root, reg.Folder)
 	switch there, err := bundle.Read(dir); {
 	case err == nil && there.ID == reg.ID:
@@ -244,21 +250,32 @@ func (s *source) Close() error {
 	return nil
 }
 
-// register adds a VM to the host's registry.
+// register adds a VM to the host's registry, or changes its entry.
 func (h *Host) register(reg registered) error {
-	return h.secrets.updateRegistry(func(r *registry) error {
+	err := h.secrets.updateRegistry(func(r *registry) error {
+		at := -1
 		for i, other := range r.VMs {
 			switch {
 			case other.ID == reg.ID:
-				r.VMs[i] = reg
-				return nil
+				at = i
 			case other.Name == reg.Name:
 				return errs.New(errs.Exists, "a VM named %s is registered already", reg.Name)
+			case other.Datastore == reg.Datastore && other.Folder == reg.Folder:
+				return errs.New(errs.Exists, "folder %s of datastore %s is registered as VM %s", reg.Folder, reg.Datastore, other.Name).
+					WithHint("strongroom vm unregister %s", other.Name)
 			}
 		}
-		r.VMs = append(r.VMs, reg)
+		if at < 0 {
+			r.VMs = append(r.VMs, reg)
+		} else {
+			r.VMs[at] = reg
+		}
 		return nil
 	})
+	if err == nil {
+		h.machineOf(reg).setPlace(reg)
+	}
+	return err
 }
 
 // unregister takes a VM off the registry; one that is not there is no error.

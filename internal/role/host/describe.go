@@ -2,6 +2,8 @@ package host
 
 import (
 	"context"
+	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"syscall"
@@ -24,7 +26,7 @@ func (h *Host) describe(ctx context.Context, m *machine) (*strongroomv1.VM, erro
 	if err != nil {
 		return nil, err
 	}
-	vm, err := bundle.Read(dir)
+	vm, err := readVM(reg, dir)
 	if err != nil {
 		return nil, err
 	}
@@ -61,6 +63,9 @@ func (h *Host) describeDisk(ctx context.Context, dir string, d bundle.Disk) (*st
 	if err != nil {
 		return out, err
 	}
+	if err := isStorage(info); err != nil {
+		return out, err
+	}
 	if stat, ok := info.Sys().(*syscall.Stat_t); ok {
 		out.AllocatedBytes = stat.Blocks * 512
 	}
@@ -73,6 +78,15 @@ func (h *Host) describeDisk(ctx context.Context, dir string, d bundle.Disk) (*st
 	}
 	out.Key, out.Uuid, out.Generation, out.Cipher = keyRef(safe.KEK), vol.UUID, safe.Generation, "xts-aes-256"
 	return out, h.haveKEK(ctx, safe.KEK)
+}
+
+// isStorage returns an error unless a disk can be in what info tells of. A link
+// cannot: it may lead anywhere.
+func isStorage(info fs.FileInfo) error {
+	if mode := info.Mode().Type(); mode != 0 && mode != fs.ModeDevice {
+		return fmt.Errorf("file %s: %w", info.Name(), blockdev.ErrNotStorage)
+	}
+	return nil
 }
 
 // peek reads the header of a volume that another process may have open.

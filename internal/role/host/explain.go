@@ -10,6 +10,7 @@ import (
 	"strongroom/internal/crypto/keysafe"
 	"strongroom/internal/crypto/parcel"
 	"strongroom/internal/errs"
+	"strongroom/internal/keys/keyprovider"
 )
 
 // causes gives the errors of the layers below their kind and the next step. The
@@ -22,6 +23,7 @@ var causes = []struct {
 	{blockdev.ErrNoSpace, errs.NoSpace, "free space on the datastore, then repeat the command; the VM is as it was"},
 	{syscall.ENOSPC, errs.NoSpace, "free space on the datastore, then repeat the command; the VM is as it was"},
 	{blockdev.ErrInUse, errs.InvalidState, "find out which process has the disk open"},
+	{blockdev.ErrNotStorage, errs.Invalid, ""},
 	{volume.ErrWrongKey, errs.Corrupt, "the key safe and the disk do not belong together; restore the VM folder from a backup"},
 	{volume.ErrUnsupported, errs.InvalidState, "finish what another program began on it, with cryptsetup"},
 	{volume.ErrCorrupt, errs.Corrupt, "restore the header from a backup: cryptsetup luksHeaderRestore"},
@@ -29,6 +31,8 @@ var causes = []struct {
 	{volume.ErrNotVolume, errs.Corrupt, "restore the disk from a backup"},
 	{keysafe.ErrVersion, errs.InvalidState, "use a newer release"},
 	{keysafe.ErrInvalid, errs.Corrupt, "restore the VM folder from a backup"},
+	{keyprovider.ErrNameCollision, errs.Exists, "remove this host's provider of that name first"},
+	{keyprovider.ErrInvalidNative, errs.Invalid, ""},
 	{parcel.ErrDoesNotOpen, errs.Denied, "join the host again"},
 	{fs.ErrNotExist, errs.NotFound, ""},
 	{fs.ErrExist, errs.Exists, ""},

@@ -3,6 +3,7 @@ package host
 import (
 	"context"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -38,6 +39,13 @@ func (m *machine) state() (registered, bool) {
 	return m.reg, m.running != nil
 }
 
+// setPlace notes a new name or place of the VM.
+func (m *machine) setPlace(reg registered) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.reg = reg
+}
+
 func (m *machine) run() *running {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -70,6 +78,11 @@ func (h *Host) machine(what string) (*machine, error) {
 	if err != nil {
 		return nil, err
 	}
+	return h.machineOf(reg), nil
+}
+
+// machineOf returns the one machine of a VM, which need not be registered yet.
+func (h *Host) machineOf(reg registered) *machine {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	m, ok := h.machines[reg.ID]
@@ -77,7 +90,7 @@ func (h *Host) machine(what string) (*machine, error) {
 		m = newMachine(reg)
 		h.machines[reg.ID] = m
 	}
-	return m, nil
+	return m
 }
 
 // reserve finds the VM with that id or name and reserves it for one operation;
@@ -114,6 +127,20 @@ func (h *Host) folder(reg registered) (string, error) {
 	return filepath.Join(path, reg.Folder), nil
 }
 
+// readVM returns what is in a VM's folder. It refuses a folder that holds
+// another VM than was registered.
+func readVM(reg registered, dir string) (*bundle.VM, error) {
+	vm, err := bundle.Read(dir)
+	if err != nil {
+		return nil, err
+	}
+	if vm.ID != reg.ID {
+		return nil, errs.New(errs.InvalidState, "folder %s of datastore %s holds another VM (%s) than was registered", reg.Folder, reg.Datastore, vm.ID).
+			WithHint("put the folder of %s back, or unregister it and register what is there", reg.Name)
+	}
+	return vm, nil
+}
+
 // offline is a VM that is powered off and reserved for one operation.
 type offline struct {
 	m    *machine
@@ -147,7 +174,7 @@ func (h *Host) takeOffline(ctx context.Context, id, purpose string) (_ *offline,
 	if err != nil {
 		return nil, err
 	}
-	vm, err := bundle.Read(dir)
+	vm, err := readVM(reg, dir)
 	if err == nil {
 		vm, err = sweep(dir, vm)
 	}
@@ -173,7 +200,8 @@ func (o *offline) release() {
 
 func (o *offline) folder() recrypt.Dir { return recrypt.Dir{Path: o.dir} }
 
-// chosen returns the indices of the disks of those names; no names: all.
+// chosen returns the indices of the disks of those names, each once; no names:
+// all.
 func chosen(vm *bundle.VM, names []string) ([]int, error) {
 	var indices []int
 	if len(names) == 0 {
@@ -183,13 +211,11 @@ func chosen(vm *bundle.VM, names []string) ([]int, error) {
 		return indices, nil
 	}
 	for _, name := range names {
-		found := false
-		for i, d := range vm.Disks {
-			if d.Name == name {
-				indices, found = append(indices, i), true
-			}
+		i := slices.IndexFunc(vm.Disks, func(d bundle.Disk) bool { return d.Name == name })
+		if i >= 0 && !slices.Contains(indices, i) {
+			indices = append(indices, i)
 		}
-		if !found {
+		if i < 0 {
 			return nil, errs.New(errs.NotFound, "VM %s has no disk %q", vm.Name, name).WithHint("strongroom vm show %s", vm.Name)
 		}
 	}

@@ -120,7 +120,7 @@ func (h *Host) startVolumes(ctx context.Context, reg registered, dir string) (_ 
 		return nil, nil, err
 	}
 	defer lock.Release() // the volume process has it by then
-	vm, err := bundle.Read(dir)
+	vm, err := readVM(reg, dir)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -159,6 +159,13 @@ func (h *Host) addDisk(ctx context.Context, volumes *volumeproc.Process, dir str
 		return err
 	}
 	defer file.Close()
+	info, err := file.Stat()
+	if err == nil {
+		err = isStorage(info)
+	}
+	if err != nil {
+		return err
+	}
 	return volumes.AddDisk(ctx, spec, file, dek)
 }
 

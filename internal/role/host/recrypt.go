@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"path/filepath"
+	"slices"
 
 	"strongroom/internal/crypto/keysafe"
 	"strongroom/internal/errs"
@@ -56,7 +57,7 @@ func (h *Host) encryptVM(ctx context.Context, id string, disks []string, ref key
 		return err
 	}
 	defer o.release()
-	indices, err := chosen(o.vm, disks)
+	indices, err := o.inFormat(bundle.FormatRaw, disks)
 	if err != nil {
 		return err
 	}
@@ -66,9 +67,6 @@ func (h *Host) encryptVM(ctx context.Context, id string, disks []string, ref key
 	p := newDisksProgress(r, o.vm, indices, writtenAndVerified)
 	for _, i := range indices {
 		d := o.vm.Disks[i]
-		if d.Format == bundle.FormatLUKS {
-			continue // done by an earlier call, or encrypted before
-		}
 		progress, done := p.disk("encrypting "+d.Name, writtenAndVerified*d.SizeBytes)
 		file := bundle.DiskFile(d.Name, bundle.FormatLUKS)
 		if err := recrypt.Encrypt(ctx, o.folder(), d.File, file, ref, h.kek, progress); err != nil {
@@ -91,16 +89,13 @@ func (h *Host) decryptVM(ctx context.Context, id string, disks []string, r repor
 		return err
 	}
 	defer o.release()
-	indices, err := chosen(o.vm, disks)
+	indices, err := o.inFormat(bundle.FormatLUKS, disks)
 	if err != nil {
 		return err
 	}
 	p := newDisksProgress(r, o.vm, indices, writtenAndVerified)
 	for _, i := range indices {
 		d := o.vm.Disks[i]
-		if d.Format == bundle.FormatRaw {
-			continue
-		}
 		progress, done := p.disk("decrypting "+d.Name, writtenAndVerified*d.SizeBytes)
 		file := bundle.DiskFile(d.Name, bundle.FormatRaw)
 		if err := recrypt.Decrypt(ctx, o.folder(), d.File, file, h.kek, progress); err != nil {
@@ -113,6 +108,13 @@ func (h *Host) decryptVM(ctx context.Context, id string, disks []string, r repor
 		done()
 	}
 	return nil
+}
+
+// inFormat returns those among the disks named that have a format. The others
+// need nothing: an earlier call has changed them, or they were so before.
+func (o *offline) inFormat(format string, disks []string) ([]int, error) {
+	indices, err := chosen(o.vm, disks)
+	return slices.DeleteFunc(indices, func(i int) bool { return o.vm.Disks[i].Format != format }), err
 }
 
 // replaceDisk makes vm.json name the new file of a disk and retire the old one,
@@ -241,7 +243,7 @@ func (h *Host) shallowRekeyRunning(ctx context.Context, m *machine, disks []stri
 	if err != nil {
 		return err
 	}
-	vm, err := bundle.Read(dir)
+	vm, err := readVM(reg, dir)
 	if err != nil {
 		return err
 	}

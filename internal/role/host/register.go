@@ -2,8 +2,12 @@ package host
 
 import (
 	"context"
+	"errors"
 	"log/slog"
+	"os"
 	"path/filepath"
+
+	"github.com/google/uuid"
 
 	strongroomv1 "strongroom/api/strongroom/v1"
 	"strongroom/internal/errs"
@@ -17,6 +21,9 @@ func (h *Host) registerVM(datastore, folder, name string) (string, error) {
 	dir, err := h.folder(reg)
 	if err != nil {
 		return "", err
+	}
+	if info, err := os.Lstat(dir); err != nil || !info.IsDir() { // a link could lead out of the datastore
+		return "", errs.New(errs.NotFound, "there is no folder %s on datastore %s", folder, datastore)
 	}
 	vm, err := bundle.Read(dir)
 	if err != nil {
@@ -40,6 +47,9 @@ func (h *Host) registerVM(datastore, folder, name string) (string, error) {
 // remove deletes its folder. A VM that is not registered is no error.
 func (h *Host) unregisterVM(ctx context.Context, id string, remove bool) error {
 	if _, err := h.secrets.find(id); errs.KindOf(err) == errs.NotFound {
+		if remove {
+			return h.discard(ctx, id)
+		}
 		return nil
 	}
 	o, err := h.takeOffline(ctx, id, "unregistering")
@@ -58,6 +68,23 @@ func (h *Host) unregisterVM(ctx context.Context, id string, remove bool) error {
 		h.log.LogAttrs(ctx, slog.LevelInfo, "VM deleted", slog.String("vm", o.vm.Name))
 	}
 	return h.unregister(id)
+}
+
+// discard deletes what an interrupted createVM may have left of a VM.
+func (h *Host) discard(ctx context.Context, id string) error {
+	if parsed, err := uuid.Parse(id); err != nil || parsed.String() != id {
+		return nil // no such thing was ever begun
+	}
+	release, err := h.machineOf(registered{ID: id}).acquire(ctx)
+	if err != nil {
+		return err
+	}
+	defer release()
+	var failures []error
+	for _, d := range h.secrets.snapshot().Datastores {
+		failures = append(failures, os.RemoveAll(filepath.Join(d.Path, creating(id))))
+	}
+	return errors.Join(failures...)
 }
 
 // describeAll returns all registered VMs. One that cannot be read is told as

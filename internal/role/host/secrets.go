@@ -74,8 +74,9 @@ type secrets struct {
 	parcel    *parcel.Recipient
 	providers *keyprovider.Set
 
-	mu       sync.Mutex // guards registry, and updates of the vault
+	mu       sync.Mutex // guards what follows, and updates of the vault
 	registry registry
+	unsaved  bool // providers has changed since it was last stored
 }
 
 // createVault makes the sealed configuration of a host that has joined. A host
@@ -120,12 +121,7 @@ func openSecrets(cfg Config) (_ *secrets, err error) {
 		return nil, errs.New(errs.NotFound, "cannot start host: it is in no cluster").
 			WithHint("strongroom host join --config FILE --controller HOST:PORT --token-file FILE")
 	}
-	key, err := keyfile.Read(cfg.KeyFile, sealed.KeySize)
-	if err != nil {
-		return nil, errs.Wrap(err, "cannot open the sealed host configuration")
-	}
-	defer key.Close()
-	v, err := vault.Open(filepath.Join(cfg.DataDir, vaultName), key, vaultContext)
+	v, err := openVault(cfg)
 	if err != nil {
 		return nil, errs.Wrap(err, "cannot open the sealed host configuration")
 	}
@@ -139,6 +135,22 @@ func openSecrets(cfg Config) (_ *secrets, err error) {
 		return nil, fmt.Errorf("cannot read the sealed host configuration: %w", err)
 	}
 	return s, nil
+}
+
+func openVault(cfg Config) (*vault.Vault, error) {
+	key, err := keyfile.Read(cfg.KeyFile, sealed.KeySize)
+	if err != nil {
+		return nil, err
+	}
+	defer key.Close()
+	v, err := vault.Open(filepath.Join(cfg.DataDir, vaultName), key, vaultContext)
+	switch {
+	case errors.Is(err, sealed.ErrWrongKey):
+		return nil, errs.New(errs.Denied, "%w", err).WithHint("name the key file that was made with it as key_file; %s holds another key", cfg.KeyFile)
+	case errors.Is(err, sealed.ErrCorrupt), errors.Is(err, vault.ErrCorrupt):
+		return nil, errs.New(errs.Corrupt, "%w", err).WithHint("restore %s from a backup, or move it away and join the host again", cfg.DataDir)
+	}
+	return v, err
 }
 
 func (s *secrets) unpack() error {
@@ -206,16 +218,25 @@ func (s *secrets) Close() {
 	s.vault.Close()
 }
 
-// saveProviders makes the set of providers durable.
-func (s *secrets) saveProviders() error {
+// saveProviders makes the set of providers durable, if it has changed or a
+// change could not be stored before.
+func (s *secrets) saveProviders(changed bool) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.unsaved = s.unsaved || changed
+	if !s.unsaved {
+		return nil
+	}
 	blob, err := keyprovider.MarshalSecrets(s.providers)
 	if err != nil {
 		return err
 	}
 	defer blob.Close()
-	return s.vault.Update(map[string]*keymem.Key{secretProviders: blob})
+	if err := s.vault.Update(map[string]*keymem.Key{secretProviders: blob}); err != nil {
+		return err
+	}
+	s.unsaved = false
+	return nil
 }
 
 // snapshot returns a copy of the registry.
@@ -267,11 +288,15 @@ func (s *secrets) errNoVM(what string) error {
 	return errs.New(errs.NotFound, "host %s has no VM %q", s.identity.Name, what).WithHint("strongroom vm ls")
 }
 
-// find returns the registration of the VM with that id or name.
+// find returns the registration of the VM with that id, or else with that name:
+// a name may look like an id.
 func (s *secrets) find(what string) (registered, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	i := slices.IndexFunc(s.registry.VMs, func(r registered) bool { return r.ID == what || r.Name == what })
+	i := slices.IndexFunc(s.registry.VMs, func(r registered) bool { return r.ID == what })
+	if i < 0 {
+		i = slices.IndexFunc(s.registry.VMs, func(r registered) bool { return r.Name == what })
+	}
 	if i < 0 {
 		return registered{}, s.errNoVM(what)
 	}

@@ -7,11 +7,16 @@ import (
 	"os"
 
 	"golang.org/x/sys/unix"
+
+	"strongroom/internal/errs"
 )
 
 // listenLocal listens on the socket of the host's own administrators: root and
 // the user it runs as.
 func listenLocal(path string) (net.Listener, error) {
+	if info, err := os.Lstat(path); err == nil && info.Mode().Type() != os.ModeSocket {
+		return nil, errs.New(errs.Exists, "cannot listen for local commands: %s is not a socket", path)
+	}
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
 	}
