@@ -3,8 +3,19 @@ package host
 import (
 	"fmt"
 	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
 
 	"strongroom/internal/daemon"
+)
+
+const (
+	// socketPathMax is what fits in a unix socket's address, in bytes.
+	socketPathMax = 107
+	// runDirMax leaves room for "/", what a VM's folder there is called, and the
+	// longest name of a socket in it, "/serial.sock".
+	runDirMax = socketPathMax - 1 - runNameLen - len("/serial.sock")
 )
 
 // Config is the configuration file of a host, in TOML. Unknown fields are
@@ -62,8 +73,8 @@ func ParseConfig(text []byte) (Config, error) {
 }
 
 func (c Config) withDefaults() (Config, error) {
-	if !filepath.IsAbs(c.DataDir) {
-		return Config{}, fmt.Errorf("data_dir %q is not an absolute path", c.DataDir)
+	if !filepath.IsAbs(c.DataDir) || strings.ContainsRune(c.DataDir, 0) {
+		return Config{}, fmt.Errorf("data_dir %.128q is not an absolute path", c.DataDir)
 	}
 	fill := func(field *string, value string) {
 		if *field == "" {
@@ -73,6 +84,14 @@ func (c Config) withDefaults() (Config, error) {
 	fill(&c.RunDir, filepath.Join(c.DataDir, "run"))
 	fill(&c.LocalSocket, filepath.Join(c.RunDir, "host.sock"))
 	fill(&c.KeyFile, filepath.Join(c.DataDir, "host.key"))
+	for _, f := range []struct {
+		name, path string
+		max        int // bytes
+	}{{"run_dir", c.RunDir, runDirMax}, {"local_socket", c.LocalSocket, socketPathMax}, {"key_file", c.KeyFile, unix.PathMax}} {
+		if !filepath.IsAbs(f.path) || strings.ContainsRune(f.path, 0) || len(f.path) > f.max {
+			return Config{}, fmt.Errorf("%s %.128q is not an absolute path of at most %d bytes", f.name, f.path, f.max)
+		}
+	}
 	var err error
 	if c.Advertise, err = daemon.CheckAddresses(c.Listen, c.Advertise); err != nil {
 		return Config{}, err

@@ -65,7 +65,7 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) error {
 			return err
 		}
 	}
-	unlock, err := onlyOne(filepath.Join(cfg.RunDir, "host.lock"))
+	unlock, err := onlyOne(filepath.Join(cfg.DataDir, "host.lock"))
 	if err != nil {
 		return err
 	}

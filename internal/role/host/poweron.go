@@ -218,7 +218,10 @@ func macOf(id uuid.UUID) string {
 
 // runDir is where the sockets of a VM are. Its name is short, because a socket's
 // path must be.
-func (h *Host) runDir(reg registered) string { return filepath.Join(h.cfg.RunDir, reg.ID[:13]) }
+func (h *Host) runDir(reg registered) string { return filepath.Join(h.cfg.RunDir, reg.ID[:runNameLen]) }
+
+// runNameLen is how much of a VM's id names its folder for sockets, in bytes.
+const runNameLen = 13
 
 // reviveEvery is how long a volume process that cannot be started is waited for
 // before the next attempt. QEMU holds the guest's requests back meanwhile.
