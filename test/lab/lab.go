@@ -32,6 +32,9 @@ const startTimeout = 60 * time.Second
 type Lab struct {
 	Dir    string
 	Binary string
+	// Credential, if not nil, is whom all processes run as. What they need must
+	// be theirs.
+	Credential *syscall.Credential
 
 	mu        sync.Mutex // guards processes
 	processes []*Process
@@ -48,6 +51,22 @@ func (l *Lab) Close() {
 		p.Kill()
 	}
 	l.processes = nil
+}
+
+// makeDir and writeFile make what the lab's user owns and nobody else can read.
+func (l *Lab) makeDir(path string) error {
+	return errors.Join(os.MkdirAll(path, 0o700), l.own(path))
+}
+
+func (l *Lab) writeFile(path, text string) error {
+	return errors.Join(os.WriteFile(path, []byte(text), 0o600), l.own(path))
+}
+
+func (l *Lab) own(path string) error {
+	if l.Credential == nil {
+		return nil
+	}
+	return os.Chown(path, int(l.Credential.Uid), int(l.Credential.Gid))
 }
 
 // PIDs returns the processes that run.
@@ -81,7 +100,7 @@ func (l *Lab) start(name string, args ...string) (*Process, error) {
 	defer log.Close()
 	p.cmd = exec.Command(l.Binary, args...)
 	p.cmd.Stdout, p.cmd.Stderr = log, log
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Credential: l.Credential}
 	if err := p.cmd.Start(); err != nil {
 		return nil, err
 	}
@@ -156,6 +175,7 @@ func (r Result) JSON(v any) error {
 func (l *Lab) run(ctx context.Context, config string, args ...string) (Result, error) {
 	cmd := exec.CommandContext(ctx, l.Binary, args...)
 	cmd.Env = append(os.Environ(), "STRONGROOM_CONFIG="+config)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: l.Credential}
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	err := cmd.Run()
@@ -184,11 +204,11 @@ func (l *Lab) StartController(ctx context.Context, name string) (*Controller, er
 		return nil, err
 	}
 	c := &Controller{Name: name, Address: "127.0.0.1:" + port, lab: l, dir: filepath.Join(l.Dir, name)}
-	if err := os.MkdirAll(c.dir, 0o700); err != nil {
+	if err := l.makeDir(c.dir); err != nil {
 		return nil, err
 	}
 	config := fmt.Sprintf("data_dir = %q\nlisten = %q\n\n[kms]\nremediation_interval = \"2s\"\n", filepath.Join(c.dir, "data"), c.Address)
-	if err := os.WriteFile(c.configPath(), []byte(config), 0o600); err != nil {
+	if err := l.writeFile(c.configPath(), config); err != nil {
 		return nil, err
 	}
 	if err := c.Start(); err != nil {
@@ -243,11 +263,11 @@ func (c *Controller) StartHost(ctx context.Context, name, cluster string) (*Host
 		return nil, err
 	}
 	h := &Host{Name: name, lab: c.lab, dir: filepath.Join(c.lab.Dir, name)}
-	if err := os.MkdirAll(h.dir, 0o700); err != nil {
+	if err := c.lab.makeDir(h.dir); err != nil {
 		return nil, err
 	}
 	config := fmt.Sprintf("data_dir = %q\nrun_dir = %q\nlisten = %q\n", filepath.Join(h.dir, "data"), filepath.Join(h.dir, "run"), "127.0.0.1:"+port)
-	if err := os.WriteFile(h.configPath(), []byte(config), 0o600); err != nil {
+	if err := c.lab.writeFile(h.configPath(), config); err != nil {
 		return nil, err
 	}
 	r, err := c.Must(ctx, "host", "join-token", "--cluster", cluster, "-o", "json")
@@ -259,7 +279,7 @@ func (c *Controller) StartHost(ctx context.Context, name, cluster string) (*Host
 		return nil, err
 	}
 	tokenFile := filepath.Join(h.dir, "join-token")
-	if err := os.WriteFile(tokenFile, []byte(token.Token), 0o600); err != nil {
+	if err := c.lab.writeFile(tokenFile, token.Token); err != nil {
 		return nil, err
 	}
 	defer os.Remove(tokenFile)

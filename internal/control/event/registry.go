@@ -117,7 +117,7 @@ func Types() []Type {
 		{VMDecrypted, Info, "{target} was decrypted"},
 		{VMRekeyed, Info, "{target} was rekeyed ({depth}) to {provider}"},
 		{VMRekeyFailed, Error, "{target} could not be rekeyed: {error}"},
-		{VMNoDiskSpace, Error, "{target}: no room on datastore {datastore} for a second copy of its disks"},
+		{VMNoDiskSpace, Error, "{target}: no room on datastore {datastore} to write its disks"},
 		{VMLocked, Error, "{target} is locked: {reason}"},
 		{VMUnlocked, Info, "{target} is unlocked"},
 

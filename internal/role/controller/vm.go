@@ -65,7 +65,7 @@ func (c *Controller) on(ctx context.Context, name string) (inventory.VM, vmArgs,
 	if err != nil {
 		return inventory.VM{}, vmArgs{}, err
 	}
-	return v, vmArgs{ID: v.ID, Name: v.Name, HostID: h.ID}, answering(h)
+	return v, vmArgs{ID: v.ID, Name: v.Name, HostID: h.ID, Datastore: v.Datastore}, answering(h)
 }
 
 func answering(h inventory.Host) error {
