@@ -15,6 +15,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/pelletier/go-toml/v2"
@@ -53,7 +54,13 @@ func ReadConfig(path string) ([]byte, error) {
 // DecodeConfig decodes TOML into a configuration. A field that it does not have
 // is an error: a misspelt one would silently not hold.
 func DecodeConfig(text []byte, into any) error {
-	return toml.NewDecoder(bytes.NewReader(text)).DisallowUnknownFields().Decode(into)
+	err := toml.NewDecoder(bytes.NewReader(text)).DisallowUnknownFields().Decode(into)
+	var unknown *toml.StrictMissingError
+	if errors.As(err, &unknown) && len(unknown.Errors) > 0 {
+		line, _ := unknown.Errors[0].Position()
+		return fmt.Errorf("line %d: unknown field %.64q", line, strings.Join(unknown.Errors[0].Key(), "."))
+	}
+	return err
 }
 
 // CheckAddresses checks where a role listens and under which address others
