@@ -38,7 +38,7 @@ func (h *Header) Commit(w Storage) error {
 var errHalfWritten = errors.New("it was not written to the end")
 
 func (h *Header) commit(w Storage) error {
-	if err := h.checkRequirements(); err != nil {
+	if err := h.checkWritable(); err != nil {
 		return err
 	}
 	order := [...]Copy{Primary, Secondary}

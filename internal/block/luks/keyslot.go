@@ -1,7 +1,6 @@
 package luks
 
 import (
-	"cmp"
 	"crypto/rand"
 	"errors"
 	"fmt"
@@ -45,10 +44,11 @@ func (h *Header) addPassphrase(w Storage, dek, passphrase *keymem.Key, cost Argo
 	if n := passphrase.Len(); n > PassphraseMax {
 		return fmt.Errorf("passphrase has %d bytes, at most %d are allowed", n, PassphraseMax)
 	}
-	if err := h.checkRequirements(); err != nil {
+	if err := h.checkWritable(); err != nil {
 		return err
 	}
-	if err := h.VerifyKey(dek); err != nil {
+	owners, err := h.digestsFor(dek)
+	if err != nil {
 		return err
 	}
 	size := (int64(afStripes*dek.Len()) + areaAlign - 1) / areaAlign * areaAlign
@@ -79,7 +79,7 @@ func (h *Header) addPassphrase(w Storage, dek, passphrase *keymem.Key, cost Argo
 		},
 		"kdf": kdf.encode(),
 	}
-	for _, g := range h.meta.digestsOf(0) {
+	for _, g := range owners {
 		fields := doc["digests"].(object)[strconv.Itoa(g.id)].(object)
 		fields["keyslots"] = append(fields["keyslots"].([]any), id)
 	}
@@ -101,23 +101,29 @@ func (h *Header) addPassphrase(w Storage, dek, passphrase *keymem.Key, cost Argo
 	return err
 }
 
+// digestsFor returns the digests that a keyslot for dek belongs to: those of
+// the data, or during a deep rekey that of the key which it is.
+func (h *Header) digestsFor(dek *keymem.Key) ([]digest, error) {
+	r, err := h.meta.reencryption()
+	if err != nil {
+		return h.meta.digestsOf(0), h.VerifyKey(dek)
+	}
+	for _, g := range []digest{r.oldKey, r.newKey} {
+		if match, err := g.verify(dek); match || err != nil {
+			return []digest{g}, err
+		}
+	}
+	return nil, fmt.Errorf("%w %s", ErrWrongKey, h.bin.uuid)
+}
+
 // freeArea returns the offset of size bytes in the keyslot area that no
 // keyslot uses.
 func (h *Header) freeArea(size int64) (int64, error) {
-	var used []area
-	for _, k := range h.meta.keyslots {
-		if k.area.size != 0 {
-			used = append(used, k.area)
-		}
-	}
-	slices.SortFunc(used, func(a, b area) int { return cmp.Compare(a.offset, b.offset) })
-	start := 2 * h.bin.size
-	end := start + h.meta.keyslotsSize
-	for _, a := range append(used, area{offset: end}) {
-		if a.offset-start >= size {
+	for _, gap := range h.FreeAreas() {
+		start := (gap.Offset + areaAlign - 1) / areaAlign * areaAlign
+		if gap.Offset+gap.Size-start >= size {
 			return start, nil
 		}
-		start = (a.offset + a.size + areaAlign - 1) / areaAlign * areaAlign
 	}
 	return 0, fmt.Errorf("%w: no %d bytes left for a keyslot", ErrNoSpace, size)
 }

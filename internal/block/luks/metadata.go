@@ -61,11 +61,19 @@ type digest struct {
 }
 
 type keyslot struct {
-	id      int
-	kind    string
-	keySize int // bytes
-	area    area
-	fields  field // for what depends on the kind
+	id       int
+	kind     string
+	keySize  int // bytes
+	area     area
+	areaKind string
+	fields   field // for what depends on the kind
+}
+
+// member returns a member that depends on the kind; "" if it is not a string.
+func (k keyslot) member(name string) string {
+	f := k.fields
+	f.d = new(decoder) // its failures are nobody's
+	return f.optional(name).text()
 }
 
 type area struct{ offset, size int64 } // bytes; size 0: none
@@ -180,7 +188,7 @@ func decodeKeyslot(f numberedField) keyslot {
 		fields:  f.field,
 	}
 	if a := f.optional("area"); a.present {
-		a.get("type").text()
+		k.areaKind = a.get("type").text()
 		k.area = area{offset: a.get("offset").decimal(), size: a.get("size").decimal()}
 	}
 	return k

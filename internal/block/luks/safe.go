@@ -1,7 +1,6 @@
 package luks
 
 import (
-	"encoding/json"
 	"fmt"
 	"strconv"
 
@@ -11,18 +10,24 @@ import (
 // tokenType is the type of the LUKS2 token that holds a key safe.
 const tokenType = "strongroom"
 
+// The member of the token whose key safe holds the DEK that a rekey leads to.
+const (
+	tokenRekey     = "rekey"
+	tokenRekeyNext = "next"
+)
+
 // Safes returns the key safes in the header, in the order of their tokens:
-// none, one, or two while a rekey is in progress. It returns an error if one
+// none, one, or two while a rekey is in progress, that of the new key last. It returns an error if one
 // of them is not valid, wrapping [keysafe.ErrInvalid] or [keysafe.ErrVersion].
 func (h *Header) Safes() ([]*keysafe.Safe, error) {
-	var safes []*keysafe.Safe
+	var safes, next []*keysafe.Safe
 	for _, t := range h.meta.tokens {
 		if t.kind != tokenType {
 			continue
 		}
 		members := make(object, len(t.fields))
 		for name, value := range t.fields {
-			if name != "type" && name != "keyslots" {
+			if name != "type" && name != "keyslots" && !(name == tokenRekey && value == tokenRekeyNext) {
 				members[name] = value
 			}
 		}
@@ -30,14 +35,19 @@ func (h *Header) Safes() ([]*keysafe.Safe, error) {
 		if err := safe.UnmarshalJSON(encodeJSON(members)); err != nil {
 			return nil, fmt.Errorf("cannot read the key safe in token %d of LUKS2 volume %s: %w", t.id, h.bin.uuid, err)
 		}
+		if t.fields[tokenRekey] != nil {
+			next = append(next, safe)
+			continue
+		}
 		safes = append(safes, safe)
 	}
-	return safes, nil
+	return append(safes, next...), nil
 }
 
 // SetSafe makes s the only key safe in the header; nil: none. The header is
-// written by [Header.Commit]. It returns an error wrapping [ErrNoSpace], and
-// changes nothing, if the safe does not fit.
+// written by [Header.Commit]. It returns an error wrapping [ErrNoSpace] if the
+// safe does not fit, or [ErrReencrypting] during a deep rekey, and then changes
+// nothing.
 func (h *Header) SetSafe(s *keysafe.Safe) error {
 	if err := h.setSafe(s); err != nil {
 		return fmt.Errorf("cannot put key safe into LUKS2 header: %w", err)
@@ -46,6 +56,9 @@ func (h *Header) SetSafe(s *keysafe.Safe) error {
 }
 
 func (h *Header) setSafe(s *keysafe.Safe) error {
+	if err := h.checkRequirements(); err != nil {
+		return err // with two safes, one cannot be the only one
+	}
 	doc := cloneJSON(h.doc)
 	tokens := doc["tokens"].(object)
 	for _, t := range h.meta.tokens {
@@ -54,20 +67,9 @@ func (h *Header) setSafe(s *keysafe.Safe) error {
 		}
 	}
 	if s != nil {
-		text, err := json.Marshal(s)
-		if err != nil {
+		if err := addSafe(doc, s, false); err != nil {
 			return err
 		}
-		members, err := decodeJSON(text)
-		if err != nil {
-			return err
-		}
-		members["type"], members["keyslots"] = tokenType, []any{}
-		id, err := freeID(tokens, tokensMax)
-		if err != nil {
-			return err
-		}
-		tokens[id] = members
 	}
 	return h.replace(doc)
 }

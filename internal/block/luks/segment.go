@@ -84,7 +84,7 @@ func (h *Header) segment() (Segment, error) {
 func (h *Header) checkRequirements() error {
 	names := h.meta.mandatory
 	if i := slices.IndexFunc(names, isReencryption); i >= 0 {
-		return fmt.Errorf("%w: a re-encryption is in progress (requirement %.40q); let cryptsetup finish it", ErrUnsupported, names[i])
+		return fmt.Errorf("%w (requirement %.40q)", ErrReencrypting, names[i])
 	}
 	if len(names) > 0 {
 		return fmt.Errorf("%w: it has the requirement %.40q", ErrUnsupported, names[0])

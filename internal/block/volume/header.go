@@ -1,6 +1,7 @@
 package volume
 
 import (
+	"errors"
 	"fmt"
 
 	"strongroom/internal/block/blockdev"
@@ -127,8 +128,9 @@ type Info struct {
 	SectorSize    int   // in bytes
 	DataOffset    int64 // in bytes from the start of the storage
 	AllowDiscards bool
-	Safes         []*keysafe.Safe // usually one; none if the key is kept elsewhere
+	Safes         []*keysafe.Safe // usually one; none if the key is kept elsewhere; during a deep rekey two, the new one last
 	Damage        []luks.Damage   // the header copy that is bad, if one is
+	Rekey         *RekeyInfo      // nil if no deep rekey is under way
 }
 
 // Inspect reads the header of the volume on dev. It needs no key, writes
@@ -155,7 +157,12 @@ func inspect(dev blockdev.Device) (Info, error) {
 	if err != nil {
 		return Info{}, err
 	}
+	rekey, err := rekeyInfo(h, size)
+	if err != nil {
+		return Info{}, err
+	}
 	return Info{
+		Rekey:         rekey,
 		UUID:          h.UUID(),
 		Label:         h.Label(),
 		Size:          size,
@@ -186,7 +193,7 @@ func (v *Volume) Inspect() (Info, error) {
 // and the old KEK is not needed any more. When it returns an error either safe
 // may be the one that is found next: both KEKs must be kept until a later call
 // has succeeded. It returns [ErrWrongSafe] if the safe is nil or its owner is
-// not the volume's, and then changes nothing.
+// not the volume's, [ErrRekeying] during a deep rekey, and then changes nothing.
 func ReplaceSafe(dev blockdev.Device, safe *keysafe.Safe) error {
 	return replaceSafe(dev, safe, func(*luks.Header) error { return nil })
 }
@@ -206,7 +213,11 @@ func (v *Volume) ReplaceSafe(safe *keysafe.Safe) error {
 	v.header.Lock()
 	defer v.header.Unlock()
 	return replaceSafe(v.dev, safe, func(h *luks.Header) error {
-		if segment, err := h.Segment(); err != nil || segment != v.segment || h.UUID() != v.uuid {
+		segment, err := h.Segment()
+		if errors.Is(err, ErrRekeying) {
+			return err
+		}
+		if err != nil || segment != v.segment || h.UUID() != v.uuid {
 			return fmt.Errorf("%w: it was %s", ErrChanged, v.uuid)
 		}
 		return nil

@@ -49,7 +49,7 @@ func (v *Volume) readSectors(p []byte, off int64) error {
 		for end < len(p) && !isZero(p[end:end+sector]) {
 			end += sector
 		}
-		v.cipher.Decrypt(p[start:end], p[start:end], tweak(off+int64(start)), sector)
+		v.decrypt(p[start:end], off+int64(start))
 		start = end + sector // what ended the run, if anything did, is zeros already
 	}
 	return nil
@@ -99,7 +99,7 @@ func (v *Volume) writePart(buf, p []byte, off, n int64) error {
 		} else {
 			copy(whole[from:to], p[at+from-off:])
 		}
-		v.cipher.Encrypt(whole, whole, tweak(at), int(sector))
+		v.encryptSectors(whole, whole, at)
 		at += sector
 	}
 	_, err := v.dev.WriteAt(out, v.segment.Offset+start)
@@ -115,7 +115,36 @@ func (v *Volume) encrypt(out, p []byte, from, off int64) {
 	} else {
 		src = p[from : from+int64(len(out))]
 	}
-	v.cipher.Encrypt(out, src, tweak(off), v.segment.SectorSize)
+	v.encryptSectors(out, src, off)
+}
+
+// encryptSectors fills out with the ciphertext of src, sectors at off of the
+// data, each under its key.
+func (v *Volume) encryptSectors(out, src []byte, off int64) {
+	if n := v.belowBoundary(off, len(out)); n > 0 {
+		v.next.Encrypt(out[:n], src[:n], tweak(off), v.segment.SectorSize)
+		out, src, off = out[n:], src[n:], off+int64(n)
+	}
+	if len(out) > 0 {
+		v.cipher.Encrypt(out, src, tweak(off), v.segment.SectorSize)
+	}
+}
+
+// decrypt decrypts p in place, sectors at off of the data, each under its key.
+func (v *Volume) decrypt(p []byte, off int64) {
+	if n := v.belowBoundary(off, len(p)); n > 0 {
+		v.next.Decrypt(p[:n], p[:n], tweak(off), v.segment.SectorSize)
+		p, off = p[n:], off+int64(n)
+	}
+	if len(p) > 0 {
+		v.cipher.Decrypt(p, p, tweak(off), v.segment.SectorSize)
+	}
+}
+
+// belowBoundary returns how many of the n bytes at off a deep rekey has already
+// brought under the next key. The caller holds them, so that stays so.
+func (v *Volume) belowBoundary(off int64, n int) int {
+	return int(min(max(v.boundary.Load()-off, 0), int64(n)))
 }
 
 // tweak returns the XTS tweak of the sector at byte off of the data: dm-crypt's

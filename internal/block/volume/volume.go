@@ -47,6 +47,9 @@ var (
 	ErrTruncated = luks.ErrTruncated
 	// ErrUnsupported: it is a LUKS volume, and not one that is encrypted like ours.
 	ErrUnsupported = luks.ErrUnsupported
+	// ErrRekeying: a deep rekey of the volume is under way. It opens with both DEKs
+	// only, and some operations have to wait for the end of it.
+	ErrRekeying = luks.ErrReencrypting
 	// ErrNotEmpty: there is something where a new volume was to be made.
 	ErrNotEmpty = errors.New("storage is not empty")
 	// ErrChanged: another program has changed the volume's layout while it was open.
@@ -63,13 +66,17 @@ type Options struct {
 	// recorded elsewhere; a smaller one is [ErrTruncated]. LUKS2 records no size
 	// itself: the data simply end with the storage.
 	SizeMin int64
+	// NextDEK is the DEK that a deep rekey leads to; see [Volume.Rekey]. It is
+	// needed if one is under way, and may be given whenever one may be: the
+	// volume is then opened with whichever of the two keys are its. It stays the
+	// caller's.
+	NextDEK *keymem.Key
 }
 
 // Volume is an open encrypted disk. Its BlockSize is the crypto sector's, or
 // that of the Device below if it is larger.
 type Volume struct {
 	dev       blockdev.Device
-	cipher    *xts.Cipher
 	uuid      string
 	segment   luks.Segment
 	blockSize int
@@ -80,6 +87,18 @@ type Volume struct {
 	size    atomic.Int64 // bytes; changes only while guard excludes all requests
 	buffers *buffers
 	header  sync.Mutex // held while the header is rewritten
+
+	// The keys. They change only while guard excludes all requests.
+	dek     *keymem.Key
+	cipher  *xts.Cipher // dek's; of the sectors from boundary on
+	nextDEK *keymem.Key // nil but during a deep rekey
+	next    *xts.Cipher // nextDEK's; of the sectors below boundary
+	// boundary is in bytes; it moves over a range that is held exclusively.
+	boundary atomic.Int64
+
+	rekeying    sync.Mutex               // held by Rekey
+	lost        atomic.Pointer[lostZone] // what a failed rekey left, until the volume is opened again
+	flushFailed atomic.Pointer[error]    // of a flush that was not the guest's
 }
 
 var (
@@ -90,9 +109,10 @@ var (
 // Open opens the volume on dev with its DEK, which stays the caller's and is
 // not needed after Open. On success dev belongs to the Volume, on error to the
 // caller. Open writes nothing: a damaged header copy is repaired by the next
-// [Volume.ReplaceSafe]; [Inspect] tells of it.
+// [Volume.ReplaceSafe]; [Inspect] tells of it. But with a NextDEK it makes good
+// what an interrupted [Volume.Rekey] left, unless it is read-only.
 //
-// Errors: [ErrWrongKey], [ErrNotVolume], [ErrCorrupt], [ErrTruncated],
+// Errors: [ErrWrongKey], [ErrRekeying], [ErrNotVolume], [ErrCorrupt], [ErrTruncated],
 // [ErrUnsupported], or those of dev.
 func Open(dev blockdev.Device, dek *keymem.Key, opts Options) (*Volume, error) {
 	v, err := open(dev, dek, opts)
@@ -107,6 +127,9 @@ func open(dev blockdev.Device, dek *keymem.Key, opts Options) (*Volume, error) {
 	if err != nil {
 		return nil, err
 	}
+	if h, err = afterRekey(dev, h, dek, opts); err != nil {
+		return nil, err
+	}
 	segment, size, err := layout(h, dev.Size())
 	if err != nil {
 		return nil, err
@@ -114,16 +137,8 @@ func open(dev blockdev.Device, dek *keymem.Key, opts Options) (*Volume, error) {
 	if size < opts.SizeMin {
 		return nil, fmt.Errorf("%w: it has %d bytes of data instead of %d", ErrTruncated, size, opts.SizeMin)
 	}
-	if err := h.VerifyKey(dek); err != nil {
-		return nil, err
-	}
-	cipher, err := xts.New(dek)
-	if err != nil {
-		return nil, err
-	}
 	v := &Volume{
 		dev:       dev,
-		cipher:    cipher,
 		uuid:      h.UUID(),
 		segment:   segment,
 		blockSize: max(segment.SectorSize, dev.BlockSize()),
@@ -132,13 +147,17 @@ func open(dev blockdev.Device, dek *keymem.Key, opts Options) (*Volume, error) {
 		buffers:   newBuffers(),
 	}
 	v.size.Store(size)
+	if err := v.takeKeys(h, dek, opts.NextDEK); err != nil {
+		v.dropKeys()
+		return nil, err
+	}
 	return v, nil
 }
 
 // layout returns where the data of a volume on storage of size bytes lie, and
 // their length.
 func layout(h *luks.Header, size int64) (luks.Segment, int64, error) {
-	segment, err := h.Segment()
+	segment, err := dataSegment(h)
 	if err != nil {
 		return luks.Segment{}, 0, err
 	}
@@ -175,7 +194,11 @@ func (v *Volume) enter(op string, off, n int64, access blockdev.Access) (*blockd
 	if err != nil {
 		return nil, v.fail(op, off, n, err)
 	}
-	if err := blockdev.CheckRange(v.size.Load(), off, n); err != nil {
+	err = blockdev.CheckRange(v.size.Load(), off, n)
+	if lost := v.lost.Load(); err == nil && lost != nil && n > 0 && off < lost.end && lost.start < off+n {
+		err = lost.err
+	}
+	if err != nil {
 		v.guard.Leave(pass)
 		return nil, v.fail(op, off, n, err)
 	}
@@ -258,7 +281,11 @@ func (v *Volume) Flush() error {
 		return fmt.Errorf("cannot flush volume %s: %w", v.uuid, err)
 	}
 	defer v.guard.Leave(pass)
-	if err := v.dev.Flush(); err != nil {
+	err = v.dev.Flush()
+	if failed := v.flushFailed.Load(); failed != nil {
+		err = *failed
+	}
+	if err != nil {
 		return fmt.Errorf("cannot flush volume %s: %w", v.uuid, err)
 	}
 	return nil
@@ -266,6 +293,7 @@ func (v *Volume) Flush() error {
 
 // Resize implements [blockdev.Resizer], if the Device below is one. What is
 // added was never written and reads as zeros. The size is at most [SizeMax].
+// During a deep rekey the volume does not shrink ([ErrRekeying]).
 func (v *Volume) Resize(size int64) error {
 	fail := func(err error) error {
 		return fmt.Errorf("cannot resize volume %s to %d bytes: %w", v.uuid, size, err)
@@ -282,6 +310,9 @@ func (v *Volume) Resize(size int64) error {
 		return fail(err)
 	}
 	defer v.guard.Leave(pass)
+	if v.next != nil && size < v.size.Load() {
+		return fail(ErrRekeying)
+	}
 	if err := dev.Resize(v.segment.Offset + size); err != nil {
 		return fail(err)
 	}
@@ -326,13 +357,13 @@ func (v *Volume) NextExtent(off int64) (blockdev.Extent, error) {
 	return blockdev.Extent{Offset: off, Length: min(end, size) - off, Hole: e.Hole}, nil
 }
 
-// Close implements [blockdev.Device]. It wipes the key and closes the Device
+// Close implements [blockdev.Device]. It wipes the keys and closes the Device
 // below.
 func (v *Volume) Close() error {
 	if !v.guard.Close() {
 		return nil
 	}
-	v.cipher.Close()
+	v.dropKeys()
 	if err := v.dev.Close(); err != nil {
 		return fmt.Errorf("cannot close volume %s: %w", v.uuid, err)
 	}

@@ -1,0 +1,396 @@
+package volume
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"time"
+
+	"strongroom/internal/block/blockdev"
+	"strongroom/internal/block/luks"
+	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/keysafe"
+	"strongroom/internal/crypto/xts"
+)
+
+// ZoneDefault is how much of a volume is rewritten at once by default, in bytes.
+const ZoneDefault = 4 << 20
+
+// RekeyOptions say how a volume is rekeyed deeply.
+type RekeyOptions struct {
+	// NewDEK is the next key, [luks.KeySize] bytes. It stays the caller's. When a
+	// rekey goes on it may be nil.
+	NewDEK *keymem.Key
+	// NewSafe holds NewDEK; its owner is the volume's. It is in the header beside
+	// the old one from the first to the last commit, and alone afterwards. It is
+	// used when a rekey begins only. Nil: the key is kept elsewhere.
+	NewSafe *keysafe.Safe
+	// NewPassphrase, if not nil, gets a keyslot for NewDEK when a rekey begins.
+	// Recovery passphrases of the old key end with it.
+	NewPassphrase *keymem.Key
+	// PassphraseCost is the cost of that keyslot; zero: the default.
+	PassphraseCost luks.Argon2id
+	// Rate bounds what is rewritten, in bytes a second; 0: unbounded.
+	Rate int64
+	// Zone is how much is rewritten at once, in bytes; 0: [ZoneDefault]. It is
+	// rounded to whole blocks and bounded by the space for the journal.
+	Zone int64
+	// Progress, if not nil, is called after each zone with the bytes done and the
+	// bytes to do, holes included; the latter grow with the volume. It may use the
+	// volume, but not call Rekey.
+	Progress func(done, total int64)
+}
+
+// RekeyInfo is how far a deep rekey has come.
+type RekeyInfo struct {
+	Done, Total int64 // bytes
+	InZone      bool  // it was interrupted inside a zone, which the next opening makes good
+}
+
+// Rekey replaces the DEK and rewrites all data under the new one, as
+// docs/spec/online-rekey.md describes, while the volume is in use: a request
+// waits only while its own zone is rewritten. It goes on where an earlier one
+// has stopped, also one of an earlier process if the volume was opened with
+// [Options.NextDEK].
+//
+// If it returns nil, the old DEK opens nothing, and header and keyslot area hold
+// nothing of it. If it returns an error, ctx's included, the volume works on
+// and needs both DEKs from now on, unless nothing was written yet; Rekey may be
+// called again. So the new key has to be kept safe elsewhere before the first
+// call, or be in NewSafe under a KEK that is.
+//
+// Errors: [ErrRekeying] if another call runs, [ErrWrongKey] if NewDEK is not
+// that of the rekey which is under way, [ErrWrongSafe], [luks.ErrNoSpace] if
+// there is no room for a journal, [ErrChanged], [blockdev.ErrReadOnly], those of
+// the Device below.
+func (v *Volume) Rekey(ctx context.Context, opts RekeyOptions) error {
+	if err := v.rekey(ctx, opts); err != nil {
+		return fmt.Errorf("cannot rekey volume %s: %w", v.uuid, err)
+	}
+	return nil
+}
+
+func (v *Volume) rekey(ctx context.Context, opts RekeyOptions) error {
+	if v.readOnly {
+		return blockdev.ErrReadOnly
+	}
+	if !v.rekeying.TryLock() {
+		return fmt.Errorf("%w: by another call", ErrRekeying)
+	}
+	defer v.rekeying.Unlock()
+	if lost := v.lost.Load(); lost != nil {
+		return lost.err
+	}
+	r := &rekey{v: v, storage: watchedStorage{v}}
+	finished, err := r.begin(opts)
+	if err != nil || finished {
+		return err
+	}
+	throttle := throttle{rate: opts.Rate, start: time.Now()}
+	for v.boundary.Load() != allNew {
+		if err := throttle.wait(ctx); err != nil {
+			return err
+		}
+		n, err := r.step()
+		if err != nil {
+			return err
+		}
+		throttle.done += n
+		if opts.Progress != nil {
+			size := v.Size()
+			opts.Progress(min(v.boundary.Load(), size), size)
+		}
+	}
+	return r.finish()
+}
+
+// allNew is the boundary when all data are under the next key, also those that
+// the volume may yet grow by.
+const allNew = math.MaxInt64
+
+// rekey is one call of Rekey.
+type rekey struct {
+	v       *Volume
+	storage watchedStorage
+	header  *luks.Header // as it is on the storage
+	journal luks.Area
+	zone    int64  // bytes
+	old     []byte // ciphertext of a zone under the old key
+	buf     []byte // what is encrypted at once
+}
+
+// watchedStorage is the Device below, for writes and flushes of the rekey. A
+// flush that fails may have lost what the guest wrote, and is reported but once.
+type watchedStorage struct{ v *Volume }
+
+func (s watchedStorage) WriteAt(p []byte, off int64) (int, error) { return s.v.dev.WriteAt(p, off) }
+
+func (s watchedStorage) Flush() error {
+	err := s.v.dev.Flush()
+	if err != nil {
+		s.v.flushFailed.CompareAndSwap(nil, &err)
+	}
+	return err
+}
+
+// begin brings the header into a state of the rekey, and the volume's keys into
+// the same one. It reports whether there is nothing left to do.
+func (r *rekey) begin(opts RekeyOptions) (finished bool, err error) {
+	v := r.v
+	if err := checkSafe(opts.NewSafe, v.uuid); err != nil {
+		return false, err
+	}
+	pass, err := v.guard.Enter(0, 0, blockdev.Shared)
+	if err != nil {
+		return false, err
+	}
+	defer v.guard.Leave(pass)
+	if r.header, err = r.readHeader(); err != nil {
+		return false, err
+	}
+	state, underWay, err := r.header.Reencryption()
+	if err != nil {
+		return false, err
+	}
+	if segment, err := dataSegment(r.header); err != nil || segment != v.segment || r.header.UUID() != v.uuid {
+		return false, fmt.Errorf("%w: it was %s", ErrChanged, v.uuid)
+	}
+	switch {
+	case v.next == nil && opts.NewDEK == nil:
+		return false, errors.New("there is no new DEK")
+	case v.next != nil && opts.NewDEK != nil && !opts.NewDEK.Equal(v.nextDEK):
+		return false, fmt.Errorf("%w as its next one", ErrWrongKey)
+	case v.next == nil:
+		if err := r.initialise(opts, state, underWay); err != nil {
+			return false, err
+		}
+		if state, _, err = r.header.Reencryption(); err != nil {
+			return false, err
+		}
+	case !underWay:
+		// The last commit was reported as failed, and was there all the same.
+		if err := r.header.VerifyKey(v.nextDEK); err != nil || v.boundary.Load() != allNew {
+			return false, fmt.Errorf("%w: its rekey was finished", ErrChanged)
+		}
+		if err := r.commit(func() error { return nil }); err != nil {
+			return false, err
+		}
+		return true, v.retireKey()
+	default:
+		if state.Hot != 0 || boundaryOf(state) != v.boundary.Load() {
+			return false, fmt.Errorf("%w: its rekey has gone on", ErrChanged)
+		}
+		if err := r.header.VerifyReencryption(v.dek, v.nextDEK); err != nil {
+			return false, err
+		}
+	}
+
+	r.journal = state.Journal
+	unit := v.rekeyUnit()
+	if opts.Zone <= 0 {
+		opts.Zone = ZoneDefault
+	}
+	r.zone = max(min(opts.Zone, r.journal.Size)/unit*unit, unit)
+	if r.zone > r.journal.Size {
+		return false, fmt.Errorf("%w: the journal of %d bytes holds no block of %d", luks.ErrNoSpace, r.journal.Size, unit)
+	}
+	r.old = make([]byte, min(r.zone, max(v.Size(), unit)))
+	r.buf = make([]byte, bufferSize)
+	return false, nil
+}
+
+// rekeyUnit is what zone and journal are a multiple of, in bytes.
+func (v *Volume) rekeyUnit() int64 { return int64(max(v.blockSize, 4096)) }
+
+// boundaryOf returns where the old key's data begin.
+func boundaryOf(state luks.Reencryption) int64 {
+	if state.Complete {
+		return allNew
+	}
+	return state.Boundary
+}
+
+// initialise writes the state INIT with NewDEK, and takes that into use. A header
+// that is there already is from a call whose commit failed.
+func (r *rekey) initialise(opts RekeyOptions, state luks.Reencryption, underWay bool) error {
+	v := r.v
+	if underWay && (state.Boundary != 0 || state.Hot != 0 || state.Complete) {
+		return fmt.Errorf("%w: somebody else has begun to rekey it", ErrChanged)
+	}
+	err := r.commitWith(func() error {
+		if underWay {
+			if err := r.header.CancelReencryption(); err != nil {
+				return err
+			}
+		}
+		if err := r.header.BeginReencryption(luks.ReencryptionOptions{
+			OldDEK: v.dek, NewDEK: opts.NewDEK, Safe: opts.NewSafe, JournalMin: v.rekeyUnit(), JournalMax: max(ZoneDefault, v.rekeyUnit()),
+		}); err != nil {
+			return err
+		}
+		if opts.NewPassphrase != nil {
+			return r.header.AddPassphrase(r.storage, opts.NewDEK, opts.NewPassphrase, opts.PassphraseCost)
+		}
+		return r.header.Commit(r.storage)
+	})
+	if err != nil {
+		return err
+	}
+	nextDEK, err := opts.NewDEK.Clone()
+	if err != nil {
+		return err
+	}
+	next, err := xts.New(nextDEK)
+	if err != nil {
+		nextDEK.Close()
+		return err
+	}
+	all, err := v.guard.EnterAll()
+	if err != nil {
+		nextDEK.Close()
+		next.Close()
+		return err
+	}
+	defer v.guard.Leave(all)
+	v.nextDEK, v.next = nextDEK, next
+	v.boundary.Store(0)
+	return nil
+}
+
+// readHeader reads the header anew: a failed commit leaves what only the storage
+// knows.
+func (r *rekey) readHeader() (*luks.Header, error) {
+	r.v.header.Lock()
+	defer r.v.header.Unlock()
+	return readHeader(r.v.dev)
+}
+
+// commit changes the header by change and writes it.
+func (r *rekey) commit(change func() error) error {
+	return r.commitWith(func() error {
+		if err := change(); err != nil {
+			return err
+		}
+		return r.header.Commit(r.storage)
+	})
+}
+
+// commitWith runs write, which changes and writes the header, unless another
+// program has done so since it was read.
+func (r *rekey) commitWith(write func() error) error {
+	r.v.header.Lock()
+	defer r.v.header.Unlock()
+	return withHeaderLock(r.v.dev, blockdev.Exclusive, func() error {
+		superseded, err := r.header.Superseded(r.v.dev)
+		if err != nil {
+			return err
+		}
+		if superseded {
+			return ErrChanged
+		}
+		return write()
+	})
+}
+
+// finish wipes what is left of the old key and makes the header that of a volume
+// with the new one.
+func (r *rekey) finish() error {
+	v := r.v
+	pass, err := v.guard.Enter(0, 0, blockdev.Shared)
+	if err != nil {
+		return err
+	}
+	defer v.guard.Leave(pass)
+	err = r.commitWith(func() error {
+		if err := r.header.FinishReencryption(); err != nil {
+			return err
+		}
+		for _, area := range r.header.FreeAreas() {
+			if err := r.wipe(area.Offset, area.Size); err != nil {
+				return err
+			}
+		}
+		if err := r.storage.Flush(); err != nil {
+			return err
+		}
+		for _, area := range r.header.FreeAreas() {
+			if err := v.dev.WriteZeroes(area.Offset, area.Size, true); err != nil {
+				return err
+			}
+		}
+		return r.header.Commit(r.storage)
+	})
+	if err != nil {
+		return err
+	}
+	return v.retireKey()
+}
+
+// wipe overwrites what the storage has allocated of n bytes at off.
+func (r *rekey) wipe(off, n int64) error {
+	clear(r.buf)
+	extenter, _ := r.v.dev.(blockdev.Extenter)
+	for n > 0 {
+		k := min(n, int64(len(r.buf)))
+		hole := false
+		if extenter != nil {
+			e, err := extenter.NextExtent(off)
+			if err != nil {
+				return err
+			}
+			if hole = e.Hole; hole {
+				k = min(n, e.Length)
+			} else {
+				k = min(k, e.Length)
+			}
+		}
+		if !hole {
+			if _, err := r.storage.WriteAt(r.buf[:k], off); err != nil {
+				return err
+			}
+		}
+		off, n = off+k, n-k
+	}
+	return nil
+}
+
+// retireKey makes the next key the only one.
+func (v *Volume) retireKey() error {
+	all, err := v.guard.EnterAll()
+	if err != nil {
+		return err
+	}
+	defer v.guard.Leave(all)
+	v.cipher.Close()
+	v.dek.Close()
+	v.dek, v.cipher, v.nextDEK, v.next = v.nextDEK, v.next, nil, nil
+	v.boundary.Store(0)
+	return nil
+}
+
+// throttle holds a rekey back to a rate.
+type throttle struct {
+	rate  int64 // bytes a second; 0: none
+	start time.Time
+	done  int64 // bytes
+}
+
+// wait returns when more may be done, or with the error of ctx.
+func (t *throttle) wait(ctx context.Context) error {
+	if err := context.Cause(ctx); err != nil {
+		return err
+	}
+	if t.rate <= 0 {
+		return nil
+	}
+	due := t.start.Add(time.Duration(float64(t.done) / float64(t.rate) * float64(time.Second)))
+	timer := time.NewTimer(time.Until(due))
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}

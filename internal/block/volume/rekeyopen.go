@@ -1,0 +1,134 @@
+package volume
+
+import (
+	"errors"
+	"fmt"
+
+	"strongroom/internal/block/blockdev"
+	"strongroom/internal/block/luks"
+	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/xts"
+)
+
+// afterRekey makes good what an interrupted deep rekey has left of the volume
+// whose header is h, and returns the header that it has then.
+func afterRekey(dev blockdev.Device, h *luks.Header, dek *keymem.Key, opts Options) (*luks.Header, error) {
+	state, underWay, err := h.Reencryption()
+	switch {
+	case err != nil:
+		return nil, err
+	case underWay && state.Hot > 0 && opts.ReadOnly:
+		return nil, fmt.Errorf("%w, and was interrupted: it has to be opened for writing once", ErrRekeying)
+	case opts.ReadOnly || opts.NextDEK == nil:
+		return h, nil
+	case !underWay && len(h.Damaged()) == 0, underWay && state.Hot == 0:
+		return h, nil
+	}
+	err = withHeaderLock(dev, blockdev.Exclusive, func() error {
+		if h, err = luks.Read(dev, dev.Size()); err != nil {
+			return err
+		}
+		if state, underWay, err = h.Reencryption(); err != nil {
+			return err
+		}
+		if _, _, err := sortKeys(h, dek, opts.NextDEK); err != nil {
+			return err
+		}
+		if !underWay || state.Hot == 0 {
+			return h.Commit(dev) // the stale copy may hold the old key safe
+		}
+		old := make([]byte, state.Hot)
+		if _, err := dev.ReadAt(old, state.Journal.Offset); err != nil {
+			return err
+		}
+		if err := restore(dev, state.Segment.Offset+state.Boundary, old, state.Segment.SectorSize); err != nil {
+			return err
+		}
+		if err := dev.Flush(); err != nil {
+			return err
+		}
+		if err := h.MarkClean(state.Boundary); err != nil {
+			return err
+		}
+		return h.Commit(dev)
+	})
+	if err != nil {
+		return nil, fmt.Errorf("cannot recover from an interrupted rekey: %w", err)
+	}
+	return h, nil
+}
+
+// sortKeys tells which of two keys, of which the second may be nil, is that of
+// the data and which, during a deep rekey, the next one, else nil.
+func sortKeys(h *luks.Header, a, b *keymem.Key) (dek, next *keymem.Key, err error) {
+	_, underWay, err := h.Reencryption()
+	if err != nil {
+		return nil, nil, err
+	}
+	if underWay && b == nil {
+		return nil, nil, fmt.Errorf("%w: both of its DEKs are needed", ErrRekeying)
+	}
+	if underWay {
+		if err = h.VerifyReencryption(a, b); errors.Is(err, ErrWrongKey) && h.VerifyReencryption(b, a) == nil {
+			return b, a, nil
+		}
+		return a, b, err
+	}
+	if err = h.VerifyKey(a); errors.Is(err, ErrWrongKey) && b != nil && h.VerifyKey(b) == nil {
+		return b, nil, nil
+	}
+	return a, nil, err
+}
+
+// takeKeys verifies and copies the keys of a volume that is being opened.
+func (v *Volume) takeKeys(h *luks.Header, a, b *keymem.Key) error {
+	dek, next, err := sortKeys(h, a, b)
+	if err != nil {
+		return err
+	}
+	if v.dek, err = dek.Clone(); err != nil {
+		return err
+	}
+	if v.cipher, err = xts.New(v.dek); err != nil || next == nil {
+		return err
+	}
+	if v.nextDEK, err = next.Clone(); err != nil {
+		return err
+	}
+	if v.next, err = xts.New(v.nextDEK); err != nil {
+		return err
+	}
+	state, _, err := h.Reencryption()
+	v.boundary.Store(boundaryOf(state))
+	return err
+}
+
+// dropKeys wipes all keys.
+func (v *Volume) dropKeys() {
+	v.dek.Close()
+	v.nextDEK.Close()
+	for _, c := range []*xts.Cipher{v.cipher, v.next} {
+		if c != nil {
+			c.Close()
+		}
+	}
+}
+
+// dataSegment returns where the data are, also during a deep rekey.
+func dataSegment(h *luks.Header) (luks.Segment, error) {
+	state, underWay, err := h.Reencryption()
+	if err != nil || underWay {
+		return state.Segment, err
+	}
+	return h.Segment()
+}
+
+// rekeyInfo returns how far the rekey of a volume of size bytes has come, or nil
+// if there is none.
+func rekeyInfo(h *luks.Header, size int64) (*RekeyInfo, error) {
+	state, underWay, err := h.Reencryption()
+	if err != nil || !underWay {
+		return nil, err
+	}
+	return &RekeyInfo{Done: min(boundaryOf(state), size), Total: size, InZone: state.Hot > 0}, nil
+}

@@ -1,0 +1,195 @@
+package volume
+
+import (
+	"errors"
+	"fmt"
+
+	"strongroom/internal/block/blockdev"
+)
+
+// lostZone is a range of the data that an error has left neither under the old
+// key nor under the new one, until the volume is opened anew.
+type lostZone struct {
+	start, end int64
+	err        error
+}
+
+// step rewrites the zone at the boundary, or passes over the hole there, and
+// returns how many bytes it has rewritten.
+func (r *rekey) step() (int64, error) {
+	v := r.v
+	start := v.boundary.Load()
+	n := r.next(start)
+	wideOff, wideLen := blockdev.Widen(start, n, int64(v.blockSize))
+	pass, err := v.guard.Enter(wideOff, wideLen, blockdev.Exclusive)
+	if err != nil {
+		return 0, err
+	}
+	defer v.guard.Leave(pass)
+	if n > int64(len(r.old)) {
+		if r.holeAt(start) >= n {
+			return 0, r.pass(start + n)
+		}
+		n = int64(len(r.old)) // it was written to
+	}
+	old := r.old[:n]
+	if _, err := v.dev.ReadAt(old, v.segment.Offset+start); err != nil {
+		return 0, err
+	}
+	if isZero(old) {
+		return 0, r.pass(start + n)
+	}
+	return n, r.rewrite(start, old)
+}
+
+// next returns how much may be done at start: a zone, or a hole that is longer.
+func (r *rekey) next(start int64) int64 {
+	left := r.v.Size() - start
+	hole := r.holeAt(start)
+	if hole >= left {
+		return left
+	}
+	zone := int64(len(r.old))
+	if hole -= hole % r.v.rekeyUnit(); hole > zone {
+		return hole
+	}
+	return min(zone, left)
+}
+
+// holeAt returns the length of the hole at start, 0 if there is none.
+func (r *rekey) holeAt(start int64) int64 {
+	dev, ok := r.v.dev.(blockdev.Extenter)
+	if !ok {
+		return 0
+	}
+	e, err := dev.NextExtent(r.v.segment.Offset + start)
+	if err != nil || !e.Hole {
+		return 0 // it is only a short cut
+	}
+	return e.Length
+}
+
+// pass moves the boundary to end over empty sectors. They may be empty since a
+// discard that is not durable yet, and what was there before is no data under
+// the next key.
+func (r *rekey) pass(end int64) error {
+	if err := r.storage.Flush(); err != nil {
+		return err
+	}
+	return r.advance(end)
+}
+
+// advance moves the boundary to end, in the header and then for requests. The
+// range is held and its data are under the next key, or empty, and durable.
+//
+// If the header cannot be written, it is not known where it says the boundary
+// is, so that the data must not be put back: all that can be done is to write it
+// again.
+func (r *rekey) advance(end int64) error {
+	v := r.v
+	start, boundary := v.boundary.Load(), end
+	if end == v.size.Load() {
+		boundary = allNew
+	}
+	write := func() error {
+		return r.commit(func() error {
+			if boundary == allNew {
+				return r.header.MarkComplete()
+			}
+			return r.header.MarkClean(end)
+		})
+	}
+	err := write()
+	if err != nil {
+		if again := write(); again != nil {
+			return r.lose(start, end, errors.Join(err, again))
+		}
+	}
+	v.boundary.Store(boundary)
+	return err
+}
+
+// lose gives a zone up.
+func (r *rekey) lose(start, end int64, cause error) error {
+	err := fmt.Errorf("its zone at %d has to be recovered, by opening the volume anew: %w", start, cause)
+	r.v.lost.Store(&lostZone{start, end, err})
+	return err
+}
+
+// rewrite rewrites the zone at start, which is held and whose old ciphertext is
+// old.
+func (r *rekey) rewrite(start int64, old []byte) error {
+	v := r.v
+	if _, err := r.storage.WriteAt(old, r.journal.Offset); err != nil {
+		return err
+	}
+	if err := r.storage.Flush(); err != nil {
+		return err
+	}
+	n := int64(len(old))
+	err := r.commit(func() error { return r.header.MarkHot(n, start+n == v.size.Load()) })
+	if err == nil {
+		if err = r.recrypt(start, old); err == nil {
+			err = r.storage.Flush()
+		}
+	}
+	if err == nil {
+		return r.advance(start + n)
+	}
+	// The header may say that the zone is hot; requests must not be let go before
+	// it says that it is not.
+	undo := restore(r.storage, v.segment.Offset+start, old, v.segment.SectorSize)
+	if undo == nil {
+		if undo = r.storage.Flush(); undo == nil {
+			undo = r.commit(func() error { return r.header.MarkClean(start) })
+		}
+	}
+	if undo != nil {
+		return r.lose(start, start+n, errors.Join(err, undo))
+	}
+	return err
+}
+
+// recrypt writes the sectors of old that are not empty under the next key.
+func (r *rekey) recrypt(start int64, old []byte) error {
+	v, sector := r.v, r.v.segment.SectorSize
+	return runs(old, sector, len(r.buf), func(at int, run []byte) error {
+		out, off := r.buf[:len(run)], start+int64(at)
+		v.cipher.Decrypt(out, run, tweak(off), sector)
+		v.next.Encrypt(out, out, tweak(off), sector)
+		_, err := r.storage.WriteAt(out, v.segment.Offset+off)
+		return err
+	})
+}
+
+// restore writes the sectors of old, the ciphertext of a zone, that are not
+// empty back to off of the storage.
+func restore(w interface {
+	WriteAt(p []byte, off int64) (int, error)
+}, off int64, old []byte, sector int,
+) error {
+	return runs(old, sector, len(old), func(at int, run []byte) error {
+		_, err := w.WriteAt(run, off+int64(at))
+		return err
+	})
+}
+
+// runs calls f for each run of sectors of p that are not empty, cut into pieces
+// of at most limit bytes, with its place in p.
+func runs(p []byte, sector, limit int, f func(at int, run []byte) error) error {
+	for start := 0; start < len(p); {
+		end := start
+		for end < len(p) && end-start < limit && !isZero(p[end:end+sector]) {
+			end += sector
+		}
+		if end == start {
+			start += sector
+			continue
+		}
+		if err := f(start, p[start:end]); err != nil {
+			return err
+		}
+		start = end
+	}
+	return nil
+}
