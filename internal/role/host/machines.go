@@ -2,6 +2,7 @@ package host
 
 import (
 	"context"
+	"errors"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -127,6 +128,8 @@ func (h *Host) folder(reg registered) (string, error) {
 	return filepath.Join(path, reg.Folder), nil
 }
 
+var errOtherVM = errors.New("holds another VM")
+
 // readVM returns what is in a VM's folder. It refuses a folder that holds
 // another VM than was registered.
 func readVM(reg registered, dir string) (*bundle.VM, error) {
@@ -135,7 +138,7 @@ func readVM(reg registered, dir string) (*bundle.VM, error) {
 		return nil, err
 	}
 	if vm.ID != reg.ID {
-		return nil, errs.New(errs.InvalidState, "folder %s of datastore %s holds another VM (%s) than was registered", reg.Folder, reg.Datastore, vm.ID).
+		return nil, errs.New(errs.InvalidState, "folder %s of datastore %s %w (%s) than was registered", reg.Folder, reg.Datastore, errOtherVM, vm.ID).
 			WithHint("put the folder of %s back, or unregister it and register what is there", reg.Name)
 	}
 	return vm, nil

@@ -54,7 +54,7 @@ func (h *Host) unregisterVM(ctx context.Context, id string, remove bool) error {
 	}
 	o, err := h.takeOffline(ctx, id, "unregistering")
 	switch {
-	case errs.KindOf(err) == errs.NotFound:
+	case errs.KindOf(err) == errs.NotFound, errors.Is(err, errOtherVM):
 		// The folder is gone already: forget the VM.
 		return h.unregister(id)
 	case err != nil:
