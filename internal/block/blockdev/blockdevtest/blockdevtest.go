@@ -484,7 +484,14 @@ func (s Suite) allocations(t *testing.T) {
 	}
 	for _, r := range requests {
 		check(t, r.run()) // pools fill
-		if n := testing.AllocsPerRun(20, func() { check(t, r.run()) }); n > 0 {
+		// The whole process's allocations are counted, those of the runtime and
+		// of a collected pool too: one that belongs to the request is there
+		// every time.
+		n := testing.AllocsPerRun(20, func() { check(t, r.run()) })
+		for range 2 {
+			n = min(n, testing.AllocsPerRun(20, func() { check(t, r.run()) }))
+		}
+		if n > 0 {
 			t.Errorf("%s: %v allocations per request, want none", r.name, n)
 		}
 	}
