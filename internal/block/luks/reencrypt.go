@@ -36,9 +36,6 @@ type Reencryption struct {
 	Hot int64
 	// HotIsLast: the hot zone reaches to the end of the data.
 	HotIsLast bool
-	// Complete: all data are under the new key. The other fields on progress
-	// are then zero.
-	Complete bool
 	// Journal is where on the storage the journal lies.
 	Journal Area
 }
@@ -68,18 +65,14 @@ func (r Reencryption) plan() []plannedSegment {
 		}, oldKey, newKey}
 	}
 	var list []plannedSegment
-	if r.Complete {
-		list = append(list, crypt(0, dynamicSize, false, true))
-	} else {
-		if r.Boundary > 0 {
-			list = append(list, crypt(0, r.Boundary, false, true))
-		}
-		if r.Hot > 0 {
-			list = append(list, crypt(r.Boundary, r.Hot, true, true, flagHot))
-		}
-		if !r.HotIsLast {
-			list = append(list, crypt(r.Boundary+r.Hot, dynamicSize, true, false))
-		}
+	if r.Boundary > 0 {
+		list = append(list, crypt(0, r.Boundary, false, true))
+	}
+	if r.Hot > 0 {
+		list = append(list, crypt(r.Boundary, r.Hot, true, true, flagHot))
+	}
+	if !r.HotIsLast {
+		list = append(list, crypt(r.Boundary+r.Hot, dynamicSize, true, false))
 	}
 	return append(list, crypt(0, dynamicSize, true, false, flagPrevious), crypt(0, dynamicSize, false, true, flagFinal))
 }
@@ -144,15 +137,12 @@ func (m *metadata) reencryption() (reencryption, error) {
 		switch {
 		case slices.Equal(s.flags, []string{flagHot}):
 			r.Hot, r.HotIsLast = s.size, i == backups-1
-		case !m.names(r.newKey, i):
-		case s.size == dynamicSize:
-			r.Complete = true
-		default:
+		case m.names(r.newKey, i):
 			r.Boundary = s.size
 		}
 	}
-	if r.Hot < 0 || r.Hot > r.Journal.Size {
-		return refuse("its zone does not fit into the journal")
+	if r.Boundary < 0 || r.Hot < 0 || r.Hot > r.Journal.Size { // negative: dynamic
+		return refuse("its zone has no end or does not fit into the journal")
 	}
 	plan := r.plan()
 	if len(plan) != len(m.segments) {

@@ -241,12 +241,7 @@ func (h *Header) MarkHot(n int64, last bool) error {
 // MarkClean says that the data below boundary are under the new key, the others
 // under the old one.
 func (h *Header) MarkClean(boundary int64) error {
-	return h.advance(func(r *Reencryption) { r.Boundary, r.Hot, r.HotIsLast, r.Complete = boundary, 0, false, false })
-}
-
-// MarkComplete says that all data are under the new key.
-func (h *Header) MarkComplete() error {
-	return h.advance(func(r *Reencryption) { r.Boundary, r.Hot, r.HotIsLast, r.Complete = 0, 0, false, true })
+	return h.advance(func(r *Reencryption) { r.Boundary, r.Hot, r.HotIsLast = boundary, 0, false })
 }
 
 // advance changes the state of the re-encryption to what change makes of it,
@@ -271,29 +266,28 @@ func (h *Header) advance(change func(*Reencryption)) error {
 }
 
 // FinishReencryption makes the header that of a volume with the new key only:
-// what belongs to the old one or to the re-encryption is gone, of which the
-// areas are then among [Header.FreeAreas]. It must be complete. The caller
-// commits.
+// what belongs to the old one or to the re-encryption is gone, and the areas of
+// that are then among [Header.FreeAreas]. All data must be under the new key;
+// the header cannot tell. The caller commits.
 func (h *Header) FinishReencryption() error {
-	return h.endReencryption("finish", true, func(r Reencryption) bool { return r.Complete })
+	return h.endReencryption("finish", true)
 }
 
 // CancelReencryption makes the header that of a volume with the old key only.
 // Nothing must have been rewritten. The caller commits.
 func (h *Header) CancelReencryption() error {
-	return h.endReencryption("cancel", false, func(r Reencryption) bool { return !r.Complete && r.Boundary == 0 && r.Hot == 0 })
+	return h.endReencryption("cancel", false)
 }
 
-func (h *Header) endReencryption(what string, keepNew bool, may func(Reencryption) bool) error {
+func (h *Header) endReencryption(what string, keepNew bool) error {
 	r, err := h.meta.reencryption()
-	if err == nil && !may(r.Reencryption) {
-		err = errors.New("part of the data is under either key")
+	if err == nil && !keepNew && (r.Boundary != 0 || r.Hot != 0) {
+		err = errors.New("part of the data is under the new key")
 	}
 	if err == nil {
 		doc := cloneJSON(h.doc)
-		if err = r.end(doc, keepNew); err == nil {
-			err = h.replace(doc)
-		}
+		r.end(doc, keepNew)
+		err = h.replace(doc)
 	}
 	if err != nil {
 		return fmt.Errorf("cannot %s re-encryption of LUKS2 volume %s: %w", what, h.bin.uuid, err)
@@ -302,7 +296,7 @@ func (h *Header) endReencryption(what string, keepNew bool, may func(Reencryptio
 }
 
 // end takes the re-encryption and one of the two keys out of doc.
-func (r reencryption) end(doc object, keepNew bool) error {
+func (r reencryption) end(doc object, keepNew bool) {
 	keep, drop := r.oldKey, r.newKey
 	if keepNew {
 		keep, drop = drop, keep
@@ -317,7 +311,7 @@ func (r reencryption) end(doc object, keepNew bool) error {
 	delete(digests, strconv.Itoa(drop.id))
 	delete(digests, strconv.Itoa(r.seal.id))
 	digests[strconv.Itoa(keep.id)].(object)["segments"] = []any{"0"}
-	final := Reencryption{Segment: r.Segment, Complete: true}.plan()[0]
+	final := Reencryption{Segment: r.Segment}.plan()[0]
 	doc["segments"] = object{"0": final.encode()}
 
 	tokens := doc["tokens"].(object)
@@ -342,7 +336,6 @@ func (r reencryption) end(doc object, keepNew bool) error {
 	if len(requirements) == 0 {
 		delete(config, "requirements")
 	}
-	return nil
 }
 
 // without returns the list without those names.

@@ -176,9 +176,9 @@ func (r *rekey) begin(opts RekeyOptions) (finished bool, err error) {
 		if err := r.commit(func() error { return nil }); err != nil {
 			return false, err
 		}
-		return true, v.retireKey()
+		return true, r.finish()
 	default:
-		if state.Hot != 0 || boundaryOf(state) != v.boundary.Load() {
+		if state.Hot != 0 || state.Boundary != v.boundary.Load() {
 			return false, fmt.Errorf("%w: its rekey has gone on", ErrChanged)
 		}
 		if err := r.header.VerifyReencryption(v.dek, v.nextDEK); err != nil {
@@ -203,19 +203,11 @@ func (r *rekey) begin(opts RekeyOptions) (finished bool, err error) {
 // rekeyUnit is what zone and journal are a multiple of, in bytes.
 func (v *Volume) rekeyUnit() int64 { return int64(max(v.blockSize, 4096)) }
 
-// boundaryOf returns where the old key's data begin.
-func boundaryOf(state luks.Reencryption) int64 {
-	if state.Complete {
-		return allNew
-	}
-	return state.Boundary
-}
-
 // initialise writes the state INIT with NewDEK, and takes that into use. A header
 // that is there already is from a call whose commit failed.
 func (r *rekey) initialise(opts RekeyOptions, state luks.Reencryption, underWay bool) error {
 	v := r.v
-	if underWay && (state.Boundary != 0 || state.Hot != 0 || state.Complete) {
+	if underWay && (state.Boundary != 0 || state.Hot != 0) {
 		return fmt.Errorf("%w: somebody else has begun to rekey it", ErrChanged)
 	}
 	err := r.commitWith(func() error {
@@ -293,8 +285,8 @@ func (r *rekey) commitWith(write func() error) error {
 	})
 }
 
-// finish wipes what is left of the old key and makes the header that of a volume
-// with the new one.
+// finish wipes what is left of the old key, after the last commit, and forgets
+// the key.
 func (r *rekey) finish() error {
 	v := r.v
 	pass, err := v.guard.Enter(0, 0, blockdev.Shared)
@@ -302,57 +294,61 @@ func (r *rekey) finish() error {
 		return err
 	}
 	defer v.guard.Leave(pass)
-	err = r.commitWith(func() error {
-		if err := r.header.FinishReencryption(); err != nil {
-			return err
-		}
-		for _, area := range r.header.FreeAreas() {
-			if err := r.wipe(area.Offset, area.Size); err != nil {
-				return err
-			}
-		}
-		if err := r.storage.Flush(); err != nil {
-			return err
-		}
-		for _, area := range r.header.FreeAreas() {
-			if err := v.dev.WriteZeroes(area.Offset, area.Size, true); err != nil {
-				return err
-			}
-		}
-		return r.header.Commit(r.storage)
-	})
-	if err != nil {
+	if err := r.commitWith(func() error { return wipeFree(v.dev, r.storage, r.header) }); err != nil {
 		return err
 	}
 	return v.retireKey()
 }
 
-// wipe overwrites what the storage has allocated of n bytes at off.
-func (r *rekey) wipe(off, n int64) error {
-	clear(r.buf)
-	extenter, _ := r.v.dev.(blockdev.Extenter)
-	for n > 0 {
-		k := min(n, int64(len(r.buf)))
-		hole := false
-		if extenter != nil {
-			e, err := extenter.NextExtent(off)
-			if err != nil {
-				return err
-			}
-			if hole = e.Hole; hole {
-				k = min(n, e.Length)
-			} else {
-				k = min(k, e.Length)
-			}
+// wipeFree overwrites what no keyslot uses of the space in front of the data, as
+// far as it is allocated, and then gives it back.
+func wipeFree(dev blockdev.Device, storage luks.Storage, h *luks.Header) error {
+	free := h.FreeAreas()
+	wiped := false
+	for _, area := range free {
+		any, err := wipe(dev, storage, area)
+		if err != nil {
+			return err
 		}
-		if !hole {
-			if _, err := r.storage.WriteAt(r.buf[:k], off); err != nil {
-				return err
-			}
-		}
-		off, n = off+k, n-k
+		wiped = wiped || any
 	}
-	return nil
+	if !wiped {
+		return nil
+	}
+	if err := storage.Flush(); err != nil {
+		return err
+	}
+	for _, area := range free {
+		if err := dev.WriteZeroes(area.Offset, area.Size, true); err != nil {
+			return err
+		}
+	}
+	return storage.Flush()
+}
+
+// wipe overwrites what dev has allocated of an area, and reports whether that
+// is anything.
+func wipe(dev blockdev.Device, storage luks.Storage, area luks.Area) (any bool, err error) {
+	zeros := make([]byte, min(area.Size, bufferSize))
+	extenter, _ := dev.(blockdev.Extenter)
+	for off, end := area.Offset, area.Offset+area.Size; off < end; {
+		e := blockdev.Extent{Length: end - off}
+		if extenter != nil {
+			if e, err = extenter.NextExtent(off); err != nil {
+				return any, err
+			}
+		}
+		n := min(e.Length, end-off)
+		if !e.Hole {
+			n = min(n, int64(len(zeros)))
+			if _, err := storage.WriteAt(zeros[:n], off); err != nil {
+				return any, err
+			}
+			any = true
+		}
+		off += n
+	}
+	return any, nil
 }
 
 // retireKey makes the next key the only one.

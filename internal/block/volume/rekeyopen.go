@@ -21,7 +21,7 @@ func afterRekey(dev blockdev.Device, h *luks.Header, dek *keymem.Key, opts Optio
 		return nil, fmt.Errorf("%w, and was interrupted: it has to be opened for writing once", ErrRekeying)
 	case opts.ReadOnly || opts.NextDEK == nil:
 		return h, nil
-	case !underWay && len(h.Damaged()) == 0, underWay && state.Hot == 0:
+	case underWay && state.Hot == 0:
 		return h, nil
 	}
 	err = withHeaderLock(dev, blockdev.Exclusive, func() error {
@@ -34,8 +34,18 @@ func afterRekey(dev blockdev.Device, h *luks.Header, dek *keymem.Key, opts Optio
 		if _, _, err := sortKeys(h, dek, opts.NextDEK); err != nil {
 			return err
 		}
-		if !underWay || state.Hot == 0 {
-			return h.Commit(dev) // the stale copy may hold the old key safe
+		if !underWay {
+			// It may have been cut short at its end: a stale header copy holds the
+			// old key safe, and the free areas what was not wiped.
+			if len(h.Damaged()) > 0 {
+				if err := h.Commit(dev); err != nil {
+					return err
+				}
+			}
+			return wipeFree(dev, dev, h)
+		}
+		if state.Hot == 0 {
+			return nil
 		}
 		old := make([]byte, state.Hot)
 		if _, err := dev.ReadAt(old, state.Journal.Offset); err != nil {
@@ -99,7 +109,7 @@ func (v *Volume) takeKeys(h *luks.Header, a, b *keymem.Key) error {
 		return err
 	}
 	state, _, err := h.Reencryption()
-	v.boundary.Store(boundaryOf(state))
+	v.boundary.Store(state.Boundary)
 	return err
 }
 
@@ -130,5 +140,5 @@ func rekeyInfo(h *luks.Header, size int64) (*RekeyInfo, error) {
 	if err != nil || !underWay {
 		return nil, err
 	}
-	return &RekeyInfo{Done: min(boundaryOf(state), size), Total: size, InZone: state.Hot > 0}, nil
+	return &RekeyInfo{Done: min(state.Boundary, size), Total: size, InZone: state.Hot > 0}, nil
 }

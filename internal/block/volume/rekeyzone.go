@@ -79,8 +79,9 @@ func (r *rekey) pass(end int64) error {
 	return r.advance(end)
 }
 
-// advance moves the boundary to end, in the header and then for requests. The
-// range is held and its data are under the next key, or empty, and durable.
+// advance moves the boundary to end, in the header and then for requests; at
+// the end of the data the header becomes that of a volume with the next key only.
+// The range is held and its data are under the next key, or empty, and durable.
 //
 // If the header cannot be written, it is not known where it says the boundary
 // is, so that the data must not be put back: all that can be done is to write it
@@ -91,12 +92,18 @@ func (r *rekey) advance(end int64) error {
 	if end == v.size.Load() {
 		boundary = allNew
 	}
+	finished := false
 	write := func() error {
 		return r.commit(func() error {
-			if boundary == allNew {
-				return r.header.MarkComplete()
+			if finished {
+				return nil
 			}
-			return r.header.MarkClean(end)
+			if boundary != allNew {
+				return r.header.MarkClean(end)
+			}
+			err := r.header.FinishReencryption()
+			finished = err == nil
+			return err
 		})
 	}
 	err := write()
