@@ -24,17 +24,24 @@ const (
 // wrapping [ErrWrongKey] if it is not, and one wrapping [ErrUnsupported] if
 // that cannot be told.
 func (h *Header) VerifyKey(dek *keymem.Key) error {
-	digests := h.meta.digestsOf(0)
+	match, err := verifyAny(h.meta.digestsOf(0), dek)
+	if err != nil {
+		return fmt.Errorf("cannot verify the key of LUKS2 volume %s: %w", h.bin.uuid, err)
+	}
+	if !match {
+		return fmt.Errorf("%w %s", ErrWrongKey, h.bin.uuid)
+	}
+	return nil
+}
+
+// verifyAny reports whether one of the digests is key's.
+func verifyAny(digests []digest, key *keymem.Key) (bool, error) {
 	for _, g := range digests {
-		match, err := g.verify(dek)
-		if err != nil {
-			return fmt.Errorf("cannot verify the key of LUKS2 volume %s: %w", h.bin.uuid, err)
-		}
-		if match {
-			return nil
+		if match, err := g.verify(key); match || err != nil {
+			return match, err
 		}
 	}
-	return fmt.Errorf("%w %s", ErrWrongKey, h.bin.uuid)
+	return false, nil
 }
 
 func (g digest) verify(key *keymem.Key) (bool, error) {

@@ -1,6 +1,11 @@
 package luks
 
-import "strongroom/internal/crypto/keymem"
+import (
+	"errors"
+	"fmt"
+
+	"strongroom/internal/crypto/keymem"
+)
 
 // DecodeAndEncode parses a header copy and encodes it again.
 func DecodeAndEncode(b []byte, c Copy) ([]byte, error) {
@@ -87,4 +92,45 @@ func ExpensiveKDF(text []byte) bool {
 		}
 	}
 	return false
+}
+
+// RewriteReencryption parses metadata, and if they are those of a rekey, writes
+// its state again. Its error begins with "refused" if they are not.
+func RewriteReencryption(text []byte) error {
+	doc, err := decodeJSON(text)
+	if err != nil {
+		return fmt.Errorf("refused: %w", err)
+	}
+	m, err := decodeMetadata(doc, headerSizeDefault)
+	if err != nil {
+		return fmt.Errorf("refused: %w", err)
+	}
+	r, err := m.reencryption()
+	if err != nil {
+		if r.Reencryption != (Reencryption{}) {
+			return errors.New("results are not zero after an error")
+		}
+		return fmt.Errorf("refused: %w", err)
+	}
+	again := cloneJSON(doc)
+	r.place(again)
+	m2, err := decodeMetadata(again, headerSizeDefault)
+	if err != nil {
+		return err
+	}
+	r2, err := m2.reencryption()
+	if err != nil {
+		return err
+	}
+	if r2.Reencryption != r.Reencryption {
+		return fmt.Errorf("%+v became %+v", r.Reencryption, r2.Reencryption)
+	}
+	for _, keepNew := range []bool{false, true} {
+		end := cloneJSON(doc)
+		r.end(end, keepNew)
+		if _, err := decodeMetadata(end, headerSizeDefault); err != nil {
+			return err
+		}
+	}
+	return nil
 }

@@ -134,18 +134,40 @@ func (h *Header) freeArea(size int64) (int64, error) {
 // Errors: [ErrWrongKey] if no keyslot opens, [ErrNoPassphrase] if there is
 // none, [ErrUnsupported] if this package can read none of them, which includes
 // those whose cost exceeds the limits in docs/spec/luks2-header.md.
+//
+// During a deep rekey it returns the old key; [Header.UnlockNextPassphrase]
+// returns the new one.
 func (h *Header) UnlockPassphrase(r io.ReaderAt, passphrase *keymem.Key) (*keymem.Key, error) {
-	dek, err := h.unlockPassphrase(r, passphrase)
+	owners := h.meta.digestsOf(0)
+	if state, err := h.meta.reencryption(); err == nil {
+		owners = []digest{state.oldKey}
+	}
+	dek, err := h.unlockPassphrase(r, passphrase, owners)
 	if err != nil {
 		return nil, fmt.Errorf("cannot unlock LUKS2 volume %s: %w", h.bin.uuid, err)
 	}
 	return dek, nil
 }
 
-func (h *Header) unlockPassphrase(r io.ReaderAt, passphrase *keymem.Key) (*keymem.Key, error) {
+// UnlockNextPassphrase returns the key that the deep rekey under way leads to,
+// like [Header.UnlockPassphrase].
+func (h *Header) UnlockNextPassphrase(r io.ReaderAt, passphrase *keymem.Key) (*keymem.Key, error) {
+	state, err := h.meta.reencryption()
+	if err != nil {
+		return nil, fmt.Errorf("cannot unlock the next key of LUKS2 volume %s: %w", h.bin.uuid, err)
+	}
+	dek, err := h.unlockPassphrase(r, passphrase, []digest{state.newKey})
+	if err != nil {
+		return nil, fmt.Errorf("cannot unlock the next key of LUKS2 volume %s: %w", h.bin.uuid, err)
+	}
+	return dek, nil
+}
+
+// unlockPassphrase looks at the keyslots of the owners.
+func (h *Header) unlockPassphrase(r io.ReaderAt, passphrase *keymem.Key, owners []digest) (*keymem.Key, error) {
 	result := ErrNoPassphrase
 	for _, k := range h.meta.keyslots {
-		if k.kind != keyslotType || !h.opensData(k) {
+		if k.kind != keyslotType || !opens(k, owners) {
 			continue
 		}
 		dek, err := k.open(r, passphrase)
@@ -158,12 +180,12 @@ func (h *Header) unlockPassphrase(r io.ReaderAt, passphrase *keymem.Key) (*keyme
 		if err != nil {
 			return nil, fmt.Errorf("keyslot %d: %w", k.id, err)
 		}
-		err = h.VerifyKey(dek)
-		if err == nil {
+		match, err := verifyAny(owners, dek)
+		if match {
 			return dek, nil
 		}
 		dek.Close()
-		if !errors.Is(err, ErrWrongKey) {
+		if err != nil {
 			return nil, err
 		}
 		result = ErrWrongKey
@@ -171,9 +193,9 @@ func (h *Header) unlockPassphrase(r io.ReaderAt, passphrase *keymem.Key) (*keyme
 	return nil, result
 }
 
-// opensData reports whether keyslot k holds the key of segment 0.
-func (h *Header) opensData(k keyslot) bool {
-	return slices.ContainsFunc(h.meta.digestsOf(0), func(g digest) bool {
+// opens reports whether keyslot k holds the key of one of the owners.
+func opens(k keyslot, owners []digest) bool {
+	return slices.ContainsFunc(owners, func(g digest) bool {
 		return slices.Contains(g.keyslots, strconv.Itoa(k.id))
 	})
 }
