@@ -20,6 +20,7 @@ const marker = "E2E-PLAINTEXT-MARKER-of-the-guest"
 // TestGuest takes one encrypted VM through its life: each subtest goes on where
 // the one before ended.
 func TestGuest(t *testing.T) {
+	t.Parallel()
 	s := newReadySite(t)
 	boot := s.bootFiles(t, "workload", guest.Workload(marker))
 	s.ok(t, append([]string{"vm", "create", "web-1", "--datastore", "ds", "--disk", "192M", "--encrypt"}, boot...)...)

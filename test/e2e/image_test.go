@@ -102,6 +102,13 @@ func TestImages(t *testing.T) {
 		s.holds(t, "mixed", "disk-0", first)
 		s.holds(t, "mixed", "disk-1", second)
 		dir := s.folder("mixed")
+		out, err := exec.Command("cryptsetup", "luksDump", filepath.Join(dir, "disk-0.luks")).CombinedOutput() // 5
+		must(t, err)
+		for _, want := range []string{"cipher: aes-xts-plain64", "strongroom", "crypt", "512 [bytes]"} {
+			if !strings.Contains(string(out), want) {
+				t.Errorf("cryptsetup luksDump does not say %q:\n%s", want, out)
+			}
+		}
 		if s.dek(t, filepath.Join(dir, "disk-0.luks")).Equal(s.dek(t, filepath.Join(dir, "disk-2.luks"))) { // 12
 			t.Error("two disks have the same DEK")
 		}

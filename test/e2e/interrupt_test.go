@@ -55,9 +55,9 @@ func (op interrupted) unfinished(s *site, vm string) string {
 	return found[0]
 }
 
-// begin starts the operation and returns its task when some of the new disk has
-// been written, and not all.
-func (op interrupted) begin(t *testing.T, s *site, vm string) (id string) {
+// begin starts the operation and returns its task when so many MiB of the new
+// disk have been written.
+func (op interrupted) begin(t *testing.T, s *site, vm string, mib int64) (id string) {
 	t.Helper()
 	id = s.begin(t, op.args(vm)...)
 	awaitEvery(t, 1e6, "the new disk to be written", func() bool {
@@ -65,7 +65,7 @@ func (op interrupted) begin(t *testing.T, s *site, vm string) (id string) {
 		if written == 0 && s.isDone(t, op, vm) {
 			t.Fatal("it was done before it could be interrupted")
 		}
-		return written >= 20<<20
+		return written >= mib<<20
 	})
 	return id
 }
@@ -109,7 +109,7 @@ func TestTasksSurviveCrashes(t *testing.T) {
 		t.Run("controller killed during "+op.name, func(t *testing.T) {
 			vm := fmt.Sprintf("c-%d", i)
 			op.prepare(t, s, vm)
-			id := op.begin(t, s, vm)
+			id := op.begin(t, s, vm, 20)
 			s.controller.Kill()
 			if s.isDone(t, op, vm) {
 				t.Fatal("it was not interrupted")
@@ -120,7 +120,7 @@ func TestTasksSurviveCrashes(t *testing.T) {
 		t.Run("host killed during "+op.name, func(t *testing.T) {
 			vm := fmt.Sprintf("h-%d", i)
 			op.prepare(t, s, vm)
-			id := op.begin(t, s, vm)
+			id := op.begin(t, s, vm, 200)
 			s.host.Kill()
 			if s.isDone(t, op, vm) || op.unfinished(s, vm) == "" {
 				t.Fatal("it was not interrupted")
@@ -139,7 +139,7 @@ func cancels(t *testing.T, s *site, sum string) {
 		t.Run(op.name, func(t *testing.T) {
 			vm := fmt.Sprintf("x-%d", i)
 			op.prepare(t, s, vm)
-			id := op.begin(t, s, vm)
+			id := op.begin(t, s, vm, 20)
 			s.ok(t, "task", "cancel", id)
 			s.refused(t, refusal{1, "ended as canceled", ""}, "task", "wait", id)
 			if got := s.task(t, id); got.State != "canceled" {

@@ -23,6 +23,7 @@ func TestProviders(t *testing.T) {
 		{"unusable before its backup", unusableBeforeBackup},
 		{"default", defaultProvider},
 		{"backup and import", backupAndImport},
+		{"backup by the API", backupByAPI},
 		{"only with a TPM", tpmOnly},
 		{"delete guard", deleteGuard},
 		{"delete by force", deleteByForce},
@@ -239,9 +240,7 @@ func importAgain(t *testing.T, s *site) {
 		t.Errorf("web-1 is %+v", v)
 	}
 	for _, alarm := range []string{"vm-locked vm/web-1", "provider-missing provider/kp-1"} {
-		if s.hasAlarm(t, alarm) {
-			t.Errorf("alarm %s stays", alarm)
-		}
+		await(t, "the end of alarm "+alarm, func() bool { return !s.hasAlarm(t, alarm) })
 	}
 	s.ok(t, "vm", "unlock", "web-1")
 	s.ok(t, "vm", "rekey", "web-1", "--deep")

@@ -43,7 +43,8 @@ type Lab struct {
 // New returns a lab in dir, which must exist.
 func New(dir, binary string) *Lab { return &Lab{Dir: dir, Binary: binary} }
 
-// Close ends all processes that still run, and the VMs' processes with them.
+// Close ends all processes that still run. VMs outlive their host: those are
+// ended by [Host.Crash].
 func (l *Lab) Close() {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -13,6 +13,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -61,6 +62,9 @@ type Log struct {
 	keep   int
 	posted atomic.Int64 // since the last pruning
 	now    func() time.Time
+	// evaluating is held while alarms are computed: an older look at the
+	// inventory must not undo what a newer one found.
+	evaluating sync.Mutex
 }
 
 // Open returns the events and alarms kept in db: at most keep events, 0 means

@@ -114,6 +114,8 @@ func some(names []string) string {
 // Evaluate raises and clears all alarms by what the inventory says now. It is
 // called when something changed, and from time to time.
 func (l *Log) Evaluate(ctx context.Context, inv *inventory.Inventory) error {
+	l.evaluating.Lock()
+	defer l.evaluating.Unlock()
 	w, err := look(ctx, inv)
 	if err != nil {
 		return errs.Wrap(err, "cannot evaluate alarms")
