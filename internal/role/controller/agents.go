@@ -33,8 +33,9 @@ type agents struct {
 	credential *pki.Credential
 	ca         *x509.Certificate
 
-	mu      sync.Mutex // guards clients
-	clients map[string]*agentClient
+	mu      sync.Mutex               // guards the maps
+	clients map[string]*agentClient  // by host id
+	busy    map[string]chan struct{} // by host id, buffered by one: who has put something in has the lock
 }
 
 type agentClient struct {
@@ -44,7 +45,7 @@ type agentClient struct {
 }
 
 func newAgents(credential *pki.Credential, ca *x509.Certificate) *agents {
-	return &agents{credential: credential, ca: ca, clients: map[string]*agentClient{}}
+	return &agents{credential: credential, ca: ca, clients: map[string]*agentClient{}, busy: map[string]chan struct{}{}}
 }
 
 // of returns the client of a host's agent. The host proves to be the one with
@@ -68,6 +69,33 @@ func (a *agents) of(h inventory.Host) strongroomv1connect.AgentServiceClient {
 	return c
 }
 
+// lock waits until nobody else has the lock of that host.
+func (a *agents) lock(ctx context.Context, id string) (unlock func(), err error) {
+	a.mu.Lock()
+	busy, ok := a.busy[id]
+	if !ok {
+		busy = make(chan struct{}, 1)
+		a.busy[id] = busy
+	}
+	a.mu.Unlock()
+	select {
+	case busy <- struct{}{}:
+		return func() { <-busy }, nil
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+}
+
+// drop forgets the connections to a host.
+func (a *agents) drop(id string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if c, ok := a.clients[id]; ok {
+		c.transport.CloseIdleConnections()
+		delete(a.clients, id)
+	}
+}
+
 // Close drops the connections.
 func (a *agents) Close() {
 	a.mu.Lock()
@@ -82,7 +110,12 @@ var errUnreachable = errors.New("host does not answer")
 
 // agentError tells what a host said from what became of the connection to it.
 func agentError(h inventory.Host, err error) error {
-	if err == nil || connect.IsWireError(err) && connect.CodeOf(err) != connect.CodeCanceled {
+	if err == nil {
+		return nil
+	}
+	// Canceled and DeadlineExceeded say that the host stopped, or that the call
+	// took too long, not what it thinks of it.
+	if code := connect.CodeOf(err); connect.IsWireError(err) && code != connect.CodeCanceled && code != connect.CodeDeadlineExceeded {
 		return apierr.From(err)
 	}
 	return errs.New(errs.Unavailable, "%w: %s at %s: %v", errUnreachable, h.Name, h.Address, err).

@@ -12,6 +12,7 @@ import (
 	"strongroom/api/rule"
 	"strongroom/internal/control/access"
 	"strongroom/internal/control/audit"
+	"strongroom/internal/control/inventory"
 	"strongroom/internal/control/pki"
 	"strongroom/internal/errs"
 )
@@ -20,11 +21,15 @@ import (
 type caller struct {
 	principal access.Principal
 	host      string // id of the host, if one called
+	unknown   bool   // somebody who has not proved who he is
 }
 
 // name is how the caller is called in events and the audit log. What nobody
 // asked for, the controller did itself.
 func (c caller) name() string {
+	if c.unknown {
+		return "anonymous"
+	}
 	if c.principal == (access.Principal{}) {
 		return access.Principal{Kind: access.InternalPrincipal, Name: controllerName}.String()
 	}
@@ -90,6 +95,11 @@ func (g *guard) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.
 		if err == nil {
 			err = next(ctx, conn)
 		}
+		// A stream that was watched to its end or broken off is not on record,
+		// but one that was denied is.
+		if auditErr := g.record(ctx, conn.Spec().Procedure, access.Root, err); err == nil {
+			err = auditErr
+		}
 		if err != nil {
 			return apierr.To(err)
 		}
@@ -103,6 +113,7 @@ func (g *guard) WrapStreamingClient(next connect.StreamingClientFunc) connect.St
 
 // admit finds out who calls and whether they may.
 func (g *guard) admit(ctx context.Context, procedure string, header http.Header, object access.Object) (context.Context, error) {
+	ctx = context.WithValue(ctx, callerKey{}, caller{unknown: true})
 	r, ok := g.rules[procedure]
 	if !ok {
 		return ctx, errs.New(errs.Denied, "nobody may call %s", procedure)
@@ -159,19 +170,31 @@ func (g *guard) identify(ctx context.Context, header http.Header) (caller, error
 	return caller{}, errs.New(errs.Denied, "%s may not use the API", id)
 }
 
-// objectOf returns what a request is about, for permissions.
+// objectOf returns what a request is about, for permissions and the audit log:
+// the root unless it names one object.
 func objectOf(procedure string, message any) access.Object {
-	named, ok := message.(interface{ GetName() string })
-	if !ok || named.GetName() == "" || strings.ContainsAny(named.GetName(), "/\x00") {
+	var name string
+	switch m := message.(type) {
+	case interface{ GetName() string }:
+		name = m.GetName()
+	case interface{ GetUser() string }:
+		name = m.GetUser()
+	}
+	if name == "" || len(name) > inventory.MaxName || strings.ContainsAny(name, "/\x00") {
 		return access.Root
 	}
-	for service, folder := range map[string]string{"VMService": "/vm/", "ProviderService": "/provider/", "DatastoreService": "/datastore/", "ClusterService": "/cluster/", "HostService": "/host/"} {
+	for service, folder := range map[string]string{
+		"VMService": "/vm/", "ProviderService": "/provider/", "DatastoreService": "/datastore/", "ClusterService": "/cluster/",
+		"HostService": "/host/", "EnrollService": "/host/", "AccessService": "/user/", "SessionService": "/user/",
+	} {
 		if strings.Contains(procedure, "."+service+"/") {
-			return access.Object(folder + named.GetName())
+			return access.Object(folder + name)
 		}
 	}
 	return access.Root
 }
+
+func vmObject(name string) access.Object { return access.Object("/vm/" + name) }
 
 // record audits a call that changes something, and every one that was denied.
 // Reading and heartbeats are not audited. A call whose record cannot be written
@@ -191,6 +214,12 @@ func (g *guard) record(ctx context.Context, procedure string, object access.Obje
 		entry.Outcome = audit.Denied
 	case callErr != nil:
 		entry.Outcome, entry.Details = audit.Failed, map[string]string{"kind": errs.KindOf(callErr).String()}
+	}
+	if callerOf(ctx).unknown {
+		if entry.Details == nil {
+			entry.Details = map[string]string{}
+		}
+		entry.Details["address"] = addressOf(ctx)
 	}
 	_, err := g.c.audit.Append(entry)
 	return errs.Wrap(err, "cannot write the audit log")

@@ -17,6 +17,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -40,6 +41,7 @@ const renewRetry = time.Hour
 
 // Files in the data folder.
 const (
+	pkiName           = "pki"                    // folder of the CA
 	caCertName        = "ca.pem"                 // for users: `strongroom login --ca`
 	auditKeyName      = "audit-key.pem"          // public: `strongroom audit verify`
 	firstPasswordName = "initial-admin-password" // of the first administrator
@@ -58,9 +60,17 @@ type Controller struct {
 	joins  *pki.Joins
 	ca     *pki.CA
 
+	db         *store.DB
 	credential *pki.Credential
 	agents     *agents
 	wake       chan struct{} // buffered by one: remediate soon
+
+	// beatLife is how long a host counts as connected without a heartbeat.
+	beatLife time.Duration
+
+	// providersMu is held while a provider comes or goes in key store and
+	// inventory, and while a task that needs its keys is submitted.
+	providersMu sync.Mutex
 }
 
 // Run runs the controller until ctx ends. Tasks that run go on at the next
@@ -69,62 +79,93 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) (err error) {
 	if err := daemon.Harden(); err != nil {
 		return err
 	}
-	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
-		return err
-	}
-	db, err := store.Open(ctx, store.Config{Dir: filepath.Join(cfg.DataDir, "store"), Log: log})
+	c, err := open(ctx, cfg, log)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, db.Close()) }()
-	keys, err := openKeystore(cfg)
-	if err != nil {
-		return err
-	}
-	defer keys.Close()
-	signer, err := keys.auditSigner()
-	if err != nil {
-		return err
-	}
-	if err := writePublicKey(filepath.Join(cfg.DataDir, auditKeyName), signer.Public()); err != nil {
-		return err
-	}
-	auditLog, err := audit.Open(audit.Config{Dir: filepath.Join(cfg.DataDir, "audit"), Signer: signer})
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, auditLog.Close()) }()
-
-	c := &Controller{
-		cfg: cfg, log: log, keys: keys, inv: inventory.New(db), events: event.Open(db, 0), audit: auditLog,
-		joins: pki.NewJoins(db), wake: make(chan struct{}, 1),
-	}
-	if c.access, err = access.New(access.Config{DB: db}); err != nil {
-		return err
-	}
-	c.tasks = task.NewEngine(task.Config{DB: db, Log: log, Kinds: c.taskKinds()})
-	if err := c.openIdentity(); err != nil {
-		return err
-	}
-	c.agents = newAgents(c.credential, c.ca.Certificate())
-	defer c.agents.Close()
-	if err := c.ensureAdministrator(ctx); err != nil {
-		return err
-	}
-	if _, err := c.events.Post(ctx, event.New{Type: event.SystemStarted, Principal: caller{}.name(), Args: map[string]string{"version": Version}}); err != nil {
-		return err
-	}
-	return c.run(ctx)
-}
-
-func (c *Controller) run(ctx context.Context) error {
-	server, err := c.apiServer()
-	if err != nil {
-		return err
-	}
-	listener, err := net.Listen("tcp", c.cfg.Listen)
+	defer func() { err = errors.Join(err, c.close()) }()
+	listener, err := net.Listen("tcp", cfg.Listen)
 	if err != nil {
 		return errs.New(errs.Unavailable, "cannot listen for users and hosts: %w", err)
+	}
+	return c.run(ctx, listener)
+}
+
+// open opens what a controller has in its data folder, or makes it the first
+// time. The caller closes the controller.
+func open(ctx context.Context, cfg Config, log *slog.Logger) (_ *Controller, err error) {
+	c := &Controller{cfg: cfg, log: log, wake: make(chan struct{}, 1), beatLife: heartbeatLife}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, c.close())
+		}
+	}()
+	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
+		return nil, err
+	}
+	if c.db, err = store.Open(ctx, store.Config{Dir: filepath.Join(cfg.DataDir, "store"), Log: log}); err != nil {
+		return nil, err
+	}
+	if c.keys, err = openKeystore(cfg); err != nil {
+		return nil, err
+	}
+	if err := c.openAudit(); err != nil {
+		return nil, err
+	}
+	c.inv, c.events, c.joins = inventory.New(c.db), event.Open(c.db, 0), pki.NewJoins(c.db)
+	if c.access, err = access.New(access.Config{DB: c.db}); err != nil {
+		return nil, err
+	}
+	c.tasks = task.NewEngine(task.Config{DB: c.db, Log: log, Kinds: c.taskKinds()})
+	if err := c.openIdentity(); err != nil {
+		return nil, err
+	}
+	c.agents = newAgents(c.credential, c.ca.Certificate())
+	if err := c.ensureAdministrator(ctx); err != nil {
+		return nil, err
+	}
+	started := event.New{Type: event.SystemStarted, Principal: caller{}.name(), Args: map[string]string{"version": Version}}
+	if _, err := c.events.Post(ctx, started); err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+func (c *Controller) openAudit() error {
+	signer, err := c.keys.auditSigner()
+	if err != nil {
+		return err
+	}
+	if err := writePublicKey(filepath.Join(c.cfg.DataDir, auditKeyName), signer.Public()); err != nil {
+		return err
+	}
+	c.audit, err = audit.Open(audit.Config{Dir: filepath.Join(c.cfg.DataDir, "audit"), Signer: signer})
+	return err
+}
+
+// close is the reverse of open, also of one that failed half-way.
+func (c *Controller) close() error {
+	var err error
+	if c.agents != nil {
+		c.agents.Close()
+	}
+	if c.audit != nil {
+		err = c.audit.Close()
+	}
+	if c.keys != nil {
+		c.keys.Close()
+	}
+	if c.db != nil {
+		err = errors.Join(err, c.db.Close())
+	}
+	return err
+}
+
+// run serves on listener until ctx ends.
+func (c *Controller) run(ctx context.Context, listener net.Listener) error {
+	server, err := c.apiServer()
+	if err != nil {
+		return errors.Join(err, listener.Close())
 	}
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return daemon.Serve(ctx, server, listener) })

@@ -2,6 +2,7 @@ package controller
 
 import (
 	"context"
+	"math"
 	"time"
 
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -19,6 +20,12 @@ func stamp(t time.Time) *timestamppb.Timestamp {
 	return timestamppb.New(t)
 }
 
+// seconds is a time.Duration of n seconds, or the longest there is.
+func seconds(n int64) time.Duration {
+	const most = int64(math.MaxInt64 / time.Second)
+	return time.Duration(max(-most, min(n, most))) * time.Second
+}
+
 func keyToAPI(k *inventory.KeyRef) *strongroomv1.KeyRef {
 	if k == nil {
 		return nil
@@ -31,6 +38,14 @@ func keyFromAPI(k *strongroomv1.KeyRef) *inventory.KeyRef {
 		return nil
 	}
 	return &inventory.KeyRef{Provider: k.GetProvider(), KeyID: k.GetKeyId()}
+}
+
+func heldFromAPI(providers []*strongroomv1.HeldProvider) []inventory.HeldKey {
+	var held []inventory.HeldKey
+	for _, p := range providers {
+		held = append(held, inventory.HeldKey{Provider: p.GetName(), KeyID: p.GetKeyId()})
+	}
+	return held
 }
 
 // names finds names of clusters and hosts by id, once for a whole list.

@@ -2,13 +2,15 @@ package controller
 
 import (
 	"context"
+	"log/slog"
+	"maps"
 	"net"
+	"slices"
 	"time"
 
 	"connectrpc.com/connect"
 	"github.com/google/uuid"
 
-	"strongroom/api/apierr"
 	strongroomv1 "strongroom/api/strongroom/v1"
 	"strongroom/internal/control/event"
 	"strongroom/internal/control/inventory"
@@ -22,6 +24,9 @@ const (
 	// heartbeatLife is how long a host counts as connected without a heartbeat.
 	heartbeatLife = 10 * time.Second
 	vmsMax        = 4096 // in one heartbeat
+	// capabilitiesMax and factMax bound what a host says of itself.
+	capabilitiesMax = 64
+	factMax         = 256 // bytes
 )
 
 // enroll serves hosts.
@@ -39,9 +44,9 @@ func (c enroll) Join(ctx context.Context, req *connect.Request[strongroomv1.Join
 	if len(m.GetParcelPublicKey()) != parcel.PublicKeySize {
 		return nil, errs.New(errs.Invalid, "the host's parcel key has %d bytes, not %d", len(m.GetParcelPublicKey()), parcel.PublicKeySize)
 	}
-	address, _, err := net.SplitHostPort(m.GetAddress())
+	address, err := checkFacts(m)
 	if err != nil {
-		return nil, errs.New(errs.Invalid, "the host's address %.128q is not host:port", m.GetAddress())
+		return nil, err
 	}
 	if _, err := c.inv.Host(ctx, m.GetName()); err == nil {
 		return nil, errs.New(errs.Exists, "there is a host %s already", m.GetName()).WithHint("strongroom host remove %s, or choose another name", m.GetName())
@@ -72,20 +77,48 @@ func (c enroll) Join(ctx context.Context, req *connect.Request[strongroomv1.Join
 	}), nil
 }
 
+// facts are what a host says of itself, in a join and in each heartbeat.
+type facts interface {
+	GetAddress() string
+	GetVersion() string
+	GetCapabilities() map[string]bool
+}
+
+// checkFacts bounds them and returns the address without the port.
+func checkFacts(f facts) (host string, err error) {
+	host, port, err := net.SplitHostPort(f.GetAddress())
+	if err != nil || host == "" || port == "" || len(f.GetAddress()) > factMax {
+		return "", errs.New(errs.Invalid, "the host's address %.128q is not host:port", f.GetAddress())
+	}
+	if len(f.GetVersion()) > factMax || len(f.GetCapabilities()) > capabilitiesMax {
+		return "", errs.New(errs.Invalid, "the host's version or capabilities are too long")
+	}
+	for name := range f.GetCapabilities() {
+		if len(name) > factMax {
+			return "", errs.New(errs.Invalid, "the host's capability %.64q is too long", name)
+		}
+	}
+	return host, nil
+}
+
 func (c enroll) Heartbeat(ctx context.Context, req *connect.Request[strongroomv1.HeartbeatRequest]) (*connect.Response[strongroomv1.HeartbeatResponse], error) {
 	m, id := req.Msg, callerOf(ctx).host
 	if len(m.GetVms()) > vmsMax {
 		return nil, errs.New(errs.Invalid, "%d VMs are more than %d", len(m.GetVms()), vmsMax)
 	}
+	if len(m.GetProviders()) > inventory.MaxProviders || len(m.GetBootId()) > factMax {
+		return nil, errs.New(errs.Invalid, "the host's providers or boot id are too long")
+	}
+	if _, err := checkFacts(m); err != nil {
+		return nil, err
+	}
 	before, err := c.inv.HostByID(ctx, id)
 	if err != nil {
 		return nil, err
 	}
-	var held []inventory.HeldKey
-	for _, p := range m.GetProviders() {
-		held = append(held, inventory.HeldKey{Provider: p.GetName(), KeyID: p.GetKeyId()})
-	}
-	stale := before.State != inventory.Connected || before.Address != m.GetAddress() || before.BootID != m.GetBootId() || !sameHeld(before.Held, held)
+	held := heldFromAPI(m.GetProviders())
+	stale := before.State != inventory.Connected || before.Address != m.GetAddress() || before.BootID != m.GetBootId() ||
+		before.Version != m.GetVersion() || !maps.Equal(before.Capabilities, m.GetCapabilities()) || !slices.Equal(before.Held, held)
 	if stale {
 		_, err := c.inv.UpdateHost(ctx, id, func(h *inventory.Host) error {
 			h.Address, h.Version, h.BootID, h.Capabilities, h.Held = m.GetAddress(), m.GetVersion(), m.GetBootId(), m.GetCapabilities(), held
@@ -99,11 +132,14 @@ func (c enroll) Heartbeat(ctx context.Context, req *connect.Request[strongroomv1
 			return nil, err
 		}
 	}
-	if err := c.inv.Beat(ctx, id, heartbeatLife); err != nil {
+	if err := c.inv.Beat(ctx, id, c.beatLife); err != nil {
 		return nil, err
 	}
 	for _, vm := range m.GetVms() {
-		if err := c.noteVM(ctx, id, vm); err != nil {
+		if err := c.noteVM(ctx, id, vm); errs.KindOf(err) == errs.Invalid {
+			// One that makes no sense must not keep the others from being noted.
+			c.log.LogAttrs(ctx, slog.LevelWarn, "VM not noted", slog.String("host", before.Name), slog.String("vm", vm.GetId()), slog.Any("err", err))
+		} else if err != nil {
 			return nil, err
 		}
 	}
@@ -113,18 +149,6 @@ func (c enroll) Heartbeat(ctx context.Context, req *connect.Request[strongroomv1
 	return connect.NewResponse(&strongroomv1.HeartbeatResponse{IntervalMs: uint32(heartbeatEvery.Milliseconds())}), nil
 }
 
-func sameHeld(a, b []inventory.HeldKey) bool {
-	if len(a) != len(b) {
-		return false
-	}
-	for i := range a {
-		if a[i] != b[i] {
-			return false
-		}
-	}
-	return true
-}
-
 func (c enroll) RenewCertificate(ctx context.Context, req *connect.Request[strongroomv1.RenewCertificateRequest]) (*connect.Response[strongroomv1.RenewCertificateResponse], error) {
 	h, err := c.inv.HostByID(ctx, callerOf(ctx).host)
 	if err != nil {
@@ -132,7 +156,7 @@ func (c enroll) RenewCertificate(ctx context.Context, req *connect.Request[stron
 	}
 	address, _, err := net.SplitHostPort(h.Address)
 	if err != nil {
-		return nil, apierr.To(err)
+		return nil, err
 	}
 	cert, err := c.ca.IssueFromCSR(req.Msg.GetCsr(), pki.Identity{Cluster: h.ClusterID, Role: pki.Host, Name: h.ID}, []string{address})
 	if err != nil {

@@ -21,7 +21,7 @@ const controllerName = "controller"
 
 // openIdentity opens or makes the CA and issues the controller's certificate.
 func (c *Controller) openIdentity() (err error) {
-	if c.ca, err = pki.OpenCA(filepath.Join(c.cfg.DataDir, "pki"), "Strongroom", c.keys); err != nil {
+	if c.ca, err = pki.OpenCA(filepath.Join(c.cfg.DataDir, pkiName), "Strongroom", c.keys); err != nil {
 		return err
 	}
 	if c.credential, err = c.ca.Issue(c.identity(), c.names()); err != nil {

@@ -2,8 +2,8 @@ package controller
 
 import (
 	"context"
+	"log/slog"
 	"path/filepath"
-	"time"
 
 	"connectrpc.com/connect"
 
@@ -74,8 +74,7 @@ func (c hosts) CreateJoinToken(ctx context.Context, req *connect.Request[strongr
 	if err != nil {
 		return nil, err
 	}
-	life := time.Duration(req.Msg.GetLifetimeSeconds()) * time.Second
-	token, expires, err := c.joins.Create(ctx, cl.ID, life, pki.FingerprintOf(c.ca.Certificate()))
+	token, expires, err := c.joins.Create(ctx, cl.ID, seconds(req.Msg.GetLifetimeSeconds()), pki.FingerprintOf(c.ca.Certificate()))
 	if err != nil {
 		return nil, err
 	}
@@ -111,8 +110,15 @@ func (c hosts) GetHost(ctx context.Context, req *connect.Request[strongroomv1.Ge
 }
 
 func (c hosts) RemoveHost(ctx context.Context, req *connect.Request[strongroomv1.RemoveHostRequest]) (*connect.Response[strongroomv1.RemoveHostResponse], error) {
-	if err := c.inv.DeleteHost(ctx, req.Msg.GetName()); err != nil {
+	h, err := c.inv.Host(ctx, req.Msg.GetName())
+	if err != nil {
 		return nil, err
+	}
+	if err := c.inv.DeleteHost(ctx, h.Name); err != nil {
+		return nil, err
+	}
+	if err := c.retire(ctx, h); err != nil {
+		c.log.LogAttrs(ctx, slog.LevelWarn, "removed host not told to forget its keys", slog.String("host", h.Name), slog.Any("err", err))
 	}
 	c.post(ctx, event.New{Type: event.HostRemoved, Target: "host/" + req.Msg.GetName()})
 	if err := c.refresh(ctx); err != nil {
@@ -141,7 +147,7 @@ func (c datastores) CreateDatastore(ctx context.Context, req *connect.Request[st
 		return nil, err
 	}
 	c.post(ctx, event.New{Type: event.DatastoreCreated, Target: "datastore/" + d.Name})
-	if err := c.syncAll(ctx); err != nil {
+	if err := c.remediateOnce(ctx); err != nil {
 		return nil, err
 	}
 	return c.GetDatastore(ctx, connect.NewRequest(&strongroomv1.GetDatastoreRequest{Name: d.Name}))

@@ -43,9 +43,16 @@ func openKeystore(cfg Config) (_ *keystore, err error) {
 	path := filepath.Join(cfg.DataDir, vaultName)
 	_, statErr := os.Lstat(path)
 	fresh := errors.Is(statErr, fs.ErrNotExist)
+	if fresh && hasRun(cfg) {
+		return nil, errs.New(errs.Corrupt, "cannot open the key store: %s is missing, although this controller has run before", path).
+			WithHint("put %s back from a backup; or start in an empty data_dir and import the providers' .p12 backups", vaultName)
+	}
 	key, err := keyfile.Read(cfg.KeyFile, sealed.KeySize)
 	if fresh && errs.KindOf(err) == errs.NotFound {
 		key, err = keyfile.Create(cfg.KeyFile, sealed.KeySize)
+	}
+	if errs.KindOf(err) == errs.NotFound {
+		return nil, errs.New(errs.NotFound, "cannot open the key store: %w", err).WithHint("put the key file back from a backup; without it %s cannot be read", vaultName)
 	}
 	if err != nil {
 		return nil, errs.Wrap(err, "cannot open the key store")
@@ -63,7 +70,8 @@ func openKeystore(cfg Config) (_ *keystore, err error) {
 		return k, k.save() // a key file without a vault would look like a loss at the next start
 	}
 	if k.vault, err = vault.Open(path, key, vaultContext); err != nil {
-		return nil, errs.Wrap(err, "cannot open the key store")
+		return nil, errs.New(errs.Corrupt, "cannot open the key store: %w", err).
+			WithHint("see that %s is the key file that belongs to %s, or put both back from a backup", cfg.KeyFile, path)
 	}
 	blob, err := k.vault.Get(secretProviders)
 	if err != nil {
@@ -79,6 +87,12 @@ func openKeystore(cfg Config) (_ *keystore, err error) {
 	return k, nil
 }
 
+// hasRun reports whether the CA was made, which comes after the key store.
+func hasRun(cfg Config) bool {
+	_, err := os.Lstat(filepath.Join(cfg.DataDir, pkiName))
+	return !errors.Is(err, fs.ErrNotExist)
+}
+
 // Close wipes all keys from memory.
 func (k *keystore) Close() {
 	k.providers.Close()
@@ -86,6 +100,18 @@ func (k *keystore) Close() {
 		k.vault.Close()
 	}
 	k.key.Close()
+}
+
+// replace is add for a name that the inventory does not know: a key that an
+// interrupted call left under it was never handed out, and gives way.
+func (k *keystore) replace(p *keyprovider.Native) error {
+	old, err := k.native(p.Name())
+	if err == nil && !old.SameKeys(p) {
+		if err := k.remove(p.Name()); err != nil {
+			return errors.Join(err, p.Close())
+		}
+	}
+	return k.add(p)
 }
 
 // add stores a provider; it is durable when add returns. The store owns p then,

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"time"
 
@@ -23,21 +24,8 @@ import (
 type providers struct{ *Controller }
 
 func (c providers) CreateNativeProvider(ctx context.Context, req *connect.Request[strongroomv1.CreateNativeProviderRequest]) (*connect.Response[strongroomv1.Provider], error) {
-	if _, err := c.inv.Provider(ctx, req.Msg.GetName()); err == nil {
-		return nil, errs.New(errs.Exists, "there is a provider %s already", req.Msg.GetName())
-	}
-	native, fresh, err := c.newNative(req.Msg.GetName(), req.Msg.GetTpmRequired())
+	p, err := c.createNative(ctx, req.Msg.GetName(), req.Msg.GetTpmRequired())
 	if err != nil {
-		return nil, err
-	}
-	info := native.Info()
-	p, err := c.inv.CreateProvider(ctx, inventory.Provider{
-		Name: info.Name, Type: inventory.Native, KeyID: info.KeyID.String(), TPMRequired: info.TPMRequired, Created: info.Created,
-	})
-	if err != nil {
-		if fresh {
-			err = errors.Join(err, c.keys.remove(info.Name))
-		}
 		return nil, err
 	}
 	c.post(ctx, event.New{Type: event.ProviderCreated, Target: "provider/" + p.Name, Args: map[string]string{"key_id": p.KeyID}})
@@ -45,23 +33,35 @@ func (c providers) CreateNativeProvider(ctx context.Context, req *connect.Reques
 	return connect.NewResponse(providerToAPI(p, false)), nil
 }
 
-// newNative makes a provider's key and stores it. The key comes before the
-// inventory: a provider whose key is not stored would be a promise that cannot
-// be kept. One that an interrupted call left in the store, or whose deletion was
-// interrupted, is used again; then fresh is false.
-func (c *Controller) newNative(name string, tpmRequired bool) (_ *keyprovider.Native, fresh bool, err error) {
-	if native, err := c.keys.native(name); err == nil {
-		return native, false, nil
+// createNative makes a provider. Its key is stored before the inventory names
+// it: a provider whose key is not stored would be a promise that cannot be kept.
+// A key that nobody names, which an interrupted call leaves, does no harm.
+func (c *Controller) createNative(ctx context.Context, name string, tpmRequired bool) (inventory.Provider, error) {
+	c.providersMu.Lock()
+	defer c.providersMu.Unlock()
+	if _, err := c.inv.Provider(ctx, name); err == nil {
+		return inventory.Provider{}, errs.New(errs.Exists, "there is a provider %s already", name)
 	}
 	native, err := keyprovider.CreateNative(name, tpmRequired, time.Now())
 	if err != nil {
-		return nil, false, errs.New(errs.Invalid, "%w", err)
+		return inventory.Provider{}, errs.New(errs.Invalid, "%w", err)
 	}
-	if err := c.keys.add(native); err != nil {
-		return nil, false, err
+	record := recordOf(native.Info())
+	if err := c.keys.replace(native); err != nil {
+		return inventory.Provider{}, err
 	}
-	native, err = c.keys.native(name)
-	return native, true, err
+	p, err := c.inv.CreateProvider(ctx, record)
+	if errs.KindOf(err) == errs.Exists { // refused; after another error it may be there
+		err = errors.Join(err, c.keys.remove(name))
+	}
+	return p, err
+}
+
+// recordOf is a native provider as the inventory knows it.
+func recordOf(info keyprovider.NativeInfo) inventory.Provider {
+	return inventory.Provider{
+		Name: info.Name, Type: inventory.Native, KeyID: info.KeyID.String(), TPMRequired: info.TPMRequired, Created: info.Created,
+	}
 }
 
 func (c providers) show(ctx context.Context, p inventory.Provider) (*strongroomv1.Provider, error) {
@@ -155,7 +155,7 @@ func (c providers) ConfirmProviderBackup(ctx context.Context, req *connect.Reque
 	c.post(ctx, event.New{Type: event.ProviderBackedUp, Target: "provider/" + req.Msg.GetName()})
 	// The hosts get the key at once, so that the answer tells the state that the
 	// user can work with.
-	if err := c.syncAll(ctx); err != nil {
+	if err := c.remediateOnce(ctx); err != nil {
 		return nil, err
 	}
 	return c.GetProvider(ctx, connect.NewRequest(&strongroomv1.GetProviderRequest{Name: req.Msg.GetName()}))
@@ -167,31 +167,25 @@ func (c providers) ImportProvider(ctx context.Context, req *connect.Request[stro
 		return nil, err
 	}
 	defer secret.Close()
+	defer clear(req.Msg.GetP12()) // without a password it holds the KDK in the clear
 	native, backup, err := keyprovider.Import(req.Msg.GetP12(), secret)
 	if err != nil {
 		return nil, importError(err)
 	}
-	info := native.Info()
-	record := inventory.Provider{
-		Name: info.Name, Type: inventory.Native, KeyID: info.KeyID.String(), TPMRequired: info.TPMRequired, Created: info.Created,
-	}
-	existed, err := c.inv.CheckImport(ctx, record)
-	if err != nil {
-		return nil, errors.Join(err, native.Close())
-	}
 	res := &strongroomv1.ImportProviderResponse{Exported: stamp(backup.Exported), PasswordProtected: backup.PasswordProtected}
 	if req.Msg.GetDryRun() {
-		res.Provider = providerToAPI(record, false)
-		return connect.NewResponse(res), native.Close()
-	}
-	if err := c.keys.add(native); err != nil {
-		return nil, err
-	}
-	p, imported, err := c.inv.ImportProvider(ctx, record)
-	if err != nil {
-		if !existed {
-			err = errors.Join(err, c.keys.remove(info.Name))
+		record := recordOf(native.Info())
+		if err := native.Close(); err != nil {
+			return nil, err
 		}
+		if _, err := c.inv.CheckImport(ctx, record); err != nil {
+			return nil, err
+		}
+		res.Provider = providerToAPI(record, false)
+		return connect.NewResponse(res), nil
+	}
+	p, imported, err := c.importNative(ctx, native)
+	if err != nil {
 		return nil, err
 	}
 	res.Imported = imported
@@ -208,6 +202,26 @@ func (c providers) ImportProvider(ctx context.Context, req *connect.Request[stro
 		return nil, err
 	}
 	return connect.NewResponse(res), nil
+}
+
+// importNative stores an imported provider, which it owns from now on: the key
+// first, as in createNative. It reports whether the provider is new here.
+func (c *Controller) importNative(ctx context.Context, native *keyprovider.Native) (inventory.Provider, bool, error) {
+	c.providersMu.Lock()
+	defer c.providersMu.Unlock()
+	record := recordOf(native.Info())
+	existed, err := c.inv.CheckImport(ctx, record)
+	if err != nil {
+		return inventory.Provider{}, false, errors.Join(err, native.Close())
+	}
+	store := c.keys.replace
+	if existed {
+		store = c.keys.add // refuses other key material under the same key id
+	}
+	if err := store(native); err != nil {
+		return inventory.Provider{}, false, err
+	}
+	return c.inv.ImportProvider(ctx, record)
 }
 
 // importError tells a user what is wrong with a backup file.
@@ -230,7 +244,7 @@ func (c *Controller) unlockAll(ctx context.Context) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := c.syncAll(ctx); err != nil {
+	if err := c.remediateOnce(ctx); err != nil {
 		return nil, err
 	}
 	var unlocked []string
@@ -299,21 +313,61 @@ func (c providers) GetProviderUsage(ctx context.Context, req *connect.Request[st
 
 func (c providers) DeleteProvider(ctx context.Context, req *connect.Request[strongroomv1.DeleteProviderRequest]) (*connect.Response[strongroomv1.DeleteProviderResponse], error) {
 	name := req.Msg.GetName()
-	p, err := c.inv.Provider(ctx, name)
+	keyID, err := c.deleteProvider(ctx, name, req.Msg.GetForce())
 	if err != nil {
 		return nil, err
 	}
-	if err := c.inv.DeleteProvider(ctx, name, req.Msg.GetForce()); err != nil {
-		return nil, err
-	}
-	// The inventory first: a key that nobody names does no harm, and is removed
-	// by the next delete or replaced by an import.
-	if err := c.keys.remove(name); err != nil {
-		return nil, err
-	}
-	c.post(ctx, event.New{Type: event.ProviderDeleted, Target: "provider/" + name, Args: map[string]string{"key_id": p.KeyID}})
-	if err := c.syncAll(ctx); err != nil {
+	c.post(ctx, event.New{Type: event.ProviderDeleted, Target: "provider/" + name, Args: map[string]string{"key_id": keyID}})
+	if err := c.remediateOnce(ctx); err != nil {
 		return nil, err
 	}
 	return connect.NewResponse(&strongroomv1.DeleteProviderResponse{}), nil
+}
+
+// deleteProvider removes a provider and its key, and returns the key's id. The
+// inventory comes first: a key that nobody names does no harm. If that is all
+// an interrupted call has left, it is removed.
+func (c *Controller) deleteProvider(ctx context.Context, name string, force bool) (keyID string, err error) {
+	c.providersMu.Lock()
+	defer c.providersMu.Unlock()
+	p, err := c.inv.Provider(ctx, name)
+	if errs.KindOf(err) == errs.NotFound {
+		left, lookupErr := c.keys.native(name)
+		if lookupErr != nil {
+			return "", err
+		}
+		return left.Info().KeyID.String(), c.keys.remove(name)
+	}
+	if err != nil {
+		return "", err
+	}
+	if !force {
+		if err := c.unneededByTasks(ctx, name); err != nil {
+			return "", err
+		}
+	}
+	if err := c.inv.DeleteProvider(ctx, name, force); err != nil {
+		return "", err
+	}
+	return p.KeyID, c.keys.remove(name)
+}
+
+// unneededByTasks returns an error if a task that has not ended is about to use
+// a key of the provider: no VM tells of that need yet.
+func (c *Controller) unneededByTasks(ctx context.Context, provider string) error {
+	active, err := c.tasks.List(ctx, 0, true)
+	if err != nil {
+		return err
+	}
+	for _, t := range active {
+		var a vmArgs
+		if err := json.Unmarshal(t.Args, &a); err != nil {
+			return errs.New(errs.Corrupt, "arguments of task %s: %w", t.ID, err)
+		}
+		if a.Key != nil && a.Key.Provider == provider {
+			return errs.New(errs.InvalidState, "cannot delete key provider %s: %s of %s uses it", provider, t.Kind, t.Target).
+				WithReason("ResourceInUse").WithHint("strongroom task wait %s", t.ID)
+		}
+	}
+	return nil
 }

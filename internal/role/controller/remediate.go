@@ -4,6 +4,7 @@ import (
 	"context"
 	"log/slog"
 	"reflect"
+	"slices"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -42,43 +43,55 @@ func (c *Controller) remediate(ctx context.Context) error {
 			case <-c.wake:
 				wait = false
 			case <-sweep.C:
-				silent, err := c.sweep(ctx)
+				silent, err := c.inv.Sweep(ctx)
 				if err != nil && ctx.Err() == nil {
 					c.log.LogAttrs(ctx, slog.LevelError, "cannot look for silent hosts", slog.Any("err", err))
 				}
-				wait = !silent
+				wait = len(silent) == 0
 			}
 		}
 	}
 }
 
-// sweep notes hosts that fell silent, and reports whether there are any. What
-// their VMs do is not known any more, and is not claimed to be.
-func (c *Controller) sweep(ctx context.Context) (bool, error) {
-	silent, err := c.inv.Sweep(ctx)
+// doubt notes that nobody knows what the VMs of hosts do that do not answer. It
+// looks at all of them, so that one that a crash left out is found.
+func (c *Controller) doubt(ctx context.Context, hosts []inventory.Host) error {
+	silent := map[string]bool{}
+	for _, h := range hosts {
+		if h.State == inventory.NotResponding {
+			silent[h.ID] = true
+		}
+	}
+	if len(silent) == 0 {
+		return nil
+	}
+	vms, err := c.inv.VMs(ctx, "")
 	if err != nil {
-		return false, err
+		return err
 	}
-	for _, h := range silent {
-		vms, err := c.inv.VMs(ctx, h.ID)
-		if err != nil {
-			return true, err
+	for _, vm := range vms {
+		if !silent[vm.HostID] || vm.PowerState == inventory.PowerUnknown {
+			continue
 		}
-		for _, vm := range vms {
-			if _, err := c.inv.UpdateVM(ctx, vm.ID, func(v *inventory.VM) error {
-				v.PowerState = inventory.PowerUnknown
-				return nil
-			}); err != nil {
-				return true, err
-			}
+		_, err := c.inv.UpdateVM(ctx, vm.ID, func(v *inventory.VM) error {
+			v.PowerState = inventory.PowerUnknown
+			return nil
+		})
+		if err != nil && errs.KindOf(err) != errs.NotFound {
+			return err
 		}
 	}
-	return len(silent) > 0, nil
+	return nil
 }
 
+// remediateOnce puts everything right now. A host that does not answer is put
+// right later.
 func (c *Controller) remediateOnce(ctx context.Context) error {
 	hosts, err := c.inv.Hosts(ctx, "")
 	if err != nil {
+		return err
+	}
+	if err := c.doubt(ctx, hosts); err != nil {
 		return err
 	}
 	// Side by side: one host that hangs must not hold up the others.
@@ -91,7 +104,7 @@ func (c *Controller) remediateOnce(ctx context.Context) error {
 		group.Go(func() error {
 			ctx, cancel := context.WithTimeout(ctx, syncTimeout)
 			defer cancel()
-			if err := c.syncHost(ctx, h); err != nil {
+			if err := c.syncHost(ctx, h.ID); err != nil && errs.KindOf(err) != errs.NotFound {
 				c.log.LogAttrs(ctx, slog.LevelWarn, "host not put right", slog.String("host", h.Name), slog.Any("err", err))
 			}
 			return nil
@@ -117,11 +130,35 @@ func (c *Controller) refresh(ctx context.Context) error {
 }
 
 // syncHost gives a host its wanted configuration and notes what it has then.
-func (c *Controller) syncHost(ctx context.Context, h inventory.Host) error {
+func (c *Controller) syncHost(ctx context.Context, id string) error {
+	// One at a time for a host, each with what is wanted when its turn comes:
+	// else an older configuration could overtake a newer one.
+	unlock, err := c.agents.lock(ctx, id)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	h, err := c.inv.HostByID(ctx, id)
+	if err != nil {
+		return err
+	}
+	req, err := c.wanted(ctx, h)
+	if err != nil {
+		return err
+	}
+	res, err := callHost(ctx, h, c.agents.of(h).SyncHost, req)
+	if err != nil {
+		return err
+	}
+	return c.noteSync(ctx, h, res)
+}
+
+// wanted is the configuration that a host should have.
+func (c *Controller) wanted(ctx context.Context, h inventory.Host) (*strongroomv1.SyncHostRequest, error) {
 	req := &strongroomv1.SyncHostRequest{}
 	providers, err := c.inv.Providers(ctx)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	for _, p := range providers {
 		if p.TPMRequired && !h.Capabilities[inventory.CapabilityTPM] {
@@ -131,36 +168,43 @@ func (c *Controller) syncHost(ctx context.Context, h inventory.Host) error {
 		if !h.Holds(p.Name, p.KeyID) {
 			native, err := c.keys.native(p.Name)
 			if err != nil {
-				return errs.Wrap(err, "cannot give host %s provider %s", h.Name, p.Name)
+				return nil, errs.Wrap(err, "cannot give host %s provider %s", h.Name, p.Name)
 			}
 			if want.Parcel, err = native.Seal("controller", h.ID, h.ParcelPublicKey); err != nil {
-				return err
+				return nil, err
 			}
 		}
 		req.Providers = append(req.Providers, want)
 	}
 	datastores, err := c.inv.Datastores(ctx)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	for _, d := range datastores {
 		if d.ClusterID == h.ClusterID {
 			req.Datastores = append(req.Datastores, &strongroomv1.WantedDatastore{Name: d.Name, Type: d.Type, Path: d.PathOn(h.ID)})
 		}
 	}
-	res, err := callHost(ctx, h, c.agents.of(h).SyncHost, req)
+	return req, nil
+}
+
+// retire has a host that was removed forget all keys, if it can be reached; it
+// has no VMs. Its certificate is worth nothing here any more.
+func (c *Controller) retire(ctx context.Context, h inventory.Host) error {
+	defer c.agents.drop(h.ID)
+	ctx, cancel := context.WithTimeout(ctx, syncTimeout)
+	defer cancel()
+	unlock, err := c.agents.lock(ctx, h.ID)
 	if err != nil {
 		return err
 	}
-	return c.noteSync(ctx, h, res)
+	defer unlock()
+	_, err = callHost(ctx, h, c.agents.of(h).SyncHost, &strongroomv1.SyncHostRequest{})
+	return err
 }
 
 func (c *Controller) noteSync(ctx context.Context, h inventory.Host, res *strongroomv1.SyncHostResponse) error {
-	var held []inventory.HeldKey
-	for _, p := range res.GetProviders() {
-		held = append(held, inventory.HeldKey{Provider: p.GetName(), KeyID: p.GetKeyId()})
-	}
-	if !sameHeld(h.Held, held) {
+	if held := heldFromAPI(res.GetProviders()); !slices.Equal(h.Held, held) {
 		if _, err := c.inv.UpdateHost(ctx, h.ID, func(h *inventory.Host) error {
 			h.Held = held
 			if len(held) > 0 {
@@ -184,12 +228,6 @@ func (c *Controller) noteSync(ctx context.Context, h inventory.Host, res *strong
 		}
 	}
 	return nil
-}
-
-// syncAll puts all connected hosts right now, for an operation that needs it.
-// A host that does not answer is put right later.
-func (c *Controller) syncAll(ctx context.Context) error {
-	return c.remediateOnce(ctx)
 }
 
 // post stores an event. The operation that it tells of has happened, so a

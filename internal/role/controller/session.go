@@ -2,6 +2,7 @@ package controller
 
 import (
 	"context"
+	"fmt"
 	"slices"
 	"time"
 
@@ -22,10 +23,10 @@ const (
 type sessions struct{ *Controller }
 
 func (c sessions) Login(ctx context.Context, req *connect.Request[strongroomv1.LoginRequest]) (*connect.Response[strongroomv1.LoginResponse], error) {
-	user := req.Msg.GetUser()
-	principal, err := c.access.Login(ctx, user, req.Msg.GetPassword())
+	user := fmt.Sprintf("%.64s", req.Msg.GetUser()) // no name is longer
+	principal, err := c.access.Login(ctx, req.Msg.GetUser(), req.Msg.GetPassword())
 	if err != nil {
-		c.post(ctx, event.New{Type: event.UserLoginFailed, Principal: "anonymous", Target: "user/" + user, Args: map[string]string{"address": addressOf(ctx)}})
+		c.post(ctx, event.New{Type: event.UserLoginFailed, Principal: callerOf(ctx).name(), Target: "user/" + user, Args: map[string]string{"address": addressOf(ctx)}})
 		return nil, err
 	}
 	token, issued, err := c.access.IssueToken(ctx, principal.Name, "session", sessionLife)
@@ -67,6 +68,7 @@ type accounts struct{ *Controller }
 
 func (c accounts) CreateUser(ctx context.Context, req *connect.Request[strongroomv1.CreateUserRequest]) (*connect.Response[strongroomv1.User], error) {
 	m := req.Msg
+	defer clear(m.GetPassword())
 	if err := c.mayGive(ctx, m.GetRoles()); err != nil {
 		return nil, err
 	}
@@ -122,6 +124,8 @@ func (c accounts) DeleteUser(ctx context.Context, req *connect.Request[strongroo
 }
 
 func (c accounts) ChangePassword(ctx context.Context, req *connect.Request[strongroomv1.ChangePasswordRequest]) (*connect.Response[strongroomv1.ChangePasswordResponse], error) {
+	defer clear(req.Msg.GetOldPassword())
+	defer clear(req.Msg.GetNewPassword())
 	p := callerOf(ctx).principal
 	if p.Kind != access.UserPrincipal {
 		return nil, errs.New(errs.Invalid, "%s has no password", p)
@@ -154,7 +158,7 @@ func (c accounts) CreateToken(ctx context.Context, req *connect.Request[strongro
 	if p.Kind != access.UserPrincipal {
 		return nil, errs.New(errs.Invalid, "tokens are for users, and %s is none", p)
 	}
-	life := time.Duration(req.Msg.GetLifetimeSeconds()) * time.Second
+	life := seconds(req.Msg.GetLifetimeSeconds())
 	if life == 0 {
 		life = tokenLifeDefault
 	}

@@ -8,7 +8,6 @@ import (
 	"github.com/google/uuid"
 
 	strongroomv1 "strongroom/api/strongroom/v1"
-	"strongroom/internal/control/access"
 	"strongroom/internal/control/inventory"
 	"strongroom/internal/control/task"
 	"strongroom/internal/errs"
@@ -48,6 +47,15 @@ func (c vms) GetVM(ctx context.Context, req *connect.Request[strongroomv1.GetVMR
 
 // submit starts a task on a VM for the caller.
 func (c *Controller) submit(ctx context.Context, kind, vm string, args vmArgs) (*connect.Response[strongroomv1.Task], error) {
+	if args.Key != nil {
+		// The provider must not be deleted between its choice and the task that
+		// keeps it from being deleted.
+		c.providersMu.Lock()
+		defer c.providersMu.Unlock()
+		if _, err := c.inv.Provider(ctx, args.Key.Provider); err != nil {
+			return nil, err
+		}
+	}
 	t, err := c.tasks.Submit(ctx, task.Request{Kind: kind, Target: "vm/" + vm, Owner: callerOf(ctx).principal.String(), Args: args})
 	if err != nil {
 		return nil, err
@@ -87,7 +95,7 @@ func (c *Controller) newKey(ctx context.Context, provider, hostID string) (*inve
 		return nil, err
 	}
 	if !h.Holds(p.Name, p.KeyID) {
-		if err := c.syncHost(ctx, h); err != nil {
+		if err := c.syncHost(ctx, h.ID); err != nil {
 			return nil, err
 		}
 		if h, err = c.inv.HostByID(ctx, hostID); err != nil {
@@ -106,13 +114,13 @@ func (c *Controller) newKey(ctx context.Context, provider, hostID string) (*inve
 
 func (c vms) CreateVM(ctx context.Context, req *connect.Request[strongroomv1.CreateVMRequest]) (*connect.Response[strongroomv1.Task], error) {
 	m := req.Msg
-	if m.GetEncrypt() {
-		if err := c.access.Check(ctx, callerOf(ctx).principal, "Cryptographer.EncryptNew", access.Root); err != nil {
-			return nil, err
-		}
-	}
 	if err := inventory.CheckName("VM", m.GetName()); err != nil {
 		return nil, err
+	}
+	if m.GetEncrypt() {
+		if err := c.access.Check(ctx, callerOf(ctx).principal, "Cryptographer.EncryptNew", vmObject(m.GetName())); err != nil {
+			return nil, err
+		}
 	}
 	if _, err := c.inv.VM(ctx, m.GetName()); err == nil {
 		return nil, errs.New(errs.Exists, "there is a VM %s already", m.GetName()).WithHint("strongroom vm show %s", m.GetName())

@@ -111,59 +111,81 @@ func (c *Controller) step(do vmStep) func(context.Context, *task.Run) error {
 // who powers a VM on or off wants to know at once.
 func waits(kind string) bool { return kind != taskPowerOn && kind != taskPowerOff }
 
-// conclude audits a crypto operation and tells of it, or of its failure. It
-// returns err, or that the audit record could not be written.
+// conclude audits what a step came to and tells of it: a failure, an undo, and
+// the success of the last step. It returns err, or that the audit record could
+// not be written.
 func (c *Controller) conclude(ctx context.Context, t task.Task, a vmArgs, err error) error {
-	n := event.New{Principal: t.Owner, Target: t.Target, Args: map[string]string{}}
-	if err != nil {
-		n.Type, n.Args["kind"], n.Args["error"] = event.TaskFailed, t.Kind, err.Error()
-		switch {
-		case errs.KindOf(err) == errs.NoSpace:
-			n.Type, n.Args["datastore"] = event.VMNoDiskSpace, a.Datastore
-		case t.Kind == taskRekey:
-			n.Type = event.VMRekeyFailed
-		}
-		c.post(ctx, n)
+	last := t.CurrentStep() == t.Steps[len(t.Steps)-1].Name
+	if err == nil && !last && !t.Undoing {
+		return nil
 	}
 	entry := audit.Entry{Actor: t.Owner, Action: t.Kind, Object: "/" + t.Target, Outcome: audit.Success, Details: map[string]string{"task": t.ID}}
-	if err != nil {
-		entry.Outcome, entry.Details["error"] = audit.Failed, err.Error()
-	}
+	tell := event.New{Principal: t.Owner, Target: t.Target, Args: map[string]string{}}
 	if a.Key != nil {
 		entry.Details["provider"], entry.Details["key_id"] = a.Key.Provider, a.Key.KeyID
-		n.Args["provider"] = a.Key.Provider
+		tell.Args["provider"] = a.Key.Provider
 	}
-	switch t.Kind {
-	case taskEncrypt:
-		n.Type = event.VMEncrypted
-	case taskDecrypt:
-		n.Type = event.VMDecrypted
-	case taskRekey:
-		n.Type, n.Args["depth"] = event.VMRekeyed, "shallow"
-		if a.Deep {
-			n.Args["depth"] = "deep"
-		}
-		entry.Action += "." + n.Args["depth"]
-	case taskCreate:
-		n.Type = event.VMCreated
-	case taskRegister:
-		n.Type = event.VMRegistered
-	case taskUnregister:
-		n.Type = event.VMUnregistered
-	case taskDelete:
-		n.Type = event.VMDeleted
-	default:
-		n.Type = ""
+	if t.Kind == taskRekey {
+		tell.Args["depth"] = depth(a)
+		entry.Action += "." + depth(a)
 	}
-	last := t.CurrentStep() == t.Steps[len(t.Steps)-1].Name
-	if err == nil && n.Type != "" && last && !t.Undoing {
-		c.post(ctx, n)
+	if t.Undoing {
+		entry.Action += ".undo"
+	}
+	if err == nil {
+		tell.Type = doneEvent(t.Kind)
+	} else {
+		entry.Outcome, entry.Details["error"] = audit.Failed, err.Error()
+		tell.Type, tell.Args["kind"], tell.Args["error"], tell.Args["datastore"] = failedEvent(t.Kind, err), t.Kind, err.Error(), a.Datastore
+	}
+	if tell.Type != "" && (err != nil || !t.Undoing) {
+		c.post(ctx, tell)
 	}
 	if _, auditErr := c.audit.Append(entry); auditErr != nil {
 		c.log.LogAttrs(ctx, slog.LevelError, "audit record not written", slog.String("task", t.ID), slog.Any("err", auditErr))
 		return errors.Join(err, errs.Wrap(auditErr, "cannot write the audit log"))
 	}
 	return err
+}
+
+func depth(a vmArgs) string {
+	if a.Deep {
+		return "deep"
+	}
+	return "shallow"
+}
+
+// doneEvent is the type of event that tells of a task that succeeded; empty if
+// something else tells of it.
+func doneEvent(kind string) string {
+	switch kind {
+	case taskCreate:
+		return event.VMCreated
+	case taskRegister:
+		return event.VMRegistered
+	case taskUnregister:
+		return event.VMUnregistered
+	case taskDelete:
+		return event.VMDeleted
+	case taskEncrypt:
+		return event.VMEncrypted
+	case taskDecrypt:
+		return event.VMDecrypted
+	case taskRekey:
+		return event.VMRekeyed
+	}
+	return ""
+}
+
+// failedEvent is the type of event that tells of a task that failed.
+func failedEvent(kind string, err error) string {
+	switch {
+	case errs.KindOf(err) == errs.NoSpace:
+		return event.VMNoDiskSpace
+	case kind == taskRekey:
+		return event.VMRekeyFailed
+	}
+	return event.TaskFailed
 }
 
 // progress tells a task what the host tells.
@@ -173,7 +195,7 @@ func progress(ctx context.Context, r *task.Run) func(*strongroomv1.AgentProgress
 
 func (c *Controller) createOnHost(ctx context.Context, r *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {
 	// The host may be new or the datastore: it needs both before the VM.
-	if err := c.syncHost(ctx, h); err != nil {
+	if err := c.syncHost(ctx, h.ID); err != nil {
 		return nil, err
 	}
 	return streamHost(ctx, h, c.agents.of(h).CreateVM, &strongroomv1.AgentCreateVMRequest{
@@ -225,7 +247,7 @@ type registered struct {
 }
 
 func (c *Controller) registerOnHost(ctx context.Context, r *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {
-	if err := c.syncHost(ctx, h); err != nil {
+	if err := c.syncHost(ctx, h.ID); err != nil {
 		return nil, err
 	}
 	res, err := callHost(ctx, h, c.agents.of(h).RegisterVM, &strongroomv1.AgentRegisterVMRequest{Datastore: a.Datastore, Folder: a.Folder, Name: a.Name})
@@ -276,7 +298,7 @@ func (c *Controller) rekey(ctx context.Context, r *task.Run, h inventory.Host, a
 }
 
 func (c *Controller) unlock(ctx context.Context, _ *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {
-	if err := c.syncHost(ctx, h); err != nil {
+	if err := c.syncHost(ctx, h.ID); err != nil {
 		return nil, err
 	}
 	v, err := c.inv.VMByID(ctx, a.ID)
