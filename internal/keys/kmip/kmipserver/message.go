@@ -1,0 +1,339 @@
+package kmipserver
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"runtime/debug"
+	"time"
+
+	"github.com/ovh/kmip-go"
+	"github.com/ovh/kmip-go/ttlv"
+
+	"strongroom/internal/crypto/keymem"
+)
+
+// Refusal is an error that a client is told about: a reason of KMIP 1.4
+// section 9.1.3.2.29 and a sentence. Every other error reaches the client as
+// General Failure without its text.
+type Refusal struct {
+	Reason  kmip.ResultReason
+	Message string
+}
+
+// Error implements error.
+func (r *Refusal) Error() string { return r.Message }
+
+func refuse(reason kmip.ResultReason, format string, args ...any) error {
+	return &Refusal{Reason: reason, Message: fmt.Sprintf(format, args...)}
+}
+
+// request is one message while it is answered.
+type request struct {
+	ctx     context.Context // of this one request; batch items get it from here
+	server  *Server
+	account string
+	version kmip.ProtocolVersion
+	now     time.Time
+	// placeholder is the ID Placeholder (KMIP 1.4 section 4): what the batch's
+	// items before this one made or found, or "".
+	placeholder string
+	wipe        [][]byte // ordinary memory with key material in it
+	secretSize  int      // bytes of key material in the answer
+}
+
+func (r *request) atLeast(v kmip.ProtocolVersion) bool {
+	return ttlv.CompareVersions(r.version, v) >= 0
+}
+
+// id returns the object an item is about: the one given, or the placeholder.
+func (r *request) id(given string) (string, error) {
+	if given != "" {
+		return given, nil
+	}
+	if r.placeholder == "" {
+		return "", refuse(kmip.ResultReasonItemNotFound, "no Unique Identifier was given and the ID Placeholder is empty")
+	}
+	return r.placeholder, nil
+}
+
+// reveal returns a copy of k in ordinary memory, for the codec. It is wiped
+// when the answer has been encoded.
+func (r *request) reveal(k *keymem.Key) []byte {
+	b := make([]byte, k.Len())
+	copy(b, k.Bytes())
+	r.conceal(b)
+	r.secretSize += len(b)
+	return b
+}
+
+// conceal has b wiped when the answer has been encoded.
+func (r *request) conceal(b []byte) { r.wipe = append(r.wipe, b) }
+
+// item is one decoded item of a batch.
+type item struct {
+	operation kmip.Operation
+	id        []byte
+	payload   kmip.OperationPayload
+	extension *kmip.MessageExtension
+	err       error // why payload could not be decoded
+}
+
+// envelope is a decoded message.
+type envelope struct {
+	header kmip.RequestHeader
+	items  []item
+}
+
+// decode decodes a checked message. Payloads whose fields do not fit their
+// operation are an error of their item, not of the message.
+func (s *Server) decode(message []byte) (e envelope, err error) {
+	defer func() {
+		if p := recover(); p != nil { // the codec panics on some values of the wrong type
+			err = malformed("%v", p)
+		}
+	}()
+	d, err := ttlv.NewTTLVDecoder(message)
+	if err != nil {
+		return envelope{}, err
+	}
+	err = d.Struct(kmip.TagRequestMessage, func(d *ttlv.Decoder) error {
+		if err := d.TagAny(kmip.TagRequestHeader, &e.header); err != nil {
+			return err
+		}
+		for d.Tag() == kmip.TagBatchItem {
+			if len(e.items) == s.limits.Batch {
+				return malformed("over %d batch items", s.limits.Batch)
+			}
+			var it item
+			if err := d.Struct(kmip.TagBatchItem, func(d *ttlv.Decoder) error { return s.decodeItem(d, &it) }); err != nil {
+				return err
+			}
+			e.items = append(e.items, it)
+		}
+		if d.Tag() != 0 {
+			return malformed("a %s after the batch", ttlv.TagString(d.Tag()))
+		}
+		return nil
+	})
+	return e, err
+}
+
+func (s *Server) decodeItem(d *ttlv.Decoder, it *item) error {
+	if err := d.TagAny(kmip.TagOperation, &it.operation); err != nil {
+		return err
+	}
+	if err := d.Opt(kmip.TagUniqueBatchItemID, &it.id); err != nil {
+		return err
+	}
+	if d.Tag() != kmip.TagRequestPayload {
+		return malformed("a batch item without Request Payload")
+	}
+	if op, ok := s.operations[it.operation]; ok {
+		// From here a fault is this item's alone; the cursor must move on.
+		it.payload = op.payload()
+		it.err = decodePayload(d, it.payload)
+	}
+	if d.Tag() == kmip.TagRequestPayload {
+		if err := d.Next(); err != nil {
+			return err
+		}
+	}
+	return d.Opt(kmip.TagMessageExtension, &it.extension)
+}
+
+func decodePayload(d *ttlv.Decoder, payload kmip.OperationPayload) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("%v", p)
+		}
+	}()
+	return d.TagAny(kmip.TagRequestPayload, payload)
+}
+
+var supportedVersions = []kmip.ProtocolVersion{kmip.V1_4, kmip.V1_3, kmip.V1_2, kmip.V1_1, kmip.V1_0}
+
+func supports(v kmip.ProtocolVersion) bool {
+	return v.ProtocolVersionMajor == 1 && v.ProtocolVersionMinor >= 0 && v.ProtocolVersionMinor <= 4
+}
+
+// answer runs the batch of message and returns the encoded response.
+func (s *Server) answer(ctx context.Context, state tls.ConnectionState, message []byte) []byte {
+	e, err := s.decode(message)
+	version := e.header.ProtocolVersion
+	if !supports(version) {
+		// Also when the rest of the message is not what this server knows: a
+		// client of KMIP 2 must be told the version, not a parse error.
+		if version == (kmip.ProtocolVersion{}) {
+			version = kmip.V1_0
+			return s.refuseMessage(version, refuse(kmip.ResultReasonInvalidMessage, "the message is not a KMIP request"))
+		}
+		return s.refuseMessage(kmip.V1_4, refuse(kmip.ResultReasonInvalidMessage, "protocol version %v is not supported", version))
+	}
+	r := &request{ctx: ctx, server: s, version: version, now: s.now().Truncate(time.Second).UTC()}
+	defer func() {
+		for _, b := range r.wipe {
+			keymem.Wipe(b)
+		}
+	}()
+	for _, it := range e.items {
+		r.concealPayload(it.payload)
+	}
+	if err == nil {
+		err = s.checkHeader(e)
+	}
+	if err == nil {
+		err = r.authenticate(state, e.header.Authentication)
+	}
+	if err != nil {
+		return s.refuseMessage(version, err)
+	}
+	response := newResponse(version, r.now)
+	for _, it := range e.items {
+		out := r.run(it)
+		response.BatchItem = append(response.BatchItem, out)
+		if out.ResultStatus != kmip.ResultStatusSuccess && e.header.BatchErrorContinuationOption != kmip.BatchErrorContinuationOptionContinue {
+			break
+		}
+	}
+	return encodeResponse(response, r.secretSize, e.header.MaximumResponseSize)
+}
+
+// checkHeader refuses what a whole message may not ask for.
+func (s *Server) checkHeader(e envelope) error {
+	h := e.header
+	switch {
+	case int(h.BatchCount) != len(e.items) || len(e.items) == 0:
+		return refuse(kmip.ResultReasonInvalidMessage, "the batch count is %d and there are %d items", h.BatchCount, len(e.items))
+	case h.BatchErrorContinuationOption > kmip.BatchErrorContinuationOptionUndo:
+		return refuse(kmip.ResultReasonInvalidField, "unknown Batch Error Continuation Option %d", h.BatchErrorContinuationOption)
+	case h.BatchErrorContinuationOption == kmip.BatchErrorContinuationOptionUndo && len(e.items) > 1:
+		return refuse(kmip.ResultReasonFeatureNotSupported, "a batch cannot be undone by this server")
+	case h.MaximumResponseSize < 0:
+		return refuse(kmip.ResultReasonInvalidField, "a negative Maximum Response Size")
+	case h.TimeStamp != nil && h.TimeStamp.Unix() < 0:
+		return refuse(kmip.ResultReasonInvalidField, "a Time Stamp before 1970")
+	}
+	return nil
+}
+
+func (r *request) authenticate(state tls.ConnectionState, a *kmip.Authentication) error {
+	var credentials []kmip.Credential
+	if a != nil {
+		credentials = append(append(credentials, a.Credential), a.AdditionalCredential...)
+	}
+	account, err := r.server.authenticate(r.ctx, state, credentials)
+	if err != nil {
+		r.server.log.LogAttrs(r.ctx, slog.LevelInfo, "kmip client refused", slog.Any("err", err))
+		return refuse(kmip.ResultReasonAuthenticationNotSuccessful, "who you are could not be established")
+	}
+	r.account = account
+	return nil
+}
+
+// run answers one item; it never panics.
+func (r *request) run(it item) (out kmip.ResponseBatchItem) {
+	out = kmip.ResponseBatchItem{Operation: it.operation, UniqueBatchItemID: it.id}
+	defer func() {
+		if p := recover(); p != nil {
+			r.server.log.LogAttrs(r.ctx, slog.LevelError, "kmip operation panicked",
+				slog.String("op", ttlv.EnumStr(it.operation)), slog.Any("err", p), slog.String("stack", string(debug.Stack())))
+			fail(&out, fmt.Errorf("panic"))
+		}
+	}()
+	payload, err := r.perform(it)
+	if err != nil {
+		var told *Refusal
+		if !errors.As(err, &told) {
+			r.server.log.LogAttrs(r.ctx, slog.LevelError, "kmip operation failed", slog.String("op", ttlv.EnumStr(it.operation)), slog.Any("err", err))
+		}
+		fail(&out, err)
+		return out
+	}
+	out.ResponsePayload = payload
+	return out
+}
+
+func (r *request) perform(it item) (kmip.OperationPayload, error) {
+	op, ok := r.server.operations[it.operation]
+	switch {
+	case !ok || !r.atLeast(op.since):
+		return nil, refuse(kmip.ResultReasonOperationNotSupported, "operation %s is not supported in KMIP %v", ttlv.EnumStr(it.operation), r.version)
+	case it.extension != nil && it.extension.CriticalityIndicator:
+		return nil, refuse(kmip.ResultReasonFeatureNotSupported, "message extension of %q is not supported", it.extension.VendorIdentification)
+	case it.err != nil:
+		return nil, refuse(kmip.ResultReasonInvalidMessage, "the payload of %s is not well formed", ttlv.EnumStr(it.operation))
+	}
+	return op.run(r, it.payload)
+}
+
+func fail(out *kmip.ResponseBatchItem, err error) {
+	out.ResultStatus = kmip.ResultStatusOperationFailed
+	out.ResponsePayload = nil
+	var told *Refusal
+	if errors.As(err, &told) {
+		out.ResultReason, out.ResultMessage = told.Reason, told.Message
+		return
+	}
+	out.ResultReason, out.ResultMessage = kmip.ResultReasonGeneralFailure, "the server failed; its log says why"
+}
+
+func newResponse(v kmip.ProtocolVersion, now time.Time) *kmip.ResponseMessage {
+	return &kmip.ResponseMessage{Header: kmip.ResponseHeader{ProtocolVersion: v, TimeStamp: now}}
+}
+
+// refuseMessage answers a message that was not run: one failed item without
+// an operation (KMIP 1.4 section 7.2).
+func (s *Server) refuseMessage(v kmip.ProtocolVersion, err error) []byte {
+	if !errors.As(err, new(*Refusal)) {
+		err = refuse(kmip.ResultReasonInvalidMessage, "the message is not well formed")
+	}
+	response := newResponse(v, s.now())
+	var out kmip.ResponseBatchItem
+	fail(&out, err)
+	response.BatchItem = append(response.BatchItem, out)
+	return encodeResponse(response, 0, 0)
+}
+
+// answerMalformed returns the answer to what is not TTLV; there is none for a
+// connection that broke.
+func (s *Server) answerMalformed(err error) ([]byte, bool) {
+	if !errors.Is(err, errMalformed) {
+		return nil, false
+	}
+	return s.refuseMessage(kmip.V1_0, refuse(kmip.ResultReasonInvalidMessage, "the message is not well formed, or too large")), true
+}
+
+// encodeResponse encodes response, whose payloads hold secrets bytes of key
+// material. If that takes more than limit bytes (0: any number), every payload
+// is replaced by Response Too Large (KMIP 1.4 section 6.3).
+func encodeResponse(response *kmip.ResponseMessage, secrets int, limit int32) []byte {
+	response.Header.BatchCount = int32(len(response.BatchItem))
+	room := 0
+	if secrets > 0 {
+		room = 4096 + 1024*len(response.BatchItem) + 2*secrets
+	}
+	answer := encode(response, room)
+	if limit == 0 || len(answer) <= int(limit) {
+		return answer
+	}
+	keymem.Wipe(answer)
+	for i := range response.BatchItem {
+		fail(&response.BatchItem[i], refuse(kmip.ResultReasonResponseTooLarge, "the response would be over %d bytes", limit))
+	}
+	return encode(response, 0)
+}
+
+// encode makes room bytes of room first, so that with key material the
+// encoder's buffer does not grow and leave a copy in an abandoned one.
+func encode(message any, room int) []byte {
+	enc := ttlv.NewTTLVEncoder()
+	if room > 0 {
+		enc.ByteString(kmip.TagKeyMaterial, make([]byte, room))
+		enc.Clear()
+	}
+	enc.Any(message)
+	return enc.Bytes()
+}

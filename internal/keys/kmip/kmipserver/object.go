@@ -1,0 +1,179 @@
+package kmipserver
+
+//lint:file-ignore SA1019 clients of older versions use what KMIP 1.3 deprecates
+
+import (
+	"context"
+	"errors"
+	"iter"
+	"slices"
+	"time"
+
+	"github.com/ovh/kmip-go"
+
+	"strongroom/internal/crypto/keymem"
+)
+
+// Object is a managed object (KMIP 1.4 section 2.2) of one account.
+//
+// An Object that was given to or got from a store shares Attributes' values
+// and Material with it: attribute values are never changed, only replaced.
+type Object struct {
+	ID   string
+	Type kmip.ObjectType
+	// Attributes are what Get Attributes can return, State and dates included;
+	// Unique Identifier and Object Type are not among them. AttributeIndex is
+	// nil for index 0.
+	Attributes []kmip.Attribute
+	Layout     Layout
+	// Template is what a template gives to objects made from it.
+	Template []kmip.Attribute
+	// Material is the key or data, in the clear or as it was wrapped by the
+	// client; nil once destroyed, and for a template. The store owns it.
+	Material *keymem.Key
+	Archived bool
+}
+
+// Layout says what the bytes of an object's Material are.
+type Layout struct {
+	Format      kmip.KeyFormatType
+	Compression kmip.KeyCompressionType
+	Algorithm   kmip.CryptographicAlgorithm // 0 if not told
+	Length      int32                       // bits; 0 if not told
+	SecretType  kmip.SecretDataType         // of Secret Data
+	OpaqueType  kmip.OpaqueDataType         // of Opaque Objects
+	Wrapping    *kmip.KeyWrappingData       // how a client wrapped it; nil in the clear
+}
+
+// ErrNoObject is reported by a [Tx] for an identifier that the account does
+// not have.
+var ErrNoObject = errors.New("no such object")
+
+// Query narrows what a store looks through.
+type Query struct {
+	Name string // objects with this Name attribute only; "" for all
+}
+
+// Reader is a consistent view of one account's objects. Objects it returns are
+// the caller's to change, but nothing of it reaches the store but by
+// [Tx.Put]; their Material may be used until the view ends.
+type Reader interface {
+	// Get returns an object or ErrNoObject.
+	Get(id string) (*Object, error)
+	// Find returns the objects that match q, oldest first.
+	Find(q Query) iter.Seq2[*Object, error]
+}
+
+// Tx is a [Reader] whose changes take effect together when the transaction
+// ends without an error, and not at all if it does not.
+type Tx interface {
+	Reader
+	// Put inserts or replaces an object. The store owns o's Material from the
+	// transaction's successful end on, and releases the one that o replaces if
+	// that is another.
+	Put(o *Object) error
+}
+
+// Store keeps managed objects by account. It must serialise transactions that
+// touch the same object; f may run again if it met a conflict. It is safe for
+// concurrent use.
+type Store interface {
+	View(ctx context.Context, account string, f func(Reader) error) error
+	Update(ctx context.Context, account string, f func(Tx) error) error
+}
+
+// index returns the place of attribute name with index i, or -1.
+func (o *Object) index(name kmip.AttributeName, i int32) int {
+	return slices.IndexFunc(o.Attributes, func(a kmip.Attribute) bool {
+		return a.AttributeName == name && indexOf(a) == i
+	})
+}
+
+func indexOf(a kmip.Attribute) int32 {
+	if a.AttributeIndex == nil {
+		return 0
+	}
+	return *a.AttributeIndex
+}
+
+// set gives the single-valued attribute name a value.
+func (o *Object) set(name kmip.AttributeName, value any) {
+	a := kmip.Attribute{AttributeName: name, AttributeValue: value}
+	if i := o.index(name, 0); i >= 0 {
+		o.Attributes[i] = a
+		return
+	}
+	o.Attributes = append(o.Attributes, a)
+}
+
+func (o *Object) unset(name kmip.AttributeName) {
+	o.Attributes = slices.DeleteFunc(o.Attributes, func(a kmip.Attribute) bool { return a.AttributeName == name })
+}
+
+// add appends a value of attribute name under the next free index and returns
+// what was added.
+func (o *Object) add(name kmip.AttributeName, value any) kmip.Attribute {
+	next := int32(0)
+	for _, a := range o.Attributes {
+		if a.AttributeName == name {
+			next = max(next, indexOf(a)+1)
+		}
+	}
+	a := kmip.Attribute{AttributeName: name, AttributeValue: value}
+	if next > 0 {
+		a.AttributeIndex = &next
+	}
+	o.Attributes = append(o.Attributes, a)
+	return a
+}
+
+// attribute returns the lowest-indexed value of name as a T.
+func attribute[T any](o *Object, name kmip.AttributeName) (value T, ok bool) {
+	for _, a := range o.Attributes {
+		if a.AttributeName == name {
+			value, ok = a.AttributeValue.(T)
+			return value, ok
+		}
+	}
+	return value, false
+}
+
+func (o *Object) state() kmip.State {
+	state, _ := attribute[kmip.State](o, kmip.AttributeNameState)
+	return state
+}
+
+func (o *Object) usage() kmip.CryptographicUsageMask {
+	mask, _ := attribute[kmip.CryptographicUsageMask](o, kmip.AttributeNameCryptographicUsageMask)
+	return mask
+}
+
+func (o *Object) date(name kmip.AttributeName) (time.Time, bool) {
+	return attribute[time.Time](o, name)
+}
+
+// clone returns a copy whose attribute list may be changed.
+func (o *Object) clone() *Object {
+	c := *o
+	c.Attributes = slices.Clone(o.Attributes)
+	return &c
+}
+
+// hasState tells the objects with a life cycle (KMIP 1.4 section 3.22).
+func hasState(t kmip.ObjectType) bool {
+	return t != kmip.ObjectTypeOpaqueObject && t != kmip.ObjectTypeTemplate
+}
+
+// advance brings the state up to date with the dates that have come (KMIP 1.4
+// section 3.22, transitions 4 and 6).
+func (o *Object) advance(now time.Time) {
+	if !hasState(o.Type) {
+		return
+	}
+	if at, ok := o.date(kmip.AttributeNameActivationDate); ok && o.state() == kmip.StatePreActive && !at.After(now) {
+		o.set(kmip.AttributeNameState, kmip.StateActive)
+	}
+	if at, ok := o.date(kmip.AttributeNameDeactivationDate); ok && o.state() == kmip.StateActive && !at.After(now) {
+		o.set(kmip.AttributeNameState, kmip.StateDeactivated)
+	}
+}

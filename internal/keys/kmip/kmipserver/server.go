@@ -1,0 +1,233 @@
+// Package kmipserver answers KMIP 1.0 to 1.4 requests over TLS (OASIS Key
+// Management Interoperability Protocol Specification, versions 1.0 to 1.4) for
+// the objects of a [Store].
+//
+// Codec, messages and most payloads are those of github.com/ovh/kmip-go.
+// Listener, limits, batches, versions and the meaning of every operation are
+// this package's own.
+//
+// Invariants: nothing is handed to the codec that [checkMessage] has not found
+// well formed and within limits; a panic ends one request, never the server; a
+// client sees its own account's objects only; key material is in keymem, and
+// what the codec copies elsewhere is wiped when the answer has been sent.
+//
+// A [Server] is safe for concurrent use.
+package kmipserver
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"runtime/debug"
+	"sync"
+	"time"
+
+	"github.com/ovh/kmip-go"
+
+	"strongroom/internal/crypto/keymem"
+)
+
+// Limits bounds what clients can make a server do. A zero field means its
+// default.
+type Limits struct {
+	Connections int           // open at once, 512; one more is closed unanswered
+	Handshake   time.Duration // for the TLS handshake, 10 s
+	Idle        time.Duration // between two requests of a connection, 15 min
+	Request     time.Duration // from a request's first byte to its last, and for sending the answer, 30 s
+	Message     int           // bytes of a message with its header, 1 MiB
+	Depth       int           // nested structures, 16
+	Values      int           // values in a message, 8192
+	Batch       int           // items of a batch, 64
+}
+
+func (l Limits) withDefaults() Limits {
+	orElse := func(n *int, d int) {
+		if *n == 0 {
+			*n = d
+		}
+	}
+	orWait := func(n *time.Duration, d time.Duration) {
+		if *n == 0 {
+			*n = d
+		}
+	}
+	orElse(&l.Connections, 512)
+	orWait(&l.Handshake, 10*time.Second)
+	orWait(&l.Idle, 15*time.Minute)
+	orWait(&l.Request, 30*time.Second)
+	orElse(&l.Message, 1<<20)
+	orElse(&l.Depth, 16)
+	orElse(&l.Values, 8192)
+	orElse(&l.Batch, 64)
+	return l
+}
+
+// Authenticator tells whose objects a request is about: the account of the
+// client with this verified TLS state and these credentials, which may be
+// none. It is called once a request. An error refuses the request with
+// Authentication Not Successful; its text is logged and not sent.
+type Authenticator func(ctx context.Context, state tls.ConnectionState, credentials []kmip.Credential) (account string, err error)
+
+// Config is what a server needs.
+type Config struct {
+	Store        Store
+	Authenticate Authenticator
+	TLS          *tls.Config // cloned; see [TLSConfig]
+	Limits       Limits
+	Log          *slog.Logger
+	Now          func() time.Time // the clock; nil means [time.Now]
+	Vendor       string           // Vendor Identification of Query; empty means "strongroom"
+}
+
+// Server answers KMIP requests. Make it with [New].
+type Server struct {
+	store        Store
+	authenticate Authenticator
+	tls          *tls.Config
+	limits       Limits
+	log          *slog.Logger
+	now          func() time.Time
+	vendor       string
+	operations   map[kmip.Operation]operation
+}
+
+// New returns a server of c. Store, Authenticate, TLS and Log must be set.
+func New(c Config) (*Server, error) {
+	if c.Store == nil || c.Authenticate == nil || c.TLS == nil || c.Log == nil {
+		return nil, errors.New("cannot make a KMIP server: store, authenticator, TLS configuration and log must be given")
+	}
+	s := &Server{
+		store: c.Store, authenticate: c.Authenticate, tls: c.TLS.Clone(), limits: c.Limits.withDefaults(),
+		log: c.Log, now: c.Now, vendor: c.Vendor, operations: operations(),
+	}
+	if s.now == nil {
+		s.now = time.Now
+	}
+	if s.vendor == "" {
+		s.vendor = "strongroom"
+	}
+	return s, nil
+}
+
+// Serve accepts connections from l until ctx is done, then closes l and all
+// connections, waits for their requests and returns nil. It returns an error
+// if accepting fails for another reason. l must be a plain TCP or unix
+// listener: Serve does the TLS handshakes, within their deadline.
+func (s *Server) Serve(ctx context.Context, l net.Listener) error {
+	var connections sync.WaitGroup
+	defer connections.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stop := context.AfterFunc(ctx, func() { l.Close() })
+	defer func() {
+		stop()
+		l.Close()
+	}()
+	slots := make(chan struct{}, s.limits.Connections)
+	for {
+		raw, err := l.Accept()
+		if err != nil {
+			if ctx.Err() != nil {
+				return nil
+			}
+			var passing net.Error
+			if errors.As(err, &passing) && passing.Timeout() {
+				continue
+			}
+			return fmt.Errorf("cannot accept KMIP connections: %w", err)
+		}
+		select {
+		case slots <- struct{}{}:
+		default:
+			s.log.LogAttrs(ctx, slog.LevelWarn, "kmip connection refused: too many are open", slog.String("peer", raw.RemoteAddr().String()))
+			raw.Close()
+			continue
+		}
+		connections.Go(func() {
+			defer func() { <-slots }()
+			s.serveConnection(ctx, raw)
+		})
+	}
+}
+
+// serveConnection does the handshake and answers requests one after another.
+// A peer that closes, before or after the handshake, is not worth a warning:
+// clients test reachability that way.
+func (s *Server) serveConnection(ctx context.Context, raw net.Conn) {
+	log := s.log.With(slog.String("peer", raw.RemoteAddr().String()))
+	conn := tls.Server(raw, s.tls)
+	stop := context.AfterFunc(ctx, func() { raw.Close() })
+	defer func() {
+		if p := recover(); p != nil {
+			log.LogAttrs(ctx, slog.LevelError, "kmip connection closed: the server panicked", slog.Any("err", p), slog.String("stack", string(debug.Stack())))
+		}
+		stop()
+		conn.NetConn().SetDeadline(time.Now().Add(time.Second)) // for the closing alert
+		conn.Close()
+	}()
+
+	handshake, cancel := context.WithTimeout(ctx, s.limits.Handshake)
+	err := conn.HandshakeContext(handshake)
+	cancel()
+	if err != nil {
+		log.LogAttrs(ctx, slog.LevelDebug, "kmip handshake failed", slog.Any("err", err))
+		return
+	}
+	in := bufio.NewReaderSize(conn, 4096)
+	for ctx.Err() == nil {
+		conn.SetReadDeadline(time.Now().Add(s.limits.Idle))
+		if _, err := in.Peek(1); err != nil {
+			return
+		}
+		conn.SetReadDeadline(time.Now().Add(s.limits.Request))
+		message, err := readMessage(in, s.limits)
+		if err == nil {
+			err = s.exchange(ctx, conn, message)
+			keymem.Wipe(message)
+		} else if answer, ok := s.answerMalformed(err); ok {
+			conn.SetWriteDeadline(time.Now().Add(s.limits.Request))
+			conn.Write(answer) // and close: where the next message starts is not known
+		}
+		if err != nil {
+			log.LogAttrs(ctx, slog.LevelDebug, "kmip connection closed", slog.Any("err", err))
+			return
+		}
+	}
+}
+
+// exchange answers one message.
+func (s *Server) exchange(ctx context.Context, conn *tls.Conn, message []byte) error {
+	ctx, cancel := context.WithTimeout(ctx, s.limits.Request)
+	defer cancel()
+	answer := s.answer(ctx, conn.ConnectionState(), message)
+	defer keymem.Wipe(answer)
+	conn.SetWriteDeadline(time.Now().Add(s.limits.Request))
+	_, err := conn.Write(answer)
+	return err
+}
+
+// TLSConfig returns the configuration of a KMIP server with certificate and
+// the authorities of its clients in clients (KMIP Profiles 1.4, section 3.1):
+// TLS 1.2 and 1.3, client certificates required. With legacy, it also offers
+// TLS_RSA_WITH_AES_128_CBC_SHA256, without forward secrecy, which old clients
+// need because it is the one suite mandatory for KMIP 1.0 to 1.2.
+func TLSConfig(certificate tls.Certificate, clients *x509.CertPool, legacy bool) *tls.Config {
+	c := &tls.Config{
+		Certificates: []tls.Certificate{certificate},
+		ClientCAs:    clients,
+		ClientAuth:   tls.RequireAndVerifyClientCert,
+		MinVersion:   tls.VersionTLS12,
+	}
+	if legacy {
+		for _, suite := range tls.CipherSuites() {
+			c.CipherSuites = append(c.CipherSuites, suite.ID)
+		}
+		c.CipherSuites = append(c.CipherSuites, tls.TLS_RSA_WITH_AES_128_CBC_SHA256)
+	}
+	return c
+}

@@ -1,0 +1,142 @@
+package kmiptest
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/ovh/kmip-go"
+	"github.com/ovh/kmip-go/ttlv"
+)
+
+// Result is the outcome of a case.
+type Result struct {
+	Name   string
+	Reason string // how the first response differed; empty if the case passed
+	// NotClient is true for a case in which the server speaks first, which
+	// cannot be replayed against it.
+	NotClient bool
+}
+
+// Passed reports whether the server did as the case expects.
+func (r Result) Passed() bool { return r.Reason == "" && !r.NotClient }
+
+// Files returns the cases below folder, sorted.
+func Files(folder string) ([]string, error) {
+	direct, err := filepath.Glob(filepath.Join(folder, "*.xml"))
+	if err != nil {
+		return nil, err
+	}
+	below, err := filepath.Glob(filepath.Join(folder, "*", "*.xml"))
+	files := append(direct, below...)
+	slices.Sort(files)
+	return files, err
+}
+
+const (
+	answerTimeout = 10 * time.Second
+	answerMax     = 4 << 20
+)
+
+// Replay plays the case in file over a new connection from dial. A case stops
+// at the first response that differs. The error is for a file that cannot be
+// read and a server that cannot be reached.
+func Replay(ctx context.Context, file string, dial func(context.Context) (*tls.Conn, error)) (Result, error) {
+	c, err := Load(file)
+	result := Result{Name: filepath.Base(filepath.Dir(file)) + "/" + strings.TrimSuffix(filepath.Base(file), ".xml")}
+	if errors.Is(err, errNotClient) {
+		result.NotClient = true
+		return result, nil
+	}
+	if err != nil {
+		return result, err
+	}
+	conn, err := dial(ctx)
+	if err != nil {
+		return result, err
+	}
+	defer conn.Close()
+	p := &play{Case: c, start: time.Now().Truncate(time.Second), references: map[string]string{}, last: map[int]string{}}
+	for _, e := range c.exchanges {
+		e.request.walk(func(n *node) { p.randomIV = p.randomIV || n.tag == kmip.TagRandomIV && n.value == "true" })
+	}
+	for i, e := range c.exchanges {
+		if reason := p.exchange(conn, e); reason != "" {
+			result.Reason = fmt.Sprintf("message %d: %s", i, reason)
+			return result, nil
+		}
+	}
+	return result, nil
+}
+
+// exchange sends a request and returns how the response differs, or "".
+func (p *play) exchange(conn *tls.Conn, e exchange) string {
+	request, err := e.request.encode(p.resolve)
+	if err != nil {
+		return fmt.Sprintf("cannot build the request: %v", err)
+	}
+	p.named = len(asking(e.request)) > 0
+	p.made = false
+	e.request.walk(func(n *node) {
+		p.made = p.made || n.tag == kmip.TagOperation && n.value == "Encrypt"
+	})
+	conn.SetDeadline(time.Now().Add(answerTimeout))
+	if _, err := conn.Write(request); err != nil {
+		return fmt.Sprintf("cannot send the request: %v", err)
+	}
+	response, err := readAnswer(conn)
+	if err != nil {
+		return fmt.Sprintf("no response: %v", err)
+	}
+	p.differs = nil
+	p.compare("", e.response, response)
+	return strings.Join(p.differs, "; ")
+}
+
+// asking returns the attribute names by which a Get Attributes asks.
+func asking(request *node) []*node {
+	var names []*node
+	request.walk(func(n *node) {
+		if n.tag == kmip.TagRequestPayload {
+			for _, c := range n.children {
+				if c.tag == kmip.TagAttributeName {
+					names = append(names, c)
+				}
+			}
+		}
+	})
+	return names
+}
+
+func readAnswer(r io.Reader) (ttlv.Value, error) {
+	header := make([]byte, 8)
+	if _, err := io.ReadFull(r, header); err != nil {
+		return ttlv.Value{}, err
+	}
+	length := binary.BigEndian.Uint32(header[4:])
+	if length > answerMax {
+		return ttlv.Value{}, fmt.Errorf("it would have %d bytes", length)
+	}
+	message := append(header, make([]byte, length)...)
+	if _, err := io.ReadFull(r, message[8:]); err != nil {
+		return ttlv.Value{}, err
+	}
+	d, err := ttlv.NewTTLVDecoder(message)
+	if err != nil {
+		return ttlv.Value{}, err
+	}
+	var v ttlv.Value
+	err = v.DecodeTTLV(&d)
+	return v, err
+}
+
+// Names returns the keys of a set, sorted.
+func Names(set map[string]bool) []string { return slices.Sorted(maps.Keys(set)) }
