@@ -2,7 +2,6 @@ package e2e
 
 import (
 	"bytes"
-	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -477,9 +476,4 @@ func (s *site) only(t *testing.T, what string) process {
 		t.Fatalf("there are %d processes %s, want 1: %v", len(found), what, found)
 	}
 	return found[0]
-}
-
-// background is for what is done after the test's own context ended.
-func background() (context.Context, context.CancelFunc) {
-	return context.WithTimeout(context.Background(), patience)
 }
