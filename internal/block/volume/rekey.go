@@ -17,6 +17,9 @@ import (
 // ZoneDefault is how much of a volume is rewritten at once by default, in bytes.
 const ZoneDefault = 4 << 20
 
+// zoneMax bounds the memory that a rekey takes, and how long requests wait.
+const zoneMax = 64 << 20
+
 // RekeyOptions say how a volume is rekeyed deeply.
 type RekeyOptions struct {
 	// NewDEK is the next key, [luks.KeySize] bytes. It stays the caller's. When a
@@ -34,7 +37,9 @@ type RekeyOptions struct {
 	// Rate bounds what is rewritten, in bytes a second; 0: unbounded.
 	Rate int64
 	// Zone is how much is rewritten at once, in bytes; 0: [ZoneDefault]. It is
-	// rounded to whole blocks and bounded by the space for the journal.
+	// rounded to whole blocks and bounded by the space for the journal, which is
+	// decided when a rekey begins: under 16 MiB with the default data offset. A
+	// larger zone is faster and lets requests wait longer.
 	Zone int64
 	// Progress, if not nil, is called after each zone with the bytes done and the
 	// bytes to do, holes included; the latter grow with the volume. It may use the
@@ -116,6 +121,7 @@ type rekey struct {
 	header  *luks.Header // as it is on the storage
 	journal luks.Area
 	zone    int64  // bytes
+	dataEnd int64  // where the storage below is not known to be a hole up to; looking is slow on tmpfs
 	old     []byte // ciphertext of a zone under the old key
 	buf     []byte // what is encrypted at once
 }
@@ -217,7 +223,7 @@ func (r *rekey) initialise(opts RekeyOptions, state luks.Reencryption, underWay 
 			}
 		}
 		if err := r.header.BeginReencryption(luks.ReencryptionOptions{
-			OldDEK: v.dek, NewDEK: opts.NewDEK, Safe: opts.NewSafe, JournalMin: v.rekeyUnit(), JournalMax: max(ZoneDefault, v.rekeyUnit()),
+			OldDEK: v.dek, NewDEK: opts.NewDEK, Safe: opts.NewSafe, JournalMin: v.rekeyUnit(), JournalMax: max(ZoneDefault, v.rekeyUnit(), min(opts.Zone, zoneMax)),
 		}); err != nil {
 			return err
 		}

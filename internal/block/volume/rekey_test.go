@@ -22,11 +22,15 @@ import (
 // errPause ends a rekey between two zones.
 var errPause = errors.New("pause")
 
-// rekeyZones rekeys at most n zones.
-func rekeyZones(v *volume.Volume, n int, opts volume.RekeyOptions) error {
+// rekeyZones rekeys at most n zones and calls between, which may be nil, after
+// each.
+func rekeyZones(v *volume.Volume, n int, opts volume.RekeyOptions, between func()) error {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	defer cancel(nil)
 	opts.Progress = func(int64, int64) {
+		if between != nil {
+			between()
+		}
 		if n--; n <= 0 {
 			cancel(errPause)
 		}
@@ -229,7 +233,7 @@ func TestRekeyRefuses(t *testing.T) {
 	// With the wrong next key a rekey does not go on.
 	_, err = v.WriteAt(pattern(64<<10, 1), 0)
 	check(t, err)
-	check(t, rekeyZones(v, 1, volume.RekeyOptions{NewDEK: next, Zone: 4096}))
+	check(t, rekeyZones(v, 1, volume.RekeyOptions{NewDEK: next, Zone: 4096}, nil))
 	wantError(t, v.Rekey(t.Context(), volume.RekeyOptions{NewDEK: newKey(t, 64)}), volume.ErrWrongKey)
 	wantError(t, volume.ReplaceSafe(mem.Clone(), safe), volume.ErrRekeying)
 }

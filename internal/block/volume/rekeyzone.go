@@ -3,6 +3,7 @@ package volume
 import (
 	"errors"
 	"fmt"
+	"math"
 
 	"strongroom/internal/block/blockdev"
 )
@@ -27,7 +28,7 @@ func (r *rekey) step() (int64, error) {
 	}
 	defer v.guard.Leave(pass)
 	if n > int64(len(r.old)) {
-		if r.holeAt(start) >= n {
+		if e := r.extentAt(start); e.Hole && e.Length >= n {
 			return 0, r.pass(start + n)
 		}
 		n = int64(len(r.old)) // it was written to
@@ -44,29 +45,30 @@ func (r *rekey) step() (int64, error) {
 
 // next returns how much may be done at start: a zone, or a hole that is longer.
 func (r *rekey) next(start int64) int64 {
-	left := r.v.Size() - start
-	hole := r.holeAt(start)
-	if hole >= left {
+	left, zone := r.v.Size()-start, int64(len(r.old))
+	if start < r.dataEnd {
+		return min(zone, left)
+	}
+	e := r.extentAt(start)
+	if !e.Hole {
+		r.dataEnd = start + e.Length
+		return min(zone, left)
+	}
+	if e.Length >= left {
 		return left
 	}
-	zone := int64(len(r.old))
-	if hole -= hole % r.v.rekeyUnit(); hole > zone {
-		return hole
-	}
-	return min(zone, left)
+	return max(e.Length-e.Length%r.v.rekeyUnit(), min(zone, left))
 }
 
-// holeAt returns the length of the hole at start, 0 if there is none.
-func (r *rekey) holeAt(start int64) int64 {
-	dev, ok := r.v.dev.(blockdev.Extenter)
-	if !ok {
-		return 0
+// extentAt returns the extent of the storage at start, as far as it is known; it
+// is only a short cut.
+func (r *rekey) extentAt(start int64) blockdev.Extent {
+	if dev, ok := r.v.dev.(blockdev.Extenter); ok {
+		if e, err := dev.NextExtent(r.v.segment.Offset + start); err == nil {
+			return e
+		}
 	}
-	e, err := dev.NextExtent(r.v.segment.Offset + start)
-	if err != nil || !e.Hole {
-		return 0 // it is only a short cut
-	}
-	return e.Length
+	return blockdev.Extent{Length: math.MaxInt64 - start}
 }
 
 // pass moves the boundary to end over empty sectors. They may be empty since a
