@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/http"
 	"path/filepath"
 	"slices"
@@ -55,7 +56,7 @@ func (h *Host) agentServer() (*http.Server, error) {
 		connect.WithReadMaxBytes(requestMax), connect.WithInterceptors(connect.UnaryInterceptorFunc(explainUnary))))
 	return &http.Server{
 		Handler: mux, TLSConfig: pki.ServerConfig(h.credential, h.secrets.ca, false, accept),
-		ReadHeaderTimeout: daemon.HeaderTimeout, MaxHeaderBytes: daemon.HeaderMax,
+		ReadHeaderTimeout: daemon.HeaderTimeout, MaxHeaderBytes: daemon.HeaderMax, ErrorLog: slog.NewLogLogger(h.log.Handler(), slog.LevelWarn),
 		HTTP2: &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 15 * time.Second},
 	}, nil
 }

@@ -27,12 +27,15 @@ func listenLocal(path string) (net.Listener, error) {
 	if err := os.Chmod(path, 0o600); err != nil {
 		return nil, errors.Join(err, l.Close())
 	}
-	return &peerListener{l}, nil
+	return &peerListener{l, uint32(os.Getuid())}, nil
 }
 
 // peerListener accepts connections of root and of this process's user only.
 // The socket's mode says the same; this holds where modes are not looked at.
-type peerListener struct{ net.Listener }
+type peerListener struct {
+	net.Listener
+	uid uint32 // this process's
+}
 
 func (l *peerListener) Accept() (net.Conn, error) {
 	for {
@@ -40,7 +43,7 @@ func (l *peerListener) Accept() (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		if uid, err := peerUID(conn); err == nil && (uid == 0 || uid == uint32(os.Getuid())) {
+		if uid, err := peerUID(conn); err == nil && (uid == 0 || uid == l.uid) {
 			return conn, nil
 		}
 		conn.Close()
