@@ -20,6 +20,9 @@ const (
 	lockPermOf  = 1 // the permission "write"
 	headerWait  = 10 * time.Second
 	headerRetry = 5 * time.Millisecond
+	// inUseWait outlasts a lock that was given up: a process that is being
+	// started holds a copy of every descriptor from its fork to its exec.
+	inUseWait = 250 * time.Millisecond
 )
 
 // lock takes both locks of a File (see there), or none.
@@ -28,7 +31,12 @@ func (f *File) lock() error {
 		return nil
 	}
 	if !f.isBlock {
-		if err := f.lockInUse(); err != nil {
+		err := f.lockInUse()
+		for deadline := time.Now().Add(inUseWait); errors.Is(err, ErrInUse) && time.Now().Before(deadline); {
+			time.Sleep(headerRetry)
+			err = f.lockInUse()
+		}
+		if err != nil {
 			return err
 		}
 	}
