@@ -82,6 +82,9 @@ func (c Config) withDefaults() (Config, error) {
 	if c.KeyFile == "" {
 		c.KeyFile = filepath.Join(c.DataDir, "controller.key")
 	}
+	if !filepath.IsAbs(c.KeyFile) {
+		return Config{}, fmt.Errorf("key_file %q is not an absolute path", c.KeyFile)
+	}
 	if c.KMS.RemediationInterval == 0 {
 		c.KMS.RemediationInterval = Duration(5 * time.Minute)
 	}

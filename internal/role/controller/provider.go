@@ -29,6 +29,9 @@ func (c providers) CreateNativeProvider(ctx context.Context, req *connect.Reques
 		return nil, err
 	}
 	c.post(ctx, event.New{Type: event.ProviderCreated, Target: "provider/" + p.Name, Args: map[string]string{"key_id": p.KeyID}})
+	if err := c.refresh(ctx); err != nil {
+		return nil, err
+	}
 	c.poke()
 	return connect.NewResponse(providerToAPI(p, false)), nil
 }
