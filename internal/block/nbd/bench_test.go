@@ -49,9 +49,14 @@ func TestNoAllocations(t *testing.T) {
 		for _, w := range []bool{false, true} {
 			p, bufs := pipeline(t, test.depth, test.bytes)
 			pump(t, p, w, bufs, 10*test.depth) // workers start, lists grow
-			// Another worker may start at any time, which is not per request.
+			// Another worker may start at any time, which is not per request: what
+			// is would be there every time.
 			requests := 10 * test.depth
-			if n := testing.AllocsPerRun(10, func() { pump(t, p, w, bufs, requests) }); int(n) > requests/50 {
+			n := testing.AllocsPerRun(10, func() { pump(t, p, w, bufs, requests) })
+			for range 2 {
+				n = min(n, testing.AllocsPerRun(10, func() { pump(t, p, w, bufs, requests) }))
+			}
+			if int(n) > requests/50 {
 				t.Errorf("depth %d, %d bytes, write %v: %v allocations in %d requests, want none", test.depth, test.bytes, w, n, requests)
 			}
 		}
