@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/binary"
 	"encoding/hex"
 	"io"
 	"log/slog"
@@ -17,6 +18,7 @@ import (
 	"github.com/ovh/kmip-go/ttlv"
 
 	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/keys/kmip/kmipwire"
 	"strongroom/internal/keys/kmip/testca"
 )
 
@@ -99,7 +101,7 @@ func (l noErrors) WithGroup(string) slog.Handler { return l }
 // checkAnswer asserts that an answer is one well-formed response.
 func checkAnswer(t *testing.T, answer []byte) {
 	t.Helper()
-	if err := checkMessage(answer, Limits{}.withDefaults()); err != nil {
+	if err := kmipwire.Check(answer, Limits{}.withDefaults().wire()); err != nil {
 		t.Errorf("the answer is not TTLV: %v", err)
 	}
 	var m kmip.ResponseMessage
@@ -123,7 +125,7 @@ func FuzzMessage(f *testing.F) {
 	f.Fuzz(func(t *testing.T, in []byte) {
 		s, store := quietServer(t, config)
 		defer store.Close()
-		message, err := readMessage(bytes.NewReader(in), s.limits)
+		message, err := kmipwire.Read(bytes.NewReader(in), kmip.TagRequestMessage, s.limits.wire())
 		if err != nil {
 			if message != nil {
 				t.Error("an error came with a message")
@@ -167,7 +169,7 @@ func TestSocketSurvivesNoise(t *testing.T) {
 		if _, err := conn.Write(message); err == nil {
 			header := make([]byte, 8)
 			if _, err := io.ReadFull(conn, header); err == nil {
-				_, _, length := parseHeader(header)
+				length := binary.BigEndian.Uint32(header[4:])
 				body := make([]byte, length)
 				if _, err := io.ReadFull(conn, body); err != nil {
 					t.Fatalf("message %d (%x): the answer ended early: %v", i, message, err)

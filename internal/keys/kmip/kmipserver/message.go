@@ -13,6 +13,7 @@ import (
 	"github.com/ovh/kmip-go/ttlv"
 
 	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/keys/kmip/kmipwire"
 )
 
 // Refusal is an error that a client is told about: a reason of KMIP 1.4
@@ -92,7 +93,7 @@ type envelope struct {
 func (s *Server) decode(message []byte) (e envelope, err error) {
 	defer func() {
 		if p := recover(); p != nil { // the codec panics on some values of the wrong type
-			err = malformed("%v", p)
+			err = kmipwire.Malformed("%v", p)
 		}
 	}()
 	d, err := ttlv.NewTTLVDecoder(message)
@@ -105,7 +106,7 @@ func (s *Server) decode(message []byte) (e envelope, err error) {
 		}
 		for d.Tag() == kmip.TagBatchItem {
 			if len(e.items) == s.limits.Batch {
-				return malformed("over %d batch items", s.limits.Batch)
+				return kmipwire.Malformed("over %d batch items", s.limits.Batch)
 			}
 			var it item
 			if err := d.Struct(kmip.TagBatchItem, func(d *ttlv.Decoder) error { return s.decodeItem(d, &it) }); err != nil {
@@ -114,7 +115,7 @@ func (s *Server) decode(message []byte) (e envelope, err error) {
 			e.items = append(e.items, it)
 		}
 		if d.Tag() != 0 {
-			return malformed("a %s after the batch", ttlv.TagString(d.Tag()))
+			return kmipwire.Malformed("a %s after the batch", ttlv.TagString(d.Tag()))
 		}
 		return nil
 	})
@@ -129,7 +130,7 @@ func (s *Server) decodeItem(d *ttlv.Decoder, it *item) error {
 		return err
 	}
 	if d.Tag() != kmip.TagRequestPayload {
-		return malformed("a batch item without Request Payload")
+		return kmipwire.Malformed("a batch item without Request Payload")
 	}
 	if op, ok := s.operations[it.operation]; ok {
 		// From here a fault is this item's alone; the cursor must move on.
@@ -300,7 +301,7 @@ func (s *Server) refuseMessage(v kmip.ProtocolVersion, err error) []byte {
 // answerMalformed returns the answer to what is not TTLV; there is none for a
 // connection that broke.
 func (s *Server) answerMalformed(err error) ([]byte, bool) {
-	if !errors.Is(err, errMalformed) {
+	if !errors.Is(err, kmipwire.ErrMalformed) {
 		return nil, false
 	}
 	return s.refuseMessage(kmip.V1_0, refuse(kmip.ResultReasonInvalidMessage, "the message is not well formed, or too large")), true

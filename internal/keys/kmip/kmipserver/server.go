@@ -6,7 +6,7 @@
 // Listener, limits, batches, versions and the meaning of every operation are
 // this package's own.
 //
-// Invariants: nothing is handed to the codec that [checkMessage] has not found
+// Invariants: nothing is handed to the codec that [kmipwire.Check] has not found
 // well formed and within limits; a panic ends one request, never the server; a
 // client sees its own account's objects only; key material is in keymem, and
 // what the codec copies elsewhere is wiped when the answer has been sent.
@@ -30,6 +30,7 @@ import (
 	"github.com/ovh/kmip-go"
 
 	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/keys/kmip/kmipwire"
 )
 
 // Limits bounds what clients can make a server do. A zero field means its
@@ -65,6 +66,10 @@ func (l Limits) withDefaults() Limits {
 	orElse(&l.Values, 8192)
 	orElse(&l.Batch, 64)
 	return l
+}
+
+func (l Limits) wire() kmipwire.Limits {
+	return kmipwire.Limits{Message: l.Message, Depth: l.Depth, Values: l.Values}
 }
 
 // Authenticator tells whose objects a request is about: the account of the
@@ -185,7 +190,7 @@ func (s *Server) serveConnection(ctx context.Context, raw net.Conn) {
 			return
 		}
 		conn.SetReadDeadline(time.Now().Add(s.limits.Request))
-		message, err := readMessage(in, s.limits)
+		message, err := kmipwire.Read(in, kmip.TagRequestMessage, s.limits.wire())
 		if err == nil {
 			err = s.exchange(ctx, conn, message)
 			keymem.Wipe(message)

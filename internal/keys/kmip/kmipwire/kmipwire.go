@@ -1,4 +1,10 @@
-package kmipserver
+// Package kmipwire reads KMIP messages from a connection and checks them before
+// a codec sees them (KMIP 1.4 section 9.1).
+//
+// Invariant: what [Read] and [Check] pass is one well-formed TTLV structure
+// within limits, on which the codec neither panics nor allocates more than a
+// small multiple of its length. All functions are safe for concurrent use.
+package kmipwire
 
 import (
 	"encoding/binary"
@@ -9,32 +15,37 @@ import (
 	"github.com/ovh/kmip-go/ttlv"
 )
 
-// errMalformed is a message that is not TTLV, or that exceeds a limit.
-var errMalformed = errors.New("malformed message")
+// ErrMalformed is a message that is not TTLV, or that exceeds a limit.
+var ErrMalformed = errors.New("malformed message")
 
-func malformed(format string, args ...any) error {
-	return fmt.Errorf("%w: %s", errMalformed, fmt.Sprintf(format, args...))
+// Malformed returns an [ErrMalformed] that says how.
+func Malformed(format string, args ...any) error {
+	return fmt.Errorf("%w: %s", ErrMalformed, fmt.Sprintf(format, args...))
 }
 
 const headerSize = 8 // tag (3), type (1), length (4)
 
-// tagRequestMessage starts every message a server may get.
-const tagRequestMessage = 0x420078
+// Limits bounds a message.
+type Limits struct {
+	Message int // bytes with its header
+	Depth   int // nested structures
+	Values  int // values of any type
+}
 
-// readMessage reads one message of at most limits.Message bytes from r and
-// checks it with [checkMessage]. It allocates for what has arrived, not for
+// Read reads one message with the tag want and of at most limits.Message bytes
+// from r and checks it with [Check]. The caller wipes it. It allocates for what has arrived, not for
 // what the header promises.
-func readMessage(r io.Reader, limits Limits) ([]byte, error) {
+func Read(r io.Reader, want int, limits Limits) ([]byte, error) {
 	header := make([]byte, headerSize, 512)
 	if _, err := io.ReadFull(r, header); err != nil {
 		return nil, err
 	}
 	tag, kind, length := parseHeader(header)
-	if tag != tagRequestMessage || kind != ttlv.TypeStructure {
-		return nil, malformed("it does not start a request")
+	if tag != want || kind != ttlv.TypeStructure {
+		return nil, Malformed("it starts with tag %06x", tag)
 	}
 	if length%8 != 0 || uint64(length)+headerSize > uint64(limits.Message) {
-		return nil, malformed("a length of %d bytes", length)
+		return nil, Malformed("a length of %d bytes", length)
 	}
 	message := header
 	for need := headerSize + int(length); len(message) < need; {
@@ -48,7 +59,7 @@ func readMessage(r io.Reader, limits Limits) ([]byte, error) {
 		}
 		message = grown
 	}
-	if err := checkMessage(message, limits); err != nil {
+	if err := Check(message, limits); err != nil {
 		clear(message)
 		return nil, err
 	}
@@ -59,49 +70,49 @@ func parseHeader(b []byte) (tag int, kind ttlv.Type, length uint32) {
 	return int(b[0])<<16 | int(b[1])<<8 | int(b[2]), ttlv.Type(b[3]), binary.BigEndian.Uint32(b[4:8])
 }
 
-// checkMessage reports whether message is one well-formed TTLV structure
+// Check reports whether message is one well-formed TTLV structure
 // within limits (KMIP 1.4 section 9.1): every length fits its type and its
 // parent, padding is zero, booleans are 0 or 1. The codec relies on it: it
 // reads fixed-size values without looking at their length.
-func checkMessage(message []byte, limits Limits) error {
+func Check(message []byte, limits Limits) error {
 	values := 0
 	rest, err := checkValue(message, limits, 0, &values)
 	if err != nil {
 		return err
 	}
 	if len(rest) != 0 {
-		return malformed("%d bytes after its end", len(rest))
+		return Malformed("%d bytes after its end", len(rest))
 	}
 	return nil
 }
 
 func checkValue(b []byte, limits Limits, depth int, values *int) (rest []byte, err error) {
 	if len(b) < headerSize {
-		return nil, malformed("a value of %d bytes", len(b))
+		return nil, Malformed("a value of %d bytes", len(b))
 	}
 	if *values++; *values > limits.Values {
-		return nil, malformed("over %d values", limits.Values)
+		return nil, Malformed("over %d values", limits.Values)
 	}
 	tag, kind, length := parseHeader(b)
 	b = b[headerSize:]
 	if tag>>16 != 0x42 && tag>>16 != 0x54 {
-		return nil, malformed("tag %06x", tag)
+		return nil, Malformed("tag %06x", tag)
 	}
 	padded := (uint64(length) + 7) &^ 7
 	if padded > uint64(len(b)) {
-		return nil, malformed("tag %06x ends outside its parent", tag)
+		return nil, Malformed("tag %06x ends outside its parent", tag)
 	}
 	value, padding, rest := b[:length], b[length:padded], b[padded:]
 	for _, p := range padding {
 		if p != 0 {
-			return nil, malformed("tag %06x has padding that is not zero", tag)
+			return nil, Malformed("tag %06x has padding that is not zero", tag)
 		}
 	}
 	ok := true
 	switch kind {
 	case ttlv.TypeStructure:
 		if depth++; depth > limits.Depth {
-			return nil, malformed("over %d nested structures", limits.Depth)
+			return nil, Malformed("over %d nested structures", limits.Depth)
 		}
 		ok = length%8 == 0
 		for len(value) > 0 && ok {
@@ -119,10 +130,10 @@ func checkValue(b []byte, limits Limits, depth int, values *int) (rest []byte, e
 		ok = length > 0 && length%8 == 0
 	case ttlv.TypeTextString, ttlv.TypeByteString:
 	default:
-		return nil, malformed("tag %06x has type %d", tag, kind)
+		return nil, Malformed("tag %06x has type %d", tag, kind)
 	}
 	if !ok {
-		return nil, malformed("tag %06x has a value that its type does not allow", tag)
+		return nil, Malformed("tag %06x has a value that its type does not allow", tag)
 	}
 	return rest, nil
 }

@@ -1,0 +1,436 @@
+package kmipclient
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/ovh/kmip-go"
+	"go.uber.org/goleak"
+
+	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/errs"
+	"strongroom/internal/keys/kmip/kmipserver"
+	"strongroom/internal/keys/kmip/testca"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// losing is a listener that can lose an answer: armed with n, the n-th write
+// of its connections from then on is lost together with the connection.
+type losing struct {
+	net.Listener
+	armed    atomic.Int32
+	refusing atomic.Bool // close new connections at once
+}
+
+func (l *losing) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	if l.refusing.Load() {
+		c.Close()
+	}
+	return &losingConn{Conn: c, l: l}, nil
+}
+
+type losingConn struct {
+	net.Conn
+	l *losing
+}
+
+func (c *losingConn) Write(b []byte) (int, error) {
+	if c.l.armed.Load() > 0 && c.l.armed.Add(-1) == 0 {
+		c.Close()
+		return 0, io.ErrClosedPipe
+	}
+	return c.Conn.Write(b)
+}
+
+// start serves store at addr ("127.0.0.1:0" for any) until stop is called.
+func start(t *testing.T, ca *testca.Authority, store kmipserver.Store, addr string) (l *losing, stop func()) {
+	t.Helper()
+	server, err := kmipserver.New(kmipserver.Config{
+		Store: store, TLS: kmipserver.TLSConfig(ca.Server(t), ca.Pool(), false), Log: slog.New(slog.DiscardHandler),
+		Authenticate: func(_ context.Context, state tls.ConnectionState, credentials []kmip.Credential) (string, error) {
+			for _, c := range credentials {
+				if v := c.CredentialValue.UserPassword; v == nil || v.Username != "vcenter" || v.Password != "s3cret\xc3\xa9" {
+					return "", errors.New("wrong credentials")
+				}
+			}
+			return state.PeerCertificates[0].Subject.CommonName, nil
+		},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw, err := net.Listen("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l = &losing{Listener: raw}
+	ctx, cancel := context.WithCancel(context.Background())
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(ctx, l) }()
+	stopped := false
+	stop = func() {
+		if stopped {
+			return
+		}
+		stopped = true
+		cancel()
+		if err := <-served; err != nil {
+			t.Error(err)
+		}
+	}
+	t.Cleanup(stop)
+	return l, stop
+}
+
+func newClient(t *testing.T, ca *testca.Authority, edit func(*Config), servers ...string) *Client {
+	t.Helper()
+	c := Config{
+		Provider: "kp-1", Servers: servers, Retry: time.Nanosecond,
+		TLS: &tls.Config{RootCAs: ca.Pool(), Certificates: []tls.Certificate{ca.Client(t, "controller")}},
+	}
+	if edit != nil {
+		edit(&c)
+	}
+	client, err := New(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { client.Close() })
+	return client
+}
+
+// life takes one key through everything.
+func life(t *testing.T, c *Client) {
+	t.Helper()
+	ctx := t.Context()
+	id, err := c.Create(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, err := c.Get(ctx, id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer key.Close()
+	if key.Len() != 32 {
+		t.Errorf("the key has %d bytes", key.Len())
+	}
+	if err := c.Destroy(ctx, "no-such-key"); err != nil {
+		t.Errorf("destroy of a key that is gone: %v", err)
+	}
+	if err := c.Activate(ctx, id); err != nil {
+		t.Fatal(err)
+	}
+	if state, err := c.State(ctx, id); err != nil || state != kmip.StateActive {
+		t.Errorf("state %v, %v; want active", state, err)
+	}
+	if err := c.Destroy(ctx, id); errs.KindOf(err) != errs.Denied || !strings.Contains(err.Error(), id) || !strings.Contains(err.Error(), "PermissionDenied") {
+		t.Errorf("destroy of an active key: %v", err)
+	}
+	again, err := c.Get(ctx, id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer again.Close()
+	if !again.Equal(key) {
+		t.Error("the key changed")
+	}
+	if err := c.Revoke(ctx, id, kmip.RevocationReasonCodeCessationOfOperation); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Destroy(ctx, id); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Get(ctx, id); errs.KindOf(err) != errs.NotFound {
+		t.Errorf("get of a destroyed key: %v", err)
+	}
+}
+
+func TestLifeOfAKey(t *testing.T) {
+	t.Parallel()
+	ca := testca.New(t)
+	store := kmipserver.NewMemory()
+	defer store.Close()
+	l, stop := start(t, ca, store, "127.0.0.1:0")
+	defer stop()
+	c := newClient(t, ca, nil, l.Addr().String())
+	life(t, c)
+
+	id, err := c.Create(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.SetCustom(t.Context(), id, "x-Name", "web-1"); err != nil {
+		t.Error(err)
+	}
+	if got, err := c.Custom(t.Context(), id, "x-Name"); err != nil || got != "web-1" {
+		t.Errorf("label %q, %v", got, err)
+	}
+	first, err := c.Rekey(t.Context(), id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if second, err := c.Rekey(t.Context(), id); err != nil || second != first {
+		t.Errorf("re-keyed twice: %s, %v; want %s", second, err, first)
+	}
+}
+
+func TestFailoverAndReturn(t *testing.T) {
+	t.Parallel()
+	ca := testca.New(t)
+	store := kmipserver.NewMemory()
+	defer store.Close()
+	first, stopFirst := start(t, ca, store, "127.0.0.1:0")
+	second, stopSecond := start(t, ca, store, "127.0.0.1:0")
+	addr := first.Addr().String()
+	c := newClient(t, ca, nil, addr, second.Addr().String())
+	life(t, c)
+	if len(c.servers[1].idle) != 0 {
+		t.Error("the second server was asked while the first works")
+	}
+	stopFirst()
+	life(t, c)
+	if len(c.servers[1].idle) == 0 {
+		t.Error("the second server was not asked")
+	}
+	_, stopAgain := start(t, ca, store, addr)
+	defer stopAgain()
+	stopSecond()
+	life(t, c)
+	stopAgain()
+	_, err := c.Create(t.Context())
+	if errs.KindOf(err) != errs.Unavailable || !strings.Contains(err.Error(), addr) || !strings.Contains(err.Error(), second.Addr().String()) || !strings.Contains(err.Error(), "kp-1") {
+		t.Errorf("with both down: %v; want both named", err)
+	}
+}
+
+// TestLostAnswers loses the answer to each kind of change: it is done once.
+func TestLostAnswers(t *testing.T) {
+	t.Parallel()
+	ca := testca.New(t)
+	store := kmipserver.NewMemory()
+	defer store.Close()
+	l, stop := start(t, ca, store, "127.0.0.1:0")
+	defer stop()
+	c := newClient(t, ca, nil, l.Addr().String())
+	ctx := t.Context()
+	arm := func(n int32) {
+		t.Helper()
+		if _, err := c.locate(ctx, kmip.Name{NameValue: "x", NameType: 1}); err != nil { // so that a connection is there
+			t.Fatal(err)
+		}
+		l.armed.Store(n)
+	}
+	count := func() (n int) {
+		t.Helper()
+		err := store.View(ctx, "controller", func(r kmipserver.Reader) error {
+			for range r.Find(kmipserver.Query{}) {
+				n++
+			}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	check := func(what string, err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatalf("%s: %v", what, err)
+		}
+		if l.armed.Load() != 0 {
+			t.Fatalf("%s: no answer was lost", what)
+		}
+	}
+	arm(1)
+	id, err := c.Create(ctx)
+	check("create", err)
+	if n := count(); n != 1 {
+		t.Errorf("create made %d keys", n)
+	}
+	key, err := c.Get(ctx, id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	key.Close()
+	arm(1)
+	check("activate", c.Activate(ctx, id))
+	arm(2) // not the answer to the look before the change
+	_, err = c.Rekey(ctx, id)
+	check("re-key", err)
+	if n := count(); n != 2 {
+		t.Errorf("re-key left %d keys, want 2", n)
+	}
+	arm(1)
+	check("revoke", c.Revoke(ctx, id, kmip.RevocationReasonCodeCessationOfOperation))
+	arm(1)
+	check("destroy", c.Destroy(ctx, id))
+	if state, err := c.State(ctx, id); err != nil || state != kmip.StateDestroyed {
+		t.Errorf("state %v, %v", state, err)
+	}
+
+	t.Log("and nobody is left to tell")
+	arm(1)
+	l.refusing.Store(true)
+	_, err = c.Create(ctx)
+	var unknown *UnknownOutcome
+	if !errors.As(err, &unknown) || !strings.HasPrefix(unknown.Key, "strongroom-") {
+		t.Errorf("got %v, want an unknown outcome that names the key", err)
+	}
+}
+
+func TestServersThatDoNotAnswer(t *testing.T) {
+	t.Parallel()
+	ca, other := testca.New(t), testca.New(t)
+	hole, err := net.Listen("tcp", "127.0.0.1:0") // accepts, in the kernel, and never answers
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer hole.Close()
+	store := kmipserver.NewMemory()
+	defer store.Close()
+	l, stop := start(t, ca, store, "127.0.0.1:0")
+	defer stop()
+	quick := func(c *Config) { c.Handshake = 100 * time.Millisecond }
+	for _, c := range []struct {
+		name, server, want string
+		edit               func(*Config)
+	}{
+		{"black hole", hole.Addr().String(), "cannot agree on TLS", quick},
+		{"nobody", "127.0.0.1:1", "connection refused", nil},
+		{"foreign certificate", l.Addr().String(), "certificate signed by unknown authority", func(c *Config) { c.TLS.RootCAs = other.Pool() }},
+		{"unknown client", l.Addr().String(), "cannot agree on TLS: remote error", func(c *Config) { c.TLS.Certificates = nil; c.TLS.MaxVersion = tls.VersionTLS12 }},
+		{"wrong password", l.Addr().String(), "AuthenticationNotSuccessful", func(c *Config) { c.User = "vcenter" }},
+	} {
+		_, err := newClient(t, ca, c.edit, c.server).Create(t.Context())
+		if err == nil || !strings.Contains(err.Error(), c.want) || !strings.Contains(err.Error(), c.server) {
+			t.Errorf("%s: got %v, want %q and the server's address", c.name, err, c.want)
+		}
+	}
+	t.Log("a black hole in front does not hurt for long")
+	life(t, newClient(t, ca, quick, hole.Addr().String(), l.Addr().String()))
+}
+
+func TestPasswordAndProxy(t *testing.T) {
+	t.Parallel()
+	ca := testca.New(t)
+	store := kmipserver.NewMemory()
+	defer store.Close()
+	l, stop := start(t, ca, store, "127.0.0.1:0")
+	defer stop()
+	var through atomic.Int32
+	proxy := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		up, err := net.Dial("tcp", r.Host)
+		if err != nil || r.Method != http.MethodConnect {
+			http.Error(w, "no", http.StatusBadGateway)
+			return
+		}
+		through.Add(1)
+		w.WriteHeader(http.StatusOK)
+		down, _, err := http.NewResponseController(w).Hijack()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		go func() { io.Copy(up, down); up.Close() }()
+		io.Copy(down, up)
+		down.Close()
+	})}
+	pl, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	go proxy.Serve(pl)
+	defer proxy.Close()
+	password, err := keymem.Take([]byte("s3cret\xc3\xa9"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer password.Close()
+	c := newClient(t, ca, func(c *Config) { c.User, c.Password, c.Proxy = "vcenter", password, pl.Addr().String() }, l.Addr().String())
+	life(t, c)
+	if through.Load() == 0 {
+		t.Error("the proxy was not used")
+	}
+	refusing := newClient(t, ca, func(c *Config) { c.Proxy = pl.Addr().String() }, "127.0.0.1:1")
+	if _, err := refusing.Create(t.Context()); err == nil || !strings.Contains(err.Error(), "proxy refused") {
+		t.Errorf("a proxy that cannot reach the server: %v", err)
+	}
+	c.Close()
+}
+
+// TestPyKMIP takes a key through its life on the server that others test with.
+func TestPyKMIP(t *testing.T) {
+	t.Parallel()
+	const program = "/usr/bin/pykmip-server"
+	if _, err := os.Stat(program); err != nil {
+		t.Fatalf("%v (scripts/setup.sh installs it)", err)
+	}
+	dir := t.TempDir()
+	ca := testca.New(t)
+	cert, key := testca.KeyPEM(t, ca.Server(t))
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	host, port, _ := net.SplitHostPort(l.Addr().String())
+	l.Close() // free for the server
+	policies := filepath.Join(dir, "policies")
+	if err := os.Mkdir(policies, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	config := strings.Join([]string{
+		"[server]", "hostname=" + host, "port=" + port, "certificate_path=" + dir + "/server.pem", "key_path=" + dir + "/server.key",
+		"ca_path=" + dir + "/ca.pem", "auth_suite=TLS1.2", "policy_path=" + policies, "enable_tls_client_auth=True",
+		"logging_level=INFO", "database_path=" + dir + "/pykmip.db", "",
+	}, "\n")
+	for name, data := range map[string][]byte{"server.pem": cert, "server.key": key, "ca.pem": ca.PEM(), "server.conf": []byte(config)} {
+		if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var output bytes.Buffer
+	server := exec.Command(program, "-f", dir+"/server.conf", "-l", dir+"/server.log")
+	server.Stdout, server.Stderr = &output, &output
+	server.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	if err := server.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		syscall.Kill(-server.Process.Pid, syscall.SIGKILL) // its polite end takes ten seconds
+		server.Wait()
+	}()
+	addr := net.JoinHostPort(host, port)
+	for deadline := time.Now().Add(30 * time.Second); ; {
+		conn, err := net.DialTimeout("tcp", addr, time.Second)
+		if err == nil {
+			conn.Close()
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("PyKMIP does not listen: %s", output.String())
+		}
+		<-time.After(20 * time.Millisecond)
+	}
+	life(t, newClient(t, ca, nil, addr))
+}
