@@ -196,7 +196,10 @@ func (s *Server) serveConnection(ctx context.Context, raw net.Conn) {
 			keymem.Wipe(message)
 		} else if answer, ok := s.answerMalformed(err); ok {
 			conn.SetWriteDeadline(time.Now().Add(s.limits.Request))
-			conn.Write(answer) // and close: where the next message starts is not known
+			conn.Write(answer)
+			if !errors.Is(err, kmipwire.ErrUnframed) {
+				err = nil // the next message can be read
+			}
 		}
 		if err != nil {
 			log.LogAttrs(ctx, slog.LevelDebug, "kmip connection closed", slog.Any("err", err))

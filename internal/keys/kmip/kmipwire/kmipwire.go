@@ -23,6 +23,10 @@ func Malformed(format string, args ...any) error {
 	return fmt.Errorf("%w: %s", ErrMalformed, fmt.Sprintf(format, args...))
 }
 
+// ErrUnframed is reported with [ErrMalformed] if the message's first eight
+// bytes do not tell where it ends: nothing more can be read from there.
+var ErrUnframed = errors.New("its end is not known")
+
 const headerSize = 8 // tag (3), type (1), length (4)
 
 // Limits bounds a message.
@@ -42,10 +46,10 @@ func Read(r io.Reader, want int, limits Limits) ([]byte, error) {
 	}
 	tag, kind, length := parseHeader(header)
 	if tag != want || kind != ttlv.TypeStructure {
-		return nil, Malformed("it starts with tag %06x", tag)
+		return nil, fmt.Errorf("%w, %w", Malformed("it starts with tag %06x", tag), ErrUnframed)
 	}
 	if length%8 != 0 || uint64(length)+headerSize > uint64(limits.Message) {
-		return nil, Malformed("a length of %d bytes", length)
+		return nil, fmt.Errorf("%w, %w", Malformed("a length of %d bytes", length), ErrUnframed)
 	}
 	message := header
 	for need := headerSize + int(length); len(message) < need; {
