@@ -179,7 +179,7 @@ func (r *rekey) begin(opts RekeyOptions) (finished bool, err error) {
 		if err := r.header.VerifyKey(v.nextDEK); err != nil || v.boundary.Load() != allNew {
 			return false, fmt.Errorf("%w: its rekey was finished", ErrChanged)
 		}
-		if err := r.commit(func() error { return nil }); err != nil {
+		if err := r.locked(func() error { return r.header.Commit(r.storage) }); err != nil {
 			return false, err
 		}
 		return true, r.finish()
@@ -216,7 +216,7 @@ func (r *rekey) initialise(opts RekeyOptions, state luks.Reencryption, underWay 
 	if underWay && (state.Boundary != 0 || state.Hot != 0) {
 		return fmt.Errorf("%w: somebody else has begun to rekey it", ErrChanged)
 	}
-	err := r.commitWith(func() error {
+	err := r.locked(func() error {
 		if underWay {
 			if err := r.header.CancelReencryption(); err != nil {
 				return err
@@ -264,19 +264,17 @@ func (r *rekey) readHeader() (*luks.Header, error) {
 	return readHeader(r.v.dev)
 }
 
-// commit changes the header by change and writes it.
+// commit changes the header by change and writes it, inside locked.
 func (r *rekey) commit(change func() error) error {
-	return r.commitWith(func() error {
-		if err := change(); err != nil {
-			return err
-		}
-		return r.header.Commit(r.storage)
-	})
+	if err := change(); err != nil {
+		return err
+	}
+	return r.header.Commit(r.storage)
 }
 
-// commitWith runs write, which changes and writes the header, unless another
-// program has done so since it was read.
-func (r *rekey) commitWith(write func() error) error {
+// locked runs f while nobody else reads or writes the header, unless another
+// program has written it since it was read.
+func (r *rekey) locked(f func() error) error {
 	r.v.header.Lock()
 	defer r.v.header.Unlock()
 	return withHeaderLock(r.v.dev, blockdev.Exclusive, func() error {
@@ -287,7 +285,7 @@ func (r *rekey) commitWith(write func() error) error {
 		if superseded {
 			return ErrChanged
 		}
-		return write()
+		return f()
 	})
 }
 
@@ -300,7 +298,7 @@ func (r *rekey) finish() error {
 		return err
 	}
 	defer v.guard.Leave(pass)
-	if err := r.commitWith(func() error { return wipeFree(v.dev, r.storage, r.header) }); err != nil {
+	if err := r.locked(func() error { return wipeFree(v.dev, r.storage, r.header) }); err != nil {
 		return err
 	}
 	return v.retireKey()

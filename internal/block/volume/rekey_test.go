@@ -278,14 +278,13 @@ func TestRekeyWhileInUse(t *testing.T) {
 	size := int64(parts * partSize)
 	for round := 0; ; round++ {
 		ctx, cancel := context.WithCancelCause(t.Context())
-		var workers, zones atomic.Int64
+		var ended atomic.Bool
+		zones := 0
 		var group sync.WaitGroup
 		for i := range want {
 			rng := rand.New(rand.NewPCG(seed, uint64(round*100+i)))
-			workers.Add(1)
 			group.Go(func() {
-				defer workers.Add(-1)
-				for range 150 {
+				for n := 0; n < 100 || !ended.Load(); n++ {
 					if err := useDisk(v, want[i], int64(i), parts, rng); err != nil {
 						t.Error(err)
 						return
@@ -294,7 +293,7 @@ func TestRekeyWhileInUse(t *testing.T) {
 			})
 		}
 		err := v.Rekey(ctx, volume.RekeyOptions{NewDEK: newDEK, Zone: 64 << 10, Progress: func(int64, int64) {
-			switch zones.Add(1) {
+			switch zones++; zones {
 			case 3:
 				size += 256 << 10
 				check(t, v.Resize(size))
@@ -304,6 +303,7 @@ func TestRekeyWhileInUse(t *testing.T) {
 				}
 			}
 		}})
+		ended.Store(true)
 		group.Wait()
 		cancel(nil)
 		for i := range want {

@@ -27,6 +27,19 @@ func (r *rekey) step() (int64, error) {
 		return 0, err
 	}
 	defer v.guard.Leave(pass)
+	// The lock is had before anything is done: without it, what has been begun
+	// could neither go on nor be undone.
+	var rewritten int64
+	err = r.locked(func() (err error) {
+		rewritten, err = r.move(start, n)
+		return err
+	})
+	return rewritten, err
+}
+
+// move moves the boundary from start over the next n bytes, or less.
+func (r *rekey) move(start, n int64) (rewritten int64, err error) {
+	v := r.v
 	if n > int64(len(r.old)) {
 		if e := r.extentAt(start); e.Hole && e.Length >= n {
 			return 0, r.pass(start + n)

@@ -13,7 +13,10 @@
 //   - A request changes no byte outside its range, whatever its alignment and
 //     whatever runs beside it.
 //   - At every instant at least one header copy is whole, and its key safe opens
-//     with the KEK of before or of after a rekey.
+//     with the KEK of before or of after a shallow rekey.
+//   - During a deep rekey every sector is under the old or the new DEK, the header
+//     or the journal that it names tells which, and both key safes are in it
+//     (docs/spec/online-rekey.md).
 //
 // Requests allocate nothing: reads decrypt in the caller's buffer, writes
 // encrypt into buffers of the volume, of which there is a fixed number.
