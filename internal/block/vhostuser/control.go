@@ -317,7 +317,9 @@ func (s *session) getInflight(m *message) error {
 	s.setInflightMemory(f)
 	s.remember()
 	spec.size, spec.offset = uint64(len(f.mem)), 0
-	return s.reply(m, spec.append(nil), fd)
+	// The front end expects the length that it has sent.
+	b := spec.append(nil)
+	return s.reply(m, append(b, make([]byte, len(m.payload)-len(b))...), fd)
 }
 
 // setInflight takes memory that the front end has kept.

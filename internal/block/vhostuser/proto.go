@@ -194,7 +194,7 @@ type inflightSpec struct {
 }
 
 func parseInflight(b []byte) (inflightSpec, error) {
-	// The structure is packed in QEMU and padded to 24 bytes elsewhere.
+	// QEMU pads the structure to 24 bytes.
 	if len(b) != sizeInflight && len(b) != 24 {
 		return inflightSpec{}, badMessage("%d bytes where in-flight memory should be described", len(b))
 	}

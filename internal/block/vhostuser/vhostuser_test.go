@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"sync"
 	"testing"
@@ -23,7 +24,82 @@ import (
 	"strongroom/internal/block/vhostuser/vhostusertest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+// childEnv makes this program a back end: it serves the file "disk" in the
+// folder that it names, until it is killed.
+const childEnv = "STRONGROOM_VHOST_USER_TEST_DIR"
+
+func TestMain(m *testing.M) {
+	if dir := os.Getenv(childEnv); dir != "" {
+		fmt.Fprintln(os.Stderr, serveChild(dir))
+		os.Exit(1)
+	}
+	goleak.VerifyTestMain(m)
+}
+
+func serveChild(dir string) error {
+	dev, err := blockdev.OpenFile(filepath.Join(dir, "disk"), blockdev.FileOptions{})
+	if err != nil {
+		return err
+	}
+	s, err := vhostuser.NewServer(vhostuser.Config{Device: &slowDevice{Device: dev, rng: rand.New(rand.NewPCG(1, 1))}})
+	if err != nil {
+		return err
+	}
+	socket := filepath.Join(dir, "socket")
+	if err := os.Remove(socket); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		return err
+	}
+	return s.Serve(context.Background(), l)
+}
+
+// TestKilled kills the back end under load with SIGKILL, again and again: no
+// request fails, and each reads what was written last.
+func TestKilled(t *testing.T) {
+	t.Parallel()
+	seed := blockdevtest.Seed(t)
+	dir := t.TempDir()
+	dev, err := blockdev.OpenFile(filepath.Join(dir, "disk"), blockdev.FileOptions{Create: true})
+	check(t, err)
+	check(t, dev.Resize(16<<20))
+	check(t, dev.Close())
+	var child *exec.Cmd
+	kill := func() {
+		if child != nil {
+			check(t, child.Process.Kill())
+			_ = child.Wait() // it was killed
+		}
+	}
+	spawn := func() {
+		child = exec.CommandContext(t.Context(), os.Args[0])
+		child.Env = append(os.Environ(), childEnv+"="+dir)
+		child.Stderr = os.Stderr
+		check(t, child.Start())
+	}
+	spawn()
+	defer func() { kill() }()
+	socket := filepath.Join(dir, "socket")
+	var f *vhostusertest.Frontend
+	opts := vhostusertest.Options{Slots: 16, DataSize: 16 << 10}
+	blockdevtest.Eventually(t, "the back end serves", func() bool {
+		f, err = vhostusertest.Dial(socket, opts)
+		return err == nil
+	})
+	t.Cleanup(f.Close)
+	stress(t, f.Queues[0], seed, 600, func(done int) {
+		if done%100 != 99 {
+			return
+		}
+		kill()
+		check(t, os.Remove(socket))
+		spawn()
+		blockdevtest.Eventually(t, "the back end serves again", func() bool { return f.Connect(socket) == nil })
+		check(t, f.Start())
+	})
+}
 
 // deadline is how long a test waits for what must happen.
 const deadline = 10 * time.Second

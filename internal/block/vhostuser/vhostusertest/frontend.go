@@ -201,14 +201,14 @@ func (f *Frontend) Start() error {
 
 func (f *Frontend) setInflight() error {
 	if f.inflight == nil {
-		want := make([]byte, 16, 20)
-		want = ne.AppendUint16(want, uint16(f.opts.Queues))
-		want = ne.AppendUint16(want, uint16(f.opts.QueueSize))
+		want := make([]byte, 24) // with QEMU's padding
+		ne.PutUint16(want[16:], uint16(f.opts.Queues))
+		ne.PutUint16(want[18:], uint16(f.opts.QueueSize))
 		area, fds, err := f.Call(GetInflightFD, want)
 		if err != nil {
 			return err
 		}
-		if len(fds) != 1 || len(area) != 20 {
+		if len(fds) != 1 || len(area) != len(want) {
 			return fmt.Errorf("in-flight memory comes as %d bytes with %d descriptors", len(area), len(fds))
 		}
 		f.area, f.inflight = area, os.NewFile(uintptr(fds[0]), "inflight")
