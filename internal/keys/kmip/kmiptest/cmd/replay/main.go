@@ -13,6 +13,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"os"
 	"time"
 
@@ -20,7 +21,7 @@ import (
 )
 
 func main() {
-	failed, err := run()
+	failed, err := run(os.Args[1:], os.Stdout)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "error:", err)
 		os.Exit(2)
@@ -30,13 +31,16 @@ func main() {
 	}
 }
 
-func run() (failed int, err error) {
-	addr := flag.String("addr", "127.0.0.1:5696", "address of the server")
-	ca := flag.String("ca", "", "PEM file with the authority of the server's certificate")
-	cert := flag.String("cert", "", "PEM file with the client's certificate")
-	key := flag.String("key", "", "PEM file with the client's private key")
-	flag.Parse()
-	if flag.NArg() != 1 {
+func run(args []string, out io.Writer) (failed int, err error) {
+	flags := flag.NewFlagSet("replay", flag.ContinueOnError)
+	addr := flags.String("addr", "127.0.0.1:5696", "address of the server")
+	ca := flags.String("ca", "", "PEM file with the authority of the server's certificate")
+	cert := flags.String("cert", "", "PEM file with the client's certificate")
+	key := flags.String("key", "", "PEM file with the client's private key")
+	if err := flags.Parse(args); err != nil {
+		return 0, err
+	}
+	if flags.NArg() != 1 {
 		return 0, errors.New("cannot replay: name one folder of test cases")
 	}
 	pem, err := os.ReadFile(*ca)
@@ -61,12 +65,12 @@ func run() (failed int, err error) {
 		}
 		return conn.(*tls.Conn), nil
 	}
-	files, err := kmiptest.Files(flag.Arg(0))
+	files, err := kmiptest.Files(flags.Arg(0))
 	if err != nil {
 		return 0, err
 	}
 	if len(files) == 0 {
-		return 0, fmt.Errorf("cannot replay: no test case in %s", flag.Arg(0))
+		return 0, fmt.Errorf("cannot replay: no test case in %s", flags.Arg(0))
 	}
 	passed, skipped := 0, 0
 	for _, file := range files {
@@ -76,15 +80,15 @@ func run() (failed int, err error) {
 			return failed, fmt.Errorf("cannot replay %s: %w", file, err)
 		case r.NotClient:
 			skipped++
-			fmt.Printf("n/a   %s: the server speaks first\n", r.Name)
+			fmt.Fprintf(out, "n/a   %s: the server speaks first\n", r.Name)
 		case r.Passed():
 			passed++
-			fmt.Printf("pass  %s\n", r.Name)
+			fmt.Fprintf(out, "pass  %s\n", r.Name)
 		default:
 			failed++
-			fmt.Printf("FAIL  %s: %s\n", r.Name, r.Reason)
+			fmt.Fprintf(out, "FAIL  %s: %s\n", r.Name, r.Reason)
 		}
 	}
-	fmt.Printf("%d passed, %d failed, %d not applicable\n", passed, failed, skipped)
+	fmt.Fprintf(out, "%d passed, %d failed, %d not applicable\n", passed, failed, skipped)
 	return failed, nil
 }
