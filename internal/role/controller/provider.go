@@ -259,7 +259,7 @@ func (c *Controller) unlockAll(ctx context.Context) ([]string, error) {
 			unlocked = append(unlocked, vm.Name)
 		}
 	}
-	return unlocked, nil
+	return unlocked, c.events.Evaluate(ctx, c.inv)
 }
 
 // lookAgain asks the host how a VM is and notes it.

@@ -97,7 +97,10 @@ func (c *Controller) step(do vmStep) func(context.Context, *task.Run) error {
 		if err == nil && vm != nil {
 			err = c.noteVM(ctx, h.ID, vm)
 		}
-		if errors.Is(err, errUnreachable) && ctx.Err() == nil && waits(r.Task().Kind) {
+		// A host that is busy with the VM may be at work on an earlier call of
+		// this very step, whose connection broke.
+		later := errors.Is(err, errUnreachable) || errs.ReasonOf(err) == strongroomv1.ReasonVMBusy
+		if later && ctx.Err() == nil && waits(r.Task().Kind) {
 			return &task.Retry{After: retryAfter, Reason: err.Error()}
 		}
 		if ctx.Err() == nil {

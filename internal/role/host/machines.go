@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	strongroomv1 "strongroom/api/strongroom/v1"
 	"strongroom/internal/errs"
 	"strongroom/internal/machine/bundle"
 	"strongroom/internal/machine/recrypt"
@@ -69,7 +70,7 @@ func (m *machine) acquire(ctx context.Context) (release func(), err error) {
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	case <-timeout.C:
-		return nil, errs.New(errs.InvalidState, "%w", errBusy).WithHint("strongroom task ls --active")
+		return nil, errs.New(errs.InvalidState, "%w", errBusy).WithReason(strongroomv1.ReasonVMBusy).WithHint("strongroom task ls --active")
 	}
 }
 

@@ -1,0 +1,7 @@
+// Package strongroomv1 is the generated code of the API's messages, and the
+// reasons in its errors that one role branches on when another one says them.
+package strongroomv1
+
+// ReasonVMBusy is the reason of an InvalidState error of a host that has another
+// operation on the VM under way: the same call may succeed later.
+const ReasonVMBusy = "VMBusy"
