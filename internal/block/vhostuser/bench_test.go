@@ -1,3 +1,7 @@
+//go:build !race
+
+// Allocations, times and guests mean nothing under the race detector.
+
 package vhostuser_test
 
 import (
