@@ -79,7 +79,7 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) (err error) {
 	if err := daemon.Harden(); err != nil {
 		return err
 	}
-	c, err := open(ctx, cfg, log)
+	c, err := open(ctx, cfg, log, access.DefaultHashing)
 	if err != nil {
 		return err
 	}
@@ -92,8 +92,9 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) (err error) {
 }
 
 // open opens what a controller has in its data folder, or makes it the first
-// time. The caller closes the controller.
-func open(ctx context.Context, cfg Config, log *slog.Logger) (_ *Controller, err error) {
+// time; new passwords are hashed as hashing says. The caller closes the
+// controller.
+func open(ctx context.Context, cfg Config, log *slog.Logger, hashing access.Hashing) (_ *Controller, err error) {
 	c := &Controller{cfg: cfg, log: log, wake: make(chan struct{}, 1), beatLife: heartbeatLife}
 	defer func() {
 		if err != nil {
@@ -113,7 +114,7 @@ func open(ctx context.Context, cfg Config, log *slog.Logger) (_ *Controller, err
 		return nil, err
 	}
 	c.inv, c.events, c.joins = inventory.New(c.db), event.Open(c.db, 0), pki.NewJoins(c.db)
-	if c.access, err = access.New(access.Config{DB: c.db}); err != nil {
+	if c.access, err = access.New(access.Config{DB: c.db, Hashing: hashing}); err != nil {
 		return nil, err
 	}
 	c.tasks = task.NewEngine(task.Config{DB: c.db, Log: log, Kinds: c.taskKinds()})

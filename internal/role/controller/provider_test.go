@@ -393,7 +393,7 @@ func TestKeyStoreIsNeverReplaced(t *testing.T) {
 			defer restore(t, whole, s.cfg.KeyFile, vaultPath)
 			spoil(t)
 			before := read(t, s.cfg.KeyFile, vaultPath)
-			c, err := open(t.Context(), s.cfg, testLog())
+			c, err := open(t.Context(), s.cfg, testLog(), cheapHashing)
 			if err == nil {
 				c.close()
 				t.Fatal("the controller starts")

@@ -16,6 +16,7 @@ import (
 
 	strongroomv1 "strongroom/api/strongroom/v1"
 	"strongroom/client"
+	"strongroom/internal/control/access"
 	"strongroom/internal/control/audit"
 	"strongroom/internal/control/inventory"
 	"strongroom/internal/errs"
@@ -39,6 +40,9 @@ type site struct {
 	stop func()
 }
 
+// cheapHashing is enough for the passwords of tests.
+var cheapHashing = access.Hashing{Time: 1, MemoryKiB: 64, Threads: 1}
+
 // newSite starts a controller on an empty folder.
 func newSite(t testing.TB) *site {
 	t.Helper()
@@ -47,7 +51,9 @@ func newSite(t testing.TB) *site {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := &site{t: t, cfg: cfg}
+	// Fake hosts send a heartbeat when they are told to, and a slow machine must
+	// not make them silent.
+	s := &site{t: t, cfg: cfg, beatLife: 10 * time.Minute}
 	s.start(l)
 	t.Cleanup(func() { s.stop() })
 	return s
@@ -77,7 +83,7 @@ func (s *site) start(l net.Listener) {
 	s.t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	var err error
-	if s.c, err = open(ctx, s.cfg, testLog()); err != nil {
+	if s.c, err = open(ctx, s.cfg, testLog(), cheapHashing); err != nil {
 		cancel()
 		l.Close()
 		s.t.Fatal(err)
