@@ -178,6 +178,10 @@ func (d *demo) firstBoot(ctx context.Context) error {
 	if _, err := d.console.await(ctx, guest.OK, "write", ""); err != nil {
 		return err
 	}
+	// From then on the guest knows what to do when its power button is pressed.
+	if _, err := d.console.await(ctx, guest.Note, "churn", "churned"); err != nil {
+		return err
+	}
 	d.say("the guest made ext4 on its encrypted disk and wrote files with checksums")
 	if _, err := d.controller.Must(ctx, "vm", "power-off", "web-1"); err != nil {
 		return err
@@ -292,6 +296,10 @@ func (d *demo) crash(ctx context.Context) error {
 	}
 	d.say("third boot, after the crash: the guest %s", verified.Text)
 	if _, err := d.console.await(ctx, guest.OK, "write", ""); err != nil {
+		return err
+	}
+	// From then on the guest knows what to do when its power button is pressed.
+	if _, err := d.console.await(ctx, guest.Note, "churn", "churned"); err != nil {
 		return err
 	}
 	if r, err = d.host.CLI(ctx, "vm", "power-off", "web-1"); err == nil && r.Code != 0 {
