@@ -386,7 +386,7 @@ func TestTokens(t *testing.T) {
 	if _, err := db.Snapshot(ctx, &b); err != nil {
 		t.Fatal(err)
 	}
-	secret := text[strings.LastIndexByte(text, '_')+1:]
+	_, secret, _ := strings.Cut(text, tok.ID+"_") // the secret may hold a '_' of its own
 	if bytes.Contains(b.Bytes(), []byte(secret)) || !bytes.Contains(b.Bytes(), []byte(tok.ID)) {
 		t.Error("the token's secret is in the store, or its id is not")
 	}
