@@ -46,7 +46,7 @@ fuzz: ## every fuzzer for $(FUZZ)
 	@scripts/fuzz.sh $(FUZZ)
 
 bench: setup build ## ours and its peers in turn; writes docs/reference/performance.md
-	$(GO) run ./test/bench
+	@STRONGROOM=$(BIN) $(GO) run ./test/bench
 
 generate: ## regenerate what is generated
 	$(GO) generate ./...

@@ -5,7 +5,8 @@
 // ours, the same without encryption, qemu-storage-daemon serving a LUKS image,
 // and nbdkit's luks filter; and once more a server that does nothing, to show
 // where the load generators themselves end. All images are on a tmpfs. Medians
-// are reported.
+// are reported. Then it times how soon a controller and a VM are there, with the
+// binary that $STRONGROOM names.
 //
 // Loads come from two generators: one of our own ([nbd.Pipeline], one thread),
 // which is fast enough not to be the limit, and fio's nbd engine, which
@@ -59,7 +60,7 @@ func run(ctx context.Context, args []string) error {
 	flags.Int64Var(&o.size, "size", 256<<20, "of each image, in bytes; a multiple of 1 MiB")
 	flags.StringVar(&o.dir, "dir", "/dev/shm", "a tmpfs with room for four images")
 	flags.StringVar(&o.out, "out", filepath.FromSlash("docs/reference/performance.md"), "where the tables go")
-	flags.StringVar(&only, "only", "", "measure only what matches: a regular expression on `SERVER/GENERATOR/LOAD`")
+	flags.StringVar(&only, "only", "", "measure only what matches: a regular expression on `SERVER/GENERATOR/LOAD` and on 'starts'")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
@@ -73,6 +74,11 @@ func run(ctx context.Context, args []string) error {
 	r, err := measure(ctx, o)
 	if err != nil {
 		return err
+	}
+	if o.only.MatchString("starts") {
+		if r.Starts, err = measureStarts(ctx, o, os.Getenv("STRONGROOM")); err != nil {
+			return fmt.Errorf("cannot measure starts: %w", err)
+		}
 	}
 	if only != "" {
 		fmt.Print(r.markdown())

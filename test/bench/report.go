@@ -45,6 +45,7 @@ type report struct {
 	Duration string            `json:"duration"`
 	Size     int64             `json:"size"`
 	Results  []result          `json:"results"`
+	Starts   []start           `json:"starts,omitempty"`
 }
 
 // measure runs everything.
@@ -115,22 +116,21 @@ func measure(ctx context.Context, o options) (r *report, err error) {
 }
 
 func summarize(server, generator string, l load, all []sample) result {
-	median := func(of func(sample) float64) float64 {
+	middle := func(of func(sample) float64) float64 {
 		var values []float64
 		for _, s := range all {
 			values = append(values, of(s))
 		}
-		slices.Sort(values)
-		return (values[(len(values)-1)/2] + values[len(values)/2]) / 2
+		return median(values)
 	}
-	requests := median(func(s sample) float64 { return s.requests })
+	requests := middle(func(s sample) float64 { return s.requests })
 	return result{
 		Server: server, Generator: generator, Load: l.name,
 		RequestsPerSecond: requests,
 		MiBPerSecond:      requests * float64(l.bytes) / (1 << 20),
-		P99Microseconds:   median(func(s sample) float64 { return s.p99 }),
-		CPUSecondsPerGiB:  median(func(s sample) float64 { return s.cpu }),
-		GeneratorCPU:      median(func(s sample) float64 { return s.own }),
+		P99Microseconds:   middle(func(s sample) float64 { return s.p99 }),
+		CPUSecondsPerGiB:  middle(func(s sample) float64 { return s.cpu }),
+		GeneratorCPU:      middle(func(s sample) float64 { return s.own }),
 		Rounds:            len(all),
 	}
 }
@@ -262,6 +262,14 @@ servers. Ours uses one thread for load; where it used that wholly, it was the li
 `)
 	if rows := r.generator(); len(rows) > 0 {
 		table(&b, append([][]string{{"load", "our generator's end, requests/s", "processors it used for that", "and for ours, encrypted", "fio's end, requests/s"}}, rows...))
+	}
+	if len(r.Starts) > 0 {
+		b.WriteString("\n## Starts\n\n")
+		rows := [][]string{{"what", "ms, median", "rounds"}}
+		for _, s := range r.Starts {
+			rows = append(rows, []string{s.What, fmt.Sprintf("%.0f", s.Milliseconds), fmt.Sprint(s.Rounds)})
+		}
+		table(&b, rows)
 	}
 	b.WriteString("\n## Commands\n\n```\n")
 	for _, c := range r.Commands {

@@ -87,8 +87,12 @@ func (l *Lab) PIDs() []string {
 type Process struct {
 	Name string
 	Log  string // path of what it printed
-	cmd  *exec.Cmd
-	done chan struct{} // closed when it has ended
+	// ReadyAfter is how long it took from its start until it was ready.
+	ReadyAfter time.Duration
+
+	begun time.Time
+	cmd   *exec.Cmd
+	done  chan struct{} // closed when it has ended
 }
 
 // start runs the binary in the background.
@@ -102,6 +106,7 @@ func (l *Lab) start(name string, args ...string) (*Process, error) {
 	p.cmd = exec.Command(l.Binary, args...)
 	p.cmd.Stdout, p.cmd.Stderr = log, log
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Credential: l.Credential}
+	p.begun = time.Now()
 	if err := p.cmd.Start(); err != nil {
 		return nil, err
 	}
@@ -144,12 +149,13 @@ func (p *Process) wait(what string, check func() bool) error {
 		select {
 		case <-p.done:
 			return fmt.Errorf("%s ended before %s:\n%s", p.Name, what, tail(p.Log))
-		case <-time.After(20 * time.Millisecond):
+		case <-time.After(5 * time.Millisecond):
 		}
 		if time.Now().After(deadline) {
 			return fmt.Errorf("%s: not %s within %v:\n%s", p.Name, what, startTimeout, tail(p.Log))
 		}
 	}
+	p.ReadyAfter = time.Since(p.begun)
 	return nil
 }
 

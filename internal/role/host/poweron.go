@@ -26,8 +26,9 @@ import (
 // running is a VM that is powered on: its QEMU and its volume process. The lock
 // of the VM folder is held by the volume process, so that it outlives the agent.
 type running struct {
-	qemu *qemu.Machine
-	gone chan struct{} // closed when the VM is off and all of it is cleaned up
+	qemu      *qemu.Machine
+	startTook time.Duration // how long QEMU's own start took; 0 if an earlier agent started it
+	gone      chan struct{} // closed when the VM is off and all of it is cleaned up
 
 	mu      sync.Mutex // guards what follows
 	volumes *volumeproc.Process
@@ -73,12 +74,14 @@ func (h *Host) powerOn(ctx context.Context, what string) error {
 	if on {
 		return nil
 	}
+	begin := time.Now()
 	r, err := h.start(ctx, reg)
 	if err != nil {
 		return errs.Wrap(err, "cannot power on VM %s", reg.Name)
 	}
 	h.watch(m, r)
-	h.log.LogAttrs(ctx, slog.LevelInfo, "VM powered on", slog.String("vm", reg.Name))
+	h.log.LogAttrs(ctx, slog.LevelInfo, "VM powered on", slog.String("vm", reg.Name),
+		slog.Duration("took", time.Since(begin)), slog.Duration("qemu_took", r.startTook))
 	h.notify()
 	return nil
 }
@@ -105,11 +108,12 @@ func (h *Host) start(ctx context.Context, reg registered) (_ *running, err error
 	if err != nil {
 		return nil, err
 	}
+	begin := time.Now()
 	machine, err := qemu.Start(ctx, config)
 	if err != nil {
 		return nil, errs.New(errs.Unavailable, "%w", err).WithHint("look at the end of its log: %s", filepath.Join(dir, bundle.LogName))
 	}
-	return &running{qemu: machine, volumes: volumes, gone: make(chan struct{})}, nil
+	return &running{qemu: machine, startTook: time.Since(begin), volumes: volumes, gone: make(chan struct{})}, nil
 }
 
 // startVolumes starts the volume process of a VM with all its disks. The process
