@@ -14,8 +14,8 @@ import (
 	"strongroom/internal/machine/process"
 )
 
-// probeTimeout is how long the firmware may take to boot a disk. It needs 0.3 s
-// under KVM; a /dev/kvm that does not work can hang for ever.
+// probeTimeout is how long the probe's guest may take. It needs 0.3 s under KVM; a
+// /dev/kvm that does not work can hang for ever, or be a thousand times too slow.
 const probeTimeout = 5 * time.Second
 
 // Prober finds out once which accelerator works here.
@@ -48,22 +48,6 @@ func (p *Prober) Probe() (Accel, error) {
 	return p.accel, p.why
 }
 
-// bootSector returns a disk that ends QEMU through its debug-exit device when
-// the firmware boots it. By then the guest has run in real and in protected
-// mode, with port I/O, interrupts and a disk: all of that has been seen to hang
-// where a single instruction still ran.
-func bootSector() []byte {
-	sector := make([]byte, 64<<10)
-	copy(sector, []byte{
-		0xb0, 0x10, // mov al, 0x10
-		0xe6, 0xf4, // out 0xf4, al
-		0xf4,       // hlt
-		0xeb, 0xfd, // jmp to the hlt
-	})
-	copy(sector[510:], []byte{0x55, 0xaa})
-	return sector
-}
-
 // exitCode is what QEMU makes of 0x10 written to the debug-exit device.
 const exitCode = 0x10<<1 | 1
 
@@ -86,7 +70,7 @@ func try(binary string, accel Accel) error {
 		return err
 	}
 	cmd := exec.Command(binary, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-		"-machine", "pc", "-accel", string(accel), "-cpu", cpuModel(accel), "-m", "16M",
+		"-machine", "pc", "-accel", string(accel), "-cpu", cpuModel(accel), "-m", "32M",
 		"-drive", "file="+escape(disk)+",format=raw,if=ide,snapshot=on",
 		"-device", "isa-debug-exit,iobase=0xf4,iosize=1")
 	// To a file: a pipe would have to be read, also from a QEMU that hangs.
