@@ -9,7 +9,7 @@ export STRONGROOM_CACHE ?= $(CACHE)
 # Binaries run in guests and on hosts without a compiler.
 export CGO_ENABLED ?= 1
 
-.PHONY: help demo test setup build check unit race purego fuzz e2e bench generate tidy clean
+.PHONY: help demo test setup build check unit race purego arm64 fuzz e2e bench generate tidy clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -17,7 +17,7 @@ help: ## list the targets
 demo: setup build ## show the main job on real QEMU guests, in under two minutes (KEEP=1 leaves it running)
 	@STRONGROOM=$(BIN) KEEP=$(KEEP) $(GO) run ./test/demo
 
-test: setup build check unit race purego fuzz ## everything: what .ci/run runs
+test: setup build check unit race purego arm64 fuzz ## everything: what .ci/run runs
 
 setup:
 	@scripts/setup.sh
@@ -41,6 +41,10 @@ race: ## the packages with concurrency, under the race detector
 
 purego: ## the data path without assembly
 	$(GO) test -tags purego ./internal/crypto/... ./internal/block/volume/...
+
+arm64: ## the cipher for arm64, in an emulator
+	CGO_ENABLED=0 GOARCH=arm64 $(GO) vet ./internal/crypto/...
+	CGO_ENABLED=0 GOARCH=arm64 $(GO) test -exec qemu-aarch64 ./internal/crypto/xts
 
 fuzz: ## every fuzzer for $(FUZZ)
 	@scripts/fuzz.sh $(FUZZ)

@@ -30,6 +30,7 @@ qemu-storage-daemon  qemu-system-common  peer in benchmarks
 qemu-img             qemu-utils          qcow2 import, images for tests
 qemu-io              qemu-utils          block peer in tests
 qemu-nbd             qemu-utils          block peer in tests
+qemu-aarch64         qemu-user           arm64 code, in tests
 swtpm                swtpm               TPM of hosts and guests
 swtpm_setup          swtpm-tools         TPM with an EK certificate, in tests
 nbdkit               nbdkit              NBD peer in tests and benchmarks

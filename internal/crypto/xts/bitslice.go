@@ -1,7 +1,5 @@
 package xts
 
-import "encoding/binary"
-
 // AES without tables and without branches on data, for processors without AES
 // instructions: four blocks are turned into eight words, word i holding bit i
 // of all 64 bytes, and the cipher is computed as a circuit on these words.
@@ -337,27 +335,9 @@ func (s *bitsliced) expand(key []byte) {
 	clear(s.block[:])
 }
 
-// expandOne is the key expansion of FIPS 197 section 5.2.
 func (s *bitsliced) expandOne(keys *[maxRoundKeys]planes, key []byte) {
-	n := len(key) / 4
 	w := s.words[:4*(s.rounds+1)]
-	for i := range n {
-		w[i] = binary.LittleEndian.Uint32(key[4*i:])
-	}
-	rcon := uint32(1)
-	for i := n; i < len(w); i++ {
-		w[i] = w[i-1]
-		switch {
-		case i%n == 0:
-			w[i] = w[i]>>8 | w[i]<<24
-			s.subWord(&w[i])
-			w[i] ^= rcon
-			rcon = rcon<<1 ^ rcon>>7*0x11B
-		case n > 6 && i%n == 4:
-			s.subWord(&w[i])
-		}
-		w[i] ^= w[i-n]
-	}
+	expandWords(w, key, s.subWord)
 	for i := range s.rounds + 1 {
 		for j := range s.block {
 			s.block[j][0] = uint64(w[4*i]) | uint64(w[4*i+1])<<32

@@ -8,6 +8,7 @@ const (
 	aesni                            // AES-NI and SSE4.1
 	vaesAVX2                         // VAES on 256 bits
 	vaesAVX512                       // VAES on 512 bits
+	armv8CE                          // the ARMv8 cryptography extension
 )
 
 // String returns the name that [NewWith] takes.
@@ -19,6 +20,8 @@ func (i implementation) String() string {
 		return "vaes-avx2"
 	case vaesAVX512:
 		return "vaes-avx512"
+	case armv8CE:
+		return "armv8-ce"
 	default:
 		return "portable"
 	}
