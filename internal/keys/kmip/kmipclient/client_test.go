@@ -66,13 +66,13 @@ func start(t *testing.T, ca *testca.Authority, store kmipserver.Store, addr stri
 	t.Helper()
 	server, err := kmipserver.New(kmipserver.Config{
 		Store: store, TLS: kmipserver.TLSConfig(ca.Server(t), ca.Pool(), false), Log: slog.New(slog.DiscardHandler),
-		Authenticate: func(_ context.Context, state tls.ConnectionState, credentials []kmip.Credential) (string, error) {
+		Authenticate: func(_ context.Context, state tls.ConnectionState, credentials []kmip.Credential) (kmipserver.Client, error) {
 			for _, c := range credentials {
 				if v := c.CredentialValue.UserPassword; v == nil || v.Username != "vcenter" || v.Password != "s3cret\xc3\xa9" {
-					return "", errors.New("wrong credentials")
+					return kmipserver.Client{}, errors.New("wrong credentials")
 				}
 			}
-			return state.PeerCertificates[0].Subject.CommonName, nil
+			return kmipserver.Client{Account: state.PeerCertificates[0].Subject.CommonName}, nil
 		},
 	})
 	if err != nil {

@@ -103,7 +103,7 @@ func (r *request) create(p *payloads.CreateRequestPayload) (kmip.OperationPayloa
 	}
 	o := &Object{ID: newID(), Type: p.ObjectType}
 	defer func() { r.discard(o) }()
-	err := r.server.store.Update(r.ctx, r.account, func(tx Tx) error {
+	err := r.server.store.Update(r.ctx, r.client.Account, func(tx Tx) error {
 		o.Attributes = nil
 		attributes, err := r.template(tx, p.TemplateAttribute)
 		if err != nil {
@@ -115,6 +115,9 @@ func (r *request) create(p *payloads.CreateRequestPayload) (kmip.OperationPayloa
 		if err := generate(o); err != nil {
 			return err
 		}
+		if err := r.client.Policy.checkType(o); err != nil {
+			return err
+		}
 		r.born(o)
 		if err := uniqueName(tx, o.ID, namesOf(o)...); err != nil {
 			return err
@@ -124,7 +127,7 @@ func (r *request) create(p *payloads.CreateRequestPayload) (kmip.OperationPayloa
 	if err != nil {
 		return nil, err
 	}
-	r.placeholder = o.ID
+	r.placeholder, r.object = o.ID, o.ID
 	id := o.ID
 	o = nil // the store has it
 	return &payloads.CreateResponsePayload{ObjectType: p.ObjectType, UniqueIdentifier: id}, nil

@@ -38,7 +38,7 @@ func (r *request) locate(p *payloads.LocateRequestPayload) (kmip.OperationPayloa
 		storage = kmip.StorageStatusOnlineStorage
 	}
 	var found []string
-	err := r.server.store.View(r.ctx, r.account, func(v Reader) error {
+	err := r.server.store.View(r.ctx, r.client.Account, func(v Reader) error {
 		for o, err := range v.Find(query) {
 			if err != nil {
 				return err

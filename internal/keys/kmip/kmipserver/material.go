@@ -72,7 +72,7 @@ func (r *request) register(p *payloads.RegisterRequestPayload) (kmip.OperationPa
 	if o.Layout, err = layout(p.Object); err != nil {
 		return nil, err
 	}
-	err = r.server.store.Update(r.ctx, r.account, func(tx Tx) error {
+	err = r.server.store.Update(r.ctx, r.client.Account, func(tx Tx) error {
 		o.Attributes = nil
 		attributes, err := r.template(tx, p.TemplateAttribute)
 		if err != nil {
@@ -92,6 +92,9 @@ func (r *request) register(p *payloads.RegisterRequestPayload) (kmip.OperationPa
 		if err := describe(o); err != nil {
 			return err
 		}
+		if err := r.client.Policy.checkType(o); err != nil {
+			return err
+		}
 		r.born(o)
 		if err := uniqueName(tx, o.ID, namesOf(o)...); err != nil {
 			return err
@@ -101,7 +104,7 @@ func (r *request) register(p *payloads.RegisterRequestPayload) (kmip.OperationPa
 	if err != nil {
 		return nil, err
 	}
-	r.placeholder = o.ID
+	r.placeholder, r.object = o.ID, o.ID
 	id := o.ID
 	o = nil // the store has it
 	return &payloads.RegisterResponsePayload{UniqueIdentifier: id}, nil
@@ -245,6 +248,9 @@ func (r *request) export(v Reader, o *Object, p *payloads.GetRequestPayload) (km
 	}
 	if extractable, ok := attribute[bool](o, kmip.AttributeNameExtractable); ok && !extractable {
 		return nil, refuse(kmip.ResultReasonNotExtractable, "the object is not extractable")
+	}
+	if err := r.client.Policy.checkExport(o); err != nil {
+		return nil, err
 	}
 	switch o.Type {
 	case kmip.ObjectTypeTemplate:

@@ -131,7 +131,9 @@ func (t *memoryTx) Find(q Query) iter.Seq2[*Object, error] {
 			ids = t.shelf.names[q.Name]
 		}
 		for _, id := range ids {
-			if !yield(t.shelf.objects[id].clone(), nil) {
+			o := t.shelf.objects[id].clone()
+			o.Material = nil
+			if !yield(o, nil) {
 				return
 			}
 		}

@@ -35,12 +35,14 @@ func refuse(reason kmip.ResultReason, format string, args ...any) error {
 type request struct {
 	ctx     context.Context // of this one request; batch items get it from here
 	server  *Server
-	account string
+	client  Client
+	peer    string // network address, for the record
 	version kmip.ProtocolVersion
 	now     time.Time
 	// placeholder is the ID Placeholder (KMIP 1.4 section 4): what the batch's
 	// items before this one made or found, or "".
 	placeholder string
+	object      string   // what the item under way is about, for the record
 	wipe        [][]byte // ordinary memory with key material in it
 	secretSize  int      // bytes of key material in the answer
 }
@@ -51,13 +53,14 @@ func (r *request) atLeast(v kmip.ProtocolVersion) bool {
 
 // id returns the object an item is about: the one given, or the placeholder.
 func (r *request) id(given string) (string, error) {
-	if given != "" {
-		return given, nil
+	if given == "" {
+		given = r.placeholder
 	}
-	if r.placeholder == "" {
+	if given == "" {
 		return "", refuse(kmip.ResultReasonItemNotFound, "no Unique Identifier was given and the ID Placeholder is empty")
 	}
-	return r.placeholder, nil
+	r.object = given
+	return given, nil
 }
 
 // reveal returns a copy of k in ordinary memory, for the codec. It is wiped
@@ -161,7 +164,7 @@ func supports(v kmip.ProtocolVersion) bool {
 }
 
 // answer runs the batch of message and returns the encoded response.
-func (s *Server) answer(ctx context.Context, state tls.ConnectionState, message []byte) []byte {
+func (s *Server) answer(ctx context.Context, state tls.ConnectionState, peer string, message []byte) []byte {
 	e, err := s.decode(message)
 	version := e.header.ProtocolVersion
 	if !supports(version) {
@@ -173,7 +176,7 @@ func (s *Server) answer(ctx context.Context, state tls.ConnectionState, message 
 		}
 		return s.refuseMessage(kmip.V1_4, refuse(kmip.ResultReasonInvalidMessage, "protocol version %v is not supported", version))
 	}
-	r := &request{ctx: ctx, server: s, version: version, now: s.now().Truncate(time.Second).UTC()}
+	r := &request{ctx: ctx, server: s, peer: peer, version: version, now: s.now().Truncate(time.Second).UTC()}
 	defer func() {
 		for _, b := range r.wipe {
 			keymem.Wipe(b)
@@ -225,13 +228,16 @@ func (r *request) authenticate(state tls.ConnectionState, a *kmip.Authentication
 	if a != nil {
 		credentials = append(append(credentials, a.Credential), a.AdditionalCredential...)
 	}
-	account, err := r.server.authenticate(r.ctx, state, credentials)
-	if err != nil {
-		r.server.log.LogAttrs(r.ctx, slog.LevelInfo, "kmip client refused", slog.Any("err", err))
-		return refuse(kmip.ResultReasonAuthenticationNotSuccessful, "who you are could not be established")
+	client, err := r.server.authenticate(r.ctx, state, credentials)
+	if err == nil {
+		r.client = client
+		return nil
 	}
-	r.account = account
-	return nil
+	r.server.log.LogAttrs(r.ctx, slog.LevelInfo, "kmip client refused", slog.String("peer", r.peer), slog.Any("err", err))
+	if err := r.server.observe(r.ctx, Event{Peer: r.peer, Reason: kmip.ResultReasonAuthenticationNotSuccessful}); err != nil {
+		r.server.log.LogAttrs(r.ctx, slog.LevelError, "kmip refusal not recorded", slog.Any("err", err))
+	}
+	return refuse(kmip.ResultReasonAuthenticationNotSuccessful, "who you are could not be established")
 }
 
 // run answers one item; it never panics.
@@ -244,7 +250,10 @@ func (r *request) run(it item) (out kmip.ResponseBatchItem) {
 			fail(&out, fmt.Errorf("panic"))
 		}
 	}()
+	began := time.Now()
+	r.object = ""
 	payload, err := r.perform(it)
+	err = r.record(it.operation, time.Since(began), err)
 	if err != nil {
 		var told *Refusal
 		if !errors.As(err, &told) {
@@ -260,6 +269,8 @@ func (r *request) run(it item) (out kmip.ResponseBatchItem) {
 func (r *request) perform(it item) (kmip.OperationPayload, error) {
 	op, ok := r.server.operations[it.operation]
 	switch {
+	case !r.client.Policy.allows(it.operation):
+		return nil, refuse(kmip.ResultReasonPermissionDenied, "operation %s is not allowed to you", ttlv.EnumStr(it.operation))
 	case !ok || !r.atLeast(op.since):
 		return nil, refuse(kmip.ResultReasonOperationNotSupported, "operation %s is not supported in KMIP %v", ttlv.EnumStr(it.operation), r.version)
 	case it.extension != nil && it.extension.CriticalityIndicator:

@@ -60,7 +60,8 @@ type Query struct {
 type Reader interface {
 	// Get returns an object or ErrNoObject.
 	Get(id string) (*Object, error)
-	// Find returns the objects that match q, oldest first.
+	// Find returns the objects that match q, oldest first. They come without
+	// their Material and are not for [Tx.Put].
 	Find(q Query) iter.Seq2[*Object, error]
 }
 

@@ -74,7 +74,7 @@ func (r *request) view(given string, f func(Reader, *Object) error) error {
 	if err != nil {
 		return err
 	}
-	return r.server.store.View(r.ctx, r.account, func(v Reader) error {
+	return r.server.store.View(r.ctx, r.client.Account, func(v Reader) error {
 		o, err := r.load(v, id)
 		if err != nil {
 			return err
@@ -100,7 +100,7 @@ func (r *request) updateAny(given string, f func(Tx, *Object) error) error {
 	if err != nil {
 		return err
 	}
-	return r.server.store.Update(r.ctx, r.account, func(tx Tx) error {
+	return r.server.store.Update(r.ctx, r.client.Account, func(tx Tx) error {
 		o, err := r.load(tx, id)
 		if err != nil {
 			return err
@@ -142,7 +142,9 @@ func usable(o *Object) error {
 	return nil
 }
 
-func newID() string { return uuid.NewString() }
+// newID returns an identifier that no object has; later ones sort behind earlier
+// ones (RFC 9562, UUID version 7).
+func newID() string { return uuid.Must(uuid.NewV7()).String() }
 
 func (r *request) discoverVersions(p *payloads.DiscoverVersionsRequestPayload) (kmip.OperationPayload, error) {
 	out := &payloads.DiscoverVersionsResponsePayload{}

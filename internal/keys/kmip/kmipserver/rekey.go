@@ -40,7 +40,7 @@ func (r *request) rekey(p *payloads.RekeyRequestPayload) (kmip.OperationPayload,
 	if err != nil {
 		return nil, err
 	}
-	r.placeholder = n.ID
+	r.placeholder, r.object = n.ID, n.ID
 	id := n.ID
 	n = nil // the store has it
 	return &payloads.RekeyResponsePayload{UniqueIdentifier: id}, nil

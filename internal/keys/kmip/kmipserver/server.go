@@ -72,11 +72,11 @@ func (l Limits) wire() kmipwire.Limits {
 	return kmipwire.Limits{Message: l.Message, Depth: l.Depth, Values: l.Values}
 }
 
-// Authenticator tells whose objects a request is about: the account of the
-// client with this verified TLS state and these credentials, which may be
-// none. It is called once a request. An error refuses the request with
-// Authentication Not Successful; its text is logged and not sent.
-type Authenticator func(ctx context.Context, state tls.ConnectionState, credentials []kmip.Credential) (account string, err error)
+// Authenticator tells who sends a request: the client with this TLS state and
+// these credentials, which may be none. It is called once a request. An error
+// refuses the request with Authentication Not Successful; its text is logged and
+// not sent.
+type Authenticator func(ctx context.Context, state tls.ConnectionState, credentials []kmip.Credential) (Client, error)
 
 // Config is what a server needs.
 type Config struct {
@@ -87,6 +87,9 @@ type Config struct {
 	Log          *slog.Logger
 	Now          func() time.Time // the clock; nil means [time.Now]
 	Vendor       string           // Vendor Identification of Query; empty means "strongroom"
+	// Observe is told of each operation before its answer is sent; an error
+	// fails the operation, which may have been done by then. Nil observes nothing.
+	Observe func(ctx context.Context, e Event) error
 }
 
 // Server answers KMIP requests. Make it with [New].
@@ -98,6 +101,7 @@ type Server struct {
 	log          *slog.Logger
 	now          func() time.Time
 	vendor       string
+	observe      func(ctx context.Context, e Event) error
 	operations   map[kmip.Operation]operation
 }
 
@@ -108,10 +112,13 @@ func New(c Config) (*Server, error) {
 	}
 	s := &Server{
 		store: c.Store, authenticate: c.Authenticate, tls: c.TLS.Clone(), limits: c.Limits.withDefaults(),
-		log: c.Log, now: c.Now, vendor: c.Vendor, operations: operations(),
+		log: c.Log, now: c.Now, vendor: c.Vendor, observe: c.Observe, operations: operations(),
 	}
 	if s.now == nil {
 		s.now = time.Now
+	}
+	if s.observe == nil {
+		s.observe = func(context.Context, Event) error { return nil }
 	}
 	if s.vendor == "" {
 		s.vendor = "strongroom"
@@ -212,7 +219,7 @@ func (s *Server) serveConnection(ctx context.Context, raw net.Conn) {
 func (s *Server) exchange(ctx context.Context, conn *tls.Conn, message []byte) error {
 	ctx, cancel := context.WithTimeout(ctx, s.limits.Request)
 	defer cancel()
-	answer := s.answer(ctx, conn.ConnectionState(), message)
+	answer := s.answer(ctx, conn.ConnectionState(), conn.RemoteAddr().String(), message)
 	defer keymem.Wipe(answer)
 	conn.SetWriteDeadline(time.Now().Add(s.limits.Request))
 	_, err := conn.Write(answer)

@@ -31,11 +31,11 @@ type bench struct {
 	clock  atomic.Int64 // seconds since 1970
 }
 
-func byCommonName(_ context.Context, state tls.ConnectionState, _ []kmip.Credential) (string, error) {
+func byCommonName(_ context.Context, state tls.ConnectionState, _ []kmip.Credential) (Client, error) {
 	if len(state.PeerCertificates) == 0 {
-		return "", errors.New("no client certificate")
+		return Client{}, errors.New("no client certificate")
 	}
-	return state.PeerCertificates[0].Subject.CommonName, nil
+	return Client{Account: state.PeerCertificates[0].Subject.CommonName}, nil
 }
 
 func newBench(t testing.TB, limits Limits) *bench {

@@ -28,11 +28,11 @@ func startServer(t *testing.T, ca *testca.Authority) string {
 	store := kmipserver.NewMemory()
 	server, err := kmipserver.New(kmipserver.Config{
 		Store: store,
-		Authenticate: func(_ context.Context, state tls.ConnectionState, _ []kmip.Credential) (string, error) {
+		Authenticate: func(_ context.Context, state tls.ConnectionState, _ []kmip.Credential) (kmipserver.Client, error) {
 			if len(state.PeerCertificates) == 0 {
-				return "", errors.New("no client certificate")
+				return kmipserver.Client{}, errors.New("no client certificate")
 			}
-			return state.PeerCertificates[0].Subject.CommonName, nil
+			return kmipserver.Client{Account: state.PeerCertificates[0].Subject.CommonName}, nil
 		},
 		TLS: kmipserver.TLSConfig(ca.Server(t), ca.Pool(), false),
 		Log: slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelInfo})),

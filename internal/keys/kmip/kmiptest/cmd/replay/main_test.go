@@ -24,7 +24,9 @@ func TestRun(t *testing.T) {
 	defer store.Close()
 	server, err := kmipserver.New(kmipserver.Config{
 		Store: store, TLS: kmipserver.TLSConfig(ca.Server(t), ca.Pool(), false), Log: slog.New(slog.DiscardHandler),
-		Authenticate: func(context.Context, tls.ConnectionState, []kmip.Credential) (string, error) { return "all", nil },
+		Authenticate: func(context.Context, tls.ConnectionState, []kmip.Credential) (kmipserver.Client, error) {
+			return kmipserver.Client{Account: "all"}, nil
+		},
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -1,0 +1,89 @@
+package kmipserver
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"time"
+
+	"github.com/ovh/kmip-go"
+)
+
+// Client is who sends a request.
+type Client struct {
+	Account string // whose objects it sees, and no others
+	Name    string // what it is called in records
+	Policy  *Policy
+}
+
+// Policy narrows what a client may do. Nil allows everything.
+type Policy struct {
+	// Operations are those allowed; nil means all. Discover Versions and Query
+	// are always allowed: they tell what the server is.
+	Operations []kmip.Operation
+	// NoExport keeps key material in the server: it is used there and does not
+	// leave, not even wrapped, for the client may know the wrapping key. What
+	// a client registered wrapped it gets back.
+	NoExport bool
+	// KeyTypes are the keys that may be made or registered; nil means all.
+	KeyTypes []KeyType
+}
+
+// KeyType is a kind of symmetric key.
+type KeyType struct {
+	Algorithm kmip.CryptographicAlgorithm
+	Bits      int32 // 0: any length
+}
+
+func (p *Policy) allows(op kmip.Operation) bool {
+	return p == nil || p.Operations == nil || op == kmip.OperationDiscoverVersions || op == kmip.OperationQuery || slices.Contains(p.Operations, op)
+}
+
+// checkType refuses a new object of a type that the policy does not allow.
+func (p *Policy) checkType(o *Object) error {
+	if p == nil || p.KeyTypes == nil || o.Type == kmip.ObjectTypeTemplate {
+		return nil
+	}
+	for _, t := range p.KeyTypes {
+		if o.Type == kmip.ObjectTypeSymmetricKey && t.Algorithm == o.Layout.Algorithm && (t.Bits == 0 || t.Bits == o.Layout.Length) {
+			return nil
+		}
+	}
+	return refuse(kmip.ResultReasonPermissionDenied, "keys of this type are not allowed to you")
+}
+
+// checkExport refuses to give out material.
+func (p *Policy) checkExport(o *Object) error {
+	if p == nil || !p.NoExport || o.Type == kmip.ObjectTypeTemplate || o.Layout.Wrapping != nil {
+		return nil
+	}
+	return refuse(kmip.ResultReasonPermissionDenied, "key material is not given out to you")
+}
+
+// Event is an operation that was answered, or, without Operation, a request
+// whose client was refused. It holds no secret.
+type Event struct {
+	Client    Client
+	Peer      string // network address
+	Operation kmip.Operation
+	Object    string            // its identifier as the client gave it or the server made it; "" for none
+	Reason    kmip.ResultReason // 0: success
+	Duration  time.Duration
+}
+
+// record tells the observer what came of an operation and returns the error
+// that the client is to see.
+func (r *request) record(op kmip.Operation, took time.Duration, err error) error {
+	e := Event{Client: r.client, Peer: r.peer, Operation: op, Object: r.object, Duration: took}
+	if err != nil {
+		e.Reason = kmip.ResultReasonGeneralFailure
+		if told := (*Refusal)(nil); errors.As(err, &told) {
+			e.Reason = told.Reason
+		}
+	}
+	// The record is made even if the request has been given up by now.
+	if recordErr := r.server.observe(context.WithoutCancel(r.ctx), e); err == nil {
+		err = recordErr
+	}
+	return err
+}

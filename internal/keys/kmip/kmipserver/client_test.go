@@ -1,0 +1,102 @@
+package kmipserver
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"log/slog"
+	"sync"
+	"testing"
+
+	"github.com/ovh/kmip-go"
+	"github.com/ovh/kmip-go/payloads"
+)
+
+// ledger is what an observer saw.
+type ledger struct {
+	mu     sync.Mutex
+	events []Event
+	fail   error
+}
+
+func (l *ledger) observe(_ context.Context, e Event) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.events = append(l.events, e)
+	return l.fail
+}
+
+// last returns the newest event and forgets all.
+func (l *ledger) last(t *testing.T, want int) Event {
+	t.Helper()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	defer func() { l.events = nil }()
+	if len(l.events) != want {
+		t.Fatalf("%d events, want %d: %+v", len(l.events), want, l.events)
+	}
+	return l.events[want-1]
+}
+
+func TestPolicyAndEvents(t *testing.T) {
+	t.Parallel()
+	b := newBench(t, Limits{})
+	saw := &ledger{}
+	b.server.observe = saw.observe
+	policies := map[string]*Policy{
+		"all":      nil,
+		"reader":   {Operations: []kmip.Operation{kmip.OperationGet}},
+		"captive":  {NoExport: true},
+		"aes-256":  {KeyTypes: []KeyType{{Algorithm: kmip.CryptographicAlgorithmAES, Bits: 256}}},
+		"any-hmac": {KeyTypes: []KeyType{{Algorithm: kmip.CryptographicAlgorithmHMACSHA256}}},
+	}
+	b.server.authenticate = func(_ context.Context, state tls.ConnectionState, _ []kmip.Credential) (Client, error) {
+		name := state.PeerCertificates[0].Subject.CommonName
+		p, ok := policies[name]
+		if !ok {
+			return Client{}, errors.New("unknown client")
+		}
+		return Client{Account: "one", Name: "application:" + name, Policy: p}, nil
+	}
+	ask := func(name string, p kmip.OperationPayload) kmip.ResponseBatchItem {
+		t.Helper()
+		m := kmip.NewRequestMessage(kmip.V1_4, p)
+		return b.dial(t, name).send(&m).BatchItem[0]
+	}
+	created := ask("all", newKey()).ResponsePayload.(*payloads.CreateResponsePayload).UniqueIdentifier
+	if e := saw.last(t, 1); e.Client.Name != "application:all" || e.Operation != kmip.OperationCreate || e.Object != created || e.Reason != 0 || e.Peer == "" || e.Duration <= 0 {
+		t.Errorf("event of a Create: %+v", e)
+	}
+	get := &payloads.GetRequestPayload{UniqueIdentifier: created}
+	for _, c := range []struct {
+		client  string
+		payload kmip.OperationPayload
+		want    kmip.ResultReason
+	}{
+		{"reader", get, 0},
+		{"reader", newKey(), kmip.ResultReasonPermissionDenied},
+		{"reader", &payloads.QueryRequestPayload{QueryFunction: []kmip.QueryFunction{kmip.QueryFunctionServerInformation}}, 0},
+		{"captive", newKey(), 0},
+		{"captive", get, kmip.ResultReasonPermissionDenied},
+		{"aes-256", newKey(), 0},
+		{"any-hmac", newKey(), kmip.ResultReasonPermissionDenied},
+		{"any-hmac", get, 0},
+		{"stranger", get, kmip.ResultReasonAuthenticationNotSuccessful},
+	} {
+		if got := ask(c.client, c.payload); got.ResultReason != c.want {
+			t.Errorf("%s, %T: reason %v, want %v", c.client, c.payload, got.ResultReason, c.want)
+		}
+		e := saw.last(t, 1)
+		if e.Reason != c.want || c.client != "stranger" && e.Client.Name != "application:"+c.client {
+			t.Errorf("%s, %T: event %+v", c.client, c.payload, e)
+		}
+	}
+
+	t.Log("what cannot be recorded is not answered")
+	saw.fail = errors.New("disk full")
+	b.server.log = slog.New(slog.DiscardHandler)
+	m := kmip.NewRequestMessage(kmip.V1_4, get)
+	if got := b.dial(t, "all").send(&m).BatchItem[0]; got.ResultReason != kmip.ResultReasonGeneralFailure || got.ResponsePayload != nil {
+		t.Errorf("an answer without a record: %+v", got)
+	}
+}
