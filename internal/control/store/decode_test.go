@@ -11,7 +11,7 @@ func FuzzDecode(f *testing.F) {
 		Name string   `json:"name"`
 		List []string `json:"list"`
 	}
-	t := &Table[rec]{name: "t", prefix: keyRoot + "t/", schema: 2}
+	t := NewTable[rec](nil, "t", 2)
 	good, err := t.encode("k", rec{Name: "n", List: []string{"a", "b"}})
 	if err != nil {
 		f.Fatal(err)

@@ -450,3 +450,59 @@ func TestNoListener(t *testing.T) {
 		}
 	}
 }
+
+func TestRawTable(t *testing.T) {
+	t.Parallel()
+	ctx := t.Context()
+	raw := store.NewRawTable(db, "test-raw")
+	const n = 2500 // more than two pages
+	for i := 0; i < n; i += 500 {
+		if err := db.Txn(ctx, func(tx *store.Tx) error {
+			for j := i; j < i+500; j++ {
+				if err := raw.In(tx).Create(ctx, fmt.Sprintf("a/%04d", j), []byte{0xff, byte(j), 0}); err != nil {
+					return err
+				}
+			}
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := raw.Put(ctx, "b/0000", []byte("other")); err != nil {
+		t.Fatal(err)
+	}
+	err := db.View(ctx, func(tx *store.Tx) error {
+		seen := 0
+		if err := raw.In(tx).Scan(ctx, "a/", func(e store.Entry[[]byte]) bool {
+			if e.Key != fmt.Sprintf("a/%04d", seen) || !bytes.Equal(e.Value, []byte{0xff, byte(seen), 0}) {
+				t.Errorf("record %d is %q = %x", seen, e.Key, e.Value)
+			}
+			seen++
+			return true
+		}); err != nil {
+			return err
+		}
+		if seen != n {
+			t.Errorf("the scan saw %d records, want %d", seen, n)
+		}
+		seen = 0
+		if err := raw.In(tx).Scan(ctx, "a/", func(store.Entry[[]byte]) bool { seen++; return seen < 3 }); err != nil || seen != 3 {
+			t.Errorf("a scan that was ended saw %d, %v", seen, err)
+		}
+		first, err := raw.In(tx).Entry(ctx, "a/0000")
+		if err != nil || first.Revision == 0 {
+			t.Errorf("entry: %+v, %v", first, err)
+		}
+		last, err := raw.In(tx).Entry(ctx, "b/0000")
+		if err != nil || last.Revision <= first.Revision {
+			t.Errorf("entries: %+v behind %+v, %v", last, first, err)
+		}
+		if _, err := raw.In(tx).Entry(ctx, "b/none"); !errors.Is(err, store.ErrNotFound) {
+			t.Errorf("missing: %v", err)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}

@@ -29,6 +29,13 @@ type Table[T any] struct {
 	name   string
 	prefix string
 	schema int
+	codec  codec[T]
+}
+
+// codec is how a table's values are stored.
+type codec[T any] struct {
+	encode func(schema int, v T) ([]byte, error)
+	decode func(schema int, b []byte) (T, error)
 }
 
 // NewTable returns the table called name, which must consist of a-z and '-'.
@@ -38,7 +45,18 @@ func NewTable[T any](db *DB, name string, schema int) *Table[T] {
 	if name == "" || strings.Trim(name, "abcdefghijklmnopqrstuvwxyz-") != "" || schema < 1 {
 		panic(fmt.Sprintf("store: bad table %q, schema %d", name, schema))
 	}
-	return &Table[T]{db: db, name: name, prefix: keyRoot + name + "/", schema: schema}
+	return &Table[T]{db: db, name: name, prefix: keyRoot + name + "/", schema: schema, codec: codec[T]{encodeJSON[T], decodeJSON[T]}}
+}
+
+// NewRawTable is [NewTable] for values that are bytes in a format of their own,
+// with a version of its own. They are stored as they are.
+func NewRawTable(db *DB, name string) *Table[[]byte] {
+	t := NewTable[[]byte](db, name, 1)
+	t.codec = codec[[]byte]{
+		encode: func(_ int, v []byte) ([]byte, error) { return v, nil },
+		decode: func(_ int, b []byte) ([]byte, error) { return b, nil },
+	}
+	return t
 }
 
 // Entry is a record with its address.
@@ -233,11 +251,7 @@ func (t *Table[T]) encode(key string, v T) (string, error) {
 	if err := checkKey(key); err != nil {
 		return "", fmt.Errorf("%s %q: %w", t.name, key, err)
 	}
-	data, err := json.Marshal(v)
-	if err != nil {
-		return "", fmt.Errorf("cannot encode %s %q: %w", t.name, key, err)
-	}
-	b, err := json.Marshal(envelope{Schema: t.schema, Data: data})
+	b, err := t.codec.encode(t.schema, v)
 	if err != nil {
 		return "", fmt.Errorf("cannot encode %s %q: %w", t.name, key, err)
 	}
@@ -249,25 +263,42 @@ func (t *Table[T]) encode(key string, v T) (string, error) {
 
 // decode parses the record stored at fullKey.
 func (t *Table[T]) decode(fullKey string, b []byte) (T, error) {
-	var v, zero T
-	var e envelope
 	key := strings.TrimPrefix(fullKey, t.prefix)
 	if len(b) > MaxValueBytes {
+		var zero T
 		return zero, fmt.Errorf("%s %q: %w: too large", t.name, key, ErrCorrupt)
 	}
+	v, err := t.codec.decode(t.schema, b)
+	if err != nil {
+		var zero T
+		return zero, fmt.Errorf("%s %q: %w", t.name, key, err)
+	}
+	return v, nil
+}
+
+func encodeJSON[T any](schema int, v T) ([]byte, error) {
+	data, err := json.Marshal(v)
+	if err != nil {
+		return nil, err
+	}
+	return json.Marshal(envelope{Schema: schema, Data: data})
+}
+
+func decodeJSON[T any](schema int, b []byte) (v T, err error) {
+	var e envelope
 	if err := json.Unmarshal(b, &e); err != nil {
-		return zero, fmt.Errorf("%s %q: %w: %w", t.name, key, ErrCorrupt, err)
+		return v, fmt.Errorf("%w: %w", ErrCorrupt, err)
 	}
 	switch {
 	case e.Schema < 1:
-		return zero, fmt.Errorf("%s %q: %w: no schema number", t.name, key, ErrCorrupt)
-	case e.Schema > t.schema:
-		return zero, fmt.Errorf("%s %q: %w: schema %d, known up to %d", t.name, key, ErrNewerSchema, e.Schema, t.schema)
+		return v, fmt.Errorf("%w: no schema number", ErrCorrupt)
+	case e.Schema > schema:
+		return v, fmt.Errorf("%w: schema %d, known up to %d", ErrNewerSchema, e.Schema, schema)
 	case len(e.Data) == 0:
-		return zero, fmt.Errorf("%s %q: %w: no data", t.name, key, ErrCorrupt)
+		return v, fmt.Errorf("%w: no data", ErrCorrupt)
 	}
 	if err := json.Unmarshal(e.Data, &v); err != nil {
-		return zero, fmt.Errorf("%s %q: %w: %w", t.name, key, ErrCorrupt, err)
+		return v, fmt.Errorf("%w: %w", ErrCorrupt, err)
 	}
 	return v, nil
 }

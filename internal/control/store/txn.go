@@ -119,16 +119,23 @@ func (t *Table[T]) In(tx *Tx) TxTable[T] { return TxTable[T]{t: t, tx: tx} }
 
 // Get returns the record at key or [ErrNotFound].
 func (x TxTable[T]) Get(ctx context.Context, key string) (T, error) {
-	var zero T
+	e, err := x.Entry(ctx, key)
+	return e.Value, err
+}
+
+// Entry is Get with the revision of the record's last change, which is 0 if tx
+// changed it.
+func (x TxTable[T]) Entry(ctx context.Context, key string) (Entry[T], error) {
 	if err := checkKey(key); err != nil {
-		return zero, fmt.Errorf("%s %q: %w", x.t.name, key, err)
+		return Entry[T]{}, fmt.Errorf("%s %q: %w", x.t.name, key, err)
 	}
 	full := x.t.prefix + key
 	if w, ok := x.tx.writes[full]; ok {
 		if w.delete {
-			return zero, x.t.notFound(key)
+			return Entry[T]{}, x.t.notFound(key)
 		}
-		return x.t.decode(full, []byte(w.value))
+		v, err := x.t.decode(full, []byte(w.value))
+		return Entry[T]{Key: key, Value: v}, err
 	}
 	var opts []clientv3.OpOption
 	if x.tx.rev > 0 {
@@ -136,17 +143,18 @@ func (x TxTable[T]) Get(ctx context.Context, key string) (T, error) {
 	}
 	resp, err := x.tx.db.client.Get(ctx, full, opts...)
 	if err != nil {
-		return zero, x.tx.db.mapErr(err)
+		return Entry[T]{}, x.tx.db.mapErr(err)
 	}
 	if x.tx.rev == 0 {
 		x.tx.rev = resp.Header.Revision
 	}
 	if len(resp.Kvs) == 0 {
 		x.tx.reads[full] = 0
-		return zero, x.t.notFound(key)
+		return Entry[T]{}, x.t.notFound(key)
 	}
 	x.tx.reads[full] = resp.Kvs[0].ModRevision
-	return x.t.decode(full, resp.Kvs[0].Value)
+	v, err := x.t.decode(full, resp.Kvs[0].Value)
+	return Entry[T]{Key: key, Value: v, Revision: resp.Kvs[0].ModRevision}, err
 }
 
 // Has reports whether there is a record at key.
@@ -191,6 +199,30 @@ func (x TxTable[T]) List(ctx context.Context, prefix string) ([]T, error) {
 		out = append(out, byKey[key])
 	}
 	return out, nil
+}
+
+// Scan calls f with the records whose keys start with prefix, in order of keys,
+// until f returns false. It sees neither tx's own writes nor, at commit, changes
+// by others: it is for answers, not for decisions about what to write.
+func (x TxTable[T]) Scan(ctx context.Context, prefix string, f func(Entry[T]) bool) error {
+	for after := ""; ; {
+		entries, rev, err := x.t.scanAt(ctx, Range{Prefix: prefix, After: after, Limit: scanPage}, x.tx.rev)
+		if err != nil {
+			return err
+		}
+		if x.tx.rev == 0 {
+			x.tx.rev = rev
+		}
+		for _, e := range entries {
+			if !f(e) {
+				return nil
+			}
+		}
+		if len(entries) < scanPage {
+			return nil
+		}
+		after = entries[len(entries)-1].Key
+	}
 }
 
 // Create stores v at key at commit, or returns [ErrExists].
