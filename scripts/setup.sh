@@ -42,6 +42,7 @@ dmsetup              dmsetup             dm-crypt inside test guests
 mke2fs               e2fsprogs           file systems inside test guests
 mkfs.xfs             xfsprogs            file systems of disk groups
 losetup              mount               block devices in tests
+fusermount3          fuse3               mounts by users other than root
 fio                  fio                 benchmarks, load in tests
 /usr/bin/pykmip-server python3-pykmip    KMIP peer in tests
 openssl              openssl             peer for PKCS#12 and AES in tests

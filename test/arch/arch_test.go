@@ -106,6 +106,7 @@ var layers = []struct {
 	{of: "api", not: "internal/control", why: "the contract depends on nobody who keeps it"},
 	{of: "internal/role/volumed", not: "internal/control", why: "a volume process knows nothing of the control plane"},
 	{of: "internal/role/volumed", not: "net/http", why: "a volume process talks to its host and to QEMU only"},
+	{of: "internal/role/volumed", not: "internal/block/blockfuse", why: "a volume process mounts nothing"},
 	{of: "internal/role/volumed", not: "internal/keys", why: "a volume process has DEKs, never a KEK"},
 }
 
@@ -156,6 +157,7 @@ var reserved = []struct {
 	{"unsafe", []string{"api/strongroom", "internal/crypto/xts", "internal/crypto/keymem", "internal/block/blockdev", "internal/block/vhostuser"}, "memory safety is reviewed in few places"},
 	{"math/rand", []string{"test"}, "randomness comes from crypto/rand"},
 	{"math/rand/v2", []string{"test", "internal/block/blockdev/faultdev", "internal/block/blockdev/blockdevtest", "internal/control/store"}, "randomness comes from crypto/rand; only tests, which replay a seed, and the jitter of a retry may use another source"},
+	{"github.com/hanwen/go-fuse/v2/fuse", []string{"internal/block/blockfuse"}, "FUSE is spoken in one place"},
 	{"os/user", []string{"internal/face/cli"}, "it may call into the C library"},
 	{"log", nil, "logs are written with log/slog"},
 }
