@@ -40,11 +40,22 @@ func TestScripts(t *testing.T) {
 			env.Setenv("PATH", env.Getenv("PATH")+string(filepath.ListSeparator)+"/usr/sbin")
 			return nil
 		},
+		Condition: func(condition string) (bool, error) {
+			if condition != "fuse" {
+				return false, fmt.Errorf("unknown condition %q", condition)
+			}
+			f, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0)
+			if err == nil {
+				f.Close()
+			}
+			return err == nil, nil
+		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"keyfile":  makeKeyFile,
 			"waitfor":  waitForSocket,
 			"mode":     checkMode,
 			"truncate": truncate,
+			"waitsize": waitForSize,
 		},
 	})
 }
@@ -84,6 +95,30 @@ func waitForSocket(ts *testscript.TestScript, neg bool, args []string) {
 		select {
 		case <-ctx.Done():
 			ts.Fatalf("nobody listens on %s: %v", args[0], err)
+		case <-tick.C:
+		}
+	}
+}
+
+// waitForSize is "waitsize FILE BYTES": until the file has that size, because a
+// volume is shown in its place.
+func waitForSize(ts *testscript.TestScript, neg bool, args []string) {
+	var want int64
+	if len(args) != 2 || neg {
+		ts.Fatalf("usage: waitsize FILE BYTES")
+	}
+	_, err := fmt.Sscan(args[1], &want)
+	ts.Check(err)
+	deadline := time.After(20 * time.Second)
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		if info, err := os.Stat(ts.MkAbs(args[0])); err == nil && info.Size() == want {
+			return
+		}
+		select {
+		case <-deadline:
+			ts.Fatalf("%s does not get %d bytes", args[0], want)
 		case <-tick.C:
 		}
 	}

@@ -67,8 +67,10 @@ func volumeInfo(file string, info volume.Info) cli.VolumeInfo {
 	return v
 }
 
-func serveVolume(ctx context.Context, v cli.VolumeServe, ready func(uri string)) error {
-	return localvolume.Serve(ctx, localvolume.ServeOptions{File: v.File, KeyFile: v.KeyFile, Socket: v.Socket, ReadOnly: v.ReadOnly, Ready: ready})
+func serveVolume(ctx context.Context, v cli.VolumeServe, ready func(address string)) error {
+	return localvolume.Serve(ctx, localvolume.ServeOptions{
+		File: v.File, KeyFile: v.KeyFile, Socket: v.Socket, Mount: v.Mount, ReadOnly: v.ReadOnly, Ready: ready,
+	})
 }
 
 func rekeyVolume(ctx context.Context, v cli.VolumeRekey, progress func(done, total int64)) error {

@@ -20,9 +20,9 @@ type Roles struct {
 	// get bytes; they may be nil.
 	FormatVolume  func(ctx context.Context, v VolumeFormat) (VolumeInfo, error)
 	InspectVolume func(ctx context.Context, file string) (VolumeInfo, error)
-	// ServeVolume serves until ctx ends and calls ready once, when clients can
-	// connect.
-	ServeVolume   func(ctx context.Context, v VolumeServe, ready func(uri string)) error
+	// ServeVolume serves until ctx ends and calls ready with each address when it
+	// can be used.
+	ServeVolume   func(ctx context.Context, v VolumeServe, ready func(address string)) error
 	RekeyVolume   func(ctx context.Context, v VolumeRekey, progress func(done, total int64)) error
 	DecryptVolume func(ctx context.Context, v VolumeDecrypt, progress func(done, total int64)) error
 
@@ -53,7 +53,8 @@ type VolumeFormat struct {
 type VolumeServe struct {
 	File     string
 	KeyFile  string
-	Socket   string // path of the NBD unix socket
+	Socket   string // path of the NBD unix socket; "" for none
+	Mount    string // path of the file to show it as; "" for none
 	ReadOnly bool
 }
 

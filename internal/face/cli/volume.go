@@ -89,24 +89,35 @@ func newVolumeServeCmd(env *Env, roles Roles) *cobra.Command {
 	var v VolumeServe
 	cmd := &cobra.Command{
 		Use:   "serve FILE",
-		Short: "Serve a volume's data over NBD",
-		Long: `Serve the plain data of a volume on an NBD unix socket until SIGINT or SIGTERM, for
-QEMU, nbdcopy, nbdfuse and others. The URI is printed when clients can connect.
-Who can open the socket can read the data; it is made for its owner only.`,
+		Short: "Serve a volume's data over NBD or as a file",
+		Long: `Serve the plain data of a volume until SIGINT or SIGTERM, and print the address
+when it can be used.
+
+--nbd serves on an NBD unix socket, for QEMU, nbdcopy, nbdfuse and others.
+
+--fuse shows the data as one file, for loop devices and for programs that want a
+file or a device. At that path must be an empty file or none; the volume takes its
+place until the end, or until it is unmounted. What a killed process has left
+there is cleared away.
+
+Who can open the socket or the file can read the data; both are made for their
+owner only.`,
 		Example: `  strongroom volume serve disk.luks --key-file disk.key --nbd /run/user/1000/disk.sock
-  qemu-img convert 'nbd+unix:///?socket=/run/user/1000/disk.sock' -O qcow2 copy.qcow2`,
+  qemu-img convert 'nbd+unix:///?socket=/run/user/1000/disk.sock' -O qcow2 copy.qcow2
+  strongroom volume serve disk.luks --key-file disk.key --fuse /run/disk.raw`,
 		Args: exactArgs("the file"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			v.File = args[0]
-			err := roles.ServeVolume(cmd.Context(), v, func(uri string) { env.resultf("%s", uri) })
+			err := roles.ServeVolume(cmd.Context(), v, func(address string) { env.resultf("%s", address) })
 			return errs.Wrap(err, "cannot serve %s", v.File)
 		},
 	}
 	f := cmd.Flags()
 	addKeyFile(cmd, &v.KeyFile, "key-file", "`file` with its key, 64 raw bytes")
 	f.StringVar(&v.Socket, "nbd", "", "the unix `socket` to serve on")
+	f.StringVar(&v.Mount, "fuse", "", "the `file` to show the data as")
 	f.BoolVar(&v.ReadOnly, "read-only", false, "accept no writes")
-	must(cmd.MarkFlagRequired("nbd"))
+	cmd.MarkFlagsOneRequired("nbd", "fuse")
 	return cmd
 }
 

@@ -3,76 +3,72 @@ package localvolume
 import (
 	"context"
 	"errors"
-	"net"
-	"net/url"
-	"os"
-	"path/filepath"
-	"strings"
-	"syscall"
 	"time"
 
 	"golang.org/x/sync/errgroup"
 
-	"strongroom/internal/block/nbd"
+	"strongroom/internal/block/volume"
+	"strongroom/internal/daemon"
 	"strongroom/internal/errs"
 )
 
-// drainTimeout is how long requests in work may take after the end was asked
-// for; then connections are broken.
+// drainTimeout is how long users may take to finish after the end was asked for;
+// then they are broken off.
 const drainTimeout = 10 * time.Second
 
-// ServeOptions say how a volume is served.
+// ServeOptions say how a volume is served: over NBD, as a file, or both.
 type ServeOptions struct {
 	File     string
 	KeyFile  string
-	Socket   string // path of the unix socket; removed at the end
+	Socket   string // path of the NBD unix socket, removed at the end; "" for none
+	Mount    string // path of the file that shows the data; "" for none
 	ReadOnly bool
-	// Ready, if not nil, is called with the NBD URI when clients can connect.
-	Ready func(uri string)
+	// Ready, if not nil, is called with each NBD URI or file when it can be used.
+	Ready func(address string)
 }
 
-// Serve serves the plain data of the volume over NBD until ctx ends. It then
-// finishes the requests in work and makes what was written durable.
+// front is one way in which a volume is served.
+type front struct {
+	address string                          // what its users need to know
+	serve   func() error                    // until it ends
+	stop    func(ctx context.Context) error // ends serve; in good order until ctx ends
+}
+
+// Serve serves the plain data of the volume until ctx ends, or until somebody
+// unmounts the file. It then finishes the requests in work and makes what was
+// written durable.
 func Serve(ctx context.Context, opts ServeOptions) (err error) {
+	if opts.Socket == "" && opts.Mount == "" {
+		return errs.New(errs.Invalid, "nothing says how to serve it").WithHint("give --nbd SOCKET or --fuse FILE")
+	}
+	if err := daemon.Harden(); err != nil { // plain data are in its memory
+		return err
+	}
 	v, err := open(opts.File, opts.KeyFile, opts.ReadOnly)
 	if err != nil {
 		return err
 	}
 	defer v.Close()
-	socket, err := filepath.Abs(opts.Socket)
+	fronts, err := start(ctx, v, opts)
 	if err != nil {
 		return err
 	}
-	l, err := listen(socket)
-	if err != nil {
-		return err
-	}
-	server := nbd.NewServer(nbd.Config{})
-	if err := server.AddExport(nbd.Export{Device: v, ReadOnly: opts.ReadOnly, Description: filepath.Base(opts.File)}); err != nil {
-		l.Close()
-		return err
-	}
+
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	var g errgroup.Group
-	served := make(chan struct{})
-	g.Go(func() error {
-		defer close(served)
-		return server.Serve(context.WithoutCancel(ctx), l)
-	})
-	g.Go(func() error {
-		select {
-		case <-ctx.Done():
-		case <-served:
-			return nil
+	for _, f := range fronts {
+		g.Go(func() error {
+			defer cancel()
+			return f.serve()
+		})
+		g.Go(func() error {
+			<-ctx.Done()
+			return f.end(ctx)
+		})
+		if opts.Ready != nil {
+			opts.Ready(f.address)
 		}
-		drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTimeout)
-		defer cancel()
-		if err := server.Shutdown(drain); err != nil && !errors.Is(err, context.DeadlineExceeded) {
-			return err
-		}
-		return nil
-	})
-	if opts.Ready != nil {
-		opts.Ready(uri(socket))
 	}
 	err = g.Wait()
 	if !opts.ReadOnly {
@@ -81,47 +77,31 @@ func Serve(ctx context.Context, opts ServeOptions) (err error) {
 	return explain(err)
 }
 
-// uri is the NBD URI of the default export on a unix socket.
-func uri(socket string) string {
-	// A slash needs no escape in a query, and the URI is for people to copy.
-	return "nbd+unix:///?socket=" + strings.ReplaceAll(url.QueryEscape(socket), "%2F", "/")
-}
-
-// listen makes the socket, mode 0600. A socket that nobody listens on any more
-// is replaced, anything else is left alone.
-func listen(socket string) (*net.UnixListener, error) {
-	addr := &net.UnixAddr{Name: socket, Net: "unix"}
-	l, err := net.ListenUnix("unix", addr)
-	if errors.Is(err, syscall.EADDRINUSE) {
-		if !abandoned(addr) {
-			return nil, errs.New(errs.Exists, "cannot listen on %s: it exists", socket)
+// start makes the fronts that are asked for, or none.
+func start(ctx context.Context, v *volume.Volume, opts ServeOptions) (fronts []front, err error) {
+	add := func(path string, make func(*volume.Volume, ServeOptions) (front, error)) {
+		if path == "" || err != nil {
+			return
 		}
-		if err := os.Remove(socket); err != nil {
-			return nil, explain(err)
+		var f front
+		if f, err = make(v, opts); err == nil {
+			fronts = append(fronts, f)
 		}
-		l, err = net.ListenUnix("unix", addr)
 	}
+	add(opts.Socket, newNBD)
+	add(opts.Mount, newFUSE)
 	if err != nil {
-		return nil, explain(err)
+		for _, f := range fronts {
+			_ = f.end(ctx) // nobody has used it yet
+		}
+		return nil, err
 	}
-	// Until here the umask decides who may connect; the server also checks who
-	// is at the other end.
-	if err := os.Chmod(socket, 0o600); err != nil {
-		l.Close()
-		return nil, explain(err)
-	}
-	return l, nil
+	return fronts, nil
 }
 
-// abandoned reports whether addr is a socket that nobody listens on.
-func abandoned(addr *net.UnixAddr) bool {
-	// Connecting to a file that is no socket is refused in the same way.
-	if info, err := os.Lstat(addr.Name); err != nil || info.Mode().Type() != os.ModeSocket {
-		return false
-	}
-	c, err := net.DialUnix("unix", nil, addr)
-	if err == nil {
-		c.Close()
-	}
-	return errors.Is(err, syscall.ECONNREFUSED)
+// end stops a front, in drainTimeout at most.
+func (f front) end(ctx context.Context) error {
+	drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTimeout)
+	defer cancel()
+	return f.stop(drain)
 }
