@@ -39,6 +39,7 @@ type queue struct {
 	ring     ring
 	track    *tracker // nil: nothing is tracked
 	durable  bool     // writes are flushed
+	most     int      // workers that it may have
 	stopping atomic.Bool
 	broken   atomic.Bool // until the ring is configured anew
 	workers  sync.WaitGroup
@@ -116,6 +117,7 @@ func (q *queue) start() {
 	q.running = true
 	q.busy = make([]bool, q.size)
 	q.resume, q.untold, q.count = nil, 0, 1
+	q.most = s.share()
 	w := q.worker()
 	q.workers.Go(func() { q.run(w, true) })
 }
@@ -266,7 +268,7 @@ func (q *queue) pass(w *worker) {
 
 // passOn passes the turn to another worker, which it starts if none waits.
 func (q *queue) passOn(w *worker) {
-	if q.waiting.Load() == 0 && q.count < q.session.config.Workers && !q.stopping.Load() {
+	if q.waiting.Load() == 0 && q.count < q.most && !q.stopping.Load() {
 		q.count++
 		other := q.worker()
 		q.workers.Go(func() { q.run(other, false) })

@@ -204,6 +204,16 @@ func (s *session) startReady() {
 	}
 }
 
+// share returns how many workers a queue may have. How many queues a front end
+// uses it says only by the in-flight memory that it asks for.
+func (s *session) share() int {
+	queues := len(s.queues)
+	if s.inflight != nil {
+		queues = s.inflight.queues
+	}
+	return max(2, s.config.Workers/queues)
+}
+
 func (s *session) stopAll() {
 	for _, q := range s.queues {
 		q.stop()

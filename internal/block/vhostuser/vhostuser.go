@@ -66,7 +66,8 @@ type Config struct {
 	AllowedUIDs []uint32
 	// Queues is how many virtqueues a front end may use, 1 to 256. Default 8.
 	Queues int
-	// Workers is how many requests of one queue are in work at a time. Default 8.
+	// Workers is how many requests are in work at a time. The queues that the
+	// front end uses share them evenly; each has at least two. Default 16.
 	Workers int
 }
 
@@ -97,7 +98,7 @@ func NewServer(c Config) (*Server, error) {
 		c.Queues = 8
 	}
 	if c.Workers == 0 {
-		c.Workers = 8
+		c.Workers = 16
 	}
 	switch {
 	case c.Device == nil:

@@ -90,6 +90,15 @@ func (c *Client) Listen(ctx context.Context, listener *os.File) error {
 	return errs.Wrap(err, "cannot serve NBD")
 }
 
+// ListenVhostUser makes the volume process serve a disk over vhost-user on a
+// listening unix stream socket, in place of an earlier one of that disk. The
+// disk's name is then its serial number: at most 20 bytes. listener stays the
+// caller's.
+func (c *Client) ListenVhostUser(ctx context.Context, disk string, listener *os.File) error {
+	_, err := c.call(ctx, request{Op: opListenVhost, Disk: disk}, listener, nil)
+	return errs.Wrap(err, "cannot serve disk %s over vhost-user", disk)
+}
+
 // ReplaceSafe replaces the key safe of a disk in use: the live shallow rekey.
 // When it returns nil, both header copies have the new safe, durably, and the
 // old KEK is not needed any more; after an error both KEKs must be kept.

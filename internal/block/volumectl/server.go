@@ -26,6 +26,9 @@ type Handler interface {
 	// Listen serves NBD on a socket, which belongs to the handler, also if it
 	// fails.
 	Listen(ctx context.Context, listener *os.File) error
+	// ListenVhostUser serves a disk over vhost-user on a socket, which belongs
+	// to the handler, also if it fails.
+	ListenVhostUser(ctx context.Context, disk string, listener *os.File) error
 	// ReplaceSafe replaces the key safe of a disk.
 	ReplaceSafe(ctx context.Context, disk string, safe *keysafe.Safe) error
 	// Resize sets the size of a disk, in bytes, a multiple of 512.
@@ -161,6 +164,8 @@ func (s *Server) handle(ctx context.Context, r *request, fds []int, key *keymem.
 		err = s.Handler.RemoveDisk(ctx, r.Disk)
 	case opListen:
 		err = s.Handler.Listen(ctx, os.NewFile(uintptr(fds[0]), "NBD socket"))
+	case opListenVhost:
+		err = s.Handler.ListenVhostUser(ctx, r.Disk, os.NewFile(uintptr(fds[0]), "vhost-user socket"))
 	case opReplaceSafe:
 		err = s.Handler.ReplaceSafe(ctx, r.Disk, r.Safe)
 	case opResize:

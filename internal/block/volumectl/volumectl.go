@@ -73,6 +73,7 @@ type DiskStatus struct {
 	Format       Format   `json:"format"`
 	ReadOnly     bool     `json:"read_only"`
 	Size         int64    `json:"size"` // bytes
+	VhostUser    bool     `json:"vhost_user"` // it is served over vhost-user
 	UUID         string   `json:"uuid,omitempty"`
 	ReadBytes    uint64   `json:"read_bytes"`
 	WrittenBytes uint64   `json:"written_bytes"` // zeros and discards not included
@@ -90,6 +91,7 @@ const (
 	opAddDisk     = "add-disk"
 	opRemoveDisk  = "remove-disk"
 	opListen      = "listen"
+	opListenVhost = "listen-vhost-user"
 	opReplaceSafe = "replace-safe"
 	opResize      = "resize"
 	opFlush       = "flush"
@@ -127,7 +129,7 @@ var diskName = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,62}$`)
 
 // descriptors returns how many come with the request.
 func (r *request) descriptors() int {
-	if r.Op == opAddDisk || r.Op == opListen {
+	if r.Op == opAddDisk || r.Op == opListen || r.Op == opListenVhost {
 		return 1
 	}
 	return 0
@@ -160,7 +162,7 @@ func (r *request) validate() error {
 		if r.Size < 512 || r.Size%512 != 0 {
 			return errors.New("size is invalid")
 		}
-	case opRemoveDisk, opFlush:
+	case opRemoveDisk, opListenVhost, opFlush:
 	case opListen, opStatus, opShutdown:
 		wantDisk = false
 	default:

@@ -81,6 +81,16 @@ func (r *recorder) Listen(_ context.Context, listener *os.File) error {
 	return l.Close()
 }
 
+func (r *recorder) ListenVhostUser(_ context.Context, disk string, listener *os.File) error {
+	defer listener.Close()
+	l, err := net.FileListener(listener)
+	if err != nil {
+		return err
+	}
+	r.record("listen %s for %s", l.Addr().Network(), disk)
+	return l.Close()
+}
+
 func (r *recorder) ReplaceSafe(_ context.Context, disk string, safe *keysafe.Safe) error {
 	r.record("replace %s %s", disk, safe.Encode())
 	return nil
@@ -210,6 +220,9 @@ func TestOperations(t *testing.T) {
 	if err := c.Listen(ctx, listenerFile); err != nil {
 		t.Error(err)
 	}
+	if err := c.ListenVhostUser(ctx, "disk-0", listenerFile); err != nil {
+		t.Error(err)
+	}
 	if err := c.ReplaceSafe(ctx, "disk-0", safe); err != nil {
 		t.Error(err)
 	}
@@ -235,6 +248,7 @@ func TestOperations(t *testing.T) {
 		`add {Name:disk-0 Format:luks ReadOnly:false SizeMin:512} with "content" and a key of sum 128`,
 		`add {Name:disk-1 Format:raw ReadOnly:true SizeMin:0} with "" and a key of sum 0`,
 		"listen unix",
+		"listen unix for disk-0",
 		fmt.Sprintf("replace disk-0 %s", safe.Encode()),
 		"resize disk-0 1024",
 		"flush disk-0",
@@ -322,6 +336,8 @@ func TestViolations(t *testing.T) {
 		"foreign member":     {{text: hello, ok: true}, {text: `{"op":"status","disk":"d"}`}},
 		"too long":           {{text: hello, ok: true}, {text: `{"op":"status"}` + strings.Repeat(" ", MessageMax)}},
 		"no descriptor":      {{text: hello, ok: true}, {text: `{"op":"listen"}`}},
+		"no vhost socket":    {{text: hello, ok: true}, {text: `{"op":"listen-vhost-user","disk":"d"}`}},
+		"vhost of no disk":   {{text: hello, ok: true}, {text: `{"op":"listen-vhost-user"}`, fds: 1}},
 		"stray descriptor":   {{text: hello, ok: true}, {text: `{"op":"status"}`, fds: 1}},
 		"two descriptors":    {{text: hello, ok: true}, {text: `{"op":"listen"}`, fds: 2}},
 		"many descriptors":   {{text: hello, ok: true}, {text: `{"op":"listen"}`, fds: 60}},

@@ -69,6 +69,10 @@ type Process struct {
 // NBDSocket returns the path at which the volume process of runDir serves NBD.
 func NBDSocket(runDir string) string { return filepath.Join(runDir, "nbd.sock") }
 
+// VhostSocket returns the path at which the volume process of runDir serves a
+// disk over vhost-user, after [Process.ServeVhostUser].
+func VhostSocket(runDir, disk string) string { return filepath.Join(runDir, disk+".vhost") }
+
 func controlSocket(runDir string) string { return filepath.Join(runDir, "volume.sock") }
 
 func logPath(runDir string) string { return filepath.Join(runDir, "volumed.log") }
@@ -220,7 +224,19 @@ func connect(ctx context.Context, held *process.Process, runDir string) (*Proces
 
 // listen gives the process a socket at NBDSocket.
 func (p *Process) listen(ctx context.Context) error {
-	path := NBDSocket(p.runDir)
+	return handListener(NBDSocket(p.runDir), func(file *os.File) error { return p.Listen(ctx, file) })
+}
+
+// ServeVhostUser makes the process serve a disk that it has at [VhostSocket] also,
+// beside NBD. That path must fit a unix socket, and the disk's name a serial
+// number of 20 bytes.
+func (p *Process) ServeVhostUser(ctx context.Context, disk string) error {
+	return handListener(VhostSocket(p.runDir, disk), func(file *os.File) error { return p.ListenVhostUser(ctx, disk, file) })
+}
+
+// handListener makes a socket at path and hands it over. Clients of whoever
+// listened there before find the new one.
+func handListener(path string, hand func(*os.File) error) error {
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
@@ -235,7 +251,7 @@ func (p *Process) listen(ctx context.Context) error {
 		return err
 	}
 	defer file.Close()
-	return p.Listen(ctx, file)
+	return hand(file)
 }
 
 // Adopt finds the volume process that an earlier process of this program

@@ -49,6 +49,7 @@ type disk struct {
 	spec   volumectl.Disk
 	device *counted
 	volume *volume.Volume // nil for a raw disk
+	vhost  *vhost         // guarded by the engine's mu: nil if it is not served so
 }
 
 // service is NBD on one socket.
@@ -147,6 +148,7 @@ func (e *engine) RemoveDisk(ctx context.Context, name string) error {
 	if err := e.server.RemoveExport(ctx, name); err != nil && !errors.Is(err, nbd.ErrNotFound) {
 		return err
 	}
+	e.stopVhost(d)
 	e.mu.Lock()
 	delete(e.disks, name)
 	e.mu.Unlock()
@@ -155,14 +157,9 @@ func (e *engine) RemoveDisk(ctx context.Context, name string) error {
 
 // Listen implements [volumectl.Handler].
 func (e *engine) Listen(_ context.Context, socket *os.File) error {
-	defer socket.Close() // FileListener duplicates it
-	listener, err := net.FileListener(socket)
+	listener, err := listenerOf(socket)
 	if err != nil {
-		return errs.New(errs.Invalid, "%w", err)
-	}
-	if listener.Addr().Network() != "unix" {
-		listener.Close()
-		return errs.New(errs.Invalid, "it is not a unix stream socket")
+		return err
 	}
 	e.change.Lock()
 	defer e.change.Unlock()
@@ -183,6 +180,20 @@ func (e *engine) Listen(_ context.Context, socket *os.File) error {
 		}
 	}()
 	return nil
+}
+
+// listenerOf returns the listener that a host has passed, and closes socket.
+func listenerOf(socket *os.File) (net.Listener, error) {
+	defer socket.Close() // FileListener duplicates it
+	listener, err := net.FileListener(socket)
+	if err != nil {
+		return nil, errs.New(errs.Invalid, "%w", err)
+	}
+	if listener.Addr().Network() != "unix" {
+		listener.Close()
+		return nil, errs.New(errs.Invalid, "it is not a unix stream socket")
+	}
+	return listener, nil
 }
 
 // stopService breaks NBD on the present socket, if there is one, and waits.
@@ -221,7 +232,11 @@ func (e *engine) Resize(_ context.Context, name string, size int64) error {
 	if size < d.device.Size() {
 		return errs.New(errs.Invalid, "a disk in use cannot shrink from %d to %d bytes", d.device.Size(), size)
 	}
-	return classify(d.device.resize(size))
+	if err := d.device.resize(size); err != nil {
+		return classify(err)
+	}
+	e.tellSize(d)
+	return nil
 }
 
 // Flush implements [volumectl.Handler].
@@ -240,7 +255,9 @@ func (e *engine) Status(context.Context) (*volumectl.Status, error) {
 	status := &volumectl.Status{Listening: e.service != nil && !e.service.ended(), Disks: []volumectl.DiskStatus{}}
 	e.mu.Unlock()
 	for _, d := range disks {
-		status.Disks = append(status.Disks, d.status())
+		s := d.status()
+		s.VhostUser = e.vhostOf(d) != nil
+		status.Disks = append(status.Disks, s)
 	}
 	slices.SortFunc(status.Disks, func(a, b volumectl.DiskStatus) int {
 		if a.Disk < b.Disk {
@@ -296,6 +313,7 @@ func (e *engine) Shutdown(ctx context.Context) error {
 	e.mu.Unlock()
 	var failed []error
 	for name, d := range disks {
+		e.stopVhost(d)
 		if err := errors.Join(d.device.Flush(), d.device.Close()); err != nil {
 			failed = append(failed, fmt.Errorf("disk %s: %w", name, err))
 		}
