@@ -5,8 +5,9 @@
 // ours, the same without encryption, qemu-storage-daemon serving a LUKS image,
 // and nbdkit's luks filter; and once more a server that does nothing, to show
 // where the load generators themselves end. All images are on a tmpfs. Medians
-// are reported. Then it times how soon a controller and a VM are there, with the
-// binary that $STRONGROOM names.
+// are reported. Then it measures the cipher beside OpenSSL and a loop in C, and
+// times how soon a controller and a VM are there, with the binary that
+// $STRONGROOM names.
 //
 // Loads come from two generators: one of our own ([nbd.Pipeline], one thread),
 // which is fast enough not to be the limit, and fio's nbd engine, which
@@ -60,7 +61,7 @@ func run(ctx context.Context, args []string) error {
 	flags.Int64Var(&o.size, "size", 256<<20, "of each image, in bytes; a multiple of 1 MiB")
 	flags.StringVar(&o.dir, "dir", "/dev/shm", "a tmpfs with room for four images")
 	flags.StringVar(&o.out, "out", filepath.FromSlash("docs/reference/performance.md"), "where the tables go")
-	flags.StringVar(&only, "only", "", "measure only what matches: a regular expression on `SERVER/GENERATOR/LOAD` and on 'starts'")
+	flags.StringVar(&only, "only", "", "measure only what matches: a regular expression on `SERVER/GENERATOR/LOAD` and on 'cipher' and 'starts'")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
@@ -75,8 +76,14 @@ func run(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
+	binary := os.Getenv("STRONGROOM")
+	if o.only.MatchString("cipher") {
+		if r.Cipher, err = measureCipher(ctx, o, binary); err != nil {
+			return fmt.Errorf("cannot measure the cipher: %w", err)
+		}
+	}
 	if o.only.MatchString("starts") {
-		if r.Starts, err = measureStarts(ctx, o, os.Getenv("STRONGROOM")); err != nil {
+		if r.Starts, err = measureStarts(ctx, o, binary); err != nil {
 			return fmt.Errorf("cannot measure starts: %w", err)
 		}
 	}
