@@ -23,6 +23,7 @@ func newRoles() cli.Roles {
 		ServeVolume:   serveVolume,
 		RekeyVolume:   rekeyVolume,
 		DecryptVolume: decryptVolume,
+		FillVolume:    fillVolume,
 		VerifyAudit:   verifyAudit,
 		Benchmark:     benchmark,
 	}
@@ -55,6 +56,7 @@ func volumeInfo(file string, info volume.Info) cli.VolumeInfo {
 		SectorSize:    info.SectorSize,
 		DataOffset:    info.DataOffset,
 		AllowDiscards: info.AllowDiscards,
+		Thin:          info.Thin,
 		KeySafes:      []cli.VolumeSafe{},
 		Damage:        []string{},
 	}
@@ -79,6 +81,10 @@ func rekeyVolume(ctx context.Context, v cli.VolumeRekey, progress func(done, tot
 
 func decryptVolume(ctx context.Context, v cli.VolumeDecrypt, progress func(done, total int64)) error {
 	return localvolume.Decrypt(ctx, localvolume.DecryptOptions{File: v.File, KeyFile: v.KeyFile, Out: v.Out, Progress: progress})
+}
+
+func fillVolume(ctx context.Context, v cli.VolumeFill, progress func(done, total int64)) error {
+	return localvolume.Fill(ctx, localvolume.FillOptions{File: v.File, KeyFile: v.KeyFile, Progress: progress})
 }
 
 func benchmark(ctx context.Context, each time.Duration) ([]cli.Measurement, error) {

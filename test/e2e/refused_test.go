@@ -153,6 +153,7 @@ func privileges(t *testing.T, s *site) {
 		{"vm", "rekey", "web-1"},
 		{"vm", "rekey", "web-1", "--deep"},
 		{"vm", "unlock", "web-1"},
+		{"disk", "export-key", "web-1", "disk-0", "--out", filepath.Join(s.lab.Dir, "x.key")},
 		{"vm", "register", "web-1", "--datastore", "ds"},
 		encryptedVM("x"),
 		{"provider", "create-native", "kp-x"},
@@ -188,8 +189,10 @@ func privileges(t *testing.T, s *site) {
 	} {
 		run(readOnly, 4, args...)
 	}
-	if _, err := os.Lstat(filepath.Join(s.lab.Dir, "x.p12")); !os.IsNotExist(err) {
-		t.Error("who may not make a backup got a file")
+	for _, name := range []string{"x.p12", "x.key"} {
+		if _, err := os.Lstat(filepath.Join(s.lab.Dir, name)); !os.IsNotExist(err) {
+			t.Errorf("who may not have %s got a file", name)
+		}
 	}
 	// Who is deleted is out at once.
 	s.ok(t, "user", "delete", "readonly", "--yes")

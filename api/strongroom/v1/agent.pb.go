@@ -1130,6 +1130,119 @@ func (x *AgentRekeyVMRequest) GetDeep() bool {
 	return false
 }
 
+type AgentFillDisksRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Disks         []string               `protobuf:"bytes,2,rep,name=disks,proto3" json:"disks,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AgentFillDisksRequest) Reset() {
+	*x = AgentFillDisksRequest{}
+	mi := &file_strongroom_v1_agent_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AgentFillDisksRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AgentFillDisksRequest) ProtoMessage() {}
+
+func (x *AgentFillDisksRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_agent_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AgentFillDisksRequest.ProtoReflect.Descriptor instead.
+func (*AgentFillDisksRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *AgentFillDisksRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *AgentFillDisksRequest) GetDisks() []string {
+	if x != nil {
+		return x.Disks
+	}
+	return nil
+}
+
+type AgentExportDiskKeyRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Disk  string                 `protobuf:"bytes,2,opt,name=disk,proto3" json:"disk,omitempty"`
+	// Of the user; only he can open the parcel in the answer.
+	RecipientPublicKey []byte `protobuf:"bytes,3,opt,name=recipient_public_key,json=recipientPublicKey,proto3" json:"recipient_public_key,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
+}
+
+func (x *AgentExportDiskKeyRequest) Reset() {
+	*x = AgentExportDiskKeyRequest{}
+	mi := &file_strongroom_v1_agent_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AgentExportDiskKeyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AgentExportDiskKeyRequest) ProtoMessage() {}
+
+func (x *AgentExportDiskKeyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_agent_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AgentExportDiskKeyRequest.ProtoReflect.Descriptor instead.
+func (*AgentExportDiskKeyRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *AgentExportDiskKeyRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *AgentExportDiskKeyRequest) GetDisk() string {
+	if x != nil {
+		return x.Disk
+	}
+	return ""
+}
+
+func (x *AgentExportDiskKeyRequest) GetRecipientPublicKey() []byte {
+	if x != nil {
+		return x.RecipientPublicKey
+	}
+	return nil
+}
+
 type AgentPowerOnVMRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -1139,7 +1252,7 @@ type AgentPowerOnVMRequest struct {
 
 func (x *AgentPowerOnVMRequest) Reset() {
 	*x = AgentPowerOnVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[17]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1151,7 +1264,7 @@ func (x *AgentPowerOnVMRequest) String() string {
 func (*AgentPowerOnVMRequest) ProtoMessage() {}
 
 func (x *AgentPowerOnVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[17]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1164,7 +1277,7 @@ func (x *AgentPowerOnVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentPowerOnVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentPowerOnVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *AgentPowerOnVMRequest) GetId() string {
@@ -1185,7 +1298,7 @@ type AgentPowerOffVMRequest struct {
 
 func (x *AgentPowerOffVMRequest) Reset() {
 	*x = AgentPowerOffVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[18]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1197,7 +1310,7 @@ func (x *AgentPowerOffVMRequest) String() string {
 func (*AgentPowerOffVMRequest) ProtoMessage() {}
 
 func (x *AgentPowerOffVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[18]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1210,7 +1323,7 @@ func (x *AgentPowerOffVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentPowerOffVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentPowerOffVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *AgentPowerOffVMRequest) GetId() string {
@@ -1245,7 +1358,7 @@ type AgentRegisterVMRequest struct {
 
 func (x *AgentRegisterVMRequest) Reset() {
 	*x = AgentRegisterVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[19]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1257,7 +1370,7 @@ func (x *AgentRegisterVMRequest) String() string {
 func (*AgentRegisterVMRequest) ProtoMessage() {}
 
 func (x *AgentRegisterVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[19]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1270,7 +1383,7 @@ func (x *AgentRegisterVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentRegisterVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentRegisterVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *AgentRegisterVMRequest) GetDatastore() string {
@@ -1303,7 +1416,7 @@ type AgentUnregisterVMRequest struct {
 
 func (x *AgentUnregisterVMRequest) Reset() {
 	*x = AgentUnregisterVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[20]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1315,7 +1428,7 @@ func (x *AgentUnregisterVMRequest) String() string {
 func (*AgentUnregisterVMRequest) ProtoMessage() {}
 
 func (x *AgentUnregisterVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[20]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1328,7 +1441,7 @@ func (x *AgentUnregisterVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentUnregisterVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentUnregisterVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *AgentUnregisterVMRequest) GetId() string {
@@ -1346,7 +1459,7 @@ type AgentUnregisterVMResponse struct {
 
 func (x *AgentUnregisterVMResponse) Reset() {
 	*x = AgentUnregisterVMResponse{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[21]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1358,7 +1471,7 @@ func (x *AgentUnregisterVMResponse) String() string {
 func (*AgentUnregisterVMResponse) ProtoMessage() {}
 
 func (x *AgentUnregisterVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[21]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1371,7 +1484,7 @@ func (x *AgentUnregisterVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentUnregisterVMResponse.ProtoReflect.Descriptor instead.
 func (*AgentUnregisterVMResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 type AgentDeleteVMRequest struct {
@@ -1383,7 +1496,7 @@ type AgentDeleteVMRequest struct {
 
 func (x *AgentDeleteVMRequest) Reset() {
 	*x = AgentDeleteVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[22]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1395,7 +1508,7 @@ func (x *AgentDeleteVMRequest) String() string {
 func (*AgentDeleteVMRequest) ProtoMessage() {}
 
 func (x *AgentDeleteVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[22]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1408,7 +1521,7 @@ func (x *AgentDeleteVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentDeleteVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentDeleteVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *AgentDeleteVMRequest) GetId() string {
@@ -1426,7 +1539,7 @@ type AgentDeleteVMResponse struct {
 
 func (x *AgentDeleteVMResponse) Reset() {
 	*x = AgentDeleteVMResponse{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[23]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1438,7 +1551,7 @@ func (x *AgentDeleteVMResponse) String() string {
 func (*AgentDeleteVMResponse) ProtoMessage() {}
 
 func (x *AgentDeleteVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[23]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1451,7 +1564,7 @@ func (x *AgentDeleteVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentDeleteVMResponse.ProtoReflect.Descriptor instead.
 func (*AgentDeleteVMResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 type AgentGetVMRequest struct {
@@ -1463,7 +1576,7 @@ type AgentGetVMRequest struct {
 
 func (x *AgentGetVMRequest) Reset() {
 	*x = AgentGetVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[24]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1475,7 +1588,7 @@ func (x *AgentGetVMRequest) String() string {
 func (*AgentGetVMRequest) ProtoMessage() {}
 
 func (x *AgentGetVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[24]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1488,7 +1601,7 @@ func (x *AgentGetVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentGetVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentGetVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *AgentGetVMRequest) GetId() string {
@@ -1507,7 +1620,7 @@ type AgentVMResponse struct {
 
 func (x *AgentVMResponse) Reset() {
 	*x = AgentVMResponse{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[25]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1519,7 +1632,7 @@ func (x *AgentVMResponse) String() string {
 func (*AgentVMResponse) ProtoMessage() {}
 
 func (x *AgentVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[25]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1532,7 +1645,7 @@ func (x *AgentVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentVMResponse.ProtoReflect.Descriptor instead.
 func (*AgentVMResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *AgentVMResponse) GetVm() *VM {
@@ -1638,7 +1751,14 @@ const file_strongroom_v1_agent_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05disks\x18\x02 \x03(\tR\x05disks\x12'\n" +
 	"\x03key\x18\x03 \x01(\v2\x15.strongroom.v1.KeyRefR\x03key\x12\x12\n" +
-	"\x04deep\x18\x04 \x01(\bR\x04deep\"'\n" +
+	"\x04deep\x18\x04 \x01(\bR\x04deep\"=\n" +
+	"\x15AgentFillDisksRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
+	"\x05disks\x18\x02 \x03(\tR\x05disks\"q\n" +
+	"\x19AgentExportDiskKeyRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04disk\x18\x02 \x01(\tR\x04disk\x120\n" +
+	"\x14recipient_public_key\x18\x03 \x01(\fR\x12recipientPublicKey\"'\n" +
 	"\x15AgentPowerOnVMRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"e\n" +
 	"\x16AgentPowerOffVMRequest\x12\x0e\n" +
@@ -1662,7 +1782,8 @@ const file_strongroom_v1_agent_proto_rawDesc = "" +
 	"\rEnrollService\x12E\n" +
 	"\x04Join\x12\x1a.strongroom.v1.JoinRequest\x1a\x1b.strongroom.v1.JoinResponse\"\x04\x90\xb5\x18\x01\x12X\n" +
 	"\tHeartbeat\x12\x1f.strongroom.v1.HeartbeatRequest\x1a .strongroom.v1.HeartbeatResponse\"\b\xa2\xb5\x18\x04host\x12m\n" +
-	"\x10RenewCertificate\x12&.strongroom.v1.RenewCertificateRequest\x1a'.strongroom.v1.RenewCertificateResponse\"\b\xa2\xb5\x18\x04host2\xd3\b\n" +
+	"\x10RenewCertificate\x12&.strongroom.v1.RenewCertificateRequest\x1a'.strongroom.v1.RenewCertificateResponse\"\b\xa2\xb5\x18\x04host2\xa7\n" +
+	"\n" +
 	"\fAgentService\x12[\n" +
 	"\bSyncHost\x12\x1e.strongroom.v1.SyncHostRequest\x1a\x1f.strongroom.v1.SyncHostResponse\"\x0e\xa2\xb5\x18\n" +
 	"controller\x12_\n" +
@@ -1674,6 +1795,10 @@ const file_strongroom_v1_agent_proto_rawDesc = "" +
 	"controller0\x01\x12]\n" +
 	"\aRekeyVM\x12\".strongroom.v1.AgentRekeyVMRequest\x1a\x1c.strongroom.v1.AgentProgress\"\x0e\xa2\xb5\x18\n" +
 	"controller0\x01\x12a\n" +
+	"\tFillDisks\x12$.strongroom.v1.AgentFillDisksRequest\x1a\x1c.strongroom.v1.AgentProgress\"\x0e\xa2\xb5\x18\n" +
+	"controller0\x01\x12o\n" +
+	"\rExportDiskKey\x12(.strongroom.v1.AgentExportDiskKeyRequest\x1a$.strongroom.v1.ExportDiskKeyResponse\"\x0e\xa2\xb5\x18\n" +
+	"controller\x12a\n" +
 	"\tPowerOnVM\x12$.strongroom.v1.AgentPowerOnVMRequest\x1a\x1e.strongroom.v1.AgentVMResponse\"\x0e\xa2\xb5\x18\n" +
 	"controller\x12c\n" +
 	"\n" +
@@ -1701,7 +1826,7 @@ func file_strongroom_v1_agent_proto_rawDescGZIP() []byte {
 	return file_strongroom_v1_agent_proto_rawDescData
 }
 
-var file_strongroom_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
+var file_strongroom_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
 var file_strongroom_v1_agent_proto_goTypes = []any{
 	(*JoinRequest)(nil),               // 0: strongroom.v1.JoinRequest
 	(*JoinResponse)(nil),              // 1: strongroom.v1.JoinResponse
@@ -1720,40 +1845,43 @@ var file_strongroom_v1_agent_proto_goTypes = []any{
 	(*AgentEncryptVMRequest)(nil),     // 14: strongroom.v1.AgentEncryptVMRequest
 	(*AgentDecryptVMRequest)(nil),     // 15: strongroom.v1.AgentDecryptVMRequest
 	(*AgentRekeyVMRequest)(nil),       // 16: strongroom.v1.AgentRekeyVMRequest
-	(*AgentPowerOnVMRequest)(nil),     // 17: strongroom.v1.AgentPowerOnVMRequest
-	(*AgentPowerOffVMRequest)(nil),    // 18: strongroom.v1.AgentPowerOffVMRequest
-	(*AgentRegisterVMRequest)(nil),    // 19: strongroom.v1.AgentRegisterVMRequest
-	(*AgentUnregisterVMRequest)(nil),  // 20: strongroom.v1.AgentUnregisterVMRequest
-	(*AgentUnregisterVMResponse)(nil), // 21: strongroom.v1.AgentUnregisterVMResponse
-	(*AgentDeleteVMRequest)(nil),      // 22: strongroom.v1.AgentDeleteVMRequest
-	(*AgentDeleteVMResponse)(nil),     // 23: strongroom.v1.AgentDeleteVMResponse
-	(*AgentGetVMRequest)(nil),         // 24: strongroom.v1.AgentGetVMRequest
-	(*AgentVMResponse)(nil),           // 25: strongroom.v1.AgentVMResponse
-	nil,                               // 26: strongroom.v1.JoinRequest.CapabilitiesEntry
-	nil,                               // 27: strongroom.v1.HeartbeatRequest.CapabilitiesEntry
-	(*VM)(nil),                        // 28: strongroom.v1.VM
-	(*timestamppb.Timestamp)(nil),     // 29: google.protobuf.Timestamp
-	(*VMSettings)(nil),                // 30: strongroom.v1.VMSettings
-	(*NewDisk)(nil),                   // 31: strongroom.v1.NewDisk
-	(*KeyRef)(nil),                    // 32: strongroom.v1.KeyRef
+	(*AgentFillDisksRequest)(nil),     // 17: strongroom.v1.AgentFillDisksRequest
+	(*AgentExportDiskKeyRequest)(nil), // 18: strongroom.v1.AgentExportDiskKeyRequest
+	(*AgentPowerOnVMRequest)(nil),     // 19: strongroom.v1.AgentPowerOnVMRequest
+	(*AgentPowerOffVMRequest)(nil),    // 20: strongroom.v1.AgentPowerOffVMRequest
+	(*AgentRegisterVMRequest)(nil),    // 21: strongroom.v1.AgentRegisterVMRequest
+	(*AgentUnregisterVMRequest)(nil),  // 22: strongroom.v1.AgentUnregisterVMRequest
+	(*AgentUnregisterVMResponse)(nil), // 23: strongroom.v1.AgentUnregisterVMResponse
+	(*AgentDeleteVMRequest)(nil),      // 24: strongroom.v1.AgentDeleteVMRequest
+	(*AgentDeleteVMResponse)(nil),     // 25: strongroom.v1.AgentDeleteVMResponse
+	(*AgentGetVMRequest)(nil),         // 26: strongroom.v1.AgentGetVMRequest
+	(*AgentVMResponse)(nil),           // 27: strongroom.v1.AgentVMResponse
+	nil,                               // 28: strongroom.v1.JoinRequest.CapabilitiesEntry
+	nil,                               // 29: strongroom.v1.HeartbeatRequest.CapabilitiesEntry
+	(*VM)(nil),                        // 30: strongroom.v1.VM
+	(*timestamppb.Timestamp)(nil),     // 31: google.protobuf.Timestamp
+	(*VMSettings)(nil),                // 32: strongroom.v1.VMSettings
+	(*NewDisk)(nil),                   // 33: strongroom.v1.NewDisk
+	(*KeyRef)(nil),                    // 34: strongroom.v1.KeyRef
+	(*ExportDiskKeyResponse)(nil),     // 35: strongroom.v1.ExportDiskKeyResponse
 }
 var file_strongroom_v1_agent_proto_depIdxs = []int32{
-	26, // 0: strongroom.v1.JoinRequest.capabilities:type_name -> strongroom.v1.JoinRequest.CapabilitiesEntry
-	27, // 1: strongroom.v1.HeartbeatRequest.capabilities:type_name -> strongroom.v1.HeartbeatRequest.CapabilitiesEntry
+	28, // 0: strongroom.v1.JoinRequest.capabilities:type_name -> strongroom.v1.JoinRequest.CapabilitiesEntry
+	29, // 1: strongroom.v1.HeartbeatRequest.capabilities:type_name -> strongroom.v1.HeartbeatRequest.CapabilitiesEntry
 	3,  // 2: strongroom.v1.HeartbeatRequest.providers:type_name -> strongroom.v1.HeldProvider
-	28, // 3: strongroom.v1.HeartbeatRequest.vms:type_name -> strongroom.v1.VM
+	30, // 3: strongroom.v1.HeartbeatRequest.vms:type_name -> strongroom.v1.VM
 	8,  // 4: strongroom.v1.SyncHostRequest.providers:type_name -> strongroom.v1.WantedProvider
 	9,  // 5: strongroom.v1.SyncHostRequest.datastores:type_name -> strongroom.v1.WantedDatastore
-	29, // 6: strongroom.v1.WantedProvider.created:type_name -> google.protobuf.Timestamp
+	31, // 6: strongroom.v1.WantedProvider.created:type_name -> google.protobuf.Timestamp
 	3,  // 7: strongroom.v1.SyncHostResponse.providers:type_name -> strongroom.v1.HeldProvider
 	11, // 8: strongroom.v1.SyncHostResponse.datastores:type_name -> strongroom.v1.DatastoreSpace
-	28, // 9: strongroom.v1.AgentProgress.result:type_name -> strongroom.v1.VM
-	30, // 10: strongroom.v1.AgentCreateVMRequest.settings:type_name -> strongroom.v1.VMSettings
-	31, // 11: strongroom.v1.AgentCreateVMRequest.disks:type_name -> strongroom.v1.NewDisk
-	32, // 12: strongroom.v1.AgentCreateVMRequest.key:type_name -> strongroom.v1.KeyRef
-	32, // 13: strongroom.v1.AgentEncryptVMRequest.key:type_name -> strongroom.v1.KeyRef
-	32, // 14: strongroom.v1.AgentRekeyVMRequest.key:type_name -> strongroom.v1.KeyRef
-	28, // 15: strongroom.v1.AgentVMResponse.vm:type_name -> strongroom.v1.VM
+	30, // 9: strongroom.v1.AgentProgress.result:type_name -> strongroom.v1.VM
+	32, // 10: strongroom.v1.AgentCreateVMRequest.settings:type_name -> strongroom.v1.VMSettings
+	33, // 11: strongroom.v1.AgentCreateVMRequest.disks:type_name -> strongroom.v1.NewDisk
+	34, // 12: strongroom.v1.AgentCreateVMRequest.key:type_name -> strongroom.v1.KeyRef
+	34, // 13: strongroom.v1.AgentEncryptVMRequest.key:type_name -> strongroom.v1.KeyRef
+	34, // 14: strongroom.v1.AgentRekeyVMRequest.key:type_name -> strongroom.v1.KeyRef
+	30, // 15: strongroom.v1.AgentVMResponse.vm:type_name -> strongroom.v1.VM
 	0,  // 16: strongroom.v1.EnrollService.Join:input_type -> strongroom.v1.JoinRequest
 	2,  // 17: strongroom.v1.EnrollService.Heartbeat:input_type -> strongroom.v1.HeartbeatRequest
 	5,  // 18: strongroom.v1.EnrollService.RenewCertificate:input_type -> strongroom.v1.RenewCertificateRequest
@@ -1762,28 +1890,32 @@ var file_strongroom_v1_agent_proto_depIdxs = []int32{
 	14, // 21: strongroom.v1.AgentService.EncryptVM:input_type -> strongroom.v1.AgentEncryptVMRequest
 	15, // 22: strongroom.v1.AgentService.DecryptVM:input_type -> strongroom.v1.AgentDecryptVMRequest
 	16, // 23: strongroom.v1.AgentService.RekeyVM:input_type -> strongroom.v1.AgentRekeyVMRequest
-	17, // 24: strongroom.v1.AgentService.PowerOnVM:input_type -> strongroom.v1.AgentPowerOnVMRequest
-	18, // 25: strongroom.v1.AgentService.PowerOffVM:input_type -> strongroom.v1.AgentPowerOffVMRequest
-	19, // 26: strongroom.v1.AgentService.RegisterVM:input_type -> strongroom.v1.AgentRegisterVMRequest
-	20, // 27: strongroom.v1.AgentService.UnregisterVM:input_type -> strongroom.v1.AgentUnregisterVMRequest
-	22, // 28: strongroom.v1.AgentService.DeleteVM:input_type -> strongroom.v1.AgentDeleteVMRequest
-	24, // 29: strongroom.v1.AgentService.GetVM:input_type -> strongroom.v1.AgentGetVMRequest
-	1,  // 30: strongroom.v1.EnrollService.Join:output_type -> strongroom.v1.JoinResponse
-	4,  // 31: strongroom.v1.EnrollService.Heartbeat:output_type -> strongroom.v1.HeartbeatResponse
-	6,  // 32: strongroom.v1.EnrollService.RenewCertificate:output_type -> strongroom.v1.RenewCertificateResponse
-	10, // 33: strongroom.v1.AgentService.SyncHost:output_type -> strongroom.v1.SyncHostResponse
-	12, // 34: strongroom.v1.AgentService.CreateVM:output_type -> strongroom.v1.AgentProgress
-	12, // 35: strongroom.v1.AgentService.EncryptVM:output_type -> strongroom.v1.AgentProgress
-	12, // 36: strongroom.v1.AgentService.DecryptVM:output_type -> strongroom.v1.AgentProgress
-	12, // 37: strongroom.v1.AgentService.RekeyVM:output_type -> strongroom.v1.AgentProgress
-	25, // 38: strongroom.v1.AgentService.PowerOnVM:output_type -> strongroom.v1.AgentVMResponse
-	25, // 39: strongroom.v1.AgentService.PowerOffVM:output_type -> strongroom.v1.AgentVMResponse
-	25, // 40: strongroom.v1.AgentService.RegisterVM:output_type -> strongroom.v1.AgentVMResponse
-	21, // 41: strongroom.v1.AgentService.UnregisterVM:output_type -> strongroom.v1.AgentUnregisterVMResponse
-	23, // 42: strongroom.v1.AgentService.DeleteVM:output_type -> strongroom.v1.AgentDeleteVMResponse
-	25, // 43: strongroom.v1.AgentService.GetVM:output_type -> strongroom.v1.AgentVMResponse
-	30, // [30:44] is the sub-list for method output_type
-	16, // [16:30] is the sub-list for method input_type
+	17, // 24: strongroom.v1.AgentService.FillDisks:input_type -> strongroom.v1.AgentFillDisksRequest
+	18, // 25: strongroom.v1.AgentService.ExportDiskKey:input_type -> strongroom.v1.AgentExportDiskKeyRequest
+	19, // 26: strongroom.v1.AgentService.PowerOnVM:input_type -> strongroom.v1.AgentPowerOnVMRequest
+	20, // 27: strongroom.v1.AgentService.PowerOffVM:input_type -> strongroom.v1.AgentPowerOffVMRequest
+	21, // 28: strongroom.v1.AgentService.RegisterVM:input_type -> strongroom.v1.AgentRegisterVMRequest
+	22, // 29: strongroom.v1.AgentService.UnregisterVM:input_type -> strongroom.v1.AgentUnregisterVMRequest
+	24, // 30: strongroom.v1.AgentService.DeleteVM:input_type -> strongroom.v1.AgentDeleteVMRequest
+	26, // 31: strongroom.v1.AgentService.GetVM:input_type -> strongroom.v1.AgentGetVMRequest
+	1,  // 32: strongroom.v1.EnrollService.Join:output_type -> strongroom.v1.JoinResponse
+	4,  // 33: strongroom.v1.EnrollService.Heartbeat:output_type -> strongroom.v1.HeartbeatResponse
+	6,  // 34: strongroom.v1.EnrollService.RenewCertificate:output_type -> strongroom.v1.RenewCertificateResponse
+	10, // 35: strongroom.v1.AgentService.SyncHost:output_type -> strongroom.v1.SyncHostResponse
+	12, // 36: strongroom.v1.AgentService.CreateVM:output_type -> strongroom.v1.AgentProgress
+	12, // 37: strongroom.v1.AgentService.EncryptVM:output_type -> strongroom.v1.AgentProgress
+	12, // 38: strongroom.v1.AgentService.DecryptVM:output_type -> strongroom.v1.AgentProgress
+	12, // 39: strongroom.v1.AgentService.RekeyVM:output_type -> strongroom.v1.AgentProgress
+	12, // 40: strongroom.v1.AgentService.FillDisks:output_type -> strongroom.v1.AgentProgress
+	35, // 41: strongroom.v1.AgentService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
+	27, // 42: strongroom.v1.AgentService.PowerOnVM:output_type -> strongroom.v1.AgentVMResponse
+	27, // 43: strongroom.v1.AgentService.PowerOffVM:output_type -> strongroom.v1.AgentVMResponse
+	27, // 44: strongroom.v1.AgentService.RegisterVM:output_type -> strongroom.v1.AgentVMResponse
+	23, // 45: strongroom.v1.AgentService.UnregisterVM:output_type -> strongroom.v1.AgentUnregisterVMResponse
+	25, // 46: strongroom.v1.AgentService.DeleteVM:output_type -> strongroom.v1.AgentDeleteVMResponse
+	27, // 47: strongroom.v1.AgentService.GetVM:output_type -> strongroom.v1.AgentVMResponse
+	32, // [32:48] is the sub-list for method output_type
+	16, // [16:32] is the sub-list for method input_type
 	16, // [16:16] is the sub-list for extension type_name
 	16, // [16:16] is the sub-list for extension extendee
 	0,  // [0:16] is the sub-list for field type_name
@@ -1802,7 +1934,7 @@ func file_strongroom_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_strongroom_v1_agent_proto_rawDesc), len(file_strongroom_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   28,
+			NumMessages:   30,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -245,7 +245,10 @@ type Disk struct {
 	// The generation of the key safe: +1 with each rekey.
 	Generation uint64 `protobuf:"varint,8,opt,name=generation,proto3" json:"generation,omitempty"`
 	// "xts-aes-256" if encrypted.
-	Cipher        string `protobuf:"bytes,9,opt,name=cipher,proto3" json:"cipher,omitempty"`
+	Cipher string `protobuf:"bytes,9,opt,name=cipher,proto3" json:"cipher,omitempty"`
+	// Sectors never written stand for zeros of the image that it was imported from:
+	// FillDisks must run before dm-crypt opens it.
+	Thin          bool `protobuf:"varint,10,opt,name=thin,proto3" json:"thin,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -341,6 +344,13 @@ func (x *Disk) GetCipher() string {
 		return x.Cipher
 	}
 	return ""
+}
+
+func (x *Disk) GetThin() bool {
+	if x != nil {
+		return x.Thin
+	}
+	return false
 }
 
 type VMSettings struct {
@@ -449,7 +459,10 @@ type NewDisk struct {
 	// "raw" or "qcow2"; needed with image.
 	ImageFormat string `protobuf:"bytes,3,opt,name=image_format,json=imageFormat,proto3" json:"image_format,omitempty"`
 	// Leave this disk plain although the VM is encrypted.
-	Plain         bool `protobuf:"varint,4,opt,name=plain,proto3" json:"plain,omitempty"`
+	Plain bool `protobuf:"varint,4,opt,name=plain,proto3" json:"plain,omitempty"`
+	// Leave zeros of the image out of an encrypted disk. It takes less space, and
+	// needs FillDisks before dm-crypt opens it.
+	Thin          bool `protobuf:"varint,5,opt,name=thin,proto3" json:"thin,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -508,6 +521,13 @@ func (x *NewDisk) GetImageFormat() string {
 func (x *NewDisk) GetPlain() bool {
 	if x != nil {
 		return x.Plain
+	}
+	return false
+}
+
+func (x *NewDisk) GetThin() bool {
+	if x != nil {
+		return x.Thin
 	}
 	return false
 }
@@ -1019,6 +1039,321 @@ func (x *RekeyVMRequest) GetDisks() []string {
 	return nil
 }
 
+type FillDisksRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Names of disks; empty: all that are thin.
+	Disks         []string `protobuf:"bytes,2,rep,name=disks,proto3" json:"disks,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FillDisksRequest) Reset() {
+	*x = FillDisksRequest{}
+	mi := &file_strongroom_v1_vm_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FillDisksRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FillDisksRequest) ProtoMessage() {}
+
+func (x *FillDisksRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_vm_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FillDisksRequest.ProtoReflect.Descriptor instead.
+func (*FillDisksRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *FillDisksRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *FillDisksRequest) GetDisks() []string {
+	if x != nil {
+		return x.Disks
+	}
+	return nil
+}
+
+type ExportDiskKeyRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Disk  string                 `protobuf:"bytes,2,opt,name=disk,proto3" json:"disk,omitempty"`
+	// The key is sealed to this key of the caller: docs/spec/key-parcel.md.
+	RecipientPublicKey []byte `protobuf:"bytes,3,opt,name=recipient_public_key,json=recipientPublicKey,proto3" json:"recipient_public_key,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
+}
+
+func (x *ExportDiskKeyRequest) Reset() {
+	*x = ExportDiskKeyRequest{}
+	mi := &file_strongroom_v1_vm_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExportDiskKeyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExportDiskKeyRequest) ProtoMessage() {}
+
+func (x *ExportDiskKeyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_vm_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExportDiskKeyRequest.ProtoReflect.Descriptor instead.
+func (*ExportDiskKeyRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *ExportDiskKeyRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ExportDiskKeyRequest) GetDisk() string {
+	if x != nil {
+		return x.Disk
+	}
+	return ""
+}
+
+func (x *ExportDiskKeyRequest) GetRecipientPublicKey() []byte {
+	if x != nil {
+		return x.RecipientPublicKey
+	}
+	return nil
+}
+
+type ExportDiskKeyResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The DEK, 64 bytes, in a key parcel.
+	Parcel        []byte        `protobuf:"bytes,1,opt,name=parcel,proto3" json:"parcel,omitempty"`
+	Layout        *VolumeLayout `protobuf:"bytes,2,opt,name=layout,proto3" json:"layout,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExportDiskKeyResponse) Reset() {
+	*x = ExportDiskKeyResponse{}
+	mi := &file_strongroom_v1_vm_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExportDiskKeyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExportDiskKeyResponse) ProtoMessage() {}
+
+func (x *ExportDiskKeyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_vm_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExportDiskKeyResponse.ProtoReflect.Descriptor instead.
+func (*ExportDiskKeyResponse) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *ExportDiskKeyResponse) GetParcel() []byte {
+	if x != nil {
+		return x.Parcel
+	}
+	return nil
+}
+
+func (x *ExportDiskKeyResponse) GetLayout() *VolumeLayout {
+	if x != nil {
+		return x.Layout
+	}
+	return nil
+}
+
+// VolumeLayout is what one needs to know, beside the key, to open a disk without
+// Strongroom.
+type VolumeLayout struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Vm    string                 `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	Disk  string                 `protobuf:"bytes,2,opt,name=disk,proto3" json:"disk,omitempty"`
+	Uuid  string                 `protobuf:"bytes,3,opt,name=uuid,proto3" json:"uuid,omitempty"`
+	// On the host.
+	Host string `protobuf:"bytes,4,opt,name=host,proto3" json:"host,omitempty"`
+	Path string `protobuf:"bytes,5,opt,name=path,proto3" json:"path,omitempty"`
+	// Of the data, in bytes.
+	SizeBytes  int64 `protobuf:"varint,6,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	DataOffset int64 `protobuf:"varint,7,opt,name=data_offset,json=dataOffset,proto3" json:"data_offset,omitempty"`
+	// Of encryption, in bytes.
+	SectorSize    uint32 `protobuf:"varint,8,opt,name=sector_size,json=sectorSize,proto3" json:"sector_size,omitempty"`
+	AllowDiscards bool   `protobuf:"varint,9,opt,name=allow_discards,json=allowDiscards,proto3" json:"allow_discards,omitempty"`
+	// FillDisks must run first.
+	Thin bool `protobuf:"varint,10,opt,name=thin,proto3" json:"thin,omitempty"`
+	// "poweredOff" or "poweredOn": then nobody else may open it.
+	PowerState string `protobuf:"bytes,11,opt,name=power_state,json=powerState,proto3" json:"power_state,omitempty"`
+	VmId       string `protobuf:"bytes,12,opt,name=vm_id,json=vmId,proto3" json:"vm_id,omitempty"`
+	// The KEK that wraps the key.
+	Key           *KeyRef `protobuf:"bytes,13,opt,name=key,proto3" json:"key,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VolumeLayout) Reset() {
+	*x = VolumeLayout{}
+	mi := &file_strongroom_v1_vm_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VolumeLayout) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VolumeLayout) ProtoMessage() {}
+
+func (x *VolumeLayout) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_vm_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VolumeLayout.ProtoReflect.Descriptor instead.
+func (*VolumeLayout) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *VolumeLayout) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+func (x *VolumeLayout) GetDisk() string {
+	if x != nil {
+		return x.Disk
+	}
+	return ""
+}
+
+func (x *VolumeLayout) GetUuid() string {
+	if x != nil {
+		return x.Uuid
+	}
+	return ""
+}
+
+func (x *VolumeLayout) GetHost() string {
+	if x != nil {
+		return x.Host
+	}
+	return ""
+}
+
+func (x *VolumeLayout) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *VolumeLayout) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *VolumeLayout) GetDataOffset() int64 {
+	if x != nil {
+		return x.DataOffset
+	}
+	return 0
+}
+
+func (x *VolumeLayout) GetSectorSize() uint32 {
+	if x != nil {
+		return x.SectorSize
+	}
+	return 0
+}
+
+func (x *VolumeLayout) GetAllowDiscards() bool {
+	if x != nil {
+		return x.AllowDiscards
+	}
+	return false
+}
+
+func (x *VolumeLayout) GetThin() bool {
+	if x != nil {
+		return x.Thin
+	}
+	return false
+}
+
+func (x *VolumeLayout) GetPowerState() string {
+	if x != nil {
+		return x.PowerState
+	}
+	return ""
+}
+
+func (x *VolumeLayout) GetVmId() string {
+	if x != nil {
+		return x.VmId
+	}
+	return ""
+}
+
+func (x *VolumeLayout) GetKey() *KeyRef {
+	if x != nil {
+		return x.Key
+	}
+	return nil
+}
+
 type RegisterVMRequest struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
 	Datastore string                 `protobuf:"bytes,1,opt,name=datastore,proto3" json:"datastore,omitempty"`
@@ -1032,7 +1367,7 @@ type RegisterVMRequest struct {
 
 func (x *RegisterVMRequest) Reset() {
 	*x = RegisterVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[14]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1044,7 +1379,7 @@ func (x *RegisterVMRequest) String() string {
 func (*RegisterVMRequest) ProtoMessage() {}
 
 func (x *RegisterVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[14]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1057,7 +1392,7 @@ func (x *RegisterVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterVMRequest.ProtoReflect.Descriptor instead.
 func (*RegisterVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{14}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *RegisterVMRequest) GetDatastore() string {
@@ -1097,7 +1432,7 @@ type UnregisterVMRequest struct {
 
 func (x *UnregisterVMRequest) Reset() {
 	*x = UnregisterVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[15]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1109,7 +1444,7 @@ func (x *UnregisterVMRequest) String() string {
 func (*UnregisterVMRequest) ProtoMessage() {}
 
 func (x *UnregisterVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[15]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1122,7 +1457,7 @@ func (x *UnregisterVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnregisterVMRequest.ProtoReflect.Descriptor instead.
 func (*UnregisterVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{15}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *UnregisterVMRequest) GetName() string {
@@ -1141,7 +1476,7 @@ type DeleteVMRequest struct {
 
 func (x *DeleteVMRequest) Reset() {
 	*x = DeleteVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[16]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1153,7 +1488,7 @@ func (x *DeleteVMRequest) String() string {
 func (*DeleteVMRequest) ProtoMessage() {}
 
 func (x *DeleteVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[16]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1166,7 +1501,7 @@ func (x *DeleteVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVMRequest.ProtoReflect.Descriptor instead.
 func (*DeleteVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{16}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *DeleteVMRequest) GetName() string {
@@ -1185,7 +1520,7 @@ type UnlockVMRequest struct {
 
 func (x *UnlockVMRequest) Reset() {
 	*x = UnlockVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[17]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1197,7 +1532,7 @@ func (x *UnlockVMRequest) String() string {
 func (*UnlockVMRequest) ProtoMessage() {}
 
 func (x *UnlockVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[17]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1210,7 +1545,7 @@ func (x *UnlockVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockVMRequest.ProtoReflect.Descriptor instead.
 func (*UnlockVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{17}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *UnlockVMRequest) GetName() string {
@@ -1245,7 +1580,7 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"\x03key\x18\v \x01(\v2\x15.strongroom.v1.KeyRefR\x03key\x12)\n" +
 	"\x05disks\x18\f \x03(\v2\x13.strongroom.v1.DiskR\x05disks\x125\n" +
 	"\bsettings\x18\r \x01(\v2\x19.strongroom.v1.VMSettingsR\bsettings\x124\n" +
-	"\acreated\x18\x0e \x01(\v2\x1a.google.protobuf.TimestampR\acreated\"\x89\x02\n" +
+	"\acreated\x18\x0e \x01(\v2\x1a.google.protobuf.TimestampR\acreated\"\x9d\x02\n" +
 	"\x04Disk\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04file\x18\x02 \x01(\tR\x04file\x12\x1d\n" +
@@ -1258,7 +1593,9 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"\n" +
 	"generation\x18\b \x01(\x04R\n" +
 	"generation\x12\x16\n" +
-	"\x06cipher\x18\t \x01(\tR\x06cipher\"\xbb\x01\n" +
+	"\x06cipher\x18\t \x01(\tR\x06cipher\x12\x12\n" +
+	"\x04thin\x18\n" +
+	" \x01(\bR\x04thin\"\xbb\x01\n" +
 	"\n" +
 	"VMSettings\x12\x12\n" +
 	"\x04cpus\x18\x01 \x01(\rR\x04cpus\x12\x1d\n" +
@@ -1268,13 +1605,14 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"\x06kernel\x18\x04 \x01(\tR\x06kernel\x12\x16\n" +
 	"\x06initrd\x18\x05 \x01(\tR\x06initrd\x12\x16\n" +
 	"\x06append\x18\x06 \x01(\tR\x06append\x12\x18\n" +
-	"\anetwork\x18\a \x01(\tR\anetwork\"w\n" +
+	"\anetwork\x18\a \x01(\tR\anetwork\"\x8b\x01\n" +
 	"\aNewDisk\x12\x1d\n" +
 	"\n" +
 	"size_bytes\x18\x01 \x01(\x03R\tsizeBytes\x12\x14\n" +
 	"\x05image\x18\x02 \x01(\tR\x05image\x12!\n" +
 	"\fimage_format\x18\x03 \x01(\tR\vimageFormat\x12\x14\n" +
-	"\x05plain\x18\x04 \x01(\bR\x05plain\"\xf2\x01\n" +
+	"\x05plain\x18\x04 \x01(\bR\x05plain\x12\x12\n" +
+	"\x04thin\x18\x05 \x01(\bR\x04thin\"\xf2\x01\n" +
 	"\x0fCreateVMRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
 	"\tdatastore\x18\x02 \x01(\tR\tdatastore\x12\x12\n" +
@@ -1305,7 +1643,36 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\bprovider\x18\x02 \x01(\tR\bprovider\x12\x12\n" +
 	"\x04deep\x18\x03 \x01(\bR\x04deep\x12\x14\n" +
-	"\x05disks\x18\x04 \x03(\tR\x05disks\"q\n" +
+	"\x05disks\x18\x04 \x03(\tR\x05disks\"<\n" +
+	"\x10FillDisksRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
+	"\x05disks\x18\x02 \x03(\tR\x05disks\"p\n" +
+	"\x14ExportDiskKeyRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04disk\x18\x02 \x01(\tR\x04disk\x120\n" +
+	"\x14recipient_public_key\x18\x03 \x01(\fR\x12recipientPublicKey\"d\n" +
+	"\x15ExportDiskKeyResponse\x12\x16\n" +
+	"\x06parcel\x18\x01 \x01(\fR\x06parcel\x123\n" +
+	"\x06layout\x18\x02 \x01(\v2\x1b.strongroom.v1.VolumeLayoutR\x06layout\"\xe9\x02\n" +
+	"\fVolumeLayout\x12\x0e\n" +
+	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x12\n" +
+	"\x04disk\x18\x02 \x01(\tR\x04disk\x12\x12\n" +
+	"\x04uuid\x18\x03 \x01(\tR\x04uuid\x12\x12\n" +
+	"\x04host\x18\x04 \x01(\tR\x04host\x12\x12\n" +
+	"\x04path\x18\x05 \x01(\tR\x04path\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x06 \x01(\x03R\tsizeBytes\x12\x1f\n" +
+	"\vdata_offset\x18\a \x01(\x03R\n" +
+	"dataOffset\x12\x1f\n" +
+	"\vsector_size\x18\b \x01(\rR\n" +
+	"sectorSize\x12%\n" +
+	"\x0eallow_discards\x18\t \x01(\bR\rallowDiscards\x12\x12\n" +
+	"\x04thin\x18\n" +
+	" \x01(\bR\x04thin\x12\x1f\n" +
+	"\vpower_state\x18\v \x01(\tR\n" +
+	"powerState\x12\x13\n" +
+	"\x05vm_id\x18\f \x01(\tR\x04vmId\x12'\n" +
+	"\x03key\x18\r \x01(\v2\x15.strongroom.v1.KeyRefR\x03key\"q\n" +
 	"\x11RegisterVMRequest\x12\x1c\n" +
 	"\tdatastore\x18\x01 \x01(\tR\tdatastore\x12\x16\n" +
 	"\x06folder\x18\x02 \x01(\tR\x06folder\x12\x12\n" +
@@ -1316,7 +1683,8 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"\x0fDeleteVMRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"%\n" +
 	"\x0fUnlockVMRequest\x12\x12\n" +
-	"\x04name\x18\x01 \x01(\tR\x04name2\x99\t\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name2\xf0\n" +
+	"\n" +
 	"\tVMService\x12d\n" +
 	"\bCreateVM\x12\x1e.strongroom.v1.CreateVMRequest\x1a\x13.strongroom.v1.Task\"#\x8a\xb5\x18\x1fVirtualMachine.Inventory.Create\x12Y\n" +
 	"\aListVMs\x12\x1d.strongroom.v1.ListVMsRequest\x1a\x1e.strongroom.v1.ListVMsResponse\"\x0f\x8a\xb5\x18\vSystem.Read\x12H\n" +
@@ -1326,7 +1694,9 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"PowerOffVM\x12 .strongroom.v1.PowerOffVMRequest\x1a\x13.strongroom.v1.Task\"$\x8a\xb5\x18 VirtualMachine.Interact.PowerOff\x12\\\n" +
 	"\tEncryptVM\x12\x1f.strongroom.v1.EncryptVMRequest\x1a\x13.strongroom.v1.Task\"\x19\x8a\xb5\x18\x15Cryptographer.Encrypt\x12\\\n" +
 	"\tDecryptVM\x12\x1f.strongroom.v1.DecryptVMRequest\x1a\x13.strongroom.v1.Task\"\x19\x8a\xb5\x18\x15Cryptographer.Decrypt\x12X\n" +
-	"\aRekeyVM\x12\x1d.strongroom.v1.RekeyVMRequest\x1a\x13.strongroom.v1.Task\"\x19\x8a\xb5\x18\x15Cryptographer.Recrypt\x12a\n" +
+	"\aRekeyVM\x12\x1d.strongroom.v1.RekeyVMRequest\x1a\x13.strongroom.v1.Task\"\x19\x8a\xb5\x18\x15Cryptographer.Recrypt\x12_\n" +
+	"\tFillDisks\x12\x1f.strongroom.v1.FillDisksRequest\x1a\x13.strongroom.v1.Task\"\x1c\x8a\xb5\x18\x18Datastore.FileManagement\x12t\n" +
+	"\rExportDiskKey\x12#.strongroom.v1.ExportDiskKeyRequest\x1a$.strongroom.v1.ExportDiskKeyResponse\"\x18\x8a\xb5\x18\x14Cryptographer.Access\x12a\n" +
 	"\n" +
 	"RegisterVM\x12 .strongroom.v1.RegisterVMRequest\x1a\x13.strongroom.v1.Task\"\x1c\x8a\xb5\x18\x18Cryptographer.RegisterVM\x12p\n" +
 	"\fUnregisterVM\x12\".strongroom.v1.UnregisterVMRequest\x1a\x13.strongroom.v1.Task\"'\x8a\xb5\x18#VirtualMachine.Inventory.Unregister\x12d\n" +
@@ -1345,7 +1715,7 @@ func file_strongroom_v1_vm_proto_rawDescGZIP() []byte {
 	return file_strongroom_v1_vm_proto_rawDescData
 }
 
-var file_strongroom_v1_vm_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
+var file_strongroom_v1_vm_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
 var file_strongroom_v1_vm_proto_goTypes = []any{
 	(*KeyRef)(nil),                // 0: strongroom.v1.KeyRef
 	(*VM)(nil),                    // 1: strongroom.v1.VM
@@ -1361,51 +1731,61 @@ var file_strongroom_v1_vm_proto_goTypes = []any{
 	(*EncryptVMRequest)(nil),      // 11: strongroom.v1.EncryptVMRequest
 	(*DecryptVMRequest)(nil),      // 12: strongroom.v1.DecryptVMRequest
 	(*RekeyVMRequest)(nil),        // 13: strongroom.v1.RekeyVMRequest
-	(*RegisterVMRequest)(nil),     // 14: strongroom.v1.RegisterVMRequest
-	(*UnregisterVMRequest)(nil),   // 15: strongroom.v1.UnregisterVMRequest
-	(*DeleteVMRequest)(nil),       // 16: strongroom.v1.DeleteVMRequest
-	(*UnlockVMRequest)(nil),       // 17: strongroom.v1.UnlockVMRequest
-	(*timestamppb.Timestamp)(nil), // 18: google.protobuf.Timestamp
-	(*Task)(nil),                  // 19: strongroom.v1.Task
+	(*FillDisksRequest)(nil),      // 14: strongroom.v1.FillDisksRequest
+	(*ExportDiskKeyRequest)(nil),  // 15: strongroom.v1.ExportDiskKeyRequest
+	(*ExportDiskKeyResponse)(nil), // 16: strongroom.v1.ExportDiskKeyResponse
+	(*VolumeLayout)(nil),          // 17: strongroom.v1.VolumeLayout
+	(*RegisterVMRequest)(nil),     // 18: strongroom.v1.RegisterVMRequest
+	(*UnregisterVMRequest)(nil),   // 19: strongroom.v1.UnregisterVMRequest
+	(*DeleteVMRequest)(nil),       // 20: strongroom.v1.DeleteVMRequest
+	(*UnlockVMRequest)(nil),       // 21: strongroom.v1.UnlockVMRequest
+	(*timestamppb.Timestamp)(nil), // 22: google.protobuf.Timestamp
+	(*Task)(nil),                  // 23: strongroom.v1.Task
 }
 var file_strongroom_v1_vm_proto_depIdxs = []int32{
 	0,  // 0: strongroom.v1.VM.key:type_name -> strongroom.v1.KeyRef
 	2,  // 1: strongroom.v1.VM.disks:type_name -> strongroom.v1.Disk
 	3,  // 2: strongroom.v1.VM.settings:type_name -> strongroom.v1.VMSettings
-	18, // 3: strongroom.v1.VM.created:type_name -> google.protobuf.Timestamp
+	22, // 3: strongroom.v1.VM.created:type_name -> google.protobuf.Timestamp
 	0,  // 4: strongroom.v1.Disk.key:type_name -> strongroom.v1.KeyRef
 	3,  // 5: strongroom.v1.CreateVMRequest.settings:type_name -> strongroom.v1.VMSettings
 	4,  // 6: strongroom.v1.CreateVMRequest.disks:type_name -> strongroom.v1.NewDisk
 	1,  // 7: strongroom.v1.ListVMsResponse.vms:type_name -> strongroom.v1.VM
-	5,  // 8: strongroom.v1.VMService.CreateVM:input_type -> strongroom.v1.CreateVMRequest
-	6,  // 9: strongroom.v1.VMService.ListVMs:input_type -> strongroom.v1.ListVMsRequest
-	8,  // 10: strongroom.v1.VMService.GetVM:input_type -> strongroom.v1.GetVMRequest
-	9,  // 11: strongroom.v1.VMService.PowerOnVM:input_type -> strongroom.v1.PowerOnVMRequest
-	10, // 12: strongroom.v1.VMService.PowerOffVM:input_type -> strongroom.v1.PowerOffVMRequest
-	11, // 13: strongroom.v1.VMService.EncryptVM:input_type -> strongroom.v1.EncryptVMRequest
-	12, // 14: strongroom.v1.VMService.DecryptVM:input_type -> strongroom.v1.DecryptVMRequest
-	13, // 15: strongroom.v1.VMService.RekeyVM:input_type -> strongroom.v1.RekeyVMRequest
-	14, // 16: strongroom.v1.VMService.RegisterVM:input_type -> strongroom.v1.RegisterVMRequest
-	15, // 17: strongroom.v1.VMService.UnregisterVM:input_type -> strongroom.v1.UnregisterVMRequest
-	16, // 18: strongroom.v1.VMService.DeleteVM:input_type -> strongroom.v1.DeleteVMRequest
-	17, // 19: strongroom.v1.VMService.UnlockVM:input_type -> strongroom.v1.UnlockVMRequest
-	19, // 20: strongroom.v1.VMService.CreateVM:output_type -> strongroom.v1.Task
-	7,  // 21: strongroom.v1.VMService.ListVMs:output_type -> strongroom.v1.ListVMsResponse
-	1,  // 22: strongroom.v1.VMService.GetVM:output_type -> strongroom.v1.VM
-	19, // 23: strongroom.v1.VMService.PowerOnVM:output_type -> strongroom.v1.Task
-	19, // 24: strongroom.v1.VMService.PowerOffVM:output_type -> strongroom.v1.Task
-	19, // 25: strongroom.v1.VMService.EncryptVM:output_type -> strongroom.v1.Task
-	19, // 26: strongroom.v1.VMService.DecryptVM:output_type -> strongroom.v1.Task
-	19, // 27: strongroom.v1.VMService.RekeyVM:output_type -> strongroom.v1.Task
-	19, // 28: strongroom.v1.VMService.RegisterVM:output_type -> strongroom.v1.Task
-	19, // 29: strongroom.v1.VMService.UnregisterVM:output_type -> strongroom.v1.Task
-	19, // 30: strongroom.v1.VMService.DeleteVM:output_type -> strongroom.v1.Task
-	19, // 31: strongroom.v1.VMService.UnlockVM:output_type -> strongroom.v1.Task
-	20, // [20:32] is the sub-list for method output_type
-	8,  // [8:20] is the sub-list for method input_type
-	8,  // [8:8] is the sub-list for extension type_name
-	8,  // [8:8] is the sub-list for extension extendee
-	0,  // [0:8] is the sub-list for field type_name
+	17, // 8: strongroom.v1.ExportDiskKeyResponse.layout:type_name -> strongroom.v1.VolumeLayout
+	0,  // 9: strongroom.v1.VolumeLayout.key:type_name -> strongroom.v1.KeyRef
+	5,  // 10: strongroom.v1.VMService.CreateVM:input_type -> strongroom.v1.CreateVMRequest
+	6,  // 11: strongroom.v1.VMService.ListVMs:input_type -> strongroom.v1.ListVMsRequest
+	8,  // 12: strongroom.v1.VMService.GetVM:input_type -> strongroom.v1.GetVMRequest
+	9,  // 13: strongroom.v1.VMService.PowerOnVM:input_type -> strongroom.v1.PowerOnVMRequest
+	10, // 14: strongroom.v1.VMService.PowerOffVM:input_type -> strongroom.v1.PowerOffVMRequest
+	11, // 15: strongroom.v1.VMService.EncryptVM:input_type -> strongroom.v1.EncryptVMRequest
+	12, // 16: strongroom.v1.VMService.DecryptVM:input_type -> strongroom.v1.DecryptVMRequest
+	13, // 17: strongroom.v1.VMService.RekeyVM:input_type -> strongroom.v1.RekeyVMRequest
+	14, // 18: strongroom.v1.VMService.FillDisks:input_type -> strongroom.v1.FillDisksRequest
+	15, // 19: strongroom.v1.VMService.ExportDiskKey:input_type -> strongroom.v1.ExportDiskKeyRequest
+	18, // 20: strongroom.v1.VMService.RegisterVM:input_type -> strongroom.v1.RegisterVMRequest
+	19, // 21: strongroom.v1.VMService.UnregisterVM:input_type -> strongroom.v1.UnregisterVMRequest
+	20, // 22: strongroom.v1.VMService.DeleteVM:input_type -> strongroom.v1.DeleteVMRequest
+	21, // 23: strongroom.v1.VMService.UnlockVM:input_type -> strongroom.v1.UnlockVMRequest
+	23, // 24: strongroom.v1.VMService.CreateVM:output_type -> strongroom.v1.Task
+	7,  // 25: strongroom.v1.VMService.ListVMs:output_type -> strongroom.v1.ListVMsResponse
+	1,  // 26: strongroom.v1.VMService.GetVM:output_type -> strongroom.v1.VM
+	23, // 27: strongroom.v1.VMService.PowerOnVM:output_type -> strongroom.v1.Task
+	23, // 28: strongroom.v1.VMService.PowerOffVM:output_type -> strongroom.v1.Task
+	23, // 29: strongroom.v1.VMService.EncryptVM:output_type -> strongroom.v1.Task
+	23, // 30: strongroom.v1.VMService.DecryptVM:output_type -> strongroom.v1.Task
+	23, // 31: strongroom.v1.VMService.RekeyVM:output_type -> strongroom.v1.Task
+	23, // 32: strongroom.v1.VMService.FillDisks:output_type -> strongroom.v1.Task
+	16, // 33: strongroom.v1.VMService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
+	23, // 34: strongroom.v1.VMService.RegisterVM:output_type -> strongroom.v1.Task
+	23, // 35: strongroom.v1.VMService.UnregisterVM:output_type -> strongroom.v1.Task
+	23, // 36: strongroom.v1.VMService.DeleteVM:output_type -> strongroom.v1.Task
+	23, // 37: strongroom.v1.VMService.UnlockVM:output_type -> strongroom.v1.Task
+	24, // [24:38] is the sub-list for method output_type
+	10, // [10:24] is the sub-list for method input_type
+	10, // [10:10] is the sub-list for extension type_name
+	10, // [10:10] is the sub-list for extension extendee
+	0,  // [0:10] is the sub-list for field type_name
 }
 
 func init() { file_strongroom_v1_vm_proto_init() }
@@ -1421,7 +1801,7 @@ func file_strongroom_v1_vm_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_strongroom_v1_vm_proto_rawDesc), len(file_strongroom_v1_vm_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   18,
+			NumMessages:   22,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -89,6 +89,8 @@ type Options struct {
 	// AllowDiscards lets discards through to the storage, with us and, by the
 	// flag in the header, with dm-crypt: they show which sectors are in use.
 	AllowDiscards bool
+	// Thin as in [Header.Thin].
+	Thin bool
 }
 
 // Header is a LUKS2 header in memory. See [New] and [Read].
@@ -171,7 +173,7 @@ func newHeader(opts Options) (*Header, error) {
 			return nil, err
 		}
 	}
-	return h, nil
+	return h, h.SetThin(opts.Thin)
 }
 
 // replace makes doc the header's metadata if it is valid and fits.

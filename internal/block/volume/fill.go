@@ -2,16 +2,21 @@ package volume
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"strongroom/internal/block/blockdev"
+	"strongroom/internal/block/luks"
 )
 
 // Fill writes encrypted zeros to every sector that was never written or was
 // discarded, so that dm-crypt, to which such a sector is noise, reads the same
-// as this package. The storage below is then wholly allocated. The volume may
-// be in use meanwhile. Fill may be stopped and called again; it flushes at its
-// end. progress, if not nil, is called with bytes done and bytes to do.
+// as this package. The storage below is then wholly allocated, and the header no
+// longer says that the volume is thin. The volume may be in use meanwhile; what
+// is discarded then is not filled again. Fill may be stopped and called again;
+// it flushes at its end. progress, if not nil, is called with bytes done and
+// bytes to do. The header of a volume that is being rekeyed stays thin
+// ([ErrRekeying]).
 func (v *Volume) Fill(ctx context.Context, progress func(done, total int64)) error {
 	buf := v.buffers.get()
 	defer v.buffers.put(buf)
@@ -34,7 +39,34 @@ func (v *Volume) Fill(ctx context.Context, progress func(done, total int64)) err
 			progress(off, size)
 		}
 	}
-	return v.Flush()
+	if err := v.Flush(); err != nil {
+		return err
+	}
+	if err := v.noteFilled(); err != nil {
+		return fmt.Errorf("cannot note that volume %s is filled: %w", v.uuid, err)
+	}
+	return nil
+}
+
+// noteFilled takes from the header that the volume is thin, if it says so.
+func (v *Volume) noteFilled() error {
+	pass, err := v.guard.Enter(0, 0, blockdev.Shared)
+	if err != nil {
+		return err
+	}
+	defer v.guard.Leave(pass)
+	v.header.Lock()
+	defer v.header.Unlock()
+	return withHeaderLock(v.dev, blockdev.Exclusive, func() error {
+		h, err := luks.Read(v.dev, v.dev.Size())
+		if err != nil || !h.Thin() {
+			return err
+		}
+		if err := errors.Join(v.unchanged(h), h.SetThin(false)); err != nil {
+			return err
+		}
+		return h.Commit(v.dev)
+	})
 }
 
 // fill does so for the sectors at off, using buf, which has their length. The

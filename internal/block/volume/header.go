@@ -42,6 +42,9 @@ type FormatOptions struct {
 	// AllowDiscards gives storage back that the guest discards. It shows which
 	// sectors are in use.
 	AllowDiscards bool
+	// Thin notes in the header that sectors which are never written stand for
+	// zeros that somebody relies on: see [Volume.Fill].
+	Thin bool
 	// Overwrite allows storage that is not empty; all it holds is lost. A block
 	// device is never empty.
 	Overwrite bool
@@ -71,6 +74,7 @@ func format(dev blockdev.Resizer, opts FormatOptions) error {
 		DEK:           opts.DEK,
 		Safe:          opts.Safe,
 		AllowDiscards: opts.AllowDiscards,
+		Thin:          opts.Thin,
 	})
 	if err != nil {
 		return err
@@ -128,6 +132,7 @@ type Info struct {
 	SectorSize    int   // in bytes
 	DataOffset    int64 // in bytes from the start of the storage
 	AllowDiscards bool
+	Thin          bool            // [Volume.Fill] must run before dm-crypt opens it
 	Safes         []*keysafe.Safe // usually one; none if the key is kept elsewhere; during a deep rekey two, the new one last
 	Damage        []luks.Damage   // the header copy that is bad, if one is
 	Rekey         *RekeyInfo      // nil if no deep rekey is under way
@@ -169,6 +174,7 @@ func inspect(dev blockdev.Device) (Info, error) {
 		SectorSize:    segment.SectorSize,
 		DataOffset:    segment.Offset,
 		AllowDiscards: h.AllowDiscards(),
+		Thin:          h.Thin(),
 		Safes:         safes,
 		Damage:        h.Damaged(),
 	}, nil
@@ -212,16 +218,20 @@ func (v *Volume) ReplaceSafe(safe *keysafe.Safe) error {
 	defer v.guard.Leave(pass)
 	v.header.Lock()
 	defer v.header.Unlock()
-	return replaceSafe(v.dev, safe, func(h *luks.Header) error {
-		segment, err := h.Segment()
-		if errors.Is(err, ErrRekeying) {
-			return err
-		}
-		if err != nil || segment != v.segment || h.UUID() != v.uuid {
-			return fmt.Errorf("%w: it was %s", ErrChanged, v.uuid)
-		}
-		return nil
-	})
+	return replaceSafe(v.dev, safe, v.unchanged)
+}
+
+// unchanged returns an error if h is not the header of the volume that was
+// opened.
+func (v *Volume) unchanged(h *luks.Header) error {
+	segment, err := h.Segment()
+	if errors.Is(err, ErrRekeying) {
+		return err
+	}
+	if err != nil || segment != v.segment || h.UUID() != v.uuid {
+		return fmt.Errorf("%w: it was %s", ErrChanged, v.uuid)
+	}
+	return nil
 }
 
 // replaceSafe commits a header with the safe if the header passes check. The

@@ -66,6 +66,8 @@ const (
 	VMRekeyed       = "strongroom.vm.crypto.Rekeyed"
 	VMRekeyFailed   = "strongroom.vm.crypto.RekeyFail"
 	VMNoDiskSpace   = "strongroom.vm.crypto.NoDiskSpace"
+	VMDisksFilled   = "strongroom.vm.crypto.DisksFilled"
+	DiskKeyExported = "strongroom.vm.crypto.DiskKeyExported"
 	VMLocked        = "strongroom.vm.Crypto.VMLocked.KeyMissingOnHost"
 	VMUnlocked      = "strongroom.vm.Crypto.VMUnlocked"
 
@@ -118,6 +120,8 @@ func Types() []Type {
 		{VMRekeyed, Info, "{target} was rekeyed ({depth}) to {provider}"},
 		{VMRekeyFailed, Error, "{target} could not be rekeyed: {error}"},
 		{VMNoDiskSpace, Error, "{target}: no room on datastore {datastore} to write its disks"},
+		{VMDisksFilled, Info, "Thin disks of {target} were filled: dm-crypt may open them"},
+		{DiskKeyExported, Warning, "{principal} exported the key of {disk} of {target}; whoever has it reads every copy of the disk"},
 		{VMLocked, Error, "{target} is locked: {reason}"},
 		{VMUnlocked, Info, "{target} is unlocked"},
 

@@ -57,6 +57,7 @@ type Disk struct {
 	UUID       string  `json:"uuid,omitempty"`       // of the LUKS volume
 	Generation uint64  `json:"generation,omitempty"` // of the key safe
 	Cipher     string  `json:"cipher,omitempty"`
+	Thin       bool    `json:"thin,omitempty"` // dm-crypt may not open it before it is filled
 }
 
 // Settings of a VM's virtual hardware.

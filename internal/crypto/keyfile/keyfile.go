@@ -68,37 +68,45 @@ func Create(path string, n int) (*keymem.Key, error) {
 	return key, errs.Wrap(err, "cannot make key file %s", path)
 }
 
-func create(path string, n int) (_ *keymem.Key, err error) {
+func create(path string, n int) (*keymem.Key, error) {
 	key, err := keymem.Random(n)
 	if err != nil {
 		return nil, err
 	}
-	defer func() {
-		if err != nil {
-			key.Close()
-		}
-	}()
+	if err := write(path, key); err != nil {
+		return nil, errors.Join(err, key.Close())
+	}
+	return key, nil
+}
+
+// Write makes the file at path with a key that there is already, in the same
+// way and with the same errors as [Create]. The key stays the caller's.
+func Write(path string, key *keymem.Key) error {
+	return errs.Wrap(write(path, key), "cannot make key file %s", path)
+}
+
+func write(path string, key *keymem.Key) error {
 	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
 		if err == nil {
 			err = fs.ErrExist
 		}
-		return nil, err
+		return err
 	}
 	dir := filepath.Dir(path)
 	f, err := os.CreateTemp(dir, newPattern) // mode 0600
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if err := errors.Join(fill(f, key), f.Close()); err != nil {
-		return nil, errors.Join(err, os.Remove(f.Name()))
+		return errors.Join(err, os.Remove(f.Name()))
 	}
 	if err := place(f.Name(), path); err != nil {
-		return nil, errors.Join(err, os.Remove(f.Name()))
+		return errors.Join(err, os.Remove(f.Name()))
 	}
 	if err := syncDir(dir); err != nil {
-		return nil, fmt.Errorf("cannot make its name durable: %w", err)
+		return fmt.Errorf("cannot make its name durable: %w", err)
 	}
-	return key, nil
+	return nil
 }
 
 // fill writes the key to f, makes it durable and reads it back.

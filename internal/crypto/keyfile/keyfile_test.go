@@ -47,6 +47,35 @@ func TestCreateRead(t *testing.T) {
 	}
 }
 
+// TestWrite makes a file of a key that there is, and overwrites none.
+func TestWrite(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), "k")
+	key, err := keymem.Random(64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer key.Close()
+	if err := keyfile.Write(path, key); err != nil {
+		t.Fatal(err)
+	}
+	info, err := os.Stat(path)
+	if err != nil || info.Mode() != 0o600 {
+		t.Errorf("mode %v, error %v; want 0600", info.Mode(), err)
+	}
+	if err := keyfile.Write(path, key); !errors.Is(err, fs.ErrExist) {
+		t.Errorf("Write over a file: error %v, want ErrExist", err)
+	}
+	read, err := keyfile.Read(path, 64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer read.Close()
+	if !read.Equal(key) {
+		t.Error("the file holds another key")
+	}
+}
+
 // TestCreateLeavesWhatIsThere: also a link that leads nowhere is something.
 func TestCreateLeavesWhatIsThere(t *testing.T) {
 	t.Parallel()

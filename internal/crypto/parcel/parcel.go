@@ -71,6 +71,18 @@ func (c Context) String() string {
 	return fmt.Sprintf("sender=%q recipient=%q provider=%q key_id=%q", c.Sender, c.Recipient, c.Provider, c.KeyID)
 }
 
+// DiskContext is that of a parcel with the DEK of a disk, from a host to a user.
+type DiskContext struct {
+	VM   string // the VM's id
+	UUID string // of the volume
+}
+
+// String returns a form from which all fields can be told apart, and which no
+// [Context] has.
+func (c DiskContext) String() string {
+	return fmt.Sprintf("sender=\"host\" recipient=\"user\" vm=%q disk=%q", c.VM, c.UUID)
+}
+
 // Recipient is a role's key pair. It must be closed.
 type Recipient struct {
 	public []byte

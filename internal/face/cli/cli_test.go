@@ -144,6 +144,8 @@ func TestCalls(t *testing.T) {
 		{"vm encrypt --all", []string{"Encrypt plain-1\x1b[31m []"}},
 		{"vm rekey --all --provider kp-2 --no-wait", []string{"Rekey web-1 kp-2 false", "Rekey web-2 kp-2 false"}},
 		{"vm rekey a b --deep", []string{"Rekey a  true", "Rekey b  true"}},
+		{"disk fill a", []string{"Fill a []"}},
+		{"disk fill a disk-0 disk-1", []string{"Fill a [disk-0 disk-1]"}},
 		{"vm decrypt a -y", []string{"Decrypt a []"}},
 		{"provider default --clear", []string{`SetDefaultProvider ""`}},
 		{"provider delete kp-1 --yes", []string{"DeleteProvider kp-1"}},

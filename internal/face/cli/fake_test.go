@@ -21,6 +21,8 @@ import (
 	strongroomv1 "strongroom/api/strongroom/v1"
 	"strongroom/api/strongroom/v1/strongroomv1connect"
 	"strongroom/client"
+	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/parcel"
 	"strongroom/internal/errs"
 	"strongroom/internal/face/cli"
 )
@@ -47,6 +49,9 @@ type controller struct {
 	calls []string // "EncryptVM web-1", ...
 	fail  error    // what every VM operation answers
 	p12   []byte   // what ExportProvider answers
+	// What ExportDiskKey tells of the volume.
+	sectorSize uint32
+	thin       bool
 }
 
 func (c *controller) called(format string, args ...any) {
@@ -219,6 +224,30 @@ func (c *controller) RekeyVM(_ context.Context, r *connect.Request[strongroomv1.
 	return c.task("Rekey", r.Msg.GetName(), fmt.Sprintf("%s %v", r.Msg.GetProvider(), r.Msg.GetDeep()))
 }
 
+func (c *controller) FillDisks(_ context.Context, r *connect.Request[strongroomv1.FillDisksRequest]) (*connect.Response[strongroomv1.Task], error) {
+	return c.task("Fill", r.Msg.GetName(), r.Msg.GetDisks())
+}
+
+// exportedDEK is the key of every disk.
+var exportedDEK = bytes.Repeat([]byte{0xd5}, 64)
+
+func (c *controller) ExportDiskKey(_ context.Context, r *connect.Request[strongroomv1.ExportDiskKeyRequest]) (*connect.Response[strongroomv1.ExportDiskKeyResponse], error) {
+	dek, err := keymem.Take(bytes.Clone(exportedDEK))
+	if err != nil {
+		return nil, err
+	}
+	defer dek.Close()
+	sealed, err := parcel.Seal(r.Msg.GetRecipientPublicKey(), parcel.DiskContext{VM: "v1", UUID: "u"}.String(), dek)
+	if err != nil {
+		return nil, err
+	}
+	return reply(&strongroomv1.ExportDiskKeyResponse{Parcel: sealed, Layout: &strongroomv1.VolumeLayout{
+		VmId: "v1", Vm: r.Msg.GetName(), Disk: r.Msg.GetDisk(), Uuid: "u", Host: "host-1", Path: "/srv/ds 1/" + r.Msg.GetName() + "/disk-0.luks",
+		SizeBytes: 10 << 30, DataOffset: 16 << 20, SectorSize: c.sectorSize, Thin: c.thin, PowerState: "poweredOff",
+		Key: &strongroomv1.KeyRef{Provider: "kp-1", KeyId: "k-1/1"},
+	}})
+}
+
 func (c *controller) DeleteVM(_ context.Context, r *connect.Request[strongroomv1.DeleteVMRequest]) (*connect.Response[strongroomv1.Task], error) {
 	return c.task("Delete", r.Msg.GetName(), "")
 }
@@ -295,7 +324,7 @@ func newSession(t *testing.T) *session {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := &controller{p12: []byte("a backup")}
+	c := &controller{p12: []byte("a backup"), sectorSize: 512}
 	mux := http.NewServeMux()
 	mux.Handle(strongroomv1connect.NewSessionServiceHandler(c))
 	mux.Handle(strongroomv1connect.NewAccessServiceHandler(c))

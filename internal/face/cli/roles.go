@@ -25,6 +25,7 @@ type Roles struct {
 	ServeVolume   func(ctx context.Context, v VolumeServe, ready func(address string)) error
 	RekeyVolume   func(ctx context.Context, v VolumeRekey, progress func(done, total int64)) error
 	DecryptVolume func(ctx context.Context, v VolumeDecrypt, progress func(done, total int64)) error
+	FillVolume    func(ctx context.Context, v VolumeFill, progress func(done, total int64)) error
 
 	// VerifyAudit checks an audit log without its controller.
 	VerifyAudit func(ctx context.Context, v AuditVerify) (AuditReport, error)
@@ -72,6 +73,12 @@ type VolumeDecrypt struct {
 	Out     string
 }
 
+// VolumeFill says which volume is made safe for dm-crypt.
+type VolumeFill struct {
+	File    string
+	KeyFile string
+}
+
 // VolumeInfo is what a volume's header tells without a key.
 type VolumeInfo struct {
 	File          string       `json:"file"`
@@ -83,6 +90,7 @@ type VolumeInfo struct {
 	SectorSize    int          `json:"sectorSize"`
 	DataOffset    int64        `json:"dataOffset"`
 	AllowDiscards bool         `json:"allowDiscards"`
+	Thin          bool         `json:"thin"` // it must be filled before dm-crypt opens it
 	KeySafes      []VolumeSafe `json:"keySafes"`
 	Damage        []string     `json:"damage"` // what is wrong with a copy of the header
 }

@@ -41,7 +41,9 @@ With --encrypt its disks are encrypted from the first byte, under a new key of
 the provider named, or of the default one.
 
 A disk is SIZE, or a list of KEY=VALUE: size, image (a path on the datastore),
-format (of the image: raw or qcow2), plain (leave this disk unencrypted).
+format (of the image: raw or qcow2), plain (leave this disk unencrypted), thin (an
+encrypted disk leaves out the zeros of its image: smaller, but it needs
+"strongroom disk fill" before anything but Strongroom may open it).
 
 It can be undone with "strongroom vm delete". Needs the privilege
 VirtualMachine.Inventory.Create.`,
@@ -118,8 +120,13 @@ func parseDisk(text string) (*strongroomv1.NewDisk, error) {
 				err = errs.New(errs.Invalid, "plain takes no value")
 			}
 			d.Plain = true
+		case "thin":
+			if value != "" {
+				err = errs.New(errs.Invalid, "thin takes no value")
+			}
+			d.Thin = true
 		default:
-			err = errs.New(errs.Invalid, "it has no %q; want size, image, format, plain", key)
+			err = errs.New(errs.Invalid, "it has no %q; want size, image, format, plain, thin", key)
 		}
 		if err != nil {
 			return nil, errs.Wrap(err, "disk %q", text)
@@ -128,6 +135,8 @@ func parseDisk(text string) (*strongroomv1.NewDisk, error) {
 	switch {
 	case d.GetImage() == "" && d.GetSizeBytes() == 0:
 		return nil, errs.New(errs.Invalid, "disk %q: it needs a size or an image", text)
+	case d.GetThin() && (d.GetImage() == "" || d.GetPlain()):
+		return nil, errs.New(errs.Invalid, "disk %q: thin is for an image that becomes an encrypted disk", text)
 	case (d.GetImage() == "") != (d.GetImageFormat() == ""):
 		return nil, errs.New(errs.Invalid, "disk %q: image and format go together", text)
 	}
@@ -238,6 +247,9 @@ func diskText(d *strongroomv1.Disk) string {
 	text := fmt.Sprintf("%s, %s (%s used)", d.GetFile(), formatSize(d.GetSizeBytes()), formatSize(d.GetAllocatedBytes()))
 	if !d.GetEncrypted() {
 		return text + ", not encrypted"
+	}
+	if d.GetThin() {
+		text += ", thin"
 	}
 	return fmt.Sprintf("%s, %s, key safe generation %d under %s", text, d.GetCipher(), d.GetGeneration(), keyText(d.GetKey()))
 }

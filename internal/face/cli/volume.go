@@ -16,7 +16,7 @@ recovery, for measuring, and for someone else's QEMU. No server is needed.
 A key file holds the 64 raw bytes of the volume's data encryption key, and must
 be readable by its owner only. Keep it on media that is encrypted or in memory.`,
 		newVolumeFormatCmd(env, roles), newVolumeInfoCmd(env, roles), newVolumeServeCmd(env, roles),
-		newVolumeRekeyCmd(env, roles), newVolumeDecryptCmd(env, roles))
+		newVolumeRekeyCmd(env, roles), newVolumeDecryptCmd(env, roles), newVolumeFillCmd(env, roles))
 }
 
 func newVolumeFormatCmd(env *Env, roles Roles) *cobra.Command {
@@ -73,6 +73,7 @@ the address of the key that it needs. No key is needed, and nothing is changed.`
 				{"Sector size", fmt.Sprint(info.SectorSize)},
 				{"Data offset", formatSize(info.DataOffset)},
 				{"Discards", allowed(info.AllowDiscards)},
+				{"Thin", thinText(info.Thin)},
 			}
 			for _, k := range info.KeySafes {
 				fields = append(fields, field{"Key safe", fmt.Sprintf("generation %d under %s, key id %s", k.Generation, k.Provider, k.KeyID)})
@@ -181,10 +182,45 @@ volume is not changed, and an existing file is never overwritten.`,
 	return cmd
 }
 
+func newVolumeFillCmd(env *Env, roles Roles) *cobra.Command {
+	var v VolumeFill
+	cmd := &cobra.Command{
+		Use:   "fill FILE",
+		Short: "Make a thin volume safe for dm-crypt",
+		Long: `Write zeros to every sector of a volume that was never written. Strongroom reads
+such sectors as zeros, dm-crypt as noise; after a thin import a file system relies
+on the zeros. The file then takes the whole size of the disk. What the volume
+reads as does not change; interrupted, run it again.`,
+		Example: "  strongroom volume fill disk-0.luks --key-file disk.key",
+		Args:    exactArgs("the file"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			v.File = args[0]
+			show := newProgress(env)
+			err := roles.FillVolume(cmd.Context(), v, func(done, total int64) { show.bytes(v.File, "filling", done, total) })
+			show.end(v.File, err != nil)
+			show.close()
+			if err != nil {
+				return errs.Wrap(err, "cannot fill %s", v.File)
+			}
+			env.donef("%s filled", v.File)
+			return nil
+		},
+	}
+	addKeyFile(cmd, &v.KeyFile, "key-file", "`file` with its key, 64 raw bytes")
+	return cmd
+}
+
 // addKeyFile adds a required flag that names a key file.
 func addKeyFile(cmd *cobra.Command, file *string, flag, usage string) {
 	cmd.Flags().StringVar(file, flag, "", usage)
 	must(cmd.MarkFlagRequired(flag))
+}
+
+func thinText(thin bool) string {
+	if thin {
+		return "yes: fill it before dm-crypt opens it"
+	}
+	return "no"
 }
 
 func allowed(b bool) string {

@@ -45,11 +45,12 @@ func VirtualSize(path string) (int64, error) {
 
 // Convert writes the disk in the qcow2 image at path to an NBD export on a unix
 // socket. The export is at least as large as the disk; what it has beyond is
-// left alone. The image's tables are checked first. progress, which may be nil, is called with the part done, 0 to 1.
+// left alone. With zeroed the export is known to read as zeros, and zeros of the
+// disk are not written. The image's tables are checked first. progress, which may be nil, is called with the part done, 0 to 1.
 // Errors are those of [VirtualSize], and of kind [errs.Invalid] for an image
 // that qemu-img cannot read or an export that it cannot write, and of kind
 // [errs.NoSpace] if there is no room below the export.
-func Convert(ctx context.Context, path, socket, export string, progress func(part float64)) error {
+func Convert(ctx context.Context, path, socket, export string, zeroed bool, progress func(part float64)) error {
 	f, _, err := open(path)
 	if err != nil {
 		return err
@@ -68,7 +69,11 @@ func Convert(ctx context.Context, path, socket, export string, progress func(par
 	if err := run(command(ctx, f, "check", "-q", "-f", "qcow2", "--", inherited), nil); err != nil && (!errors.As(err, &exit) || exit.ExitCode() != leaks) {
 		return explain(ctx, path, err)
 	}
-	cmd := command(ctx, f, "convert", "-n", "-p", "-f", "qcow2", "-O", "raw", "--", inherited, "json:"+string(target))
+	args := []string{"convert", "-n", "-p", "-f", "qcow2", "-O", "raw"}
+	if zeroed {
+		args = append(args, "--target-is-zero")
+	}
+	cmd := command(ctx, f, append(args, "--", inherited, "json:"+string(target))...)
 	return explain(ctx, path, run(cmd, progress))
 }
 

@@ -108,7 +108,7 @@ func TestConvert(t *testing.T) {
 			_, err = disk.WriteAt(junk, 0) // zeros of the image must be written, or the junk shows
 			check(t, err)
 			var parts []float64
-			check(t, image.Convert(t.Context(), path, export(t, disk), "disk", func(part float64) { parts = append(parts, part) }))
+			check(t, image.Convert(t.Context(), path, export(t, disk), "disk", false, func(part float64) { parts = append(parts, part) }))
 			got := make([]byte, disk.Size())
 			_, err = disk.ReadAt(got, 0)
 			check(t, err)
@@ -169,7 +169,7 @@ func TestRefuses(t *testing.T) {
 		if size != 0 || errs.KindOf(err) != errs.Invalid || !strings.Contains(fmt.Sprint(err), want) {
 			t.Errorf("VirtualSize of %s = %d, %v; want an error with %q", name, size, err, want)
 		}
-		if err := image.Convert(t.Context(), path(name), path("no.sock"), "disk", nil); errs.KindOf(err) != errs.Invalid || !strings.Contains(err.Error(), want) {
+		if err := image.Convert(t.Context(), path(name), path("no.sock"), "disk", false, nil); errs.KindOf(err) != errs.Invalid || !strings.Contains(err.Error(), want) {
 			t.Errorf("Convert of %s: %v; want %q", name, err, want)
 		}
 	}
@@ -199,7 +199,7 @@ func TestDamaged(t *testing.T) {
 			t.Errorf("%s: VirtualSize = %d, %v", name, size, err)
 		}
 		disk := blockdev.NewMemory(1<<20, 512)
-		err := image.Convert(t.Context(), path, export(t, disk), "disk", nil)
+		err := image.Convert(t.Context(), path, export(t, disk), "disk", false, nil)
 		if errs.KindOf(err) != errs.Invalid || !strings.Contains(err.Error(), path) {
 			t.Errorf("%s: Convert: %v", name, err)
 		}
@@ -219,7 +219,7 @@ func TestFull(t *testing.T) {
 	t.Parallel()
 	path := newImage(t, newContent(t, 1<<20))
 	disk := fullDevice{blockdev.NewMemory(1<<20, 512)}
-	if err := image.Convert(t.Context(), path, export(t, disk), "disk", nil); errs.KindOf(err) != errs.NoSpace {
+	if err := image.Convert(t.Context(), path, export(t, disk), "disk", false, nil); errs.KindOf(err) != errs.NoSpace {
 		t.Errorf("Convert to a full device: %v", err)
 	}
 }
@@ -250,7 +250,7 @@ func TestCancel(t *testing.T) {
 	ctx, cancel := context.WithCancelCause(t.Context())
 	reason := errors.New("the operator has changed his mind")
 	ended := make(chan error, 1)
-	go func() { ended <- image.Convert(ctx, path, socket, "disk", nil) }()
+	go func() { ended <- image.Convert(ctx, path, socket, "disk", false, nil) }()
 	<-disk.reached
 	cancel(reason)
 	if err := <-ended; !errors.Is(err, reason) {
@@ -261,7 +261,7 @@ func TestCancel(t *testing.T) {
 func TestNoServer(t *testing.T) {
 	t.Parallel()
 	path := newImage(t, newContent(t, 64<<10))
-	err := image.Convert(t.Context(), path, filepath.Join(t.TempDir(), "none.sock"), "disk", nil)
+	err := image.Convert(t.Context(), path, filepath.Join(t.TempDir(), "none.sock"), "disk", false, nil)
 	if err == nil || !strings.Contains(err.Error(), "No such file") {
 		t.Errorf("Convert to nobody: %v", err)
 	}

@@ -64,8 +64,13 @@ type Progress func(done, total int64)
 // NewVolume formats an encrypted volume of size bytes in a new file of that
 // name plus [Unfinished], with a new DEK wrapped under the KEK named by ref,
 // and returns it open. The caller fills it and calls [Finish].
-func NewVolume(ctx context.Context, folder Folder, name string, size int64, ref keysafe.Ref, keks KEKs) (*volume.Volume, error) {
-	return newVolume(ctx, folder, name, freshSpec(size, ref), keks)
+//
+// thin says that sectors which the caller leaves alone stand for zeros of an
+// image; see [volume.FormatOptions].
+func NewVolume(ctx context.Context, folder Folder, name string, size int64, thin bool, ref keysafe.Ref, keks KEKs) (*volume.Volume, error) {
+	spec := freshSpec(size, ref)
+	spec.thin = thin
+	return newVolume(ctx, folder, name, spec, keks)
 }
 
 // Finish gives name+[Unfinished] its name. The file must be closed and durable.
@@ -79,6 +84,7 @@ type volumeSpec struct {
 	uuid          string
 	label         string
 	allowDiscards bool
+	thin          bool
 	ref           keysafe.Ref
 	generation    uint64
 }
@@ -123,7 +129,7 @@ func newVolume(ctx context.Context, folder Folder, name string, spec volumeSpec,
 		}
 	}()
 	err = volume.Format(file, volume.FormatOptions{
-		Size: spec.size, SectorSize: spec.sectorSize, UUID: spec.uuid, Label: spec.label, DEK: dek, Safe: safe, AllowDiscards: spec.allowDiscards,
+		Size: spec.size, SectorSize: spec.sectorSize, UUID: spec.uuid, Label: spec.label, DEK: dek, Safe: safe, AllowDiscards: spec.allowDiscards, Thin: spec.thin,
 	})
 	if err != nil {
 		return nil, err

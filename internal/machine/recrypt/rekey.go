@@ -52,6 +52,16 @@ func ShallowRekey(ctx context.Context, folder Folder, name string, ref keysafe.R
 	return errors.Join(err, vol.Close())
 }
 
+// Fill makes the disk in file name safe for dm-crypt: see [volume.Volume.Fill].
+// It may be called again after it was interrupted.
+func Fill(ctx context.Context, folder Folder, name string, keks KEKs, progress Progress) error {
+	vol, _, err := OpenVolume(ctx, folder, name, keks)
+	if err != nil {
+		return err
+	}
+	return errors.Join(vol.Fill(ctx, progress), vol.Close())
+}
+
 // DeepRekey gives the disk in file name a new DEK, under the KEK named by ref,
 // and rewrites its data. The name keeps telling the old volume until the new
 // one is complete, verified and durable. The LUKS UUID stays, so that the disk
@@ -75,7 +85,7 @@ func deepRekey(ctx context.Context, folder Folder, src *volume.Volume, name stri
 		return err
 	}
 	spec := volumeSpec{
-		size: info.Size, sectorSize: info.SectorSize, uuid: info.UUID, label: info.Label, allowDiscards: info.AllowDiscards,
+		size: info.Size, sectorSize: info.SectorSize, uuid: info.UUID, label: info.Label, allowDiscards: info.AllowDiscards, thin: info.Thin,
 		ref: ref, generation: safe.Generation + 1,
 	}
 	dst, err := newVolume(ctx, folder, name, spec, keks)

@@ -79,7 +79,7 @@ func vmToAPI(v inventory.VM, n names) *strongroomv1.VM {
 	for _, d := range v.Disks {
 		out.Disks = append(out.Disks, &strongroomv1.Disk{
 			Name: d.Name, File: d.File, SizeBytes: d.SizeBytes, AllocatedBytes: d.AllocatedBytes, Encrypted: d.Format == inventory.LUKS,
-			Key: keyToAPI(d.Key), Uuid: d.UUID, Generation: d.Generation, Cipher: d.Cipher,
+			Key: keyToAPI(d.Key), Uuid: d.UUID, Generation: d.Generation, Cipher: d.Cipher, Thin: d.Thin,
 		})
 	}
 	return out
@@ -109,14 +109,14 @@ func apply(v *inventory.VM, said *strongroomv1.VM) {
 	for _, d := range said.GetDisks() {
 		disk := inventory.Disk{
 			Name: d.GetName(), File: d.GetFile(), Format: inventory.Raw, SizeBytes: d.GetSizeBytes(), AllocatedBytes: d.GetAllocatedBytes(),
-			Key: keyFromAPI(d.GetKey()), UUID: d.GetUuid(), Generation: d.GetGeneration(), Cipher: d.GetCipher(),
+			Key: keyFromAPI(d.GetKey()), UUID: d.GetUuid(), Generation: d.GetGeneration(), Cipher: d.GetCipher(), Thin: d.GetThin(),
 		}
 		if d.GetEncrypted() {
 			disk.Format = inventory.LUKS
 		}
 		if disk.Format == inventory.LUKS && disk.Key == nil {
 			if old, ok := known[disk.Name]; ok && old.Key != nil {
-				disk.Key, disk.UUID, disk.Generation, disk.Cipher = old.Key, old.UUID, old.Generation, old.Cipher
+				disk.Key, disk.UUID, disk.Generation, disk.Cipher, disk.Thin = old.Key, old.UUID, old.Generation, old.Cipher, old.Thin
 			}
 		}
 		v.Disks = append(v.Disks, disk)

@@ -8,6 +8,8 @@ import (
 	"github.com/google/uuid"
 
 	strongroomv1 "strongroom/api/strongroom/v1"
+	"strongroom/internal/control/audit"
+	"strongroom/internal/control/event"
 	"strongroom/internal/control/inventory"
 	"strongroom/internal/control/task"
 	"strongroom/internal/errs"
@@ -261,6 +263,52 @@ func (c vms) RekeyVM(ctx context.Context, req *connect.Request[strongroomv1.Reke
 	}
 	args.Disks, args.Deep = req.Msg.GetDisks(), req.Msg.GetDeep()
 	return c.submit(ctx, taskRekey, v.Name, args)
+}
+
+func (c vms) FillDisks(ctx context.Context, req *connect.Request[strongroomv1.FillDisksRequest]) (*connect.Response[strongroomv1.Task], error) {
+	v, args, err := c.on(ctx, req.Msg.GetName())
+	if err != nil {
+		return nil, err
+	}
+	if err := hasEncrypted(v, req.Msg.GetDisks()); err != nil {
+		return nil, err
+	}
+	args.Disks = req.Msg.GetDisks()
+	return c.submit(ctx, taskFill, v.Name, args)
+}
+
+// ExportDiskKey passes a user's public key to the host and the answer back. The
+// key in it is for the user alone; it is not handed out if that cannot be
+// recorded.
+func (c vms) ExportDiskKey(ctx context.Context, req *connect.Request[strongroomv1.ExportDiskKeyRequest]) (*connect.Response[strongroomv1.ExportDiskKeyResponse], error) {
+	v, args, err := c.on(ctx, req.Msg.GetName())
+	if err != nil {
+		return nil, err
+	}
+	disk := req.Msg.GetDisk()
+	if err := hasEncrypted(v, []string{disk}); err != nil {
+		return nil, err
+	}
+	h, err := c.inv.HostByID(ctx, args.HostID)
+	if err != nil {
+		return nil, err
+	}
+	res, err := callHost(ctx, h, c.agents.of(h).ExportDiskKey, &strongroomv1.AgentExportDiskKeyRequest{
+		Id: v.ID, Disk: disk, RecipientPublicKey: req.Msg.GetRecipientPublicKey(),
+	})
+	if err != nil {
+		return nil, err
+	}
+	key := res.GetLayout().GetKey()
+	_, err = c.audit.Append(audit.Entry{
+		Actor: callerOf(ctx).name(), Action: "disk.export-key", Object: "/vm/" + v.Name, Outcome: audit.Success,
+		Details: map[string]string{"disk": disk, "uuid": res.GetLayout().GetUuid(), "provider": key.GetProvider(), "key_id": key.GetKeyId()},
+	})
+	if err != nil {
+		return nil, errs.Wrap(err, "cannot write the audit log")
+	}
+	c.post(ctx, event.New{Type: event.DiskKeyExported, Target: "vm/" + v.Name, Args: map[string]string{"disk": disk}})
+	return connect.NewResponse(res), nil
 }
 
 func (c vms) RegisterVM(ctx context.Context, req *connect.Request[strongroomv1.RegisterVMRequest]) (*connect.Response[strongroomv1.Task], error) {

@@ -22,6 +22,7 @@ const (
 	taskEncrypt    = "vm.encrypt"
 	taskDecrypt    = "vm.decrypt"
 	taskRekey      = "vm.rekey"
+	taskFill       = "disk.fill"
 	taskRegister   = "vm.register"
 	taskUnregister = "vm.unregister"
 	taskDelete     = "vm.delete"
@@ -75,6 +76,7 @@ func (c *Controller) taskKinds() []task.Kind {
 		one(taskEncrypt, "encrypt disks", false, c.encrypt),
 		one(taskDecrypt, "decrypt disks", false, c.decrypt),
 		one(taskRekey, "rekey disks", false, c.rekey),
+		one(taskFill, "fill disks", false, c.fill),
 		one(taskUnlock, "look for keys", false, c.unlock),
 		one(taskUnregister, "unregister", true, c.unregister),
 		one(taskDelete, "delete", true, c.delete),
@@ -176,6 +178,8 @@ func doneEvent(kind string) string {
 		return event.VMDecrypted
 	case taskRekey:
 		return event.VMRekeyed
+	case taskFill:
+		return event.VMDisksFilled
 	}
 	return ""
 }
@@ -298,6 +302,10 @@ func (c *Controller) decrypt(ctx context.Context, r *task.Run, h inventory.Host,
 
 func (c *Controller) rekey(ctx context.Context, r *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {
 	return streamHost(ctx, h, c.agents.of(h).RekeyVM, &strongroomv1.AgentRekeyVMRequest{Id: a.ID, Disks: a.Disks, Key: keyToAPI(a.Key), Deep: a.Deep}, progress(ctx, r))
+}
+
+func (c *Controller) fill(ctx context.Context, r *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {
+	return streamHost(ctx, h, c.agents.of(h).FillDisks, &strongroomv1.AgentFillDisksRequest{Id: a.ID, Disks: a.Disks}, progress(ctx, r))
 }
 
 func (c *Controller) unlock(ctx context.Context, _ *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {

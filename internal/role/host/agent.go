@@ -236,6 +236,20 @@ func (a *agent) RekeyVM(ctx context.Context, req *connect.Request[strongroomv1.A
 	})
 }
 
+func (a *agent) FillDisks(ctx context.Context, req *connect.Request[strongroomv1.AgentFillDisksRequest], out *connect.ServerStream[strongroomv1.AgentProgress]) error {
+	return a.stream(ctx, out, req.Msg.GetId(), func(r report) error {
+		return a.host.fillDisks(ctx, req.Msg.GetId(), req.Msg.GetDisks(), r)
+	})
+}
+
+func (a *agent) ExportDiskKey(ctx context.Context, req *connect.Request[strongroomv1.AgentExportDiskKeyRequest]) (*connect.Response[strongroomv1.ExportDiskKeyResponse], error) {
+	res, err := a.host.exportDiskKey(ctx, req.Msg.GetId(), req.Msg.GetDisk(), req.Msg.GetRecipientPublicKey())
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(res), nil
+}
+
 // answer ends a call on a VM with the VM as it is now.
 func (a *agent) answer(ctx context.Context, id string, err error) (*connect.Response[strongroomv1.AgentVMResponse], error) {
 	if err != nil {

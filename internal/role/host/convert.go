@@ -16,8 +16,8 @@ import (
 
 // convert writes the disk in a qcow2 image to disk. qemu-img writes to an NBD
 // export of disk on a socket that only we can reach, so no plain copy is made
-// on the way.
-func convert(ctx context.Context, path string, disk blockdev.Device, progress func(part float64)) (err error) {
+// on the way. thin leaves zeros out: the disk reads as zeros.
+func convert(ctx context.Context, path string, disk blockdev.Device, thin bool, progress func(part float64)) (err error) {
 	dir, err := os.MkdirTemp("", "strongroom-import-")
 	if err != nil {
 		return err
@@ -36,7 +36,7 @@ func convert(ctx context.Context, path string, disk blockdev.Device, progress fu
 	defer stop()
 	var group errgroup.Group
 	group.Go(func() error { return server.Serve(serveCtx, listener) })
-	err = image.Convert(ctx, path, socket, "disk", progress)
+	err = image.Convert(ctx, path, socket, "disk", thin, progress)
 	stop()
 	return errors.Join(err, group.Wait())
 }

@@ -138,7 +138,7 @@ func (h *Host) fillFolder(ctx context.Context, root, dir string, vm *bundle.VM, 
 func (h *Host) makeDisk(ctx context.Context, folder recrypt.Dir, d bundle.Disk, src *source, ref keysafe.Ref, r report) (err error) {
 	var disk blockdev.Device
 	if d.Format == bundle.FormatLUKS {
-		disk, err = recrypt.NewVolume(ctx, folder, d.File, d.SizeBytes, ref, h.kek)
+		disk, err = recrypt.NewVolume(ctx, folder, d.File, d.SizeBytes, src.thin, ref, h.kek)
 	} else {
 		disk, err = newPlain(folder, d.File, d.SizeBytes)
 	}
@@ -169,6 +169,7 @@ func newPlain(folder recrypt.Dir, name string, size int64) (blockdev.Device, err
 // source is the image that a disk is copied from; an empty disk has none.
 type source struct {
 	size  int64           // bytes, a multiple of the sector size
+	thin  bool            // zeros are left out of an encrypted disk
 	raw   blockdev.Device // of a raw image
 	qcow2 string          // path of a qcow2 image
 }
@@ -189,13 +190,13 @@ func openSource(root string, want *strongroomv1.NewDisk) (*source, error) {
 			return nil, imageError(want.GetImage(), err)
 		}
 		size := (dev.Size() + bundle.SectorSize - 1) / bundle.SectorSize * bundle.SectorSize
-		return &source{size: size, raw: dev}, nil
+		return &source{size: size, thin: want.GetThin(), raw: dev}, nil
 	case "qcow2":
 		size, err := image.VirtualSize(path)
 		if err != nil {
 			return nil, err
 		}
-		return &source{size: size, qcow2: path}, nil
+		return &source{size: size, thin: want.GetThin(), qcow2: path}, nil
 	}
 	return nil, errs.New(errs.Invalid, "image format %.32q is neither raw nor qcow2", want.GetImageFormat())
 }
@@ -229,15 +230,16 @@ func onDatastore(root, name string) (string, error) {
 	return filepath.Join(root, name), nil
 }
 
-// copyTo writes the image to disk. Sectors of the image that are holes are
-// written as zeros, so that dm-crypt reads zeros there too.
+// copyTo writes the image to disk, which reads as zeros. Sectors of the image that
+// are holes are written as zeros, so that dm-crypt reads zeros there too, unless
+// the import is thin.
 func (s *source) copyTo(ctx context.Context, disk blockdev.Device, progress func(done, total int64)) error {
 	switch {
 	case s.raw != nil:
 		_, encrypted := disk.(*volume.Volume)
-		return volume.Copy(ctx, disk, s.raw, volume.CopyOptions{KeepHoles: !encrypted, Verify: true, Progress: progress})
+		return volume.Copy(ctx, disk, s.raw, volume.CopyOptions{KeepHoles: !encrypted || s.thin, Verify: true, Progress: progress})
 	case s.qcow2 != "":
-		return convert(ctx, s.qcow2, disk, func(part float64) { progress(int64(part*float64(s.size)), s.size) })
+		return convert(ctx, s.qcow2, disk, s.thin, func(part float64) { progress(int64(part*float64(s.size)), s.size) })
 	}
 	return nil
 }

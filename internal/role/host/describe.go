@@ -76,7 +76,7 @@ func (h *Host) describeDisk(ctx context.Context, dir string, d bundle.Disk) (*st
 	if err != nil {
 		return out, err
 	}
-	out.Key, out.Uuid, out.Generation, out.Cipher = keyRef(safe.KEK), vol.UUID, safe.Generation, "xts-aes-256"
+	out.Key, out.Uuid, out.Generation, out.Cipher, out.Thin = keyRef(safe.KEK), vol.UUID, safe.Generation, "xts-aes-256", vol.Thin
 	return out, h.haveKEK(ctx, safe.KEK)
 }
 

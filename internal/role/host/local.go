@@ -80,6 +80,14 @@ func (l *local) PowerOffVM(ctx context.Context, req *connect.Request[strongroomv
 	})
 }
 
+func (l *local) ExportDiskKey(ctx context.Context, req *connect.Request[strongroomv1.ExportDiskKeyRequest]) (*connect.Response[strongroomv1.ExportDiskKeyResponse], error) {
+	res, err := l.host.exportDiskKey(ctx, req.Msg.GetName(), req.Msg.GetDisk(), req.Msg.GetRecipientPublicKey())
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(res), nil
+}
+
 // task does the work and returns a task that has ended.
 func (l *local) task(kind, name string, work func() error) (*connect.Response[strongroomv1.Task], error) {
 	begin := timestamppb.Now()

@@ -74,7 +74,7 @@ func Rekey(ctx context.Context, opts RekeyOptions) error {
 	}
 	return replace(ctx, file, stat, old, newKey, volume.FormatOptions{
 		Size: info.Size, SectorSize: info.SectorSize, DataOffset: info.DataOffset,
-		UUID: info.UUID, Label: info.Label, AllowDiscards: info.AllowDiscards, DEK: newKey,
+		UUID: info.UUID, Label: info.Label, AllowDiscards: info.AllowDiscards, Thin: info.Thin, DEK: newKey,
 	}, opts.Progress)
 }
 
@@ -141,6 +141,25 @@ func Decrypt(ctx context.Context, opts DecryptOptions) (err error) {
 		return err
 	}
 	return volume.Copy(ctx, out, v, volume.CopyOptions{KeepHoles: true, Verify: true, Progress: opts.Progress})
+}
+
+// FillOptions say which volume is filled.
+type FillOptions struct {
+	File    string
+	KeyFile string
+	// Progress, if not nil, is told the bytes done and the bytes to do.
+	Progress func(done, total int64)
+}
+
+// Fill writes zeros to every sector of the volume that was never written, so
+// that dm-crypt reads them too: see [volume.Volume.Fill]. Interrupted, it may be
+// called again; nothing that the volume reads as changes.
+func Fill(ctx context.Context, opts FillOptions) error {
+	v, err := open(opts.File, opts.KeyFile, false)
+	if err != nil {
+		return err
+	}
+	return explain(errors.Join(v.Fill(ctx, opts.Progress), v.Close()))
 }
 
 // create makes a new file; hint says what to do if there is one.

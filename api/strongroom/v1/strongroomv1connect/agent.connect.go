@@ -52,6 +52,11 @@ const (
 	AgentServiceDecryptVMProcedure = "/strongroom.v1.AgentService/DecryptVM"
 	// AgentServiceRekeyVMProcedure is the fully-qualified name of the AgentService's RekeyVM RPC.
 	AgentServiceRekeyVMProcedure = "/strongroom.v1.AgentService/RekeyVM"
+	// AgentServiceFillDisksProcedure is the fully-qualified name of the AgentService's FillDisks RPC.
+	AgentServiceFillDisksProcedure = "/strongroom.v1.AgentService/FillDisks"
+	// AgentServiceExportDiskKeyProcedure is the fully-qualified name of the AgentService's
+	// ExportDiskKey RPC.
+	AgentServiceExportDiskKeyProcedure = "/strongroom.v1.AgentService/ExportDiskKey"
 	// AgentServicePowerOnVMProcedure is the fully-qualified name of the AgentService's PowerOnVM RPC.
 	AgentServicePowerOnVMProcedure = "/strongroom.v1.AgentService/PowerOnVM"
 	// AgentServicePowerOffVMProcedure is the fully-qualified name of the AgentService's PowerOffVM RPC.
@@ -206,6 +211,8 @@ type AgentServiceClient interface {
 	EncryptVM(context.Context, *connect.Request[v1.AgentEncryptVMRequest]) (*connect.ServerStreamForClient[v1.AgentProgress], error)
 	DecryptVM(context.Context, *connect.Request[v1.AgentDecryptVMRequest]) (*connect.ServerStreamForClient[v1.AgentProgress], error)
 	RekeyVM(context.Context, *connect.Request[v1.AgentRekeyVMRequest]) (*connect.ServerStreamForClient[v1.AgentProgress], error)
+	FillDisks(context.Context, *connect.Request[v1.AgentFillDisksRequest]) (*connect.ServerStreamForClient[v1.AgentProgress], error)
+	ExportDiskKey(context.Context, *connect.Request[v1.AgentExportDiskKeyRequest]) (*connect.Response[v1.ExportDiskKeyResponse], error)
 	PowerOnVM(context.Context, *connect.Request[v1.AgentPowerOnVMRequest]) (*connect.Response[v1.AgentVMResponse], error)
 	PowerOffVM(context.Context, *connect.Request[v1.AgentPowerOffVMRequest]) (*connect.Response[v1.AgentVMResponse], error)
 	RegisterVM(context.Context, *connect.Request[v1.AgentRegisterVMRequest]) (*connect.Response[v1.AgentVMResponse], error)
@@ -255,6 +262,18 @@ func NewAgentServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 			connect.WithSchema(agentServiceMethods.ByName("RekeyVM")),
 			connect.WithClientOptions(opts...),
 		),
+		fillDisks: connect.NewClient[v1.AgentFillDisksRequest, v1.AgentProgress](
+			httpClient,
+			baseURL+AgentServiceFillDisksProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("FillDisks")),
+			connect.WithClientOptions(opts...),
+		),
+		exportDiskKey: connect.NewClient[v1.AgentExportDiskKeyRequest, v1.ExportDiskKeyResponse](
+			httpClient,
+			baseURL+AgentServiceExportDiskKeyProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("ExportDiskKey")),
+			connect.WithClientOptions(opts...),
+		),
 		powerOnVM: connect.NewClient[v1.AgentPowerOnVMRequest, v1.AgentVMResponse](
 			httpClient,
 			baseURL+AgentServicePowerOnVMProcedure,
@@ -296,17 +315,19 @@ func NewAgentServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 
 // agentServiceClient implements AgentServiceClient.
 type agentServiceClient struct {
-	syncHost     *connect.Client[v1.SyncHostRequest, v1.SyncHostResponse]
-	createVM     *connect.Client[v1.AgentCreateVMRequest, v1.AgentProgress]
-	encryptVM    *connect.Client[v1.AgentEncryptVMRequest, v1.AgentProgress]
-	decryptVM    *connect.Client[v1.AgentDecryptVMRequest, v1.AgentProgress]
-	rekeyVM      *connect.Client[v1.AgentRekeyVMRequest, v1.AgentProgress]
-	powerOnVM    *connect.Client[v1.AgentPowerOnVMRequest, v1.AgentVMResponse]
-	powerOffVM   *connect.Client[v1.AgentPowerOffVMRequest, v1.AgentVMResponse]
-	registerVM   *connect.Client[v1.AgentRegisterVMRequest, v1.AgentVMResponse]
-	unregisterVM *connect.Client[v1.AgentUnregisterVMRequest, v1.AgentUnregisterVMResponse]
-	deleteVM     *connect.Client[v1.AgentDeleteVMRequest, v1.AgentDeleteVMResponse]
-	getVM        *connect.Client[v1.AgentGetVMRequest, v1.AgentVMResponse]
+	syncHost      *connect.Client[v1.SyncHostRequest, v1.SyncHostResponse]
+	createVM      *connect.Client[v1.AgentCreateVMRequest, v1.AgentProgress]
+	encryptVM     *connect.Client[v1.AgentEncryptVMRequest, v1.AgentProgress]
+	decryptVM     *connect.Client[v1.AgentDecryptVMRequest, v1.AgentProgress]
+	rekeyVM       *connect.Client[v1.AgentRekeyVMRequest, v1.AgentProgress]
+	fillDisks     *connect.Client[v1.AgentFillDisksRequest, v1.AgentProgress]
+	exportDiskKey *connect.Client[v1.AgentExportDiskKeyRequest, v1.ExportDiskKeyResponse]
+	powerOnVM     *connect.Client[v1.AgentPowerOnVMRequest, v1.AgentVMResponse]
+	powerOffVM    *connect.Client[v1.AgentPowerOffVMRequest, v1.AgentVMResponse]
+	registerVM    *connect.Client[v1.AgentRegisterVMRequest, v1.AgentVMResponse]
+	unregisterVM  *connect.Client[v1.AgentUnregisterVMRequest, v1.AgentUnregisterVMResponse]
+	deleteVM      *connect.Client[v1.AgentDeleteVMRequest, v1.AgentDeleteVMResponse]
+	getVM         *connect.Client[v1.AgentGetVMRequest, v1.AgentVMResponse]
 }
 
 // SyncHost calls strongroom.v1.AgentService.SyncHost.
@@ -332,6 +353,16 @@ func (c *agentServiceClient) DecryptVM(ctx context.Context, req *connect.Request
 // RekeyVM calls strongroom.v1.AgentService.RekeyVM.
 func (c *agentServiceClient) RekeyVM(ctx context.Context, req *connect.Request[v1.AgentRekeyVMRequest]) (*connect.ServerStreamForClient[v1.AgentProgress], error) {
 	return c.rekeyVM.CallServerStream(ctx, req)
+}
+
+// FillDisks calls strongroom.v1.AgentService.FillDisks.
+func (c *agentServiceClient) FillDisks(ctx context.Context, req *connect.Request[v1.AgentFillDisksRequest]) (*connect.ServerStreamForClient[v1.AgentProgress], error) {
+	return c.fillDisks.CallServerStream(ctx, req)
+}
+
+// ExportDiskKey calls strongroom.v1.AgentService.ExportDiskKey.
+func (c *agentServiceClient) ExportDiskKey(ctx context.Context, req *connect.Request[v1.AgentExportDiskKeyRequest]) (*connect.Response[v1.ExportDiskKeyResponse], error) {
+	return c.exportDiskKey.CallUnary(ctx, req)
 }
 
 // PowerOnVM calls strongroom.v1.AgentService.PowerOnVM.
@@ -373,6 +404,8 @@ type AgentServiceHandler interface {
 	EncryptVM(context.Context, *connect.Request[v1.AgentEncryptVMRequest], *connect.ServerStream[v1.AgentProgress]) error
 	DecryptVM(context.Context, *connect.Request[v1.AgentDecryptVMRequest], *connect.ServerStream[v1.AgentProgress]) error
 	RekeyVM(context.Context, *connect.Request[v1.AgentRekeyVMRequest], *connect.ServerStream[v1.AgentProgress]) error
+	FillDisks(context.Context, *connect.Request[v1.AgentFillDisksRequest], *connect.ServerStream[v1.AgentProgress]) error
+	ExportDiskKey(context.Context, *connect.Request[v1.AgentExportDiskKeyRequest]) (*connect.Response[v1.ExportDiskKeyResponse], error)
 	PowerOnVM(context.Context, *connect.Request[v1.AgentPowerOnVMRequest]) (*connect.Response[v1.AgentVMResponse], error)
 	PowerOffVM(context.Context, *connect.Request[v1.AgentPowerOffVMRequest]) (*connect.Response[v1.AgentVMResponse], error)
 	RegisterVM(context.Context, *connect.Request[v1.AgentRegisterVMRequest]) (*connect.Response[v1.AgentVMResponse], error)
@@ -416,6 +449,18 @@ func NewAgentServiceHandler(svc AgentServiceHandler, opts ...connect.HandlerOpti
 		AgentServiceRekeyVMProcedure,
 		svc.RekeyVM,
 		connect.WithSchema(agentServiceMethods.ByName("RekeyVM")),
+		connect.WithHandlerOptions(opts...),
+	)
+	agentServiceFillDisksHandler := connect.NewServerStreamHandler(
+		AgentServiceFillDisksProcedure,
+		svc.FillDisks,
+		connect.WithSchema(agentServiceMethods.ByName("FillDisks")),
+		connect.WithHandlerOptions(opts...),
+	)
+	agentServiceExportDiskKeyHandler := connect.NewUnaryHandler(
+		AgentServiceExportDiskKeyProcedure,
+		svc.ExportDiskKey,
+		connect.WithSchema(agentServiceMethods.ByName("ExportDiskKey")),
 		connect.WithHandlerOptions(opts...),
 	)
 	agentServicePowerOnVMHandler := connect.NewUnaryHandler(
@@ -466,6 +511,10 @@ func NewAgentServiceHandler(svc AgentServiceHandler, opts ...connect.HandlerOpti
 			agentServiceDecryptVMHandler.ServeHTTP(w, r)
 		case AgentServiceRekeyVMProcedure:
 			agentServiceRekeyVMHandler.ServeHTTP(w, r)
+		case AgentServiceFillDisksProcedure:
+			agentServiceFillDisksHandler.ServeHTTP(w, r)
+		case AgentServiceExportDiskKeyProcedure:
+			agentServiceExportDiskKeyHandler.ServeHTTP(w, r)
 		case AgentServicePowerOnVMProcedure:
 			agentServicePowerOnVMHandler.ServeHTTP(w, r)
 		case AgentServicePowerOffVMProcedure:
@@ -505,6 +554,14 @@ func (UnimplementedAgentServiceHandler) DecryptVM(context.Context, *connect.Requ
 
 func (UnimplementedAgentServiceHandler) RekeyVM(context.Context, *connect.Request[v1.AgentRekeyVMRequest], *connect.ServerStream[v1.AgentProgress]) error {
 	return connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.AgentService.RekeyVM is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) FillDisks(context.Context, *connect.Request[v1.AgentFillDisksRequest], *connect.ServerStream[v1.AgentProgress]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.AgentService.FillDisks is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) ExportDiskKey(context.Context, *connect.Request[v1.AgentExportDiskKeyRequest]) (*connect.Response[v1.ExportDiskKeyResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.AgentService.ExportDiskKey is not implemented"))
 }
 
 func (UnimplementedAgentServiceHandler) PowerOnVM(context.Context, *connect.Request[v1.AgentPowerOnVMRequest]) (*connect.Response[v1.AgentVMResponse], error) {

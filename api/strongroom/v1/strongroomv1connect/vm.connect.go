@@ -49,6 +49,10 @@ const (
 	VMServiceDecryptVMProcedure = "/strongroom.v1.VMService/DecryptVM"
 	// VMServiceRekeyVMProcedure is the fully-qualified name of the VMService's RekeyVM RPC.
 	VMServiceRekeyVMProcedure = "/strongroom.v1.VMService/RekeyVM"
+	// VMServiceFillDisksProcedure is the fully-qualified name of the VMService's FillDisks RPC.
+	VMServiceFillDisksProcedure = "/strongroom.v1.VMService/FillDisks"
+	// VMServiceExportDiskKeyProcedure is the fully-qualified name of the VMService's ExportDiskKey RPC.
+	VMServiceExportDiskKeyProcedure = "/strongroom.v1.VMService/ExportDiskKey"
 	// VMServiceRegisterVMProcedure is the fully-qualified name of the VMService's RegisterVM RPC.
 	VMServiceRegisterVMProcedure = "/strongroom.v1.VMService/RegisterVM"
 	// VMServiceUnregisterVMProcedure is the fully-qualified name of the VMService's UnregisterVM RPC.
@@ -73,6 +77,14 @@ type VMServiceClient interface {
 	// RekeyVM gives a VM a new KEK (shallow, in any power state) or new DEKs too
 	// (deep, powered off).
 	RekeyVM(context.Context, *connect.Request[v1.RekeyVMRequest]) (*connect.Response[v1.Task], error)
+	// FillDisks makes thin disks of a VM that is powered off safe for dm-crypt:
+	// zeros are written to all of their sectors that were never written.
+	FillDisks(context.Context, *connect.Request[v1.FillDisksRequest]) (*connect.Response[v1.Task], error)
+	// ExportDiskKey hands out the key of an encrypted disk, in any power state: who
+	// has it opens the disk with plain cryptsetup or dm-crypt, and every copy of
+	// it, for as long as the disk is not rekeyed deeply. A host serves it on its
+	// local socket too.
+	ExportDiskKey(context.Context, *connect.Request[v1.ExportDiskKeyRequest]) (*connect.Response[v1.ExportDiskKeyResponse], error)
 	// RegisterVM takes a VM folder that is on a datastore into the inventory.
 	RegisterVM(context.Context, *connect.Request[v1.RegisterVMRequest]) (*connect.Response[v1.Task], error)
 	// UnregisterVM takes a VM out of the inventory and leaves its folder.
@@ -142,6 +154,18 @@ func NewVMServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...c
 			connect.WithSchema(vMServiceMethods.ByName("RekeyVM")),
 			connect.WithClientOptions(opts...),
 		),
+		fillDisks: connect.NewClient[v1.FillDisksRequest, v1.Task](
+			httpClient,
+			baseURL+VMServiceFillDisksProcedure,
+			connect.WithSchema(vMServiceMethods.ByName("FillDisks")),
+			connect.WithClientOptions(opts...),
+		),
+		exportDiskKey: connect.NewClient[v1.ExportDiskKeyRequest, v1.ExportDiskKeyResponse](
+			httpClient,
+			baseURL+VMServiceExportDiskKeyProcedure,
+			connect.WithSchema(vMServiceMethods.ByName("ExportDiskKey")),
+			connect.WithClientOptions(opts...),
+		),
 		registerVM: connect.NewClient[v1.RegisterVMRequest, v1.Task](
 			httpClient,
 			baseURL+VMServiceRegisterVMProcedure,
@@ -171,18 +195,20 @@ func NewVMServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...c
 
 // vMServiceClient implements VMServiceClient.
 type vMServiceClient struct {
-	createVM     *connect.Client[v1.CreateVMRequest, v1.Task]
-	listVMs      *connect.Client[v1.ListVMsRequest, v1.ListVMsResponse]
-	getVM        *connect.Client[v1.GetVMRequest, v1.VM]
-	powerOnVM    *connect.Client[v1.PowerOnVMRequest, v1.Task]
-	powerOffVM   *connect.Client[v1.PowerOffVMRequest, v1.Task]
-	encryptVM    *connect.Client[v1.EncryptVMRequest, v1.Task]
-	decryptVM    *connect.Client[v1.DecryptVMRequest, v1.Task]
-	rekeyVM      *connect.Client[v1.RekeyVMRequest, v1.Task]
-	registerVM   *connect.Client[v1.RegisterVMRequest, v1.Task]
-	unregisterVM *connect.Client[v1.UnregisterVMRequest, v1.Task]
-	deleteVM     *connect.Client[v1.DeleteVMRequest, v1.Task]
-	unlockVM     *connect.Client[v1.UnlockVMRequest, v1.Task]
+	createVM      *connect.Client[v1.CreateVMRequest, v1.Task]
+	listVMs       *connect.Client[v1.ListVMsRequest, v1.ListVMsResponse]
+	getVM         *connect.Client[v1.GetVMRequest, v1.VM]
+	powerOnVM     *connect.Client[v1.PowerOnVMRequest, v1.Task]
+	powerOffVM    *connect.Client[v1.PowerOffVMRequest, v1.Task]
+	encryptVM     *connect.Client[v1.EncryptVMRequest, v1.Task]
+	decryptVM     *connect.Client[v1.DecryptVMRequest, v1.Task]
+	rekeyVM       *connect.Client[v1.RekeyVMRequest, v1.Task]
+	fillDisks     *connect.Client[v1.FillDisksRequest, v1.Task]
+	exportDiskKey *connect.Client[v1.ExportDiskKeyRequest, v1.ExportDiskKeyResponse]
+	registerVM    *connect.Client[v1.RegisterVMRequest, v1.Task]
+	unregisterVM  *connect.Client[v1.UnregisterVMRequest, v1.Task]
+	deleteVM      *connect.Client[v1.DeleteVMRequest, v1.Task]
+	unlockVM      *connect.Client[v1.UnlockVMRequest, v1.Task]
 }
 
 // CreateVM calls strongroom.v1.VMService.CreateVM.
@@ -225,6 +251,16 @@ func (c *vMServiceClient) RekeyVM(ctx context.Context, req *connect.Request[v1.R
 	return c.rekeyVM.CallUnary(ctx, req)
 }
 
+// FillDisks calls strongroom.v1.VMService.FillDisks.
+func (c *vMServiceClient) FillDisks(ctx context.Context, req *connect.Request[v1.FillDisksRequest]) (*connect.Response[v1.Task], error) {
+	return c.fillDisks.CallUnary(ctx, req)
+}
+
+// ExportDiskKey calls strongroom.v1.VMService.ExportDiskKey.
+func (c *vMServiceClient) ExportDiskKey(ctx context.Context, req *connect.Request[v1.ExportDiskKeyRequest]) (*connect.Response[v1.ExportDiskKeyResponse], error) {
+	return c.exportDiskKey.CallUnary(ctx, req)
+}
+
 // RegisterVM calls strongroom.v1.VMService.RegisterVM.
 func (c *vMServiceClient) RegisterVM(ctx context.Context, req *connect.Request[v1.RegisterVMRequest]) (*connect.Response[v1.Task], error) {
 	return c.registerVM.CallUnary(ctx, req)
@@ -259,6 +295,14 @@ type VMServiceHandler interface {
 	// RekeyVM gives a VM a new KEK (shallow, in any power state) or new DEKs too
 	// (deep, powered off).
 	RekeyVM(context.Context, *connect.Request[v1.RekeyVMRequest]) (*connect.Response[v1.Task], error)
+	// FillDisks makes thin disks of a VM that is powered off safe for dm-crypt:
+	// zeros are written to all of their sectors that were never written.
+	FillDisks(context.Context, *connect.Request[v1.FillDisksRequest]) (*connect.Response[v1.Task], error)
+	// ExportDiskKey hands out the key of an encrypted disk, in any power state: who
+	// has it opens the disk with plain cryptsetup or dm-crypt, and every copy of
+	// it, for as long as the disk is not rekeyed deeply. A host serves it on its
+	// local socket too.
+	ExportDiskKey(context.Context, *connect.Request[v1.ExportDiskKeyRequest]) (*connect.Response[v1.ExportDiskKeyResponse], error)
 	// RegisterVM takes a VM folder that is on a datastore into the inventory.
 	RegisterVM(context.Context, *connect.Request[v1.RegisterVMRequest]) (*connect.Response[v1.Task], error)
 	// UnregisterVM takes a VM out of the inventory and leaves its folder.
@@ -324,6 +368,18 @@ func NewVMServiceHandler(svc VMServiceHandler, opts ...connect.HandlerOption) (s
 		connect.WithSchema(vMServiceMethods.ByName("RekeyVM")),
 		connect.WithHandlerOptions(opts...),
 	)
+	vMServiceFillDisksHandler := connect.NewUnaryHandler(
+		VMServiceFillDisksProcedure,
+		svc.FillDisks,
+		connect.WithSchema(vMServiceMethods.ByName("FillDisks")),
+		connect.WithHandlerOptions(opts...),
+	)
+	vMServiceExportDiskKeyHandler := connect.NewUnaryHandler(
+		VMServiceExportDiskKeyProcedure,
+		svc.ExportDiskKey,
+		connect.WithSchema(vMServiceMethods.ByName("ExportDiskKey")),
+		connect.WithHandlerOptions(opts...),
+	)
 	vMServiceRegisterVMHandler := connect.NewUnaryHandler(
 		VMServiceRegisterVMProcedure,
 		svc.RegisterVM,
@@ -366,6 +422,10 @@ func NewVMServiceHandler(svc VMServiceHandler, opts ...connect.HandlerOption) (s
 			vMServiceDecryptVMHandler.ServeHTTP(w, r)
 		case VMServiceRekeyVMProcedure:
 			vMServiceRekeyVMHandler.ServeHTTP(w, r)
+		case VMServiceFillDisksProcedure:
+			vMServiceFillDisksHandler.ServeHTTP(w, r)
+		case VMServiceExportDiskKeyProcedure:
+			vMServiceExportDiskKeyHandler.ServeHTTP(w, r)
 		case VMServiceRegisterVMProcedure:
 			vMServiceRegisterVMHandler.ServeHTTP(w, r)
 		case VMServiceUnregisterVMProcedure:
@@ -413,6 +473,14 @@ func (UnimplementedVMServiceHandler) DecryptVM(context.Context, *connect.Request
 
 func (UnimplementedVMServiceHandler) RekeyVM(context.Context, *connect.Request[v1.RekeyVMRequest]) (*connect.Response[v1.Task], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.VMService.RekeyVM is not implemented"))
+}
+
+func (UnimplementedVMServiceHandler) FillDisks(context.Context, *connect.Request[v1.FillDisksRequest]) (*connect.Response[v1.Task], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.VMService.FillDisks is not implemented"))
+}
+
+func (UnimplementedVMServiceHandler) ExportDiskKey(context.Context, *connect.Request[v1.ExportDiskKeyRequest]) (*connect.Response[v1.ExportDiskKeyResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.VMService.ExportDiskKey is not implemented"))
 }
 
 func (UnimplementedVMServiceHandler) RegisterVM(context.Context, *connect.Request[v1.RegisterVMRequest]) (*connect.Response[v1.Task], error) {
