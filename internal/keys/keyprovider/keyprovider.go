@@ -1,6 +1,7 @@
 // Package keyprovider is where KEKs come from: the contract of a key provider,
-// the native provider and its backup, and the set of providers that a
-// controller or host holds.
+// the native provider and its backup, the set of providers that a controller or
+// host holds, and the cache in which a host keeps KEKs of standard providers.
+// The standard provider itself is package standard.
 //
 // Formats: docs/spec/native-provider.md (derivation of KEKs and the secrets
 // blob) and docs/spec/native-backup.md (the .p12 file).
@@ -58,7 +59,8 @@ type Kind string
 
 // The kinds.
 const (
-	KindNative Kind = "native" // derived from a KDK that hosts hold
+	KindNative   Kind = "native"   // derived from a KDK that hosts hold
+	KindStandard Kind = "standard" // made and kept by a key server, asked over KMIP
 )
 
 // Provider hands out KEKs.
@@ -79,11 +81,12 @@ type Provider interface {
 
 	// NewKEK makes a KEK for a new object and returns it with its address.
 	// objectID is random and used for this KEK only; a native provider
-	// derives the KEK from it, others may use it as a label.
+	// derives the KEK from it, others label the key with it. Repeated with the
+	// same object id it returns the same key, also when an earlier call was
+	// interrupted or failed half-way: so no key is made that nobody knows of.
 	//
 	// It returns an error wrapping [ErrLocked], [ErrUnavailable] or
-	// [ErrClosed]. After [ErrUnavailable] a key may have been made that
-	// nobody knows of; the caller tries again with a new object id.
+	// [ErrClosed].
 	NewKEK(ctx context.Context, objectID uuid.UUID) (keysafe.Ref, *keymem.Key, error)
 
 	// KEK returns the key at ref.

@@ -38,6 +38,7 @@ func Run(t *testing.T, newFixture func(t *testing.T) Fixture) {
 	}{
 		{"Name", testName},
 		{"NewKEK", testNewKEK},
+		{"NewKEKAgain", testNewKEKAgain},
 		{"KEKsDiffer", testKEKsDiffer},
 		{"Reopen", testReopen},
 		{"WrongProvider", testWrongProvider},
@@ -111,6 +112,24 @@ func testNewKEK(t *testing.T, f Fixture) {
 	}
 	wantKEK(t, f.Provider, ref, kek)
 	wantKEK(t, f.Provider, ref, kek) // again: asking does not use it up
+}
+
+// testNewKEKAgain repeats a call as one does whose first answer was lost.
+func testNewKEKAgain(t *testing.T, f Fixture) {
+	id := uuid.New()
+	ref, kek, err := f.Provider.NewKEK(t.Context(), id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer kek.Close()
+	again, same, err := f.Provider.NewKEK(t.Context(), id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer same.Close()
+	if again != ref || !same.Equal(kek) {
+		t.Errorf("the same object id gave %s and %s", ref, again)
+	}
 }
 
 func testKEKsDiffer(t *testing.T, f Fixture) {

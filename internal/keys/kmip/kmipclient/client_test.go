@@ -1,7 +1,6 @@
 package kmipclient
 
 import (
-	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -9,12 +8,8 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"strings"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
@@ -25,6 +20,7 @@ import (
 	"strongroom/internal/errs"
 	"strongroom/internal/keys/kmip/kmipserver"
 	"strongroom/internal/keys/kmip/testca"
+	"strongroom/test/kms"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -382,55 +378,6 @@ func TestPasswordAndProxy(t *testing.T) {
 // TestPyKMIP takes a key through its life on the server that others test with.
 func TestPyKMIP(t *testing.T) {
 	t.Parallel()
-	const program = "/usr/bin/pykmip-server"
-	if _, err := os.Stat(program); err != nil {
-		t.Fatalf("%v (scripts/setup.sh installs it)", err)
-	}
-	dir := t.TempDir()
 	ca := testca.New(t)
-	cert, key := testca.KeyPEM(t, ca.Server(t))
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	host, port, _ := net.SplitHostPort(l.Addr().String())
-	l.Close() // free for the server
-	policies := filepath.Join(dir, "policies")
-	if err := os.Mkdir(policies, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	config := strings.Join([]string{
-		"[server]", "hostname=" + host, "port=" + port, "certificate_path=" + dir + "/server.pem", "key_path=" + dir + "/server.key",
-		"ca_path=" + dir + "/ca.pem", "auth_suite=TLS1.2", "policy_path=" + policies, "enable_tls_client_auth=True",
-		"logging_level=INFO", "database_path=" + dir + "/pykmip.db", "",
-	}, "\n")
-	for name, data := range map[string][]byte{"server.pem": cert, "server.key": key, "ca.pem": ca.PEM(), "server.conf": []byte(config)} {
-		if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	var output bytes.Buffer
-	server := exec.Command(program, "-f", dir+"/server.conf", "-l", dir+"/server.log")
-	server.Stdout, server.Stderr = &output, &output
-	server.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
-	if err := server.Start(); err != nil {
-		t.Fatal(err)
-	}
-	defer func() {
-		syscall.Kill(-server.Process.Pid, syscall.SIGKILL) // its polite end takes ten seconds
-		server.Wait()
-	}()
-	addr := net.JoinHostPort(host, port)
-	for deadline := time.Now().Add(30 * time.Second); ; {
-		conn, err := net.DialTimeout("tcp", addr, time.Second)
-		if err == nil {
-			conn.Close()
-			break
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("PyKMIP does not listen: %s", output.String())
-		}
-		<-time.After(20 * time.Millisecond)
-	}
-	life(t, newClient(t, ca, nil, addr))
+	life(t, newClient(t, ca, nil, kms.StartPyKMIP(t, ca, ca.PEM()).Addr))
 }

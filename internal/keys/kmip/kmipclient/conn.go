@@ -31,31 +31,44 @@ type conn struct {
 
 // dial connects within the deadlines of c.
 func (c *Client) dial(ctx context.Context, s *server) (*conn, error) {
-	connect, cancel := context.WithTimeout(ctx, c.config.Connect)
+	raw, err := c.connect(ctx, s)
+	if err != nil {
+		return nil, err
+	}
+	return c.handshake(ctx, s, raw, c.config.TLS.Clone())
+}
+
+// connect opens a connection to s, through the proxy if there is one.
+func (c *Client) connect(ctx context.Context, s *server) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, c.config.Connect)
 	defer cancel()
 	addr := s.addr
 	if c.config.Proxy != "" {
 		addr = c.config.Proxy
 	}
 	var dialer net.Dialer
-	raw, err := dialer.DialContext(connect, "tcp", addr)
+	raw, err := dialer.DialContext(ctx, "tcp", addr)
 	if err != nil {
 		return nil, fmt.Errorf("cannot connect: %w", err)
 	}
 	if c.config.Proxy != "" {
-		if err := throughProxy(connect, raw, s.addr); err != nil {
+		if err := throughProxy(ctx, raw, s.addr); err != nil {
 			raw.Close()
 			return nil, err
 		}
 	}
-	config := c.config.TLS.Clone()
+	return raw, nil
+}
+
+// handshake makes a TLS connection of raw, which it owns then.
+func (c *Client) handshake(ctx context.Context, s *server, raw net.Conn, config *tls.Config) (*conn, error) {
 	if config.ServerName == "" {
 		config.ServerName = s.host
 	}
-	handshake, cancel := context.WithTimeout(ctx, c.config.Handshake)
+	ctx, cancel := context.WithTimeout(ctx, c.config.Handshake)
 	defer cancel()
 	t := tls.Client(raw, config)
-	if err := t.HandshakeContext(handshake); err != nil {
+	if err := t.HandshakeContext(ctx); err != nil {
 		raw.Close()
 		return nil, fmt.Errorf("cannot agree on TLS: %w", err)
 	}

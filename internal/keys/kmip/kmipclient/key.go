@@ -37,7 +37,13 @@ func (c *Client) settle(ctx context.Context, p kmip.OperationPayload, key string
 // Create makes an AES-256 key for encryption and returns its identifier. It is
 // Pre-Active until [Client.Activate].
 func (c *Client) Create(ctx context.Context) (id string, err error) {
-	name := kmip.Name{NameValue: "strongroom-" + uuid.NewString(), NameType: kmip.NameTypeUninterpretedTextString}
+	return c.CreateNamed(ctx, "strongroom-"+uuid.NewString())
+}
+
+// CreateNamed is [Client.Create] of a key with that Name, which no other key
+// may have: by it [Client.Find] finds the key when the caller was interrupted.
+func (c *Client) CreateNamed(ctx context.Context, keyName string) (id string, err error) {
+	name := kmip.Name{NameValue: keyName, NameType: kmip.NameTypeUninterpretedTextString}
 	out, err := c.settle(ctx, &payloads.CreateRequestPayload{
 		ObjectType: kmip.ObjectTypeSymmetricKey,
 		TemplateAttribute: kmip.TemplateAttribute{Attribute: []kmip.Attribute{
@@ -62,8 +68,24 @@ func (c *Client) Create(ctx context.Context) (id string, err error) {
 	return id, nil
 }
 
+// Find returns the identifiers of the keys with that Name; none is no error.
+func (c *Client) Find(ctx context.Context, keyName string) ([]string, error) {
+	found, err := c.locate(ctx, kmip.Name{NameValue: keyName, NameType: kmip.NameTypeUninterpretedTextString})
+	return found, c.describe("look for key "+keyName, err)
+}
+
+// Keys returns the identifiers of all symmetric keys that the servers show us.
+func (c *Client) Keys(ctx context.Context) ([]string, error) {
+	found, err := c.locateBy(ctx, "", kmip.Attribute{AttributeName: kmip.AttributeNameObjectType, AttributeValue: kmip.ObjectTypeSymmetricKey})
+	return found, c.describe("list the keys", err)
+}
+
 func (c *Client) locate(ctx context.Context, name kmip.Name) ([]string, error) {
-	out, err := c.try(ctx, &payloads.LocateRequestPayload{Attribute: []kmip.Attribute{{AttributeName: kmip.AttributeNameName, AttributeValue: name}}}, name.NameValue, false)
+	return c.locateBy(ctx, name.NameValue, kmip.Attribute{AttributeName: kmip.AttributeNameName, AttributeValue: name})
+}
+
+func (c *Client) locateBy(ctx context.Context, key string, by kmip.Attribute) ([]string, error) {
+	out, err := c.try(ctx, &payloads.LocateRequestPayload{Attribute: []kmip.Attribute{by}}, key, false)
 	if err != nil {
 		return nil, err
 	}

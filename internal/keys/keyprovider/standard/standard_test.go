@@ -1,0 +1,357 @@
+package standard
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"net"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/ovh/kmip-go"
+	"go.uber.org/goleak"
+
+	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/keysafe"
+	"strongroom/internal/keys/keyprovider"
+	"strongroom/internal/keys/keyprovider/providertest"
+	"strongroom/internal/keys/kmip/testca"
+	"strongroom/test/kms"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// open returns a provider that trusts ca's servers and is known as client.
+func open(t *testing.T, ca *testca.Authority, client tls.Certificate, servers ...string) *Provider {
+	t.Helper()
+	p, err := New(Config{
+		Name: "kms-1", Servers: servers, Authorities: ca.Pool(), Certificate: client, Timeout: 30 * time.Second, Retry: time.Nanosecond,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { p.Close() })
+	return p
+}
+
+func conformance(t *testing.T, ca *testca.Authority, addr string, missing ...string) {
+	providertest.Run(t, func(t *testing.T) providertest.Fixture {
+		client := ca.Client(t, "controller")
+		f := providertest.Fixture{
+			Provider: open(t, ca, client, addr),
+			Reopen:   func(t *testing.T) keyprovider.Provider { return open(t, ca, client, addr) },
+		}
+		for _, id := range missing {
+			f.Missing = append(f.Missing, keysafe.Ref{Provider: "kms-1", KeyID: id})
+		}
+		return f
+	})
+}
+
+func TestConformance(t *testing.T) {
+	t.Parallel()
+	ca := testca.New(t)
+	server := kms.NewServer(t, ca)
+	server.Start(t)
+	conformance(t, ca, server.Addr, uuid.NewString(), "no such key")
+}
+
+func TestConformancePyKMIP(t *testing.T) {
+	t.Parallel()
+	ca := testca.New(t)
+	conformance(t, ca, kms.StartPyKMIP(t, ca, ca.PEM()).Addr, "123456")
+}
+
+// all returns the identifiers and states of the keys that p's account has and
+// that are not destroyed.
+func all(t *testing.T, p *Provider) map[string]kmip.State {
+	t.Helper()
+	ids, err := p.client.Keys(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	states := map[string]kmip.State{}
+	for _, id := range ids {
+		if states[id], err = p.client.State(t.Context(), id); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return states
+}
+
+func TestProbeAndLabel(t *testing.T) {
+	t.Parallel()
+	ca := testca.New(t)
+	server := kms.NewServer(t, ca)
+	server.Start(t)
+	p := open(t, ca, ca.Client(t, "controller"), server.Addr)
+	if err := p.Probe(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if left := all(t, p); len(left) != 0 {
+		t.Errorf("the probe left %v", left)
+	}
+	ref, kek, err := p.NewKEK(t.Context(), uuid.New())
+	if err != nil {
+		t.Fatal(err)
+	}
+	kek.Close()
+	want := Labels{Identifier: uuid.NewString(), Component: "Virtual Machine", Name: "web-1"}
+	for range 2 { // again: it is there, which is no error
+		if err := p.Label(t.Context(), ref, want); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, value := range map[string]string{"x-Vendor": "Strongroom", "x-Product": "Strongroom", "x-Identifier": want.Identifier, "x-Component": want.Component, "x-Name": want.Name} {
+		if got, err := p.client.Custom(t.Context(), ref.KeyID, name); err != nil || got != value {
+			t.Errorf("%s is %q, %v; want %q", name, got, err, value)
+		}
+	}
+	found, err := p.Status(t.Context())
+	if err != nil || len(found) != 1 || found[0].Problem != "" {
+		t.Errorf("status %+v, %v", found, err)
+	}
+}
+
+// TestProbeFindsStrangers: a server that does not share the keys of the first
+// is found by the probe, and only by it.
+func TestProbeFindsStrangers(t *testing.T) {
+	t.Parallel()
+	ca := testca.New(t)
+	first, other := kms.NewServer(t, ca), kms.NewServer(t, ca)
+	first.Start(t)
+	other.Start(t)
+	p := open(t, ca, ca.Client(t, "controller"), first.Addr, other.Addr)
+	found, err := p.Status(t.Context())
+	if err != nil || found[0].Problem != "" || found[1].Problem != "" {
+		t.Fatalf("status %+v, %v", found, err)
+	}
+	if err := p.Probe(t.Context()); !errors.Is(err, ErrProbe) || !strings.Contains(err.Error(), other.Addr) {
+		t.Errorf("probe: %v", err)
+	}
+	if err := other.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Probe(t.Context()); err != nil {
+		t.Errorf("a server that is away fails the probe: %v", err)
+	}
+}
+
+// TestStates: a key that the KMS took out of use is locked, one that it
+// destroyed is gone.
+func TestStates(t *testing.T) {
+	t.Parallel()
+	ca := testca.New(t)
+	server := kms.NewServer(t, ca)
+	server.Start(t)
+	p := open(t, ca, ca.Client(t, "controller"), server.Addr)
+	id := uuid.New()
+	ref, kek, err := p.NewKEK(t.Context(), id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	kek.Close()
+	if err := p.client.Revoke(t.Context(), ref.KeyID, kmip.RevocationReasonCodeCessationOfOperation); err != nil {
+		t.Fatal(err)
+	}
+	if kek, err := p.KEK(t.Context(), ref); kek != nil || !errors.Is(err, ErrNotActive) || !errors.Is(err, keyprovider.ErrLocked) || !strings.Contains(err.Error(), "Deactivated") {
+		t.Errorf("a revoked key: %v, %v", kek, err)
+	}
+	for range 2 { // a second time there is nothing left to do
+		if err := p.Discard(t.Context(), id); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if kek, err := p.KEK(t.Context(), ref); kek != nil || !errors.Is(err, keyprovider.ErrNotFound) {
+		t.Errorf("a destroyed key: %v, %v", kek, err)
+	}
+	// Another client is another account: it has no such key.
+	if kek, err := open(t, ca, ca.Client(t, "somebody"), server.Addr).KEK(t.Context(), ref); kek != nil || !errors.Is(err, keyprovider.ErrNotFound) {
+		t.Errorf("another account's key: %v, %v", kek, err)
+	}
+}
+
+// cutting is a listener whose connections break at the n-th write of a server
+// from now on: the request was done, its answer is lost.
+type cutting struct {
+	net.Listener
+	armed *atomic.Int32
+}
+
+func (l cutting) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return cuttingConn{c, l.armed}, nil
+}
+
+type cuttingConn struct {
+	net.Conn
+	armed *atomic.Int32
+}
+
+func (c cuttingConn) Write(b []byte) (int, error) {
+	if c.armed.Load() > 0 && c.armed.Add(-1) == 0 {
+		c.Close()
+		return 0, net.ErrClosed
+	}
+	return c.Conn.Write(b)
+}
+
+// TestLostAnswers loses each answer of a creation in turn, with the KMS gone
+// since: the same call later gives the one key, or Discard leaves none.
+func TestLostAnswers(t *testing.T) {
+	t.Parallel()
+	ca := testca.New(t)
+	for lost := int32(1); ; lost++ {
+		var armed atomic.Int32
+		server := kms.NewServer(t, ca)
+		server.Listener = func(l net.Listener) net.Listener { return cutting{l, &armed} }
+		server.Start(t)
+		p := open(t, ca, ca.Client(t, "controller"), server.Addr)
+		armed.Store(lost)
+		ctx, cancel := context.WithCancel(t.Context())
+		go func() { // the KMS is gone with the answer
+			for armed.Load() > 0 && ctx.Err() == nil {
+				<-time.After(time.Millisecond)
+			}
+			cancel()
+		}()
+		id := uuid.New()
+		_, kek, err := p.NewKEK(ctx, id)
+		ended := armed.Load() > 0
+		cancel()
+		if err == nil {
+			kek.Close()
+		}
+		ref, kek, err := p.NewKEK(t.Context(), id)
+		if err != nil {
+			t.Fatalf("lost answer %d: again: %v", lost, err)
+		}
+		kek.Close()
+		states := all(t, p)
+		if len(states) != 1 || states[ref.KeyID] != kmip.StateActive {
+			t.Errorf("lost answer %d: keys %v, want only %s", lost, states, ref.KeyID)
+		}
+		if err := p.Discard(t.Context(), id); err != nil {
+			t.Fatal(err)
+		}
+		if states := all(t, p); len(states) != 0 {
+			t.Errorf("lost answer %d: discarded, and there are %v", lost, states)
+		}
+		if ended { // all answers had their turn
+			t.Logf("%d answers lost, one at a time", lost-1)
+			return
+		}
+	}
+}
+
+// TestUnavailable: a KMS that is away, and one that does not know us, are no
+// statement about a key.
+func TestUnavailable(t *testing.T) {
+	t.Parallel()
+	ca := testca.New(t)
+	server := kms.NewServer(t, ca)
+	server.User, server.Password = "app", "right"
+	server.Start(t)
+	guess, err := keymem.Take([]byte("wrong"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer guess.Close()
+	p, err := New(Config{Name: "kms-1", Servers: []string{server.Addr}, Authorities: ca.Pool(), Certificate: ca.Client(t, "controller"), User: "app", Password: guess})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	ref := keysafe.Ref{Provider: "kms-1", KeyID: "1"}
+	for _, what := range []string{"wrong password", "away"} {
+		if kek, err := p.KEK(t.Context(), ref); kek != nil || !errors.Is(err, keyprovider.ErrUnavailable) {
+			t.Errorf("%s: %v, %v", what, kek, err)
+		}
+		if err := p.Probe(t.Context()); !errors.Is(err, keyprovider.ErrUnavailable) {
+			t.Errorf("%s: probe: %v", what, err)
+		}
+		if err := server.Stop(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestCloseEndsCalls: a provider can be removed while its KMS hangs.
+func TestCloseEndsCalls(t *testing.T) {
+	t.Parallel()
+	l, err := net.Listen("tcp", "127.0.0.1:0") // connects, and never answers
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	ca := testca.New(t)
+	p, err := New(Config{Name: "kms-1", Servers: []string{l.Addr().String()}, Authorities: ca.Pool(), Timeout: time.Hour})
+	if err != nil {
+		t.Fatal(err)
+	}
+	called := make(chan error, 1)
+	go func() {
+		_, err := p.KEK(context.Background(), keysafe.Ref{Provider: "kms-1", KeyID: "1"})
+		called <- err
+	}()
+	if _, err := l.Accept(); err != nil {
+		t.Fatal(err)
+	}
+	p.Close()
+	if err := <-called; !errors.Is(err, keyprovider.ErrClosed) {
+		t.Errorf("the call ended with %v", err)
+	}
+}
+
+func TestPair(t *testing.T) {
+	t.Parallel()
+	key, err := NewClientKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer key.Close()
+	other, err := NewClientKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	der, err := SelfSigned("strongroom", key, time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if pair, err := Pair([][]byte{der}, key); err != nil || pair.Leaf.Subject.CommonName != "strongroom" {
+		t.Errorf("pair: %v", err)
+	}
+	if _, err := Pair([][]byte{der}, other); err == nil {
+		t.Error("a certificate goes with another key")
+	}
+	ca := testca.New(t)
+	certText, keyText := testca.KeyPEM(t, ca.Client(t, "uploaded"))
+	chain, err := ParseChain(slices.Concat(certText, ca.PEM()))
+	if err != nil || len(chain) != 2 {
+		t.Fatalf("%d certificates, %v", len(chain), err)
+	}
+	uploaded, err := ParseKey(slices.Concat(certText, keyText))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer uploaded.Close()
+	if _, err := Pair(chain, uploaded); err != nil {
+		t.Error(err)
+	}
+	for _, bad := range []string{"", "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n", string(certText)} {
+		if _, err := ParseKey([]byte(bad)); err == nil {
+			t.Errorf("a private key in %q", bad)
+		}
+	}
+	if _, err := ParseChain(keyText); err == nil {
+		t.Error("a certificate in a private key")
+	}
+}
