@@ -33,6 +33,8 @@ var (
 	// ErrBadSize: Resize was asked for a size that the device cannot have.
 	// Nothing was changed.
 	ErrBadSize = errors.New("size is negative, no multiple of the block size, or fixed by the storage")
+	// ErrNoDirect: the storage does not do direct I/O.
+	ErrNoDirect = errors.New("direct I/O is not possible here")
 	// ErrNotStorage: what a path names cannot be a device.
 	ErrNotStorage = errors.New("it is neither a regular file nor a block device")
 )

@@ -29,17 +29,19 @@ func TestFile(t *testing.T) {
 			return open(t, name, opts)
 		}
 	}
-	blockdevtest.Run(t, blockdevtest.Suite{
-		New: func(t testing.TB, size int64) blockdev.Device {
-			f := open(t, filepath.Join(t.TempDir(), "disk"), blockdev.FileOptions{Create: true})
-			if err := f.Resize(size); err != nil {
-				t.Fatal(err)
-			}
-			return f
-		},
-		Reopen:   reopen(blockdev.FileOptions{}),
-		ReadOnly: reopen(blockdev.FileOptions{ReadOnly: true}),
-	})
+	for _, direct := range []bool{false, true} {
+		blockdevtest.Run(t, blockdevtest.Suite{
+			New: func(t testing.TB, size int64) blockdev.Device {
+				f := open(t, filepath.Join(t.TempDir(), "disk"), blockdev.FileOptions{Create: true, Direct: direct})
+				if err := f.Resize(size); err != nil {
+					t.Fatal(err)
+				}
+				return f
+			},
+			Reopen:   reopen(blockdev.FileOptions{Direct: direct}),
+			ReadOnly: reopen(blockdev.FileOptions{ReadOnly: true, Direct: direct}),
+		})
+	}
 }
 
 func open(t testing.TB, name string, opts blockdev.FileOptions) *blockdev.File {

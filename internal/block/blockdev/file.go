@@ -24,6 +24,10 @@ type FileOptions struct {
 	// Unlocked opens a file that another process may be writing, for a look at
 	// its header. It needs ReadOnly.
 	Unlocked bool
+	// Direct goes past the page cache (O_DIRECT): the host keeps no second copy of
+	// what a guest caches itself. It returns [ErrNoDirect] where the file system or
+	// the size of the file does not allow it.
+	Direct bool
 	// NoFollow refuses a symbolic link in place of the file, for a folder that
 	// may have come from elsewhere.
 	NoFollow bool
@@ -31,7 +35,7 @@ type FileOptions struct {
 
 // File is a regular file or a block device as a [Device].
 //
-// Requests go through the page cache. Holes in a regular file are real: Discard
+// Requests go through the page cache, or past it ([FileOptions]). Holes in a regular file are real: Discard
 // and WriteZeroes with mayPunch give storage back. Resize of a block device
 // accepts only the size that it has.
 //
@@ -57,6 +61,7 @@ type File struct {
 	size      atomic.Int64
 	blockSize int
 	opts      FileOptions
+	direct    *direct    // nil: through the page cache
 	isBlock   bool       // a block device
 	header    sync.Mutex // held while the flock differs from its resting state
 	failed    atomic.Pointer[error]
@@ -156,7 +161,36 @@ func (f *File) setUp() error {
 	if flags&unix.O_APPEND != 0 {
 		return errors.New("it is open for appending, so that every write would go to its end")
 	}
+	if err := f.setUpDirect(); err != nil {
+		return err
+	}
 	return f.lock()
+}
+
+func (f *File) setUpDirect() (err error) {
+	if !f.opts.Direct {
+		return nil
+	}
+	if f.direct, err = newDirect(f.f, f.fd, f.blockSize, f.size.Load(), f.isBlock); err == nil {
+		f.blockSize = int(f.direct.unit)
+	}
+	return err
+}
+
+// pread and pwrite transfer all of p, or return an error. The range is inside the
+// file, and held.
+func (f *File) pread(p []byte, off int64) (int, error) {
+	if f.direct != nil {
+		return f.direct.readAt(p, off)
+	}
+	return f.f.ReadAt(p, off) // goes on after EINTR and short reads
+}
+
+func (f *File) pwrite(p []byte, off int64) (int, error) {
+	if f.direct != nil {
+		return f.direct.writeAt(p, off)
+	}
+	return f.f.WriteAt(p, off)
 }
 
 // Name returns the path that the file was opened by.
@@ -212,7 +246,7 @@ func (f *File) ReadAt(p []byte, off int64) (int, error) {
 		return 0, err
 	}
 	defer f.guard.Leave(pass)
-	n, err := f.f.ReadAt(p, off) // goes on after EINTR and short reads
+	n, err := f.pread(p, off)
 	if err == nil {
 		return n, nil
 	}
@@ -229,12 +263,15 @@ func (f *File) WriteAt(p []byte, off int64) (int, error) {
 		return 0, err
 	}
 	defer f.guard.Leave(pass)
-	n, err := f.f.WriteAt(p, off)
+	n, err := f.pwrite(p, off)
 	if err != nil {
 		return n, f.fail("write", off, int64(len(p)), err)
 	}
 	return n, nil
 }
+
+// zeros is never written to.
+var zeros [16 << 10]byte
 
 // WriteZeroes implements [Device].
 func (f *File) WriteZeroes(off, n int64, mayPunch bool) error {
@@ -261,9 +298,8 @@ func (f *File) WriteZeroes(off, n int64, mayPunch bool) error {
 			return f.fail("zero", off, n, err)
 		}
 	}
-	var zeros [16 << 10]byte
 	for done := int64(0); done < n; {
-		k, err := f.f.WriteAt(zeros[:min(n-done, int64(len(zeros)))], off+done)
+		k, err := f.pwrite(zeros[:min(n-done, int64(len(zeros)))], off+done)
 		if err != nil {
 			return f.fail("zero", off, n, err)
 		}
@@ -340,7 +376,7 @@ func (f *File) Flush() error {
 func (f *File) Size() int64 { return f.size.Load() }
 
 // BlockSize implements [Device]: the logical block size of a block device, 512
-// for a regular file.
+// for a regular file, and the unit of direct I/O if that is more.
 func (f *File) BlockSize() int { return f.blockSize }
 
 // Close implements [Device]. The locks end with it unless [File.Dup] has made
@@ -348,6 +384,9 @@ func (f *File) BlockSize() int { return f.blockSize }
 func (f *File) Close() error {
 	if !f.guard.Close() {
 		return nil
+	}
+	if f.direct != nil {
+		f.direct.close()
 	}
 	if err := f.f.Close(); err != nil {
 		return fmt.Errorf("cannot close %s: %w", f.name, err)

@@ -57,6 +57,7 @@ type VolumeServe struct {
 	Socket   string // path of the NBD unix socket; "" for none
 	Mount    string // path of the file to show it as; "" for none
 	ReadOnly bool
+	Direct   bool // past the page cache
 }
 
 // VolumeRekey says how to give a volume another key.

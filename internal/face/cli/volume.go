@@ -118,6 +118,7 @@ owner only.`,
 	f.StringVar(&v.Socket, "nbd", "", "the unix `socket` to serve on")
 	f.StringVar(&v.Mount, "fuse", "", "the `file` to show the data as")
 	f.BoolVar(&v.ReadOnly, "read-only", false, "accept no writes")
+	f.BoolVar(&v.Direct, "direct", false, "read and write FILE past the page cache (O_DIRECT)")
 	cmd.MarkFlagsOneRequired("nbd", "fuse")
 	return cmd
 }

@@ -59,7 +59,7 @@ func Rekey(ctx context.Context, opts RekeyOptions) error {
 	if !stat.Mode().IsRegular() {
 		return errs.New(errs.Invalid, "%s is not a regular file, and cannot be replaced by another", file)
 	}
-	old, err := openWith(file, oldKey, false) // locks writers and readers out, although it is only read
+	old, err := openWith(file, oldKey, blockdev.FileOptions{}) // locks writers and readers out, although it is only read
 	if err != nil {
 		return err
 	}
@@ -122,7 +122,7 @@ type DecryptOptions struct {
 // Decrypt writes the plain data of the volume to a new file, mode 0600, and
 // verifies them. What was never written is a hole there.
 func Decrypt(ctx context.Context, opts DecryptOptions) (err error) {
-	v, err := open(opts.File, opts.KeyFile, true)
+	v, err := open(opts.File, opts.KeyFile, blockdev.FileOptions{ReadOnly: true})
 	if err != nil {
 		return err
 	}
@@ -155,7 +155,7 @@ type FillOptions struct {
 // that dm-crypt reads them too: see [volume.Volume.Fill]. Interrupted, it may be
 // called again; nothing that the volume reads as changes.
 func Fill(ctx context.Context, opts FillOptions) error {
-	v, err := open(opts.File, opts.KeyFile, false)
+	v, err := open(opts.File, opts.KeyFile, blockdev.FileOptions{})
 	if err != nil {
 		return err
 	}

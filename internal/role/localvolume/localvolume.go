@@ -78,21 +78,21 @@ func Inspect(file string) (volume.Info, error) {
 }
 
 // open opens the volume with the key in keyFile. The caller closes it.
-func open(file, keyFile string, readOnly bool) (*volume.Volume, error) {
+func open(file, keyFile string, opts blockdev.FileOptions) (*volume.Volume, error) {
 	dek, err := readKey(keyFile)
 	if err != nil {
 		return nil, err
 	}
 	defer dek.Close()
-	return openWith(file, dek, readOnly)
+	return openWith(file, dek, opts)
 }
 
-func openWith(file string, dek *keymem.Key, readOnly bool) (*volume.Volume, error) {
-	dev, err := blockdev.OpenFile(file, blockdev.FileOptions{ReadOnly: readOnly})
+func openWith(file string, dek *keymem.Key, opts blockdev.FileOptions) (*volume.Volume, error) {
+	dev, err := blockdev.OpenFile(file, opts)
 	if err != nil {
 		return nil, explain(err)
 	}
-	v, err := volume.Open(dev, dek, volume.Options{ReadOnly: readOnly})
+	v, err := volume.Open(dev, dek, volume.Options{ReadOnly: opts.ReadOnly})
 	if err != nil {
 		dev.Close()
 		return nil, explain(err)
@@ -130,6 +130,8 @@ func explain(err error) error {
 		return errs.New(errs.Invalid, "%w", err)
 	case is(volume.ErrCorrupt, volume.ErrTruncated, volume.ErrVerify, volume.ErrChanged):
 		return errs.New(errs.Corrupt, "%w", err).WithHint("restore the file from a backup")
+	case is(blockdev.ErrNoDirect):
+		return errs.New(errs.Invalid, "%w", err).WithHint("leave out --direct")
 	case is(blockdev.ErrInUse):
 		return errs.New(errs.InvalidState, "%w", err).WithHint("power off the VM, or stop the program that uses it")
 	case is(blockdev.ErrNoSpace, luks.ErrNoSpace):

@@ -7,6 +7,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"strongroom/internal/block/blockdev"
 	"strongroom/internal/block/volume"
 	"strongroom/internal/daemon"
 	"strongroom/internal/errs"
@@ -23,6 +24,7 @@ type ServeOptions struct {
 	Socket   string // path of the NBD unix socket, removed at the end; "" for none
 	Mount    string // path of the file that shows the data; "" for none
 	ReadOnly bool
+	Direct   bool // File is read and written past the page cache
 	// Ready, if not nil, is called with each NBD URI or file when it can be used.
 	Ready func(address string)
 }
@@ -44,7 +46,7 @@ func Serve(ctx context.Context, opts ServeOptions) (err error) {
 	if err := daemon.Harden(); err != nil { // plain data are in its memory
 		return err
 	}
-	v, err := open(opts.File, opts.KeyFile, opts.ReadOnly)
+	v, err := open(opts.File, opts.KeyFile, blockdev.FileOptions{ReadOnly: opts.ReadOnly, Direct: opts.Direct})
 	if err != nil {
 		return err
 	}
