@@ -65,6 +65,15 @@ type Disk struct {
 type Status struct {
 	Listening bool         `json:"listening"` // NBD is served
 	Disks     []DiskStatus `json:"disks"`     // sorted by name
+	Sandbox   Sandbox      `json:"sandbox"`
+}
+
+// Sandbox says how a volume process is locked down; zero from one that tells
+// nothing of it.
+type Sandbox struct {
+	Landlock int      `json:"landlock"`          // version of the kernel's Landlock; 0: none
+	Seccomp  bool     `json:"seccomp"`           // system calls are filtered
+	Missing  []string `json:"missing,omitempty"` // what the kernel lacks, for people
 }
 
 // DiskStatus is the state of one disk. Counters start when it is added.

@@ -135,6 +135,9 @@ func (h *Host) startVolumes(ctx context.Context, reg registered, dir string) (_ 
 	if err != nil {
 		return nil, nil, errs.New(errs.Unavailable, "cannot start its volume process: %w", err)
 	}
+	if status, err := volumes.Status(ctx); err == nil && status.Sandbox.Missing != nil {
+		h.log.LogAttrs(ctx, slog.LevelWarn, "the kernel lacks walls of the volume process's sandbox", slog.String("vm", reg.Name), slog.Any("missing", status.Sandbox.Missing))
+	}
 	for _, d := range vm.Disks {
 		if err := h.addDisk(ctx, volumes, dir, d); err != nil {
 			err = errs.Wrap(err, "disk %s", d.Name)

@@ -19,6 +19,7 @@ import (
 	"strongroom/internal/crypto/keymem"
 	"strongroom/internal/crypto/keysafe"
 	"strongroom/internal/errs"
+	"strongroom/internal/role/volumed/sandbox"
 )
 
 // How long NBD clients may take to finish before their connections are broken.
@@ -31,6 +32,7 @@ const (
 type engine struct {
 	log    *slog.Logger
 	server *nbd.Server
+	box    sandbox.State
 	end    func() // ends Run
 
 	// change is held while a disk is added or removed, a socket taken, or all
@@ -58,9 +60,9 @@ type service struct {
 	done chan struct{}
 }
 
-func newEngine(log *slog.Logger, end func()) *engine {
+func newEngine(log *slog.Logger, box sandbox.State, end func()) *engine {
 	return &engine{
-		log: log, end: end, disks: make(map[string]*disk),
+		log: log, box: box, end: end, disks: make(map[string]*disk),
 		server: nbd.NewServer(nbd.Config{Log: log}),
 	}
 }
@@ -252,7 +254,10 @@ func (e *engine) Flush(_ context.Context, name string) error {
 func (e *engine) Status(context.Context) (*volumectl.Status, error) {
 	e.mu.Lock()
 	disks := slices.Collect(maps.Values(e.disks))
-	status := &volumectl.Status{Listening: e.service != nil && !e.service.ended(), Disks: []volumectl.DiskStatus{}}
+	status := &volumectl.Status{
+		Listening: e.service != nil && !e.service.ended(), Disks: []volumectl.DiskStatus{},
+		Sandbox: volumectl.Sandbox{Landlock: e.box.Landlock, Seccomp: e.box.Seccomp, Missing: e.box.Missing()},
+	}
 	e.mu.Unlock()
 	for _, d := range disks {
 		s := d.status()

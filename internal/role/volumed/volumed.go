@@ -3,9 +3,9 @@
 // (internal/machine/volumeproc), controls it by docs/spec/volume-control.md and
 // may go and come back meanwhile; QEMU reads and writes by NBD.
 //
-// Invariants: it opens no file by name and has no network: disks and sockets
-// come as descriptors; it holds the DEKs of its VM's disks and no other key; its
-// memory is in no core dump and open to no debugger of another user.
+// Invariants: it can open no file by name and has no network (package sandbox):
+// disks and sockets come as descriptors; it holds the DEKs of its VM's disks and no
+// other key; its memory is in no core dump and open to no debugger of another user.
 //
 // [Main] is the whole process, [Run] its work.
 package volumed
@@ -25,6 +25,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"strongroom/internal/block/volumectl"
+	"strongroom/internal/role/volumed/sandbox"
 )
 
 // ControlFD is the descriptor on which a volume process finds its control
@@ -43,6 +44,8 @@ type Config struct {
 	// Control is the control socket, bound, of type SOCK_SEQPACKET. It belongs
 	// to Run.
 	Control *os.File
+	// Sandbox is what the process is in, for the host to know.
+	Sandbox sandbox.State
 	// Log receives what happens. No key or data is ever in it.
 	Log *slog.Logger
 }
@@ -70,7 +73,8 @@ func run(args []string, log *slog.Logger) error {
 	if *vm == "" || flags.NArg() > 0 {
 		return errors.New("a volume process is started by a host, not by hand")
 	}
-	if err := harden(); err != nil {
+	box, err := sandbox.Enter()
+	if err != nil {
 		return err
 	}
 	// Descriptors above are of the host's choice, such as the VM's lock: held, not used.
@@ -79,22 +83,7 @@ func run(args []string, log *slog.Logger) error {
 	defer stop()
 	// Signals of a terminal are for the host.
 	signal.Ignore(unix.SIGINT, unix.SIGHUP)
-	return Run(ctx, Config{VM: *vm, Control: os.NewFile(ControlFD, "control socket"), Log: log.With(slog.String("vm", *vm))})
-}
-
-// harden makes the process's memory private. That it gains no privileges by
-// running a set-user-ID program, and has no other descriptors, is its starter's part.
-func harden() error {
-	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
-		return fmt.Errorf("cannot forbid core dumps: %w", err)
-	}
-	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
-		return fmt.Errorf("cannot forbid core dumps: %w", err)
-	}
-	if n, err := unix.PrctlRetInt(unix.PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0); err != nil || n != 1 {
-		return errors.New("a volume process must be started without the right to gain privileges")
-	}
-	return nil
+	return Run(ctx, Config{VM: *vm, Control: os.NewFile(ControlFD, "control socket"), Log: log.With(slog.String("vm", *vm)), Sandbox: box})
 }
 
 // Run serves until a host shuts it down, ctx ends, or no disk comes within
@@ -106,7 +95,7 @@ func Run(ctx context.Context, c Config) error {
 	if err != nil {
 		return fmt.Errorf("cannot listen for the host: %w", err)
 	}
-	e := newEngine(c.Log, cancel)
+	e := newEngine(c.Log, c.Sandbox, cancel)
 	orphan := time.AfterFunc(orphanTimeout, func() {
 		if !e.used() {
 			c.Log.LogAttrs(ctx, slog.LevelWarn, "no disk came: the host is gone")
@@ -115,6 +104,9 @@ func Run(ctx context.Context, c Config) error {
 	})
 	defer orphan.Stop()
 	c.Log.LogAttrs(ctx, slog.LevelInfo, "volume process runs", slog.Int("pid", os.Getpid()))
+	if missing := c.Sandbox.Missing(); missing != nil {
+		c.Log.LogAttrs(ctx, slog.LevelWarn, "the kernel lacks walls of the sandbox", slog.Any("missing", missing))
+	}
 	server := volumectl.Server{VM: c.VM, Handler: e, Log: c.Log}
 	err = server.Serve(ctx, listener)
 	return errors.Join(err, e.Shutdown(context.WithoutCancel(ctx)))

@@ -37,6 +37,9 @@ func TestMain(m *testing.M) {
 		switch os.Args[1] {
 		case "volumed":
 			os.Exit(volumed.Main(os.Args[2:]))
+		case "probed":
+			probe()
+			os.Exit(volumed.Main(os.Args[2:]))
 		case "dying-host":
 			dyingHost(os.Args[2], os.Args[3])
 		}
@@ -220,13 +223,31 @@ func checkProcess(t *testing.T, pid int, dir string) {
 	if !strings.Contains(status, "NoNewPrivs:\t1\n") {
 		t.Error("it may gain privileges")
 	}
+	if !strings.Contains(status, "Umask:\t0077\n") {
+		t.Error("its files would be open to others")
+	}
 	for line := range strings.SplitSeq(status, "\n") {
 		if strings.HasPrefix(line, "VmRSS:") {
 			t.Logf("resident: %s", strings.Join(strings.Fields(line)[1:], " "))
 		}
 	}
-	if limits := read("limits"); !strings.Contains(strings.Join(strings.Fields(limits), " "), "Max core file size 0 0") {
-		t.Error("it may dump core")
+	limits := strings.Join(strings.Fields(read("limits")), " ")
+	for _, want := range []string{"Max core file size 0 0", "Max open files 4096 4096", "Max data size 4294967296 4294967296"} {
+		if !strings.Contains(limits, want) {
+			t.Errorf("its limits are %s; want %s", limits, want)
+		}
+	}
+	threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*", pid))
+	check(t, err)
+	for _, thread := range threads {
+		b, err := os.ReadFile(thread + "/status")
+		if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) {
+			continue // it has ended
+		}
+		check(t, err)
+		if !strings.Contains(string(b), "Seccomp:\t2\n") {
+			t.Errorf("thread %s is not filtered", filepath.Base(thread))
+		}
 	}
 	if environment := read("environ"); environment != "" {
 		t.Errorf("it has the environment %q", environment)
