@@ -168,6 +168,19 @@ func (x TxTable[T]) Has(ctx context.Context, key string) (bool, error) {
 
 // List returns all values whose keys start with prefix, in order of keys.
 func (x TxTable[T]) List(ctx context.Context, prefix string) ([]T, error) {
+	entries, err := x.Entries(ctx, prefix)
+	if err != nil {
+		return nil, err
+	}
+	values := make([]T, len(entries))
+	for i := range entries {
+		values[i] = entries[i].Value
+	}
+	return values, nil
+}
+
+// Entries is List with keys and revisions, which are 0 for what tx changed.
+func (x TxTable[T]) Entries(ctx context.Context, prefix string) ([]Entry[T], error) {
 	entries, rev, err := x.t.scanAt(ctx, Range{Prefix: prefix}, x.tx.rev)
 	if err != nil {
 		return nil, err
@@ -178,9 +191,9 @@ func (x TxTable[T]) List(ctx context.Context, prefix string) ([]T, error) {
 	full := x.t.prefix + prefix
 	x.tx.ranges[full] = struct{}{}
 
-	byKey := make(map[string]T, len(entries))
+	byKey := make(map[string]Entry[T], len(entries))
 	for _, e := range entries {
-		byKey[x.t.prefix+e.Key] = e.Value
+		byKey[x.t.prefix+e.Key] = e
 	}
 	for key, w := range x.tx.writes {
 		if !strings.HasPrefix(key, full) {
@@ -190,11 +203,13 @@ func (x TxTable[T]) List(ctx context.Context, prefix string) ([]T, error) {
 			delete(byKey, key)
 			continue
 		}
-		if byKey[key], err = x.t.decode(key, []byte(w.value)); err != nil {
+		v, err := x.t.decode(key, []byte(w.value))
+		if err != nil {
 			return nil, err
 		}
+		byKey[key] = Entry[T]{Key: strings.TrimPrefix(key, x.t.prefix), Value: v}
 	}
-	out := make([]T, 0, len(byKey))
+	out := make([]Entry[T], 0, len(byKey))
 	for _, key := range slices.Sorted(maps.Keys(byKey)) {
 		out = append(out, byKey[key])
 	}
@@ -244,6 +259,10 @@ func (x TxTable[T]) Put(ctx context.Context, key string, v T) error {
 	}
 	return x.put(key, v, 0)
 }
+
+// Set stores v at key at commit without a look at what is there: for callers
+// who have looked.
+func (x TxTable[T]) Set(key string, v T) error { return x.put(key, v, 0) }
 
 // Delete removes the record at key at commit, or returns [ErrNotFound].
 func (x TxTable[T]) Delete(ctx context.Context, key string) error {

@@ -1,0 +1,476 @@
+// Package objectstore keeps a KMS's managed objects in the state database
+// (docs/spec/kms-object.md), with their key material wrapped under the KEKs of a
+// key ring, and makes destroyed keys unrecoverable (docs/spec/kms-keyring.md).
+//
+// Invariants: what [Store.Update] acknowledged is on disk; key material is in
+// the database only wrapped, under the KEK of one epoch at a time; every read is
+// checked against the database, so no answer is older than the last change
+// that was acknowledged, by whichever node; a record that was altered is an
+// error, never an object. A [Store] is safe for concurrent use.
+package objectstore
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"iter"
+	"log/slog"
+	"net/url"
+	"slices"
+	"strconv"
+	"sync"
+
+	"github.com/google/uuid"
+	"github.com/ovh/kmip-go"
+
+	"strongroom/internal/control/store"
+	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/errs"
+	"strongroom/internal/keys/keyring"
+	"strongroom/internal/keys/kmip/kmipserver"
+)
+
+const (
+	// cacheLimit is how many opened records are kept.
+	cacheLimit = 20000
+	// perEpoch is how many new objects share a KEK.
+	perEpoch = 1024
+	// attempts bounds how often a transaction meets a KEK that is shredded
+	// between reading and opening.
+	attempts = 8
+
+	accountMax = 128 // bytes; percent-encoded it is still a key
+)
+
+// epochState is what the database says of an epoch that is not in use as usual.
+type epochState struct {
+	State string `json:"state"`
+}
+
+const (
+	stateDirty    = "dirty"    // a key that was wrapped in it has been destroyed
+	stateShredded = "shredded" // its KEK is gone
+)
+
+// Store is a [kmipserver.Store] in the state database.
+type Store struct {
+	db      *store.DB
+	objects *store.Table[[]byte]
+	names   *store.Table[[]byte]
+	epochs  *store.Table[epochState]
+	ring    *keyring.Ring
+	log     *slog.Logger
+	cache   *cache
+	dirty   chan struct{} // buffered by one: there is something to shred
+
+	mu    sync.Mutex // guards the two below
+	epoch uint64     // that new objects go to; 0: none yet
+	count int        // of objects that went to it
+}
+
+var _ kmipserver.Store = (*Store)(nil)
+
+// New returns a store in db. The ring stays the caller's and must be the one of
+// this database.
+func New(db *store.DB, ring *keyring.Ring, log *slog.Logger) *Store {
+	return &Store{
+		db: db, objects: store.NewRawTable(db, "kms-object"), names: store.NewRawTable(db, "kms-name"),
+		epochs: store.NewTable[epochState](db, "kms-epoch", 1),
+		ring:   ring, log: log, cache: newCache(cacheLimit), dirty: make(chan struct{}, 1),
+	}
+}
+
+// NewestEpoch returns the highest epoch that db knows to be used up, or 0: see
+// [keyring.Load].
+func NewestEpoch(ctx context.Context, db *store.DB) (uint64, error) {
+	last, err := store.NewTable[epochState](db, "kms-epoch", 1).Scan(ctx, store.Range{Descending: true, Limit: 1})
+	if err != nil || len(last) == 0 {
+		return 0, err
+	}
+	return strconv.ParseUint(last[0].Key, 16, 64)
+}
+
+// Close wipes the keys in memory. The store must not be in use.
+func (s *Store) Close() error {
+	s.cache.clear()
+	return nil
+}
+
+func epochKey(n uint64) string { return fmt.Sprintf("%016x", n) }
+
+func accountPrefix(account string) string { return url.PathEscape(account) + "/" }
+
+func namePrefix(account, name string) string {
+	sum := sha256.Sum256([]byte(name))
+	return accountPrefix(account) + hex.EncodeToString(sum[:16]) + "/"
+}
+
+// View implements [kmipserver.Store].
+func (s *Store) View(ctx context.Context, account string, f func(kmipserver.Reader) error) error {
+	if err := checkAccount(account); err != nil {
+		return err
+	}
+	return s.again(func() error {
+		held := &holding{}
+		defer held.release()
+		return s.db.View(ctx, func(tx *store.Tx) error {
+			return f(s.in(ctx, tx, account, held))
+		})
+	})
+}
+
+// Update implements [kmipserver.Store].
+func (s *Store) Update(ctx context.Context, account string, f func(kmipserver.Tx) error) error {
+	if err := checkAccount(account); err != nil {
+		return err
+	}
+	shred := false
+	err := s.again(func() error {
+		held := &holding{}
+		defer held.release()
+		var u *update
+		err := s.db.Txn(ctx, func(tx *store.Tx) error {
+			u = &update{view: s.in(ctx, tx, account, held), changed: map[string]change{}}
+			return f(u)
+		})
+		if err != nil {
+			return err
+		}
+		shred = u.shred
+		for id, c := range u.changed {
+			s.cache.forget(accountPrefix(account) + id)
+			if !held.has(c.object.Material) {
+				c.object.Material.Close()
+			}
+		}
+		return nil
+	})
+	if err == nil && shred {
+		s.wake()
+	}
+	return err
+}
+
+func checkAccount(account string) error {
+	if account == "" || len(account) > accountMax {
+		return errs.New(errs.Invalid, "account %.100q has not 1 to %d bytes", account, accountMax)
+	}
+	return nil
+}
+
+// again repeats f while it meets a KEK that was shredded since it read the
+// record: the record has moved on.
+func (s *Store) again(f func() error) (err error) {
+	for range attempts {
+		if err = f(); !errors.Is(err, keyring.ErrNoEpoch) {
+			break
+		}
+	}
+	return err
+}
+
+// holding is the opened records that a transaction uses.
+type holding struct{ entries []*entry }
+
+func (h *holding) release() {
+	for _, e := range h.entries {
+		e.release()
+	}
+	h.entries = nil
+}
+
+func (h *holding) has(material *keymem.Key) bool {
+	return slices.ContainsFunc(h.entries, func(e *entry) bool { return e.object.Material == material })
+}
+
+// view is one transaction that reads.
+type view struct {
+	ctx     context.Context // of the transaction
+	s       *Store
+	tx      *store.Tx
+	account string
+	held    *holding
+	opened  map[string]*entry // by identifier
+}
+
+func (s *Store) in(ctx context.Context, tx *store.Tx, account string, held *holding) *view {
+	return &view{ctx: ctx, s: s, tx: tx, account: account, held: held, opened: map[string]*entry{}}
+}
+
+// Get implements [kmipserver.Reader].
+func (v *view) Get(id string) (*kmipserver.Object, error) {
+	e, err := v.open(id)
+	if err != nil {
+		return nil, err
+	}
+	return copyOf(e.object), nil
+}
+
+// copyOf returns a copy whose attribute list may be changed.
+func copyOf(o *kmipserver.Object) *kmipserver.Object {
+	c := *o
+	c.Attributes = slices.Clone(o.Attributes)
+	return &c
+}
+
+// open returns the opened record of id, which is held until the transaction
+// ends.
+func (v *view) open(id string) (*entry, error) {
+	if !isID(id) {
+		return nil, kmipserver.ErrNoObject
+	}
+	if e := v.opened[id]; e != nil {
+		return e, nil
+	}
+	key := accountPrefix(v.account) + id
+	record, err := v.s.objects.In(v.tx).Entry(v.ctx, key)
+	if store.IsNotFound(err) {
+		return nil, kmipserver.ErrNoObject
+	}
+	if err != nil {
+		return nil, err
+	}
+	e := v.s.cache.get(key, record.Revision)
+	if e == nil {
+		o, epoch, err := unseal(v.s.ring, v.account, id, record.Value)
+		if err != nil {
+			return nil, fmt.Errorf("object %s: %w", id, err)
+		}
+		e = &entry{key: key, revision: record.Revision, epoch: epoch, object: o}
+		e.holders.Store(1)
+		if e.revision != 0 { // else it is this transaction's own
+			v.s.cache.put(e)
+		}
+	}
+	v.held.entries = append(v.held.entries, e)
+	v.opened[id] = e
+	return e, nil
+}
+
+// isID tells the identifiers that this KMS gives: others are nobody's.
+func isID(id string) bool {
+	u, err := uuid.Parse(id)
+	return err == nil && u.String() == id
+}
+
+// Find implements [kmipserver.Reader].
+func (v *view) Find(q kmipserver.Query) iter.Seq2[*kmipserver.Object, error] {
+	if q.Name != "" {
+		return v.named(q.Name)
+	}
+	return func(yield func(*kmipserver.Object, error) bool) {
+		prefix, done := accountPrefix(v.account), false
+		err := v.s.objects.In(v.tx).Scan(v.ctx, prefix, func(e store.Entry[[]byte]) bool {
+			id := e.Key[len(prefix):]
+			o, _, err := unseal(v.s.ring, v.account, id, e.Value)
+			if err != nil {
+				yield(nil, fmt.Errorf("object %s: %w", id, err))
+				done = true
+				return false
+			}
+			o.Material.Close()
+			o.Material = nil
+			done = !yield(o, nil)
+			return !done
+		})
+		if err != nil && !done {
+			yield(nil, err)
+		}
+	}
+}
+
+// named finds by the index, which it makes part of what the transaction
+// depends on: a name that another takes meanwhile is noticed.
+func (v *view) named(name string) iter.Seq2[*kmipserver.Object, error] {
+	return func(yield func(*kmipserver.Object, error) bool) {
+		prefix := namePrefix(v.account, name)
+		index, err := v.s.names.In(v.tx).Entries(v.ctx, prefix)
+		if err != nil {
+			yield(nil, err)
+			return
+		}
+		for _, at := range index {
+			e, err := v.open(at.Key[len(prefix):])
+			if err != nil {
+				yield(nil, err)
+				return
+			}
+			o := copyOf(e.object)
+			o.Material = nil
+			if !yield(o, nil) {
+				return
+			}
+		}
+	}
+}
+
+// update is one transaction that writes.
+type update struct {
+	*view
+	changed map[string]change
+	shred   bool
+}
+
+// change is what will be stored of an object.
+type change struct {
+	object *kmipserver.Object
+	epoch  uint64
+}
+
+// Get implements [kmipserver.Reader].
+func (u *update) Get(id string) (*kmipserver.Object, error) {
+	if c, ok := u.changed[id]; ok {
+		return copyOf(c.object), nil
+	}
+	return u.view.Get(id)
+}
+
+// before returns what is known of an object so far; the object is nil for a new
+// one.
+func (u *update) before(id string) (change, error) {
+	if c, ok := u.changed[id]; ok {
+		return c, nil
+	}
+	e, err := u.open(id)
+	switch {
+	case errors.Is(err, kmipserver.ErrNoObject):
+		return change{}, nil
+	case err != nil:
+		return change{}, err
+	}
+	return change{object: e.object, epoch: e.epoch}, nil
+}
+
+// Put implements [kmipserver.Tx]. Material stays in the epoch that it is in: so
+// that the KEKs of one epoch, and of those marked, are all that ever opened it.
+func (u *update) Put(o *kmipserver.Object) error {
+	if !isID(o.ID) {
+		return errs.New(errs.Invalid, "object %.64q has no identifier of this KMS", o.ID)
+	}
+	was, err := u.before(o.ID)
+	if err != nil {
+		return err
+	}
+	epoch := was.epoch
+	if was.epoch != keyring.Metadata && o.Material != was.object.Material { // destroyed, or replaced
+		if err := u.soil(was.epoch); err != nil {
+			return err
+		}
+		epoch = keyring.Metadata
+	}
+	if o.Material != nil && epoch == keyring.Metadata {
+		if epoch, err = u.fresh(); err != nil {
+			return err
+		}
+	}
+	record, err := seal(u.s.ring, u.account, o, epoch)
+	if err == nil && len(record) > recordMax {
+		err = errTooLarge
+	}
+	if errors.Is(err, errTooLarge) {
+		return &kmipserver.Refusal{Reason: kmip.ResultReasonInvalidField, Message: "the object with its attributes is too large to be kept"}
+	}
+	if err != nil {
+		return fmt.Errorf("object %s: %w", o.ID, err)
+	}
+	if err := u.s.objects.In(u.tx).Set(accountPrefix(u.account)+o.ID, record); err != nil {
+		return err
+	}
+	u.changed[o.ID] = change{object: copyOf(o), epoch: epoch}
+	var oldNames []string
+	if was.object != nil {
+		oldNames = namesOf(was.object)
+	}
+	return u.index(o, oldNames)
+}
+
+// index brings the names of o in line.
+func (u *update) index(o *kmipserver.Object, was []string) error {
+	names, now := u.s.names.In(u.tx), namesOf(o)
+	for _, name := range was {
+		if !slices.Contains(now, name) {
+			if err := names.Delete(u.ctx, namePrefix(u.account, name)+o.ID); err != nil {
+				return err
+			}
+		}
+	}
+	for _, name := range now {
+		if !slices.Contains(was, name) {
+			if err := names.Set(namePrefix(u.account, name)+o.ID, []byte{1}); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// soil marks an epoch for shredding, unless it is marked.
+func (u *update) soil(epoch uint64) error {
+	u.shred = true
+	marked, err := u.s.epochs.In(u.tx).Has(u.ctx, epochKey(epoch))
+	if err != nil || marked {
+		return err
+	}
+	return u.s.epochs.In(u.tx).Set(epochKey(epoch), epochState{State: stateDirty})
+}
+
+// fresh returns the epoch for a new object. The transaction depends on its not
+// being marked.
+func (u *update) fresh() (uint64, error) {
+	for {
+		n, err := u.s.current()
+		if err != nil {
+			return 0, err
+		}
+		marked, err := u.s.epochs.In(u.tx).Has(u.ctx, epochKey(n))
+		if err != nil || !marked {
+			return n, err
+		}
+		u.s.retire(n)
+	}
+}
+
+// current returns the epoch that takes new objects, and counts one more.
+func (s *Store) current() (uint64, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.epoch == keyring.Metadata || s.count >= perEpoch {
+		n, err := s.ring.Begin()
+		if err != nil {
+			return 0, err
+		}
+		s.epoch, s.count = n, 0
+	}
+	s.count++
+	return s.epoch, nil
+}
+
+// retire has no new object go to epoch n.
+func (s *Store) retire(n uint64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.epoch == n {
+		s.epoch = keyring.Metadata
+	}
+}
+
+// namesOf returns an object's names, each once.
+func namesOf(o *kmipserver.Object) []string {
+	var names []string
+	for _, a := range o.Attributes {
+		if name, ok := a.AttributeValue.(kmip.Name); ok && a.AttributeName == kmip.AttributeNameName && !slices.Contains(names, name.NameValue) {
+			names = append(names, name.NameValue)
+		}
+	}
+	return names
+}
+
+// wake has dirty epochs shredded soon.
+func (s *Store) wake() {
+	select {
+	case s.dirty <- struct{}{}:
+	default:
+	}
+}
