@@ -56,9 +56,11 @@ func firstBoot(t *testing.T, s *site) {
 	s.refused(t, refusal{1, "deep rekey needs the VM to be powered off", "strongroom vm power-off web-1"}, "vm", "rekey", "web-1", "--deep") // 213
 	c.await(t, guest.OK, "write", "")
 	c.writes(t)
+	s.reaches(t, "web-1", "vhost-user")
 	s.ok(t, "vm", "power-off", "web-1")
 	c.await(t, guest.Note, "churn", "blocks read as written last")
 	c.await(t, guest.Done, "", "")
+	s.reaches(t, "web-1", "")
 
 	var scan keyscan.Scanner
 	scan.AddMarker("plain text of the guest", []byte(marker))
@@ -163,6 +165,7 @@ func agentRestarts(t *testing.T, s *site) {
 		}
 		await(t, "web-1 to be known as powered on", func() bool { return s.show(t, "web-1").PowerState == "poweredOn" })
 		s.connected(t)
+		s.reaches(t, "web-1", "vhost-user")
 		s.ok(t, "vm", "power-on", "web-1") // it runs: nothing to do
 		s.ok(t, "vm", "rekey", "web-1")
 	}
@@ -183,13 +186,8 @@ func (s *site) connected(t *testing.T) {
 // started another one, and sees no error.
 func volumeProcessDies(t *testing.T, s *site) {
 	c := s.console("web-1")
-	for range 2 {
-		old := s.only(t, "strongroom").pid
-		must(t, syscall.Kill(old, syscall.SIGKILL))
-		await(t, "a new volume process", func() bool {
-			now := s.children(t, "strongroom")
-			return len(now) == 1 && now[0].pid != old
-		})
+	for range 4 {
+		s.killVolumes(t)
 		c.writes(t)
 	}
 	c.noIOErrors(t)
@@ -200,6 +198,53 @@ func volumeProcessDies(t *testing.T, s *site) {
 	c.writes(t)
 	c.noIOErrors(t)
 	s.connected(t)
+}
+
+// killVolumes kills the only volume process and waits for the next one.
+func (s *site) killVolumes(t *testing.T) {
+	t.Helper()
+	old := s.only(t, "strongroom").pid
+	must(t, syscall.Kill(old, syscall.SIGKILL))
+	await(t, "a new volume process", func() bool {
+		now := s.children(t, "strongroom")
+		return len(now) == 1 && now[0].pid != old
+	})
+}
+
+// reaches waits until a VM is said to reach its first disk so.
+func (s *site) reaches(t *testing.T, vm, over string) {
+	t.Helper()
+	await(t, fmt.Sprintf("%s to reach its disk over %q", vm, over), func() bool { return s.show(t, vm).Disks[0].Interface == over })
+}
+
+// TestDiskInterface runs VMs that have chosen theirs, with two processors: the
+// guest goes on when the volume process dies, on NBD and on vhost-user.
+func TestDiskInterface(t *testing.T) {
+	t.Parallel()
+	s := newReadySite(t)
+	boot := s.bootFiles(t, "workload", guest.Workload(marker))
+	for _, over := range []string{"nbd", "vhost-user"} {
+		s.ok(t, append([]string{
+			"vm", "create", over, "--datastore", "ds", "--disk", "64M", "--encrypt", "--cpus", "2", "--disk-interface", over,
+		}, boot...)...)
+		c := s.powerOn(t, over)
+		c.await(t, guest.OK, "write", "")
+		s.reaches(t, over, over)
+		args := strings.Join(s.only(t, "qemu").args, " ")
+		if shares := strings.Contains(args, "memory-backend-memfd"); shares != (over == "vhost-user") || over == "vhost-user" && !strings.Contains(args, `"num-queues":2`) {
+			t.Errorf("on %s, QEMU has the arguments %s", over, args)
+		}
+		c.writes(t)
+		for range 2 {
+			s.killVolumes(t)
+			c.writes(t)
+		}
+		s.ok(t, "vm", "power-off", over)
+		c.await(t, guest.Note, "churn", "blocks read as written last")
+		c.await(t, guest.Done, "", "")
+		c.noIOErrors(t)
+		s.reaches(t, over, "")
+	}
 }
 
 // liveRekey gives the VM another provider while the guest writes (211, 214), and

@@ -96,6 +96,7 @@ func invalidRequests(t *testing.T, s *site) {
 		{refusal{2, "CPUs", ""}, create("x", "--disk", "1M", "--cpus", "1000")},
 		{refusal{2, "machine", ""}, create("x", "--disk", "1M", "--machine", "none")},
 		{refusal{2, "network", ""}, create("x", "--disk", "1M", "--network", "bridge")},
+		{refusal{2, "disk interface", ""}, create("x", "--disk", "1M", "--disk-interface", "ide")},
 		{refusal{2, "path", ""}, create("x", "--disk", "1M", "--kernel", "../outside")},
 		{refusal{2, "path", ""}, create("x", "--disk", "1M", "--kernel", outside)},
 		{refusal{2, "--provider needs --encrypt", ""}, create("x", "--disk", "1M", "--provider", "kp-1")},

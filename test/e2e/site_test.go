@@ -178,9 +178,9 @@ func (s *site) task(t *testing.T, id string) taskState {
 }
 
 type diskState struct {
-	Name, File, UUID string
-	Encrypted        bool
-	Key              struct{ Provider, KeyID string }
+	Name, File, UUID, Interface string
+	Encrypted                   bool
+	Key                         struct{ Provider, KeyID string }
 }
 
 type vmState struct {

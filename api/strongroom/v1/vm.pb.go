@@ -248,7 +248,9 @@ type Disk struct {
 	Cipher string `protobuf:"bytes,9,opt,name=cipher,proto3" json:"cipher,omitempty"`
 	// Sectors never written stand for zeros of the image that it was imported from:
 	// FillDisks must run before dm-crypt opens it.
-	Thin          bool `protobuf:"varint,10,opt,name=thin,proto3" json:"thin,omitempty"`
+	Thin bool `protobuf:"varint,10,opt,name=thin,proto3" json:"thin,omitempty"`
+	// How the guest reaches it: "vhost-user" or "nbd"; empty while powered off.
+	Interface     string `protobuf:"bytes,11,opt,name=interface,proto3" json:"interface,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -353,6 +355,13 @@ func (x *Disk) GetThin() bool {
 	return false
 }
 
+func (x *Disk) GetInterface() string {
+	if x != nil {
+		return x.Interface
+	}
+	return ""
+}
+
 type VMSettings struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// 1 to 255; 0 means 1.
@@ -366,7 +375,11 @@ type VMSettings struct {
 	Initrd string `protobuf:"bytes,5,opt,name=initrd,proto3" json:"initrd,omitempty"`
 	Append string `protobuf:"bytes,6,opt,name=append,proto3" json:"append,omitempty"`
 	// "none" or "user" (outgoing connections through the host).
-	Network       string `protobuf:"bytes,7,opt,name=network,proto3" json:"network,omitempty"`
+	Network string `protobuf:"bytes,7,opt,name=network,proto3" json:"network,omitempty"`
+	// How the guest reaches its disks: "vhost-user" (the volume process works on
+	// the guest's memory), "nbd" (through QEMU), or "auto" (the default):
+	// vhost-user on hosts where it works, else NBD.
+	DiskInterface string `protobuf:"bytes,8,opt,name=disk_interface,json=diskInterface,proto3" json:"disk_interface,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -446,6 +459,13 @@ func (x *VMSettings) GetAppend() string {
 func (x *VMSettings) GetNetwork() string {
 	if x != nil {
 		return x.Network
+	}
+	return ""
+}
+
+func (x *VMSettings) GetDiskInterface() string {
+	if x != nil {
+		return x.DiskInterface
 	}
 	return ""
 }
@@ -1580,7 +1600,7 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"\x03key\x18\v \x01(\v2\x15.strongroom.v1.KeyRefR\x03key\x12)\n" +
 	"\x05disks\x18\f \x03(\v2\x13.strongroom.v1.DiskR\x05disks\x125\n" +
 	"\bsettings\x18\r \x01(\v2\x19.strongroom.v1.VMSettingsR\bsettings\x124\n" +
-	"\acreated\x18\x0e \x01(\v2\x1a.google.protobuf.TimestampR\acreated\"\x9d\x02\n" +
+	"\acreated\x18\x0e \x01(\v2\x1a.google.protobuf.TimestampR\acreated\"\xbb\x02\n" +
 	"\x04Disk\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04file\x18\x02 \x01(\tR\x04file\x12\x1d\n" +
@@ -1595,7 +1615,8 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"generation\x12\x16\n" +
 	"\x06cipher\x18\t \x01(\tR\x06cipher\x12\x12\n" +
 	"\x04thin\x18\n" +
-	" \x01(\bR\x04thin\"\xbb\x01\n" +
+	" \x01(\bR\x04thin\x12\x1c\n" +
+	"\tinterface\x18\v \x01(\tR\tinterface\"\xe2\x01\n" +
 	"\n" +
 	"VMSettings\x12\x12\n" +
 	"\x04cpus\x18\x01 \x01(\rR\x04cpus\x12\x1d\n" +
@@ -1605,7 +1626,8 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"\x06kernel\x18\x04 \x01(\tR\x06kernel\x12\x16\n" +
 	"\x06initrd\x18\x05 \x01(\tR\x06initrd\x12\x16\n" +
 	"\x06append\x18\x06 \x01(\tR\x06append\x12\x18\n" +
-	"\anetwork\x18\a \x01(\tR\anetwork\"\x8b\x01\n" +
+	"\anetwork\x18\a \x01(\tR\anetwork\x12%\n" +
+	"\x0edisk_interface\x18\b \x01(\tR\rdiskInterface\"\x8b\x01\n" +
 	"\aNewDisk\x12\x1d\n" +
 	"\n" +
 	"size_bytes\x18\x01 \x01(\x03R\tsizeBytes\x12\x14\n" +

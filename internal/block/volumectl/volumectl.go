@@ -81,7 +81,7 @@ type DiskStatus struct {
 	Disk         string   `json:"disk"`
 	Format       Format   `json:"format"`
 	ReadOnly     bool     `json:"read_only"`
-	Size         int64    `json:"size"` // bytes
+	Size         int64    `json:"size"`       // bytes
 	VhostUser    bool     `json:"vhost_user"` // it is served over vhost-user
 	UUID         string   `json:"uuid,omitempty"`
 	ReadBytes    uint64   `json:"read_bytes"`

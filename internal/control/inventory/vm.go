@@ -58,6 +58,8 @@ type Disk struct {
 	Generation uint64  `json:"generation,omitempty"` // of the key safe
 	Cipher     string  `json:"cipher,omitempty"`
 	Thin       bool    `json:"thin,omitempty"` // dm-crypt may not open it before it is filled
+	// Interface is how the running guest reaches it; empty while powered off.
+	Interface string `json:"interface,omitempty"`
 }
 
 // Settings of a VM's virtual hardware.
@@ -70,6 +72,8 @@ type Settings struct {
 	Initrd    string `json:"initrd,omitempty"`
 	Append    string `json:"append,omitempty"`
 	Network   string `json:"network,omitempty"`
+	// DiskInterface is "vhost-user", "nbd", or "auto": what works on the host.
+	DiskInterface string `json:"disk_interface,omitempty"`
 }
 
 // VM is a registered virtual machine. Its folder on the datastore is the truth;

@@ -167,9 +167,9 @@ var vms = []*strongroomv1.VM{
 		CryptoState: "unlocked", Encrypted: true, Key: &strongroomv1.KeyRef{Provider: "kp-1", KeyId: "k-1/1"},
 		Disks: []*strongroomv1.Disk{{
 			Name: "disk-0", File: "disk-0.luks", SizeBytes: 10 << 30, AllocatedBytes: 3 << 20, Encrypted: true,
-			Key: &strongroomv1.KeyRef{Provider: "kp-1", KeyId: "k-1/1"}, Generation: 2, Cipher: "xts-aes-256", Uuid: "u",
+			Key: &strongroomv1.KeyRef{Provider: "kp-1", KeyId: "k-1/1"}, Generation: 2, Cipher: "xts-aes-256", Uuid: "u", Interface: "vhost-user",
 		}},
-		Settings: &strongroomv1.VMSettings{Cpus: 1, MemoryMib: 1536, Machine: "q35", Network: "none"}, Created: stamp(0),
+		Settings: &strongroomv1.VMSettings{Cpus: 1, MemoryMib: 1536, Machine: "q35", Network: "none", DiskInterface: "auto"}, Created: stamp(0),
 	},
 	{
 		Id: "v2", Name: "web-2", Host: "host-1", Datastore: "ds-1", Folder: "web-2", PowerState: "poweredOff",

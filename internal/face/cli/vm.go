@@ -45,6 +45,11 @@ format (of the image: raw or qcow2), plain (leave this disk unencrypted), thin (
 encrypted disk leaves out the zeros of its image: smaller, but it needs
 "strongroom disk fill" before anything but Strongroom may open it).
 
+The guest reaches its disks over vhost-user, which is fast because the volume
+process works on the guest's memory, or over NBD, where QEMU passes the data on.
+By default it is vhost-user on hosts where that works. "vm show" tells which a
+running VM has.
+
 It can be undone with "strongroom vm delete". Needs the privilege
 VirtualMachine.Inventory.Create.`,
 		Example: `  strongroom vm create web-1 --datastore ds-1 --disk 10G --encrypt
@@ -90,6 +95,7 @@ VirtualMachine.Inventory.Create.`,
 	f.StringVar(&req.Settings.Initrd, "initrd", "", "with this initial RAM disk, a path on the datastore")
 	f.StringVar(&req.Settings.Append, "append", "", "and this kernel command line")
 	f.StringVar(&req.Settings.Network, "network", "none", "network: none, or user (outgoing connections only)")
+	f.StringVar(&req.Settings.DiskInterface, "disk-interface", "auto", "disk interface: vhost-user, nbd, or auto (vhost-user where it works)")
 	must(cmd.MarkFlagRequired("datastore"))
 	env.completeFlag(cmd, "datastore", datastoreNames)
 	env.completeFlag(cmd, "provider", providerNames)
@@ -199,6 +205,7 @@ It changes nothing. Needs the privilege System.Read.`,
 				{"CPUs", fmt.Sprint(v.GetSettings().GetCpus())},
 				{"Memory", formatSize(int64(v.GetSettings().GetMemoryMib()) << 20)},
 				{"Network", v.GetSettings().GetNetwork()},
+				{"Disk interface", v.GetSettings().GetDiskInterface()},
 				{"Created", env.when(v.GetCreated())},
 			}
 			if v.GetLockReason() != "" {
@@ -245,6 +252,9 @@ func keyText(k *strongroomv1.KeyRef) string {
 
 func diskText(d *strongroomv1.Disk) string {
 	text := fmt.Sprintf("%s, %s (%s used)", d.GetFile(), formatSize(d.GetSizeBytes()), formatSize(d.GetAllocatedBytes()))
+	if d.GetInterface() != "" {
+		text += ", over " + d.GetInterface()
+	}
 	if !d.GetEncrypted() {
 		return text + ", not encrypted"
 	}

@@ -54,6 +54,12 @@ const (
 	FormatLUKS = "luks" // encrypted, docs/spec/volume.md
 )
 
+// Ways of a guest to its disks.
+const (
+	InterfaceVhostUser = "vhost-user"
+	InterfaceNBD       = "nbd"
+)
+
 // VM is the content of vm.json.
 type VM struct {
 	Version  int       `json:"version"`
@@ -87,6 +93,9 @@ type Settings struct {
 	MemoryMiB int    `json:"memory_mib"` // [MemoryMin] to [MemoryMax]
 	Machine   string `json:"machine"`    // "q35" or "pc"
 	Network   string `json:"network"`    // "none" or "user"
+	// DiskInterface is how the guest reaches its disks: [InterfaceVhostUser],
+	// [InterfaceNBD], or empty for what works best on the host.
+	DiskInterface string `json:"disk_interface,omitempty"`
 	// Direct boot: paths on the datastore, relative to its root; may be empty.
 	Kernel string `json:"kernel,omitempty"`
 	Initrd string `json:"initrd,omitempty"`
@@ -153,6 +162,8 @@ func (vm *VM) Validate() error {
 		return invalid(`machine %.64q is neither "q35" nor "pc"`, s.Machine)
 	case s.Network != "none" && s.Network != "user":
 		return invalid(`network %.64q is neither "none" nor "user"`, s.Network)
+	case s.DiskInterface != "" && s.DiskInterface != InterfaceVhostUser && s.DiskInterface != InterfaceNBD:
+		return invalid(`disk interface %.64q is neither "vhost-user" nor "nbd"`, s.DiskInterface)
 	case len(s.Append) > AppendMax || s.Kernel == "" && (s.Initrd != "" || s.Append != ""):
 		return invalid("initrd and append need a kernel, and append has at most %d bytes", AppendMax)
 	case len(vm.Disks) > DisksMax:

@@ -35,6 +35,7 @@ func TestWriteRead(t *testing.T) {
 	dir := t.TempDir()
 	want := sample()
 	want.Retired = []string{"disk-0.raw"}
+	want.Settings.DiskInterface = bundle.InterfaceNBD
 	if err := bundle.Write(dir, want); err != nil {
 		t.Fatal(err)
 	}
@@ -53,6 +54,7 @@ func TestWriteRead(t *testing.T) {
 func TestInvalid(t *testing.T) {
 	t.Parallel()
 	for name, change := range map[string]func(*bundle.VM){
+		"disk interface":      func(vm *bundle.VM) { vm.Settings.DiskInterface = "auto" },
 		"version":             func(vm *bundle.VM) { vm.Version = 2 },
 		"name with a slash":   func(vm *bundle.VM) { vm.Name = "a/b" },
 		"empty name":          func(vm *bundle.VM) { vm.Name = "" },

@@ -24,7 +24,7 @@ func (c *Config) arguments() []string {
 		"-nodefaults", "-no-user-config",
 		"-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
 		"-S", // devices are complete and QMP is up before the first instruction
-		"-machine", c.machine() + ",dump-guest-core=off",
+		"-machine", c.machine() + ",dump-guest-core=off" + c.memoryBackend(),
 		"-accel", string(accel),
 		"-cpu", cpuModel(accel),
 		"-smp", strconv.Itoa(c.CPUs),
@@ -44,6 +44,9 @@ func (c *Config) arguments() []string {
 	}
 	args = append(args, "-chardev", serial, "-serial", "chardev:serial")
 
+	if c.sharesMemory() {
+		args = append(args, "-object", encode(c.memory()))
+	}
 	if c.Kernel != "" {
 		args = append(args, "-kernel", c.Kernel)
 		if c.Initrd != "" {
@@ -67,10 +70,12 @@ func (c *Config) arguments() []string {
 		if d.Bootable {
 			boot++
 		}
-		args = append(args,
-			"-object", encode(d.iothread()),
-			"-blockdev", encode(d.blockdev()),
-			"-device", encode(d.device(bus, boot)))
+		if d.Interface == VhostUser {
+			args = append(args, "-chardev", d.chardev())
+		} else {
+			args = append(args, "-object", encode(d.iothread()), "-blockdev", encode(d.blockdev()))
+		}
+		args = append(args, "-device", encode(d.device(bus, boot)))
 	}
 	for i, n := range c.NICs {
 		args = append(args,
@@ -85,6 +90,20 @@ func (c *Config) machine() string {
 		return "q35"
 	}
 	return c.Machine
+}
+
+const memoryID = "memory"
+
+// memory returns guest memory that vhost-user servers can map.
+func (c *Config) memory() map[string]any {
+	return map[string]any{"qom-type": "memory-backend-memfd", "id": memoryID, "size": int64(c.MemoryMiB) << 20, "share": true, "dump": false}
+}
+
+func (c *Config) memoryBackend() string {
+	if c.sharesMemory() {
+		return ",memory-backend=" + memoryID
+	}
+	return ""
 }
 
 // cpuModel returns the model with everything that the accelerator can do.
@@ -111,9 +130,14 @@ func rootPort(i int) string {
 // The names of a disk's parts in QEMU.
 func (d *Disk) threadID() string { return "io-" + d.ID }
 func (d *Disk) nodeName() string { return "nbd-" + d.ID }
+func (d *Disk) charID() string   { return "vhost-" + d.ID }
 func (d *Disk) deviceID() string { return devicePrefix + d.ID }
 
-const devicePrefix = "disk-"
+const (
+	devicePrefix = "disk-"
+	nbdDriver    = "virtio-blk-pci"
+	vhostDriver  = "vhost-user-blk-pci"
+)
 
 func (d *Disk) iothread() map[string]any {
 	return map[string]any{"qom-type": "iothread", "id": d.threadID()}
@@ -129,14 +153,35 @@ func (d *Disk) blockdev() map[string]any {
 	}
 }
 
+// vhostReconnect is how often QEMU looks for a vhost-user server that has gone, in
+// seconds. It does so without end; the guest's requests wait.
+const vhostReconnect = 1
+
+// chardev returns the connection to a vhost-user server, for the command line,
+// which takes no JSON here.
+func (d *Disk) chardev() string {
+	return fmt.Sprintf("socket,id=%s,path=%s,reconnect=%d", d.charID(), escape(d.Socket), vhostReconnect)
+}
+
+// chardevAdd returns the same for QMP.
+func (d *Disk) chardevAdd() map[string]any {
+	return map[string]any{"id": d.charID(), "backend": map[string]any{"type": "socket", "data": map[string]any{
+		"addr":   map[string]any{"type": "unix", "data": map[string]any{"path": d.Socket}},
+		"server": false, "reconnect": vhostReconnect,
+	}}}
+}
+
 // device returns the guest's side of the disk. boot is its place in the boot
 // order if it is bootable; bus may be empty for the default one.
 func (d *Disk) device(bus string, boot int) map[string]any {
 	device := map[string]any{
-		"driver": "virtio-blk-pci", "id": d.deviceID(), "drive": d.nodeName(),
+		"driver": nbdDriver, "id": d.deviceID(), "drive": d.nodeName(),
 		"iothread": d.threadID(), "serial": d.ID,
 		// The guest decides what an I/O error means; QEMU does not stop it.
 		"rerror": "report", "werror": "report",
+	}
+	if d.Interface == VhostUser { // the server has the serial number, and reports errors
+		device = map[string]any{"driver": vhostDriver, "id": d.deviceID(), "chardev": d.charID(), "num-queues": d.Queues}
 	}
 	if bus != "" {
 		device["bus"] = bus

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"slices"
 	"strings"
 
@@ -15,7 +16,8 @@ import (
 const (
 	peripherals = "/machine/peripheral"
 	portType    = "child<pcie-root-port>"
-	diskType    = "child<virtio-blk-pci>"
+	nbdType     = "child<" + nbdDriver + ">"
+	vhostType   = "child<" + vhostDriver + ">"
 )
 
 // child is an entry of qom-list.
@@ -30,23 +32,28 @@ func (m *Machine) devices(ctx context.Context) ([]child, error) {
 	return devices, err
 }
 
-// Disks returns the IDs of the disks that the machine has, sorted.
-func (m *Machine) Disks(ctx context.Context) ([]string, error) {
+// Disks returns the IDs of the disks that the machine has, each with its
+// interface.
+func (m *Machine) Disks(ctx context.Context) (map[string]Interface, error) {
 	devices, err := m.devices(ctx)
 	if err != nil {
 		return nil, err
 	}
-	var ids []string
+	disks := make(map[string]Interface)
 	for _, d := range devices {
-		if id, ok := strings.CutPrefix(d.Name, devicePrefix); ok && d.Type == diskType {
-			ids = append(ids, id)
+		if id, ok := strings.CutPrefix(d.Name, devicePrefix); ok && d.isDisk() {
+			disks[id] = NBD
+			if d.Type == vhostType {
+				disks[id] = VhostUser
+			}
 		}
 	}
-	slices.Sort(ids)
-	return ids, nil
+	return disks, nil
 }
 
-// AddDisk attaches a disk to the running machine. Its NBD server must be up. It
+func (c *child) isDisk() bool { return c.Type == nbdType || c.Type == vhostType }
+
+// AddDisk attaches a disk to the running machine. Its server must be up. It
 // returns [ErrExists] or [ErrNoSlot] where that is the reason. When it fails,
 // nothing of the disk is left.
 func (m *Machine) AddDisk(ctx context.Context, d Disk) error {
@@ -68,6 +75,18 @@ func (m *Machine) addDisk(ctx context.Context, d *Disk) error {
 	}
 	// Undone also if ctx ends meanwhile.
 	undo := context.WithoutCancel(ctx)
+	if d.Interface == VhostUser {
+		if err := d.reach(ctx); err != nil {
+			return err
+		}
+		if err := m.do(ctx, "chardev-add", d.chardevAdd(), nil); err != nil {
+			return err
+		}
+		if err := m.do(ctx, "device_add", d.device(bus, 0), nil); err != nil {
+			return errors.Join(err, m.do(undo, "chardev-remove", map[string]any{"id": d.charID()}, nil))
+		}
+		return nil
+	}
 	if err := m.do(ctx, "object-add", d.iothread(), nil); err != nil {
 		return err
 	}
@@ -90,10 +109,10 @@ func (m *Machine) freePort(ctx context.Context, d *Disk) (string, error) {
 	var ports []string
 	used := make(map[string]bool)
 	for _, device := range devices {
-		switch device.Type {
-		case portType:
+		switch {
+		case device.Type == portType:
 			ports = append(ports, device.Name)
-		case diskType:
+		case device.isDisk():
 			if device.Name == d.deviceID() {
 				return "", ErrExists
 			}
@@ -142,7 +161,7 @@ func (m *Machine) removeDisk(ctx context.Context, d *Disk) error {
 	var refused *qmp.Error
 	if errors.As(err, &refused) && refused.Class == "DeviceNotFound" {
 		// Gone from the guest in an earlier call that gave up waiting.
-		if m.removeParts(ctx, d, true) == nil {
+		if m.removeAll(ctx, d) == nil {
 			return nil
 		}
 		return ErrNotFound
@@ -163,14 +182,38 @@ func (m *Machine) removeDisk(ctx context.Context, d *Disk) error {
 			if event.Name != "DEVICE_DELETED" {
 				return errors.New("the guest refused")
 			}
-			return m.removeParts(ctx, d, true)
+			return m.removeAll(ctx, d)
 		case <-ctx.Done():
 			return fmt.Errorf("the guest did not let go: %w", ctx.Err())
 		}
 	}
 }
 
-// removeParts removes what stands behind a disk's device.
+// removeAll removes what stands behind the device of a disk of either interface.
+func (m *Machine) removeAll(ctx context.Context, d *Disk) error {
+	var chardevs []struct{ Label string }
+	if err := m.do(ctx, "query-chardev", nil, &chardevs); err != nil {
+		return err
+	}
+	for _, c := range chardevs {
+		if c.Label == d.charID() {
+			return m.do(ctx, "chardev-remove", map[string]any{"id": d.charID()}, nil)
+		}
+	}
+	return m.removeParts(ctx, d, true)
+}
+
+// reach makes sure that somebody serves a vhost-user disk: QEMU would wait for
+// its server without end, and do nothing else meanwhile.
+func (d *Disk) reach(ctx context.Context) error {
+	conn, err := new(net.Dialer).DialContext(ctx, "unix", d.Socket)
+	if err != nil {
+		return fmt.Errorf("disk %s is not served: %w", d.ID, err)
+	}
+	return conn.Close()
+}
+
+// removeParts removes what stands behind the device of an NBD disk.
 func (m *Machine) removeParts(ctx context.Context, d *Disk, node bool) error {
 	var nodeErr error
 	if node {

@@ -2,13 +2,20 @@ package qemu_test
 
 import (
 	"bytes"
+	"context"
+	"errors"
 	"fmt"
+	"log/slog"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	"strongroom/internal/block/blockdev"
+	"strongroom/internal/block/vhostuser"
 )
 
 // guestKernel returns where scripts/setup.sh puts the kernel of test guests.
@@ -87,6 +94,28 @@ func serveNBD(t *testing.T) string {
 	}
 	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
 	eventually(t, "nbdkit to listen", func() bool { _, err := os.Stat(socket); return err == nil })
+	return socket
+}
+
+// serveVhost serves a disk in memory over vhost-user and returns its socket.
+func serveVhost(t *testing.T) string {
+	t.Helper()
+	socket := filepath.Join(shortDir(t), "vhost.sock")
+	server, err := vhostuser.NewServer(vhostuser.Config{Device: blockdev.NewMemory(64<<20, 512), Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	listener, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(context.Background(), listener) }()
+	t.Cleanup(func() {
+		if err := errors.Join(server.Close(), <-served); err != nil {
+			t.Error(err)
+		}
+	})
 	return socket
 }
 

@@ -20,7 +20,7 @@ import (
 )
 
 // startTimeout bounds the time until QEMU answers: it starts in 50 ms to 300 ms
-// and waits at most for its disks' NBD servers.
+// and waits at most for its disks' servers.
 const startTimeout = 30 * time.Second
 
 // adoptTimeout bounds the time until a running QEMU greets: it does at once,
@@ -81,6 +81,13 @@ func start(ctx context.Context, c *Config) (*Machine, error) {
 	defer cancel()
 	if err := prepareRunDir(ctx, c.RunDir); err != nil {
 		return nil, err
+	}
+	for i := range c.Disks {
+		if c.Disks[i].Interface == VhostUser {
+			if err := c.Disks[i].reach(ctx); err != nil {
+				return nil, err
+			}
+		}
 	}
 	p, err := launch(c)
 	if err != nil {

@@ -2,8 +2,8 @@
 // over a unix socket.
 //
 // Invariants: no secret is ever in QEMU's command line, environment or files
-// (disks are reached over NBD unix sockets, already decrypted by the volume
-// process); QEMU runs under its seccomp sandbox, without defaults and without
+// (disks are reached over unix sockets, already decrypted by the volume process);
+// QEMU runs under its seccomp sandbox, without defaults and without
 // core dumps of guest memory; it runs in its own session and lives on when this
 // program ends, to be found again by [Adopt].
 //
@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 
 	"github.com/google/uuid"
@@ -81,16 +82,34 @@ const (
 	MemoryMiBMax = 16 << 20
 	DisksMax     = 64
 	NICsMax      = 8
+	QueuesMax    = 8
 )
 
-// Disk is a virtual disk, served over NBD.
+// Interface is how a guest reaches a disk's server.
+type Interface string
+
+// The interfaces.
+const (
+	// NBD: QEMU passes the guest's requests on. It works with every QEMU.
+	NBD Interface = "nbd"
+	// VhostUser: the server works on the guest's memory, and no data go through
+	// QEMU. All of the guest's memory is shared with it.
+	VhostUser Interface = "vhost-user"
+)
+
+// Disk is a virtual disk, served on a unix socket.
 type Disk struct {
 	// ID names the disk in QEMU and is its serial number in the guest
 	// (/dev/disk/by-id/virtio-ID): 1 to 20 of a-z, 0-9, '.', '_', '-', the
 	// first a letter or digit.
 	ID string
-	// Socket and Export say where the disk is served.
-	Socket, Export string
+	// Interface is that of the server at Socket; empty is NBD. A VhostUser disk
+	// can be added only to a machine that was started with one. The ID is then
+	// the server's business: it should tell the guest the same serial number.
+	Interface Interface
+	Socket    string
+	Export    string // name at the NBD server
+	Queues    int    // of a VhostUser disk: 1 to QueuesMax, and at most the server's
 	// Bootable disks are tried in their order by the firmware.
 	Bootable bool
 	ReadOnly bool
@@ -100,6 +119,12 @@ type Disk struct {
 // out, nothing reaches in.
 type NIC struct {
 	MAC string // such as 52:54:00:12:34:56
+}
+
+// sharesMemory reports whether the guest's memory must be one that other
+// processes can map.
+func (c *Config) sharesMemory() bool {
+	return slices.ContainsFunc(c.Disks, func(d Disk) bool { return d.Interface == VhostUser })
 }
 
 // reconnectDelay is how long QEMU holds the guest's requests while the NBD
@@ -112,8 +137,8 @@ var (
 	macForm = regexp.MustCompile(`^[0-9a-f][02468ace](:[0-9a-f]{2}){5}$`)
 )
 
-// socketPathMax is what fits in sockaddr_un with its terminating zero.
-const socketPathMax = 107
+// SocketPathMax is what fits in sockaddr_un with its terminating zero, in bytes.
+const SocketPathMax = 107
 
 func (c *Config) validate() error {
 	switch {
@@ -135,7 +160,7 @@ func (c *Config) validate() error {
 		return fmt.Errorf("%d network cards: at most %d", len(c.NICs), NICsMax)
 	case !filepath.IsAbs(c.RunDir):
 		return fmt.Errorf("run directory %q must be an absolute path", c.RunDir)
-	case len(serialSocket(c.RunDir)) > socketPathMax:
+	case len(serialSocket(c.RunDir)) > SocketPathMax:
 		return fmt.Errorf("run directory %q has a path too long for a unix socket", c.RunDir)
 	case c.Kernel == "" && (c.Initrd != "" || c.Append != ""):
 		return errors.New("an initramfs or kernel command line needs a kernel")
@@ -162,8 +187,12 @@ func (d *Disk) validate() error {
 	switch {
 	case !diskID.MatchString(d.ID):
 		return fmt.Errorf("disk ID %q must be 1 to 20 of a-z, 0-9, '.', '_' and '-'", d.ID)
-	case !filepath.IsAbs(d.Socket) || len(d.Socket) > socketPathMax:
-		return fmt.Errorf("disk %s: NBD socket %q must be an absolute path of at most %d bytes", d.ID, d.Socket, socketPathMax)
+	case d.Interface != "" && d.Interface != NBD && d.Interface != VhostUser:
+		return fmt.Errorf("disk %s: interface %q: it must be nbd or vhost-user", d.ID, d.Interface)
+	case d.Interface == VhostUser && (d.Queues < 1 || d.Queues > QueuesMax):
+		return fmt.Errorf("disk %s: %d queues: they must be 1 to %d", d.ID, d.Queues, QueuesMax)
+	case !filepath.IsAbs(d.Socket) || len(d.Socket) > SocketPathMax:
+		return fmt.Errorf("disk %s: socket %q must be an absolute path of at most %d bytes", d.ID, d.Socket, SocketPathMax)
 	}
 	return nil
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"os"
 	"os/exec"
@@ -57,13 +58,15 @@ func TestStartAndKill(t *testing.T) {
 			c.Disks = []qemu.Disk{
 				{ID: "disk-0", Socket: serveNBD(t), Bootable: true},
 				{ID: "disk-1", Socket: serveNBD(t), ReadOnly: true},
+				{ID: "disk-2", Interface: qemu.VhostUser, Socket: serveVhost(t), Queues: 2},
 			}
 			m := start(t, c)
 			if status, err := m.Status(t.Context()); err != nil || status != qemu.Running {
 				t.Fatalf("status %q, %v", status, err)
 			}
 			checkProcess(t, m.PID())
-			if disks, err := m.Disks(t.Context()); err != nil || !slices.Equal(disks, []string{"disk-0", "disk-1"}) {
+			want := map[string]qemu.Interface{"disk-0": qemu.NBD, "disk-1": qemu.NBD, "disk-2": qemu.VhostUser}
+			if disks, err := m.Disks(t.Context()); err != nil || !maps.Equal(disks, want) {
 				t.Errorf("disks %q, %v", disks, err)
 			}
 			if err := m.Stop(t.Context()); err != nil {
@@ -134,6 +137,11 @@ func TestDiesEarly(t *testing.T) {
 	if _, err := qemu.Adopt(t.Context(), c.RunDir, c.UUID); !errors.Is(err, qemu.ErrNotRunning) {
 		t.Errorf("after a failed start: %v", err)
 	}
+	// QEMU itself would wait for a vhost-user server without end.
+	c.Disks[0].Interface, c.Disks[0].Queues = qemu.VhostUser, 1
+	if _, err := qemu.Start(t.Context(), c); err == nil || !strings.Contains(err.Error(), "disk disk-0 is not served") {
+		t.Errorf("got %v, want that nobody serves the disk", err)
+	}
 }
 
 func TestNeverAnswers(t *testing.T) {
@@ -164,7 +172,9 @@ func TestInvalidConfig(t *testing.T) {
 		"path too long":   func(c *qemu.Config) { c.RunDir = "/" + strings.Repeat("x", 100) },
 		"needs a kernel":  func(c *qemu.Config) { c.Append = "quiet" },
 		"disk ID":         func(c *qemu.Config) { c.Disks = []qemu.Disk{{ID: "../x", Socket: "/s"}} },
-		"NBD socket":      func(c *qemu.Config) { c.Disks = []qemu.Disk{{ID: "x", Socket: "s"}} },
+		"socket":          func(c *qemu.Config) { c.Disks = []qemu.Disk{{ID: "x", Socket: "s"}} },
+		"interface":       func(c *qemu.Config) { c.Disks = []qemu.Disk{{ID: "x", Socket: "/s", Interface: "ide"}} },
+		"0 queues":        func(c *qemu.Config) { c.Disks = []qemu.Disk{{ID: "x", Socket: "/s", Interface: qemu.VhostUser}} },
 		"already":         func(c *qemu.Config) { c.Disks = []qemu.Disk{{ID: "x", Socket: "/s"}, {ID: "x", Socket: "/s"}} },
 		"MAC address":     func(c *qemu.Config) { c.NICs = []qemu.NIC{{MAC: "01:00:00:00:00:00"}} },
 		"at most 8":       func(c *qemu.Config) { c.NICs = make([]qemu.NIC, 9) },
@@ -249,6 +259,7 @@ func TestGuest(t *testing.T) {
 	c.Append = "console=ttyS0 quiet panic=-1"
 	c.SerialLog = filepath.Join(c.RunDir, "..", "vm,1.log")
 	began := time.Now()
+	c.Disks = []qemu.Disk{{ID: "first", Interface: qemu.VhostUser, Socket: serveVhost(t), Queues: 1}}
 	m := start(t, c)
 	started := time.Since(began)
 
@@ -262,8 +273,13 @@ func TestGuest(t *testing.T) {
 	t.Logf("started in %v, guest up after %v", started, time.Since(began))
 
 	socket := serveNBD(t)
+	vhost := qemu.Disk{ID: "new-1", Interface: qemu.VhostUser, Socket: serveVhost(t), Queues: 1}
 	for i := range 4 {
-		if err := m.AddDisk(t.Context(), qemu.Disk{ID: fmt.Sprintf("new-%d", i), Socket: socket}); err != nil {
+		d := qemu.Disk{ID: fmt.Sprintf("new-%d", i), Socket: socket}
+		if d.ID == vhost.ID {
+			d = vhost
+		}
+		if err := m.AddDisk(t.Context(), d); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -283,14 +299,23 @@ func TestGuest(t *testing.T) {
 	if err := m.RemoveDisk(ctx, "new-1"); err != nil {
 		t.Fatal(err)
 	}
-	if disks, err := m.Disks(ctx); err != nil || !slices.Equal(disks, []string{"new-0", "new-2", "new-3"}) {
+	want := map[string]qemu.Interface{"first": qemu.VhostUser, "new-0": qemu.NBD, "new-2": qemu.NBD, "new-3": qemu.NBD}
+	if disks, err := m.Disks(ctx); err != nil || !maps.Equal(disks, want) {
 		t.Errorf("disks %q, %v", disks, err)
 	}
 	bad := qemu.Disk{ID: "new-1", Socket: filepath.Join(c.RunDir, "nobody")}
-	if err := m.AddDisk(ctx, bad); err == nil {
-		t.Error("attached a disk that nobody serves")
+	for _, bad.Interface = range []qemu.Interface{qemu.NBD, qemu.VhostUser} {
+		bad.Queues = 1
+		if err := m.AddDisk(ctx, bad); err == nil {
+			t.Errorf("attached a disk that nobody serves over %s", bad.Interface)
+		}
 	}
-	if err := m.AddDisk(ctx, qemu.Disk{ID: "new-1", Socket: socket}); err != nil {
+	vhost.Queues = 200
+	if err := m.AddDisk(ctx, vhost); err == nil {
+		t.Error("attached a disk with 200 queues")
+	}
+	vhost.Queues = 1
+	if err := m.AddDisk(ctx, vhost); err != nil {
 		t.Errorf("after a failed attempt and a removal: %v", err)
 	}
 
@@ -318,8 +343,17 @@ func TestProbe(t *testing.T) {
 	if err := qemu.TryTCG(); err != nil {
 		t.Errorf("translation does not work: %v", err)
 	}
-	if accel, why := qemu.NewProber("/bin/false").Probe(); accel != qemu.TCG || why == nil {
+	began = time.Now()
+	if err := p.VhostUser(); err != nil {
+		t.Errorf("vhost-user does not work: %v", err)
+	}
+	t.Logf("vhost-user was tried in %v", time.Since(began))
+	broken := qemu.NewProber("/bin/false")
+	if accel, why := broken.Probe(); accel != qemu.TCG || why == nil {
 		t.Errorf("with a broken QEMU: %s, %v", accel, why)
+	}
+	if err := broken.VhostUser(); err == nil {
+		t.Error("vhost-user works with a broken QEMU")
 	}
 }
 

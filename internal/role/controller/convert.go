@@ -79,7 +79,7 @@ func vmToAPI(v inventory.VM, n names) *strongroomv1.VM {
 	for _, d := range v.Disks {
 		out.Disks = append(out.Disks, &strongroomv1.Disk{
 			Name: d.Name, File: d.File, SizeBytes: d.SizeBytes, AllocatedBytes: d.AllocatedBytes, Encrypted: d.Format == inventory.LUKS,
-			Key: keyToAPI(d.Key), Uuid: d.UUID, Generation: d.Generation, Cipher: d.Cipher, Thin: d.Thin,
+			Key: keyToAPI(d.Key), Uuid: d.UUID, Generation: d.Generation, Cipher: d.Cipher, Thin: d.Thin, Interface: d.Interface,
 		})
 	}
 	return out
@@ -88,13 +88,14 @@ func vmToAPI(v inventory.VM, n names) *strongroomv1.VM {
 func settingsToAPI(s inventory.Settings) *strongroomv1.VMSettings {
 	return &strongroomv1.VMSettings{
 		Cpus: s.CPUs, MemoryMib: s.MemoryMiB, Machine: s.Machine, Kernel: s.Kernel, Initrd: s.Initrd, Append: s.Append, Network: s.Network,
+		DiskInterface: s.DiskInterface,
 	}
 }
 
 func settingsFromAPI(s *strongroomv1.VMSettings) inventory.Settings {
 	return inventory.Settings{
 		CPUs: s.GetCpus(), MemoryMiB: s.GetMemoryMib(), Machine: s.GetMachine(), Kernel: s.GetKernel(), Initrd: s.GetInitrd(),
-		Append: s.GetAppend(), Network: s.GetNetwork(),
+		Append: s.GetAppend(), Network: s.GetNetwork(), DiskInterface: s.GetDiskInterface(),
 	}
 }
 
@@ -110,6 +111,7 @@ func apply(v *inventory.VM, said *strongroomv1.VM) {
 		disk := inventory.Disk{
 			Name: d.GetName(), File: d.GetFile(), Format: inventory.Raw, SizeBytes: d.GetSizeBytes(), AllocatedBytes: d.GetAllocatedBytes(),
 			Key: keyFromAPI(d.GetKey()), UUID: d.GetUuid(), Generation: d.GetGeneration(), Cipher: d.GetCipher(), Thin: d.GetThin(),
+			Interface: d.GetInterface(),
 		}
 		if d.GetEncrypted() {
 			disk.Format = inventory.LUKS

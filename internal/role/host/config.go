@@ -14,8 +14,8 @@ const (
 	// socketPathMax is what fits in a unix socket's address, in bytes.
 	socketPathMax = 107
 	// runDirMax leaves room for "/", what a VM's folder there is called, and the
-	// longest name of a socket in it, "/serial.sock".
-	runDirMax = socketPathMax - 1 - runNameLen - len("/serial.sock")
+	// longest name of a socket in it, "/disk-63.vhost".
+	runDirMax = socketPathMax - 1 - runNameLen - len("/disk-63.vhost")
 )
 
 // Config is the configuration file of a host, in TOML. Unknown fields are

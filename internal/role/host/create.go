@@ -87,6 +87,9 @@ func newVM(req *strongroomv1.AgentCreateVMRequest) (*bundle.VM, error) {
 			Kernel: s.GetKernel(), Initrd: s.GetInitrd(), Append: s.GetAppend(),
 		},
 	}
+	if want := s.GetDiskInterface(); want != interfaceAuto {
+		vm.Settings.DiskInterface = want
+	}
 	if vm.Settings.MemoryMiB == 0 {
 		vm.Settings.MemoryMiB = 1024
 	}

@@ -1,6 +1,7 @@
 package host
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io/fs"
@@ -16,6 +17,7 @@ import (
 	"strongroom/internal/crypto/keysafe"
 	"strongroom/internal/errs"
 	"strongroom/internal/machine/bundle"
+	"strongroom/internal/machine/qemu"
 )
 
 // describe returns what a user wants to know of a VM, read from its folder. It
@@ -37,10 +39,12 @@ func (h *Host) describe(ctx context.Context, m *machine) (*strongroomv1.VM, erro
 		Settings: &strongroomv1.VMSettings{
 			Cpus: uint32(vm.Settings.CPUs), MemoryMib: uint32(vm.Settings.MemoryMiB), Machine: vm.Settings.Machine,
 			Kernel: vm.Settings.Kernel, Initrd: vm.Settings.Initrd, Append: vm.Settings.Append, Network: vm.Settings.Network,
+			DiskInterface: cmp.Or(vm.Settings.DiskInterface, interfaceAuto),
 		},
 	}
-	if on {
-		out.PowerState = "poweredOn"
+	var interfaces map[string]qemu.Interface
+	if r := m.run(); on && r != nil {
+		out.PowerState, interfaces = "poweredOn", r.interfaces
 	}
 	if vm.Key != nil {
 		out.Key = keyRef(vm.Key.Ref())
@@ -51,6 +55,7 @@ func (h *Host) describe(ctx context.Context, m *machine) (*strongroomv1.VM, erro
 			// One bad disk must not hide the VM, nor the others.
 			out.CryptoState, out.LockReason = "locked", reason(errs.Wrap(err, "disk %s", d.Name))
 		}
+		disk.Interface = string(interfaces[d.Name])
 		out.Disks = append(out.Disks, disk)
 	}
 	return out, nil

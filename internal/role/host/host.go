@@ -114,6 +114,9 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) error {
 		if accel, err := h.prober.Probe(); err != nil {
 			h.log.LogAttrs(ctx, slog.LevelWarn, "guests run without hardware acceleration", slog.String("accel", string(accel)), slog.Any("err", err))
 		}
+		if err := h.prober.VhostUser(); err != nil {
+			h.log.LogAttrs(ctx, slog.LevelWarn, "guests reach their disks over NBD, because vhost-user does not work", slog.Any("err", err))
+		}
 		return nil
 	})
 	h.log.LogAttrs(ctx, slog.LevelInfo, "host is ready", slog.String("address", cfg.Listen), slog.String("socket", cfg.LocalSocket))

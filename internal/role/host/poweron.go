@@ -28,7 +28,9 @@ import (
 type running struct {
 	qemu      *qemu.Machine
 	startTook time.Duration // how long QEMU's own start took; 0 if an earlier agent started it
-	gone      chan struct{} // closed when the VM is off and all of it is cleaned up
+	// interfaces says how the guest reaches its disks.
+	interfaces map[string]qemu.Interface
+	gone       chan struct{} // closed when the VM is off and all of it is cleaned up
 
 	mu      sync.Mutex // guards what follows
 	volumes *volumeproc.Process
@@ -113,7 +115,11 @@ func (h *Host) start(ctx context.Context, reg registered) (_ *running, err error
 	if err != nil {
 		return nil, errs.New(errs.Unavailable, "%w", err).WithHint("look at the end of its log: %s", filepath.Join(dir, bundle.LogName))
 	}
-	return &running{qemu: machine, startTook: time.Since(begin), volumes: volumes, gone: make(chan struct{})}, nil
+	r := &running{qemu: machine, startTook: time.Since(begin), volumes: volumes, interfaces: map[string]qemu.Interface{}, gone: make(chan struct{})}
+	for _, d := range config.Disks {
+		r.interfaces[d.ID] = d.Interface
+	}
+	return r, nil
 }
 
 // startVolumes starts the volume process of a VM with all its disks. The process
@@ -139,7 +145,12 @@ func (h *Host) startVolumes(ctx context.Context, reg registered, dir string) (_ 
 		h.log.LogAttrs(ctx, slog.LevelWarn, "the kernel lacks walls of the volume process's sandbox", slog.String("vm", reg.Name), slog.Any("missing", status.Sandbox.Missing))
 	}
 	for _, d := range vm.Disks {
-		if err := h.addDisk(ctx, volumes, dir, d); err != nil {
+		err := h.addDisk(ctx, volumes, dir, d)
+		if err == nil && fitsVhostUser(h.runDir(reg), d.Name) {
+			// Also for a guest on NBD: the process need not know what it is.
+			err = volumes.ServeVhostUser(ctx, d.Name)
+		}
+		if err != nil {
 			err = errs.Wrap(err, "disk %s", d.Name)
 			return nil, nil, errors.Join(err, volumes.Kill(context.WithoutCancel(ctx)), volumes.Close())
 		}
@@ -212,10 +223,8 @@ func (h *Host) qemuConfig(reg registered, vm *bundle.VM, root, dir string) (qemu
 	if s.Network == "user" {
 		c.NICs = []qemu.NIC{{MAC: macOf(id)}}
 	}
-	for i, d := range vm.Disks {
-		c.Disks = append(c.Disks, qemu.Disk{ID: d.Name, Socket: volumeproc.NBDSocket(h.runDir(reg)), Export: d.Name, Bootable: i == 0})
-	}
-	return c, nil
+	c.Disks, err = h.qemuDisks(reg, vm)
+	return c, err
 }
 
 // macOf returns a MAC address in QEMU's range that stays with the VM.
@@ -339,7 +348,11 @@ func (h *Host) adoptAll(ctx context.Context) {
 			if volErr != nil {
 				volumes = nil // started by the watcher
 			}
-			h.watch(m, &running{qemu: machine, volumes: volumes, gone: make(chan struct{})})
+			interfaces, err := machine.Disks(ctx)
+			if err != nil { // told to users only
+				h.log.LogAttrs(ctx, slog.LevelWarn, "cannot tell how a guest reaches its disks", slog.String("vm", reg.Name), slog.Any("err", err))
+			}
+			h.watch(m, &running{qemu: machine, volumes: volumes, interfaces: interfaces, gone: make(chan struct{})})
 			h.log.LogAttrs(ctx, slog.LevelInfo, "running VM found", slog.String("vm", reg.Name))
 		case volErr == nil:
 			h.log.LogAttrs(ctx, slog.LevelInfo, "volume process without its VM is ended", slog.String("vm", reg.Name))

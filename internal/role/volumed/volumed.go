@@ -1,7 +1,7 @@
 // Package volumed is the volume process: one per running VM, it stands between
 // QEMU and the VM's disks and encrypts. The host starts it
 // (internal/machine/volumeproc), controls it by docs/spec/volume-control.md and
-// may go and come back meanwhile; QEMU reads and writes by NBD.
+// may go and come back meanwhile; QEMU reads and writes by vhost-user or NBD.
 //
 // Invariants: it can open no file by name and has no network (package sandbox):
 // disks and sockets come as descriptors; it holds the DEKs of its VM's disks and no
