@@ -54,10 +54,11 @@ type VolumeFormat struct {
 type VolumeServe struct {
 	File     string
 	KeyFile  string
-	Socket   string // path of the NBD unix socket; "" for none
-	Mount    string // path of the file to show it as; "" for none
-	ReadOnly bool
-	Direct   bool // past the page cache
+	Socket    string // path of the NBD unix socket; "" for none
+	VhostUser string // path of the vhost-user unix socket; "" for none
+	Mount     string // path of the file to show it as; "" for none
+	ReadOnly  bool
+	Direct    bool // past the page cache
 }
 
 // VolumeRekey says how to give a volume another key.

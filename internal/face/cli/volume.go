@@ -90,11 +90,15 @@ func newVolumeServeCmd(env *Env, roles Roles) *cobra.Command {
 	var v VolumeServe
 	cmd := &cobra.Command{
 		Use:   "serve FILE",
-		Short: "Serve a volume's data over NBD or as a file",
+		Short: "Serve a volume's data over NBD, to a virtual machine, or as a file",
 		Long: `Serve the plain data of a volume until SIGINT or SIGTERM, and print the address
 when it can be used.
 
 --nbd serves on an NBD unix socket, for QEMU, nbdcopy, nbdfuse and others.
+
+--vhost-user serves a virtual disk on a vhost-user socket, for QEMU: much faster than
+NBD, for one VM at a time, whose memory must be shared. The guest's requests wait
+while nobody serves; a server that was killed and started again does what was left.
 
 --fuse shows the data as one file, for loop devices and for programs that want a
 file or a device. At that path must be an empty file or none; the volume takes its
@@ -105,6 +109,11 @@ Who can open the socket or the file can read the data; both are made for their
 owner only.`,
 		Example: `  strongroom volume serve disk.luks --key-file disk.key --nbd /run/user/1000/disk.sock
   qemu-img convert 'nbd+unix:///?socket=/run/user/1000/disk.sock' -O qcow2 copy.qcow2
+  strongroom volume serve disk.luks --key-file disk.key --vhost-user /run/user/1000/disk.vhost
+  qemu-system-x86_64 -m 2G -machine q35,memory-backend=mem \
+    -object memory-backend-memfd,id=mem,size=2G,share=on \
+    -chardev socket,id=disk,path=/run/user/1000/disk.vhost,reconnect=1 \
+    -device vhost-user-blk-pci,chardev=disk
   strongroom volume serve disk.luks --key-file disk.key --fuse /run/disk.raw`,
 		Args: exactArgs("the file"),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -116,10 +125,11 @@ owner only.`,
 	f := cmd.Flags()
 	addKeyFile(cmd, &v.KeyFile, "key-file", "`file` with its key, 64 raw bytes")
 	f.StringVar(&v.Socket, "nbd", "", "the unix `socket` to serve on")
+	f.StringVar(&v.VhostUser, "vhost-user", "", "the unix `socket` to serve a virtual disk on")
 	f.StringVar(&v.Mount, "fuse", "", "the `file` to show the data as")
 	f.BoolVar(&v.ReadOnly, "read-only", false, "accept no writes")
 	f.BoolVar(&v.Direct, "direct", false, "read and write FILE past the page cache (O_DIRECT)")
-	cmd.MarkFlagsOneRequired("nbd", "fuse")
+	cmd.MarkFlagsOneRequired("nbd", "vhost-user", "fuse")
 	return cmd
 }
 

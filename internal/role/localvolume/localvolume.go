@@ -1,5 +1,5 @@
 // Package localvolume is what one does to a single encrypted volume without a
-// controller: make it, look at it, serve it over NBD, give it another key, and
+// controller: make it, look at it, serve it over NBD or vhost-user, give it another key, and
 // write its data to a plain file. It is the engine of `strongroom volume`, for
 // recovery, for measuring, and for someone else's QEMU.
 //

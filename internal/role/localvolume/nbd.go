@@ -3,25 +3,17 @@ package localvolume
 import (
 	"context"
 	"errors"
-	"net"
 	"net/url"
-	"os"
 	"path/filepath"
 	"strings"
-	"syscall"
 
 	"strongroom/internal/block/nbd"
 	"strongroom/internal/block/volume"
-	"strongroom/internal/errs"
 )
 
 // newNBD serves the volume as the default export on a unix socket.
 func newNBD(v *volume.Volume, opts ServeOptions) (front, error) {
-	socket, err := filepath.Abs(opts.Socket)
-	if err != nil {
-		return front{}, err
-	}
-	l, err := listen(socket)
+	l, err := listen(opts.Socket)
 	if err != nil {
 		return front{}, err
 	}
@@ -31,7 +23,7 @@ func newNBD(v *volume.Volume, opts ServeOptions) (front, error) {
 		return front{}, err
 	}
 	return front{
-		address: uri(socket),
+		address: uri(l.Addr().String()),
 		serve: func() error {
 			if err := server.Serve(context.Background(), l); !errors.Is(err, nbd.ErrStopped) {
 				return err
@@ -52,43 +44,4 @@ func newNBD(v *volume.Volume, opts ServeOptions) (front, error) {
 func uri(socket string) string {
 	// A slash needs no escape in a query, and the URI is for people to copy.
 	return "nbd+unix:///?socket=" + strings.ReplaceAll(url.QueryEscape(socket), "%2F", "/")
-}
-
-// listen makes the socket, mode 0600. A socket that nobody listens on any more
-// is replaced, anything else is left alone.
-func listen(socket string) (*net.UnixListener, error) {
-	addr := &net.UnixAddr{Name: socket, Net: "unix"}
-	l, err := net.ListenUnix("unix", addr)
-	if errors.Is(err, syscall.EADDRINUSE) {
-		if !abandoned(addr) {
-			return nil, errs.New(errs.Exists, "cannot listen on %s: it exists", socket)
-		}
-		if err := os.Remove(socket); err != nil {
-			return nil, explain(err)
-		}
-		l, err = net.ListenUnix("unix", addr)
-	}
-	if err != nil {
-		return nil, explain(err)
-	}
-	// Until here the umask decides who may connect; the server also checks who
-	// is at the other end.
-	if err := os.Chmod(socket, 0o600); err != nil {
-		l.Close()
-		return nil, explain(err)
-	}
-	return l, nil
-}
-
-// abandoned reports whether addr is a socket that nobody listens on.
-func abandoned(addr *net.UnixAddr) bool {
-	// Connecting to a file that is no socket is refused in the same way.
-	if info, err := os.Lstat(addr.Name); err != nil || info.Mode().Type() != os.ModeSocket {
-		return false
-	}
-	c, err := net.DialUnix("unix", nil, addr)
-	if err == nil {
-		c.Close()
-	}
-	return errors.Is(err, syscall.ECONNREFUSED)
 }

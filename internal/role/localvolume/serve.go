@@ -17,15 +17,18 @@ import (
 // then they are broken off.
 const drainTimeout = 10 * time.Second
 
-// ServeOptions say how a volume is served: over NBD, as a file, or both.
+// ServeOptions say how a volume is served: over NBD, over vhost-user, as a file,
+// or in several of these ways at once.
 type ServeOptions struct {
 	File     string
 	KeyFile  string
-	Socket   string // path of the NBD unix socket, removed at the end; "" for none
-	Mount    string // path of the file that shows the data; "" for none
-	ReadOnly bool
-	Direct   bool // File is read and written past the page cache
-	// Ready, if not nil, is called with each NBD URI or file when it can be used.
+	Socket    string // path of the NBD unix socket, removed at the end; "" for none
+	VhostUser string // path of the vhost-user unix socket, removed at the end; "" for none
+	Mount     string // path of the file that shows the data; "" for none
+	ReadOnly  bool
+	Direct    bool // File is read and written past the page cache
+	// Ready, if not nil, is called with each NBD URI, vhost-user socket or file when
+	// it can be used.
 	Ready func(address string)
 }
 
@@ -40,8 +43,8 @@ type front struct {
 // unmounts the file. It then finishes the requests in work and makes what was
 // written durable.
 func Serve(ctx context.Context, opts ServeOptions) (err error) {
-	if opts.Socket == "" && opts.Mount == "" {
-		return errs.New(errs.Invalid, "nothing says how to serve it").WithHint("give --nbd SOCKET or --fuse FILE")
+	if opts.Socket == "" && opts.VhostUser == "" && opts.Mount == "" {
+		return errs.New(errs.Invalid, "nothing says how to serve it").WithHint("give --nbd SOCKET, --vhost-user SOCKET or --fuse FILE")
 	}
 	if err := daemon.Harden(); err != nil { // plain data are in its memory
 		return err
@@ -91,6 +94,7 @@ func start(ctx context.Context, v *volume.Volume, opts ServeOptions) (fronts []f
 		}
 	}
 	add(opts.Socket, newNBD)
+	add(opts.VhostUser, newVhostUser)
 	add(opts.Mount, newFUSE)
 	if err != nil {
 		for _, f := range fronts {
