@@ -52,8 +52,8 @@ type VolumeFormat struct {
 
 // VolumeServe says how to serve a volume.
 type VolumeServe struct {
-	File     string
-	KeyFile  string
+	File      string
+	KeyFile   string
 	Socket    string // path of the NBD unix socket; "" for none
 	VhostUser string // path of the vhost-user unix socket; "" for none
 	Mount     string // path of the file to show it as; "" for none

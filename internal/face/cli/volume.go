@@ -96,9 +96,10 @@ when it can be used.
 
 --nbd serves on an NBD unix socket, for QEMU, nbdcopy, nbdfuse and others.
 
---vhost-user serves a virtual disk on a vhost-user socket, for QEMU: much faster than
+--vhost-user serves a virtual disk on a vhost-user socket, for QEMU: faster than
 NBD, for one VM at a time, whose memory must be shared. The guest's requests wait
-while nobody serves; a server that was killed and started again does what was left.
+while nobody serves; a server that was killed and started again does what was
+left.
 
 --fuse shows the data as one file, for loop devices and for programs that want a
 file or a device. At that path must be an empty file or none; the volume takes its

@@ -20,8 +20,8 @@ const drainTimeout = 10 * time.Second
 // ServeOptions say how a volume is served: over NBD, over vhost-user, as a file,
 // or in several of these ways at once.
 type ServeOptions struct {
-	File     string
-	KeyFile  string
+	File      string
+	KeyFile   string
 	Socket    string // path of the NBD unix socket, removed at the end; "" for none
 	VhostUser string // path of the vhost-user unix socket, removed at the end; "" for none
 	Mount     string // path of the file that shows the data; "" for none
