@@ -181,6 +181,10 @@ type diskState struct {
 	Name, File, UUID, Interface string
 	Encrypted                   bool
 	Key                         struct{ Provider, KeyID string }
+	Rekey                       *struct {
+		Key                   struct{ Provider, KeyID string }
+		DoneBytes, TotalBytes string
+	}
 }
 
 type vmState struct {
@@ -304,7 +308,7 @@ func (s *site) openDisk(t *testing.T, vm, disk string) blockdev.Device {
 		must(t, err)
 		return dev
 	}
-	v, _, err := recrypt.OpenVolume(t.Context(), dir, disk+".luks", s.keys.KEK)
+	v, _, err := recrypt.OpenRekeying(t.Context(), dir, disk+".luks", s.keys.KEK)
 	must(t, err)
 	return v
 }

@@ -1066,8 +1066,13 @@ type AgentRekeyVMRequest struct {
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	Disks []string               `protobuf:"bytes,2,rep,name=disks,proto3" json:"disks,omitempty"`
 	// The new KEK. A disk whose DEK it wraps already is left alone.
-	Key           *KeyRef `protobuf:"bytes,3,opt,name=key,proto3" json:"key,omitempty"`
-	Deep          bool    `protobuf:"varint,4,opt,name=deep,proto3" json:"deep,omitempty"`
+	Key *KeyRef `protobuf:"bytes,3,opt,name=key,proto3" json:"key,omitempty"`
+	// A new DEK too. It works in any power state, and goes on with a deep rekey
+	// that is under way; a stream that ends early stops it, and undoes it where no
+	// data were moved yet.
+	Deep bool `protobuf:"varint,4,opt,name=deep,proto3" json:"deep,omitempty"`
+	// What a deep rekey may rewrite, in bytes a second; 0: any number.
+	Rate          int64 `protobuf:"varint,5,opt,name=rate,proto3" json:"rate,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1128,6 +1133,13 @@ func (x *AgentRekeyVMRequest) GetDeep() bool {
 		return x.Deep
 	}
 	return false
+}
+
+func (x *AgentRekeyVMRequest) GetRate() int64 {
+	if x != nil {
+		return x.Rate
+	}
+	return 0
 }
 
 type AgentFillDisksRequest struct {
@@ -1746,12 +1758,13 @@ const file_strongroom_v1_agent_proto_rawDesc = "" +
 	"\x03key\x18\x03 \x01(\v2\x15.strongroom.v1.KeyRefR\x03key\"=\n" +
 	"\x15AgentDecryptVMRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
-	"\x05disks\x18\x02 \x03(\tR\x05disks\"x\n" +
+	"\x05disks\x18\x02 \x03(\tR\x05disks\"\x8c\x01\n" +
 	"\x13AgentRekeyVMRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05disks\x18\x02 \x03(\tR\x05disks\x12'\n" +
 	"\x03key\x18\x03 \x01(\v2\x15.strongroom.v1.KeyRefR\x03key\x12\x12\n" +
-	"\x04deep\x18\x04 \x01(\bR\x04deep\"=\n" +
+	"\x04deep\x18\x04 \x01(\bR\x04deep\x12\x12\n" +
+	"\x04rate\x18\x05 \x01(\x03R\x04rate\"=\n" +
 	"\x15AgentFillDisksRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05disks\x18\x02 \x03(\tR\x05disks\"q\n" +

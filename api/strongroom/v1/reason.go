@@ -5,3 +5,7 @@ package strongroomv1
 // ReasonVMBusy is the reason of an InvalidState error of a host that has another
 // operation on the VM under way: the same call may succeed later.
 const ReasonVMBusy = "VMBusy"
+
+// ReasonRekeyInProgress is the reason of an InvalidState error about a disk of
+// which a deep rekey is under way: it has to come to its end first.
+const ReasonRekeyInProgress = "RekeyInProgress"

@@ -39,14 +39,17 @@ type Task struct {
 	Done  int64 `protobuf:"varint,7,opt,name=done,proto3" json:"done,omitempty"`
 	Total int64 `protobuf:"varint,8,opt,name=total,proto3" json:"total,omitempty"`
 	// "bytes" or "items".
-	Unit          string                 `protobuf:"bytes,9,opt,name=unit,proto3" json:"unit,omitempty"`
-	Error         string                 `protobuf:"bytes,10,opt,name=error,proto3" json:"error,omitempty"`
-	ErrorDetail   *ErrorDetail           `protobuf:"bytes,11,opt,name=error_detail,json=errorDetail,proto3" json:"error_detail,omitempty"`
-	Created       *timestamppb.Timestamp `protobuf:"bytes,12,opt,name=created,proto3" json:"created,omitempty"`
-	Started       *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=started,proto3" json:"started,omitempty"`
-	Ended         *timestamppb.Timestamp `protobuf:"bytes,14,opt,name=ended,proto3" json:"ended,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Unit        string                 `protobuf:"bytes,9,opt,name=unit,proto3" json:"unit,omitempty"`
+	Error       string                 `protobuf:"bytes,10,opt,name=error,proto3" json:"error,omitempty"`
+	ErrorDetail *ErrorDetail           `protobuf:"bytes,11,opt,name=error_detail,json=errorDetail,proto3" json:"error_detail,omitempty"`
+	Created     *timestamppb.Timestamp `protobuf:"bytes,12,opt,name=created,proto3" json:"created,omitempty"`
+	Started     *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=started,proto3" json:"started,omitempty"`
+	Ended       *timestamppb.Timestamp `protobuf:"bytes,14,opt,name=ended,proto3" json:"ended,omitempty"`
+	// How long the step will take yet, in seconds, at its speed so far; 0 means
+	// unknown.
+	RemainingSeconds int64 `protobuf:"varint,15,opt,name=remaining_seconds,json=remainingSeconds,proto3" json:"remaining_seconds,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *Task) Reset() {
@@ -175,6 +178,13 @@ func (x *Task) GetEnded() *timestamppb.Timestamp {
 		return x.Ended
 	}
 	return nil
+}
+
+func (x *Task) GetRemainingSeconds() int64 {
+	if x != nil {
+		return x.RemainingSeconds
+	}
+	return 0
 }
 
 type ListTasksRequest struct {
@@ -402,7 +412,7 @@ var File_strongroom_v1_task_proto protoreflect.FileDescriptor
 
 const file_strongroom_v1_task_proto_rawDesc = "" +
 	"\n" +
-	"\x18strongroom/v1/task.proto\x12\rstrongroom.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bstrongroom/v1/options.proto\"\xbb\x03\n" +
+	"\x18strongroom/v1/task.proto\x12\rstrongroom.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bstrongroom/v1/options.proto\"\xe8\x03\n" +
 	"\x04Task\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x16\n" +
@@ -418,7 +428,8 @@ const file_strongroom_v1_task_proto_rawDesc = "" +
 	"\ferror_detail\x18\v \x01(\v2\x1a.strongroom.v1.ErrorDetailR\verrorDetail\x124\n" +
 	"\acreated\x18\f \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x124\n" +
 	"\astarted\x18\r \x01(\v2\x1a.google.protobuf.TimestampR\astarted\x120\n" +
-	"\x05ended\x18\x0e \x01(\v2\x1a.google.protobuf.TimestampR\x05ended\"*\n" +
+	"\x05ended\x18\x0e \x01(\v2\x1a.google.protobuf.TimestampR\x05ended\x12+\n" +
+	"\x11remaining_seconds\x18\x0f \x01(\x03R\x10remainingSeconds\"*\n" +
 	"\x10ListTasksRequest\x12\x16\n" +
 	"\x06active\x18\x01 \x01(\bR\x06active\">\n" +
 	"\x11ListTasksResponse\x12)\n" +

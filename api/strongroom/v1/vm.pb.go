@@ -250,7 +250,9 @@ type Disk struct {
 	// FillDisks must run before dm-crypt opens it.
 	Thin bool `protobuf:"varint,10,opt,name=thin,proto3" json:"thin,omitempty"`
 	// How the guest reaches it: "vhost-user" or "nbd"; empty while powered off.
-	Interface     string `protobuf:"bytes,11,opt,name=interface,proto3" json:"interface,omitempty"`
+	Interface string `protobuf:"bytes,11,opt,name=interface,proto3" json:"interface,omitempty"`
+	// Set while a deep rekey is under way, at work or not.
+	Rekey         *DiskRekey `protobuf:"bytes,12,opt,name=rekey,proto3" json:"rekey,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -362,6 +364,75 @@ func (x *Disk) GetInterface() string {
 	return ""
 }
 
+func (x *Disk) GetRekey() *DiskRekey {
+	if x != nil {
+		return x.Rekey
+	}
+	return nil
+}
+
+// DiskRekey is how far the deep rekey of a disk has come.
+type DiskRekey struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The KEK of its new DEK. Until the end the disk needs both.
+	Key           *KeyRef `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	DoneBytes     int64   `protobuf:"varint,2,opt,name=done_bytes,json=doneBytes,proto3" json:"done_bytes,omitempty"`
+	TotalBytes    int64   `protobuf:"varint,3,opt,name=total_bytes,json=totalBytes,proto3" json:"total_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DiskRekey) Reset() {
+	*x = DiskRekey{}
+	mi := &file_strongroom_v1_vm_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DiskRekey) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DiskRekey) ProtoMessage() {}
+
+func (x *DiskRekey) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_vm_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DiskRekey.ProtoReflect.Descriptor instead.
+func (*DiskRekey) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *DiskRekey) GetKey() *KeyRef {
+	if x != nil {
+		return x.Key
+	}
+	return nil
+}
+
+func (x *DiskRekey) GetDoneBytes() int64 {
+	if x != nil {
+		return x.DoneBytes
+	}
+	return 0
+}
+
+func (x *DiskRekey) GetTotalBytes() int64 {
+	if x != nil {
+		return x.TotalBytes
+	}
+	return 0
+}
+
 type VMSettings struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// 1 to 255; 0 means 1.
@@ -386,7 +457,7 @@ type VMSettings struct {
 
 func (x *VMSettings) Reset() {
 	*x = VMSettings{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[3]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -398,7 +469,7 @@ func (x *VMSettings) String() string {
 func (*VMSettings) ProtoMessage() {}
 
 func (x *VMSettings) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[3]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -411,7 +482,7 @@ func (x *VMSettings) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VMSettings.ProtoReflect.Descriptor instead.
 func (*VMSettings) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{3}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *VMSettings) GetCpus() uint32 {
@@ -489,7 +560,7 @@ type NewDisk struct {
 
 func (x *NewDisk) Reset() {
 	*x = NewDisk{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[4]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -501,7 +572,7 @@ func (x *NewDisk) String() string {
 func (*NewDisk) ProtoMessage() {}
 
 func (x *NewDisk) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[4]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -514,7 +585,7 @@ func (x *NewDisk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NewDisk.ProtoReflect.Descriptor instead.
 func (*NewDisk) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{4}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *NewDisk) GetSizeBytes() int64 {
@@ -570,7 +641,7 @@ type CreateVMRequest struct {
 
 func (x *CreateVMRequest) Reset() {
 	*x = CreateVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[5]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -582,7 +653,7 @@ func (x *CreateVMRequest) String() string {
 func (*CreateVMRequest) ProtoMessage() {}
 
 func (x *CreateVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[5]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -595,7 +666,7 @@ func (x *CreateVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateVMRequest.ProtoReflect.Descriptor instead.
 func (*CreateVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{5}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *CreateVMRequest) GetName() string {
@@ -655,7 +726,7 @@ type ListVMsRequest struct {
 
 func (x *ListVMsRequest) Reset() {
 	*x = ListVMsRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[6]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -667,7 +738,7 @@ func (x *ListVMsRequest) String() string {
 func (*ListVMsRequest) ProtoMessage() {}
 
 func (x *ListVMsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[6]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -680,7 +751,7 @@ func (x *ListVMsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVMsRequest.ProtoReflect.Descriptor instead.
 func (*ListVMsRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{6}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{7}
 }
 
 type ListVMsResponse struct {
@@ -692,7 +763,7 @@ type ListVMsResponse struct {
 
 func (x *ListVMsResponse) Reset() {
 	*x = ListVMsResponse{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[7]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -704,7 +775,7 @@ func (x *ListVMsResponse) String() string {
 func (*ListVMsResponse) ProtoMessage() {}
 
 func (x *ListVMsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[7]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -717,7 +788,7 @@ func (x *ListVMsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVMsResponse.ProtoReflect.Descriptor instead.
 func (*ListVMsResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{7}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ListVMsResponse) GetVms() []*VM {
@@ -736,7 +807,7 @@ type GetVMRequest struct {
 
 func (x *GetVMRequest) Reset() {
 	*x = GetVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[8]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -748,7 +819,7 @@ func (x *GetVMRequest) String() string {
 func (*GetVMRequest) ProtoMessage() {}
 
 func (x *GetVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[8]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -761,7 +832,7 @@ func (x *GetVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetVMRequest.ProtoReflect.Descriptor instead.
 func (*GetVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{8}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *GetVMRequest) GetName() string {
@@ -780,7 +851,7 @@ type PowerOnVMRequest struct {
 
 func (x *PowerOnVMRequest) Reset() {
 	*x = PowerOnVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[9]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -792,7 +863,7 @@ func (x *PowerOnVMRequest) String() string {
 func (*PowerOnVMRequest) ProtoMessage() {}
 
 func (x *PowerOnVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[9]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -805,7 +876,7 @@ func (x *PowerOnVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PowerOnVMRequest.ProtoReflect.Descriptor instead.
 func (*PowerOnVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{9}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *PowerOnVMRequest) GetName() string {
@@ -828,7 +899,7 @@ type PowerOffVMRequest struct {
 
 func (x *PowerOffVMRequest) Reset() {
 	*x = PowerOffVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[10]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -840,7 +911,7 @@ func (x *PowerOffVMRequest) String() string {
 func (*PowerOffVMRequest) ProtoMessage() {}
 
 func (x *PowerOffVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[10]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -853,7 +924,7 @@ func (x *PowerOffVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PowerOffVMRequest.ProtoReflect.Descriptor instead.
 func (*PowerOffVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{10}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *PowerOffVMRequest) GetName() string {
@@ -889,7 +960,7 @@ type EncryptVMRequest struct {
 
 func (x *EncryptVMRequest) Reset() {
 	*x = EncryptVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[11]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -901,7 +972,7 @@ func (x *EncryptVMRequest) String() string {
 func (*EncryptVMRequest) ProtoMessage() {}
 
 func (x *EncryptVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[11]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -914,7 +985,7 @@ func (x *EncryptVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EncryptVMRequest.ProtoReflect.Descriptor instead.
 func (*EncryptVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{11}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *EncryptVMRequest) GetName() string {
@@ -948,7 +1019,7 @@ type DecryptVMRequest struct {
 
 func (x *DecryptVMRequest) Reset() {
 	*x = DecryptVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[12]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -960,7 +1031,7 @@ func (x *DecryptVMRequest) String() string {
 func (*DecryptVMRequest) ProtoMessage() {}
 
 func (x *DecryptVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[12]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -973,7 +1044,7 @@ func (x *DecryptVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecryptVMRequest.ProtoReflect.Descriptor instead.
 func (*DecryptVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{12}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *DecryptVMRequest) GetName() string {
@@ -994,16 +1065,18 @@ type RekeyVMRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// The provider of the new KEK; empty: the one the VM uses now.
-	Provider      string   `protobuf:"bytes,2,opt,name=provider,proto3" json:"provider,omitempty"`
-	Deep          bool     `protobuf:"varint,3,opt,name=deep,proto3" json:"deep,omitempty"`
-	Disks         []string `protobuf:"bytes,4,rep,name=disks,proto3" json:"disks,omitempty"`
+	Provider string   `protobuf:"bytes,2,opt,name=provider,proto3" json:"provider,omitempty"`
+	Deep     bool     `protobuf:"varint,3,opt,name=deep,proto3" json:"deep,omitempty"`
+	Disks    []string `protobuf:"bytes,4,rep,name=disks,proto3" json:"disks,omitempty"`
+	// What a deep rekey may rewrite, in bytes a second; 0: any number.
+	Rate          int64 `protobuf:"varint,5,opt,name=rate,proto3" json:"rate,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RekeyVMRequest) Reset() {
 	*x = RekeyVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[13]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1015,7 +1088,7 @@ func (x *RekeyVMRequest) String() string {
 func (*RekeyVMRequest) ProtoMessage() {}
 
 func (x *RekeyVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[13]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1028,7 +1101,7 @@ func (x *RekeyVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RekeyVMRequest.ProtoReflect.Descriptor instead.
 func (*RekeyVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{13}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *RekeyVMRequest) GetName() string {
@@ -1059,6 +1132,13 @@ func (x *RekeyVMRequest) GetDisks() []string {
 	return nil
 }
 
+func (x *RekeyVMRequest) GetRate() int64 {
+	if x != nil {
+		return x.Rate
+	}
+	return 0
+}
+
 type FillDisksRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -1070,7 +1150,7 @@ type FillDisksRequest struct {
 
 func (x *FillDisksRequest) Reset() {
 	*x = FillDisksRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[14]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1082,7 +1162,7 @@ func (x *FillDisksRequest) String() string {
 func (*FillDisksRequest) ProtoMessage() {}
 
 func (x *FillDisksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[14]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1095,7 +1175,7 @@ func (x *FillDisksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FillDisksRequest.ProtoReflect.Descriptor instead.
 func (*FillDisksRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{14}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *FillDisksRequest) GetName() string {
@@ -1124,7 +1204,7 @@ type ExportDiskKeyRequest struct {
 
 func (x *ExportDiskKeyRequest) Reset() {
 	*x = ExportDiskKeyRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[15]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1136,7 +1216,7 @@ func (x *ExportDiskKeyRequest) String() string {
 func (*ExportDiskKeyRequest) ProtoMessage() {}
 
 func (x *ExportDiskKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[15]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1149,7 +1229,7 @@ func (x *ExportDiskKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportDiskKeyRequest.ProtoReflect.Descriptor instead.
 func (*ExportDiskKeyRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{15}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ExportDiskKeyRequest) GetName() string {
@@ -1184,7 +1264,7 @@ type ExportDiskKeyResponse struct {
 
 func (x *ExportDiskKeyResponse) Reset() {
 	*x = ExportDiskKeyResponse{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[16]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1196,7 +1276,7 @@ func (x *ExportDiskKeyResponse) String() string {
 func (*ExportDiskKeyResponse) ProtoMessage() {}
 
 func (x *ExportDiskKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[16]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1209,7 +1289,7 @@ func (x *ExportDiskKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportDiskKeyResponse.ProtoReflect.Descriptor instead.
 func (*ExportDiskKeyResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{16}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ExportDiskKeyResponse) GetParcel() []byte {
@@ -1255,7 +1335,7 @@ type VolumeLayout struct {
 
 func (x *VolumeLayout) Reset() {
 	*x = VolumeLayout{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[17]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1267,7 +1347,7 @@ func (x *VolumeLayout) String() string {
 func (*VolumeLayout) ProtoMessage() {}
 
 func (x *VolumeLayout) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[17]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1280,7 +1360,7 @@ func (x *VolumeLayout) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeLayout.ProtoReflect.Descriptor instead.
 func (*VolumeLayout) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{17}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *VolumeLayout) GetVm() string {
@@ -1387,7 +1467,7 @@ type RegisterVMRequest struct {
 
 func (x *RegisterVMRequest) Reset() {
 	*x = RegisterVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[18]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1399,7 +1479,7 @@ func (x *RegisterVMRequest) String() string {
 func (*RegisterVMRequest) ProtoMessage() {}
 
 func (x *RegisterVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[18]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1412,7 +1492,7 @@ func (x *RegisterVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterVMRequest.ProtoReflect.Descriptor instead.
 func (*RegisterVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{18}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *RegisterVMRequest) GetDatastore() string {
@@ -1452,7 +1532,7 @@ type UnregisterVMRequest struct {
 
 func (x *UnregisterVMRequest) Reset() {
 	*x = UnregisterVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[19]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1464,7 +1544,7 @@ func (x *UnregisterVMRequest) String() string {
 func (*UnregisterVMRequest) ProtoMessage() {}
 
 func (x *UnregisterVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[19]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1477,7 +1557,7 @@ func (x *UnregisterVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnregisterVMRequest.ProtoReflect.Descriptor instead.
 func (*UnregisterVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{19}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *UnregisterVMRequest) GetName() string {
@@ -1496,7 +1576,7 @@ type DeleteVMRequest struct {
 
 func (x *DeleteVMRequest) Reset() {
 	*x = DeleteVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[20]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1508,7 +1588,7 @@ func (x *DeleteVMRequest) String() string {
 func (*DeleteVMRequest) ProtoMessage() {}
 
 func (x *DeleteVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[20]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1521,7 +1601,7 @@ func (x *DeleteVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVMRequest.ProtoReflect.Descriptor instead.
 func (*DeleteVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{20}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *DeleteVMRequest) GetName() string {
@@ -1540,7 +1620,7 @@ type UnlockVMRequest struct {
 
 func (x *UnlockVMRequest) Reset() {
 	*x = UnlockVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[21]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1552,7 +1632,7 @@ func (x *UnlockVMRequest) String() string {
 func (*UnlockVMRequest) ProtoMessage() {}
 
 func (x *UnlockVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[21]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1565,7 +1645,7 @@ func (x *UnlockVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockVMRequest.ProtoReflect.Descriptor instead.
 func (*UnlockVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{21}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *UnlockVMRequest) GetName() string {
@@ -1600,7 +1680,7 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"\x03key\x18\v \x01(\v2\x15.strongroom.v1.KeyRefR\x03key\x12)\n" +
 	"\x05disks\x18\f \x03(\v2\x13.strongroom.v1.DiskR\x05disks\x125\n" +
 	"\bsettings\x18\r \x01(\v2\x19.strongroom.v1.VMSettingsR\bsettings\x124\n" +
-	"\acreated\x18\x0e \x01(\v2\x1a.google.protobuf.TimestampR\acreated\"\xbb\x02\n" +
+	"\acreated\x18\x0e \x01(\v2\x1a.google.protobuf.TimestampR\acreated\"\xeb\x02\n" +
 	"\x04Disk\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04file\x18\x02 \x01(\tR\x04file\x12\x1d\n" +
@@ -1616,7 +1696,14 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"\x06cipher\x18\t \x01(\tR\x06cipher\x12\x12\n" +
 	"\x04thin\x18\n" +
 	" \x01(\bR\x04thin\x12\x1c\n" +
-	"\tinterface\x18\v \x01(\tR\tinterface\"\xe2\x01\n" +
+	"\tinterface\x18\v \x01(\tR\tinterface\x12.\n" +
+	"\x05rekey\x18\f \x01(\v2\x18.strongroom.v1.DiskRekeyR\x05rekey\"t\n" +
+	"\tDiskRekey\x12'\n" +
+	"\x03key\x18\x01 \x01(\v2\x15.strongroom.v1.KeyRefR\x03key\x12\x1d\n" +
+	"\n" +
+	"done_bytes\x18\x02 \x01(\x03R\tdoneBytes\x12\x1f\n" +
+	"\vtotal_bytes\x18\x03 \x01(\x03R\n" +
+	"totalBytes\"\xe2\x01\n" +
 	"\n" +
 	"VMSettings\x12\x12\n" +
 	"\x04cpus\x18\x01 \x01(\rR\x04cpus\x12\x1d\n" +
@@ -1660,12 +1747,13 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"\x05disks\x18\x03 \x03(\tR\x05disks\"<\n" +
 	"\x10DecryptVMRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
-	"\x05disks\x18\x02 \x03(\tR\x05disks\"j\n" +
+	"\x05disks\x18\x02 \x03(\tR\x05disks\"~\n" +
 	"\x0eRekeyVMRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\bprovider\x18\x02 \x01(\tR\bprovider\x12\x12\n" +
 	"\x04deep\x18\x03 \x01(\bR\x04deep\x12\x14\n" +
-	"\x05disks\x18\x04 \x03(\tR\x05disks\"<\n" +
+	"\x05disks\x18\x04 \x03(\tR\x05disks\x12\x12\n" +
+	"\x04rate\x18\x05 \x01(\x03R\x04rate\"<\n" +
 	"\x10FillDisksRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05disks\x18\x02 \x03(\tR\x05disks\"p\n" +
@@ -1737,77 +1825,80 @@ func file_strongroom_v1_vm_proto_rawDescGZIP() []byte {
 	return file_strongroom_v1_vm_proto_rawDescData
 }
 
-var file_strongroom_v1_vm_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
+var file_strongroom_v1_vm_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
 var file_strongroom_v1_vm_proto_goTypes = []any{
 	(*KeyRef)(nil),                // 0: strongroom.v1.KeyRef
 	(*VM)(nil),                    // 1: strongroom.v1.VM
 	(*Disk)(nil),                  // 2: strongroom.v1.Disk
-	(*VMSettings)(nil),            // 3: strongroom.v1.VMSettings
-	(*NewDisk)(nil),               // 4: strongroom.v1.NewDisk
-	(*CreateVMRequest)(nil),       // 5: strongroom.v1.CreateVMRequest
-	(*ListVMsRequest)(nil),        // 6: strongroom.v1.ListVMsRequest
-	(*ListVMsResponse)(nil),       // 7: strongroom.v1.ListVMsResponse
-	(*GetVMRequest)(nil),          // 8: strongroom.v1.GetVMRequest
-	(*PowerOnVMRequest)(nil),      // 9: strongroom.v1.PowerOnVMRequest
-	(*PowerOffVMRequest)(nil),     // 10: strongroom.v1.PowerOffVMRequest
-	(*EncryptVMRequest)(nil),      // 11: strongroom.v1.EncryptVMRequest
-	(*DecryptVMRequest)(nil),      // 12: strongroom.v1.DecryptVMRequest
-	(*RekeyVMRequest)(nil),        // 13: strongroom.v1.RekeyVMRequest
-	(*FillDisksRequest)(nil),      // 14: strongroom.v1.FillDisksRequest
-	(*ExportDiskKeyRequest)(nil),  // 15: strongroom.v1.ExportDiskKeyRequest
-	(*ExportDiskKeyResponse)(nil), // 16: strongroom.v1.ExportDiskKeyResponse
-	(*VolumeLayout)(nil),          // 17: strongroom.v1.VolumeLayout
-	(*RegisterVMRequest)(nil),     // 18: strongroom.v1.RegisterVMRequest
-	(*UnregisterVMRequest)(nil),   // 19: strongroom.v1.UnregisterVMRequest
-	(*DeleteVMRequest)(nil),       // 20: strongroom.v1.DeleteVMRequest
-	(*UnlockVMRequest)(nil),       // 21: strongroom.v1.UnlockVMRequest
-	(*timestamppb.Timestamp)(nil), // 22: google.protobuf.Timestamp
-	(*Task)(nil),                  // 23: strongroom.v1.Task
+	(*DiskRekey)(nil),             // 3: strongroom.v1.DiskRekey
+	(*VMSettings)(nil),            // 4: strongroom.v1.VMSettings
+	(*NewDisk)(nil),               // 5: strongroom.v1.NewDisk
+	(*CreateVMRequest)(nil),       // 6: strongroom.v1.CreateVMRequest
+	(*ListVMsRequest)(nil),        // 7: strongroom.v1.ListVMsRequest
+	(*ListVMsResponse)(nil),       // 8: strongroom.v1.ListVMsResponse
+	(*GetVMRequest)(nil),          // 9: strongroom.v1.GetVMRequest
+	(*PowerOnVMRequest)(nil),      // 10: strongroom.v1.PowerOnVMRequest
+	(*PowerOffVMRequest)(nil),     // 11: strongroom.v1.PowerOffVMRequest
+	(*EncryptVMRequest)(nil),      // 12: strongroom.v1.EncryptVMRequest
+	(*DecryptVMRequest)(nil),      // 13: strongroom.v1.DecryptVMRequest
+	(*RekeyVMRequest)(nil),        // 14: strongroom.v1.RekeyVMRequest
+	(*FillDisksRequest)(nil),      // 15: strongroom.v1.FillDisksRequest
+	(*ExportDiskKeyRequest)(nil),  // 16: strongroom.v1.ExportDiskKeyRequest
+	(*ExportDiskKeyResponse)(nil), // 17: strongroom.v1.ExportDiskKeyResponse
+	(*VolumeLayout)(nil),          // 18: strongroom.v1.VolumeLayout
+	(*RegisterVMRequest)(nil),     // 19: strongroom.v1.RegisterVMRequest
+	(*UnregisterVMRequest)(nil),   // 20: strongroom.v1.UnregisterVMRequest
+	(*DeleteVMRequest)(nil),       // 21: strongroom.v1.DeleteVMRequest
+	(*UnlockVMRequest)(nil),       // 22: strongroom.v1.UnlockVMRequest
+	(*timestamppb.Timestamp)(nil), // 23: google.protobuf.Timestamp
+	(*Task)(nil),                  // 24: strongroom.v1.Task
 }
 var file_strongroom_v1_vm_proto_depIdxs = []int32{
 	0,  // 0: strongroom.v1.VM.key:type_name -> strongroom.v1.KeyRef
 	2,  // 1: strongroom.v1.VM.disks:type_name -> strongroom.v1.Disk
-	3,  // 2: strongroom.v1.VM.settings:type_name -> strongroom.v1.VMSettings
-	22, // 3: strongroom.v1.VM.created:type_name -> google.protobuf.Timestamp
+	4,  // 2: strongroom.v1.VM.settings:type_name -> strongroom.v1.VMSettings
+	23, // 3: strongroom.v1.VM.created:type_name -> google.protobuf.Timestamp
 	0,  // 4: strongroom.v1.Disk.key:type_name -> strongroom.v1.KeyRef
-	3,  // 5: strongroom.v1.CreateVMRequest.settings:type_name -> strongroom.v1.VMSettings
-	4,  // 6: strongroom.v1.CreateVMRequest.disks:type_name -> strongroom.v1.NewDisk
-	1,  // 7: strongroom.v1.ListVMsResponse.vms:type_name -> strongroom.v1.VM
-	17, // 8: strongroom.v1.ExportDiskKeyResponse.layout:type_name -> strongroom.v1.VolumeLayout
-	0,  // 9: strongroom.v1.VolumeLayout.key:type_name -> strongroom.v1.KeyRef
-	5,  // 10: strongroom.v1.VMService.CreateVM:input_type -> strongroom.v1.CreateVMRequest
-	6,  // 11: strongroom.v1.VMService.ListVMs:input_type -> strongroom.v1.ListVMsRequest
-	8,  // 12: strongroom.v1.VMService.GetVM:input_type -> strongroom.v1.GetVMRequest
-	9,  // 13: strongroom.v1.VMService.PowerOnVM:input_type -> strongroom.v1.PowerOnVMRequest
-	10, // 14: strongroom.v1.VMService.PowerOffVM:input_type -> strongroom.v1.PowerOffVMRequest
-	11, // 15: strongroom.v1.VMService.EncryptVM:input_type -> strongroom.v1.EncryptVMRequest
-	12, // 16: strongroom.v1.VMService.DecryptVM:input_type -> strongroom.v1.DecryptVMRequest
-	13, // 17: strongroom.v1.VMService.RekeyVM:input_type -> strongroom.v1.RekeyVMRequest
-	14, // 18: strongroom.v1.VMService.FillDisks:input_type -> strongroom.v1.FillDisksRequest
-	15, // 19: strongroom.v1.VMService.ExportDiskKey:input_type -> strongroom.v1.ExportDiskKeyRequest
-	18, // 20: strongroom.v1.VMService.RegisterVM:input_type -> strongroom.v1.RegisterVMRequest
-	19, // 21: strongroom.v1.VMService.UnregisterVM:input_type -> strongroom.v1.UnregisterVMRequest
-	20, // 22: strongroom.v1.VMService.DeleteVM:input_type -> strongroom.v1.DeleteVMRequest
-	21, // 23: strongroom.v1.VMService.UnlockVM:input_type -> strongroom.v1.UnlockVMRequest
-	23, // 24: strongroom.v1.VMService.CreateVM:output_type -> strongroom.v1.Task
-	7,  // 25: strongroom.v1.VMService.ListVMs:output_type -> strongroom.v1.ListVMsResponse
-	1,  // 26: strongroom.v1.VMService.GetVM:output_type -> strongroom.v1.VM
-	23, // 27: strongroom.v1.VMService.PowerOnVM:output_type -> strongroom.v1.Task
-	23, // 28: strongroom.v1.VMService.PowerOffVM:output_type -> strongroom.v1.Task
-	23, // 29: strongroom.v1.VMService.EncryptVM:output_type -> strongroom.v1.Task
-	23, // 30: strongroom.v1.VMService.DecryptVM:output_type -> strongroom.v1.Task
-	23, // 31: strongroom.v1.VMService.RekeyVM:output_type -> strongroom.v1.Task
-	23, // 32: strongroom.v1.VMService.FillDisks:output_type -> strongroom.v1.Task
-	16, // 33: strongroom.v1.VMService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
-	23, // 34: strongroom.v1.VMService.RegisterVM:output_type -> strongroom.v1.Task
-	23, // 35: strongroom.v1.VMService.UnregisterVM:output_type -> strongroom.v1.Task
-	23, // 36: strongroom.v1.VMService.DeleteVM:output_type -> strongroom.v1.Task
-	23, // 37: strongroom.v1.VMService.UnlockVM:output_type -> strongroom.v1.Task
-	24, // [24:38] is the sub-list for method output_type
-	10, // [10:24] is the sub-list for method input_type
-	10, // [10:10] is the sub-list for extension type_name
-	10, // [10:10] is the sub-list for extension extendee
-	0,  // [0:10] is the sub-list for field type_name
+	3,  // 5: strongroom.v1.Disk.rekey:type_name -> strongroom.v1.DiskRekey
+	0,  // 6: strongroom.v1.DiskRekey.key:type_name -> strongroom.v1.KeyRef
+	4,  // 7: strongroom.v1.CreateVMRequest.settings:type_name -> strongroom.v1.VMSettings
+	5,  // 8: strongroom.v1.CreateVMRequest.disks:type_name -> strongroom.v1.NewDisk
+	1,  // 9: strongroom.v1.ListVMsResponse.vms:type_name -> strongroom.v1.VM
+	18, // 10: strongroom.v1.ExportDiskKeyResponse.layout:type_name -> strongroom.v1.VolumeLayout
+	0,  // 11: strongroom.v1.VolumeLayout.key:type_name -> strongroom.v1.KeyRef
+	6,  // 12: strongroom.v1.VMService.CreateVM:input_type -> strongroom.v1.CreateVMRequest
+	7,  // 13: strongroom.v1.VMService.ListVMs:input_type -> strongroom.v1.ListVMsRequest
+	9,  // 14: strongroom.v1.VMService.GetVM:input_type -> strongroom.v1.GetVMRequest
+	10, // 15: strongroom.v1.VMService.PowerOnVM:input_type -> strongroom.v1.PowerOnVMRequest
+	11, // 16: strongroom.v1.VMService.PowerOffVM:input_type -> strongroom.v1.PowerOffVMRequest
+	12, // 17: strongroom.v1.VMService.EncryptVM:input_type -> strongroom.v1.EncryptVMRequest
+	13, // 18: strongroom.v1.VMService.DecryptVM:input_type -> strongroom.v1.DecryptVMRequest
+	14, // 19: strongroom.v1.VMService.RekeyVM:input_type -> strongroom.v1.RekeyVMRequest
+	15, // 20: strongroom.v1.VMService.FillDisks:input_type -> strongroom.v1.FillDisksRequest
+	16, // 21: strongroom.v1.VMService.ExportDiskKey:input_type -> strongroom.v1.ExportDiskKeyRequest
+	19, // 22: strongroom.v1.VMService.RegisterVM:input_type -> strongroom.v1.RegisterVMRequest
+	20, // 23: strongroom.v1.VMService.UnregisterVM:input_type -> strongroom.v1.UnregisterVMRequest
+	21, // 24: strongroom.v1.VMService.DeleteVM:input_type -> strongroom.v1.DeleteVMRequest
+	22, // 25: strongroom.v1.VMService.UnlockVM:input_type -> strongroom.v1.UnlockVMRequest
+	24, // 26: strongroom.v1.VMService.CreateVM:output_type -> strongroom.v1.Task
+	8,  // 27: strongroom.v1.VMService.ListVMs:output_type -> strongroom.v1.ListVMsResponse
+	1,  // 28: strongroom.v1.VMService.GetVM:output_type -> strongroom.v1.VM
+	24, // 29: strongroom.v1.VMService.PowerOnVM:output_type -> strongroom.v1.Task
+	24, // 30: strongroom.v1.VMService.PowerOffVM:output_type -> strongroom.v1.Task
+	24, // 31: strongroom.v1.VMService.EncryptVM:output_type -> strongroom.v1.Task
+	24, // 32: strongroom.v1.VMService.DecryptVM:output_type -> strongroom.v1.Task
+	24, // 33: strongroom.v1.VMService.RekeyVM:output_type -> strongroom.v1.Task
+	24, // 34: strongroom.v1.VMService.FillDisks:output_type -> strongroom.v1.Task
+	17, // 35: strongroom.v1.VMService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
+	24, // 36: strongroom.v1.VMService.RegisterVM:output_type -> strongroom.v1.Task
+	24, // 37: strongroom.v1.VMService.UnregisterVM:output_type -> strongroom.v1.Task
+	24, // 38: strongroom.v1.VMService.DeleteVM:output_type -> strongroom.v1.Task
+	24, // 39: strongroom.v1.VMService.UnlockVM:output_type -> strongroom.v1.Task
+	26, // [26:40] is the sub-list for method output_type
+	12, // [12:26] is the sub-list for method input_type
+	12, // [12:12] is the sub-list for extension type_name
+	12, // [12:12] is the sub-list for extension extendee
+	0,  // [0:12] is the sub-list for field type_name
 }
 
 func init() { file_strongroom_v1_vm_proto_init() }
@@ -1823,7 +1914,7 @@ func file_strongroom_v1_vm_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_strongroom_v1_vm_proto_rawDesc), len(file_strongroom_v1_vm_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   22,
+			NumMessages:   23,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

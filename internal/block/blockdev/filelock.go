@@ -13,13 +13,16 @@ import (
 // lock on byte 100+i for every permission i that it uses, and on byte 200+i for
 // every permission that it does not let others have, then looks for locks of
 // others that conflict.
+// HeaderRetry is how often somebody who waits for a header lock looks again. One
+// who takes it again and again leaves it free for longer, once in a while.
+const HeaderRetry = 5 * time.Millisecond
+
 const (
-	lockUses    = 100
-	lockDenies  = 200
-	lockEnd     = 300
-	lockPermOf  = 1 // the permission "write"
-	headerWait  = 10 * time.Second
-	headerRetry = 5 * time.Millisecond
+	lockUses   = 100
+	lockDenies = 200
+	lockEnd    = 300
+	lockPermOf = 1 // the permission "write"
+	headerWait = 10 * time.Second
 	// inUseWait outlasts a lock that was given up: a process that is being
 	// started holds a copy of every descriptor from its fork to its exec.
 	inUseWait = 250 * time.Millisecond
@@ -33,7 +36,7 @@ func (f *File) lock() error {
 	if !f.isBlock {
 		err := f.lockInUse()
 		for deadline := time.Now().Add(inUseWait); errors.Is(err, ErrInUse) && time.Now().Before(deadline); {
-			time.Sleep(headerRetry)
+			time.Sleep(HeaderRetry)
 			err = f.lockInUse()
 		}
 		if err != nil {
@@ -92,7 +95,7 @@ func (f *File) flock(how int) error {
 		case err == nil:
 			return nil
 		case errors.Is(err, unix.EWOULDBLOCK) && time.Now().Before(deadline):
-			time.Sleep(headerRetry)
+			time.Sleep(HeaderRetry)
 		case errors.Is(err, unix.EWOULDBLOCK):
 			return fmt.Errorf("%w: its header is locked", ErrInUse)
 		case !errors.Is(err, unix.EINTR):

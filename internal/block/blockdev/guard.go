@@ -24,6 +24,8 @@ type Guard struct {
 	change sync.Cond  // broadcast when a Pass leaves while others wait
 	waits  int        // goroutines inside change.Wait
 	closed bool
+
+	entered uint64 // requests admitted so far
 }
 
 // Pass is a request that was admitted by [Guard.Enter]. It must be given back
@@ -73,7 +75,16 @@ func (g *Guard) Enter(off, n int64, access Access) (*Pass, error) {
 	for g.mustWait(p) {
 		g.wait()
 	}
+	g.entered++
 	return p, nil
+}
+
+// Entered returns how many requests were admitted so far. Who knows his own
+// tells by it whether others are at work.
+func (g *Guard) Entered() uint64 {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.entered
 }
 
 // EnterAll admits a request that excludes every other one with a range.

@@ -83,3 +83,27 @@ func freeID(members object, limit int) (string, error) {
 	}
 	return "", fmt.Errorf("%w: all %d places are taken", ErrNoSpace, limit)
 }
+
+// SetNextSafe makes s the key safe of the key that the deep rekey under way leads
+// to. The header is written by [Header.Commit]. It returns an error wrapping
+// [ErrNoSpace] if the safe does not fit, [ErrUnsupported] if no rekey is under
+// way, and then changes nothing.
+func (h *Header) SetNextSafe(s *keysafe.Safe) error {
+	_, err := h.meta.reencryption()
+	if err == nil {
+		doc := cloneJSON(h.doc)
+		tokens := doc["tokens"].(object)
+		for id, t := range tokens {
+			if token := t.(object); token["type"] == tokenType && token[tokenRekey] != nil {
+				delete(tokens, id)
+			}
+		}
+		if err = addSafe(doc, s, true); err == nil {
+			err = h.replace(doc)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("cannot put the next key safe into LUKS2 header: %w", err)
+	}
+	return nil
+}

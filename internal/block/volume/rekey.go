@@ -1,11 +1,11 @@
 package volume
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"math"
-	"time"
 
 	"strongroom/internal/block/blockdev"
 	"strongroom/internal/block/luks"
@@ -26,16 +26,17 @@ type RekeyOptions struct {
 	// rekey goes on it may be nil.
 	NewDEK *keymem.Key
 	// NewSafe holds NewDEK; its owner is the volume's. It is in the header beside
-	// the old one from the first to the last commit, and alone afterwards. It is
-	// used when a rekey begins only. Nil: the key is kept elsewhere.
+	// the old one from the first to the last commit, and alone afterwards. When a
+	// rekey goes on it replaces the next key safe that is there. Nil: that stays,
+	// or the key is kept elsewhere.
 	NewSafe *keysafe.Safe
 	// NewPassphrase, if not nil, gets a keyslot for NewDEK when a rekey begins.
 	// Recovery passphrases of the old key end with it.
 	NewPassphrase *keymem.Key
 	// PassphraseCost is the cost of that keyslot; zero: the default.
 	PassphraseCost luks.Argon2id
-	// Rate bounds what is rewritten, in bytes a second; 0: unbounded.
-	Rate int64
+	// Rate bounds how fast data are rewritten; nil: it is not bounded.
+	Rate *Rate
 	// Zone is how much is rewritten at once, in bytes; 0: [ZoneDefault]. It is
 	// rounded to whole blocks and bounded by the space for the journal, which is
 	// decided when a rekey begins: under 16 MiB with the default data offset. A
@@ -55,9 +56,12 @@ type RekeyInfo struct {
 
 // Rekey replaces the DEK and rewrites all data under the new one, as
 // docs/spec/online-rekey.md describes, while the volume is in use: a request
-// waits only while its own zone is rewritten. It goes on where an earlier one
-// has stopped, also one of an earlier process if the volume was opened with
-// [Options.NextDEK].
+// waits only while its own zone is rewritten, and while there are requests the
+// rekey rests as long as it works. It goes on where an earlier one has stopped,
+// also one of an earlier process if the volume was opened with
+// [Options.NextDEK]. Without a new DEK and without one to go on with, it makes
+// good what the end of an earlier rekey may have left undone: a header copy that
+// is out of date, and traces of the old key in front of the data.
 //
 // If it returns nil, the old DEK opens nothing, and header and keyslot area hold
 // nothing of it. If it returns an error, ctx's included, the volume works on
@@ -92,16 +96,16 @@ func (v *Volume) rekey(ctx context.Context, opts RekeyOptions) error {
 	if err != nil || finished {
 		return err
 	}
-	throttle := throttle{rate: opts.Rate, start: time.Now()}
+	pace := newPace(v, opts.Rate)
 	for v.boundary.Load() != allNew {
-		if err := throttle.wait(ctx); err != nil {
+		if err := pace.wait(ctx); err != nil {
 			return err
 		}
 		n, err := r.step()
 		if err != nil {
 			return err
 		}
-		throttle.done += n
+		pace.zone(n)
 		if opts.Progress != nil {
 			size := v.Size()
 			opts.Progress(min(v.boundary.Load(), size), size)
@@ -162,7 +166,15 @@ func (r *rekey) begin(opts RekeyOptions) (finished bool, err error) {
 	if segment, err := dataSegment(r.header); err != nil || segment != v.segment || r.header.UUID() != v.uuid {
 		return false, fmt.Errorf("%w: it was %s", ErrChanged, v.uuid)
 	}
+	if v.next != nil && !underWay && v.boundary.Load() == 0 && r.header.VerifyKey(v.dek) == nil {
+		// The commit that undid it was reported as failed, and was there all the same.
+		if err := v.forgetNext(); err != nil {
+			return false, err
+		}
+	}
 	switch {
+	case v.next == nil && opts.NewDEK == nil && !underWay:
+		return true, r.tidy()
 	case v.next == nil && opts.NewDEK == nil:
 		return false, errors.New("there is no new DEK")
 	case v.next != nil && opts.NewDEK != nil && !opts.NewDEK.Equal(v.nextDEK):
@@ -188,6 +200,9 @@ func (r *rekey) begin(opts RekeyOptions) (finished bool, err error) {
 			return false, fmt.Errorf("%w: its rekey has gone on", ErrChanged)
 		}
 		if err := r.header.VerifyReencryption(v.dek, v.nextDEK); err != nil {
+			return false, err
+		}
+		if err := r.replaceNext(opts.NewSafe); err != nil {
 			return false, err
 		}
 	}
@@ -289,6 +304,38 @@ func (r *rekey) locked(f func() error) error {
 	})
 }
 
+// replaceNext makes safe, unless it is nil, the key safe of the next key.
+func (r *rekey) replaceNext(safe *keysafe.Safe) error {
+	if safe == nil {
+		return nil
+	}
+	safes, err := r.header.Safes()
+	if err != nil {
+		return err
+	}
+	if n := len(safes); n > 0 && bytes.Equal(safes[n-1].Encode(), safe.Encode()) && len(r.header.Damaged()) == 0 {
+		return nil
+	}
+	return r.locked(func() error {
+		return r.commit(func() error { return r.header.SetNextSafe(safe) })
+	})
+}
+
+// tidy makes good what a rekey that came to its end has left undone.
+func (r *rekey) tidy() error {
+	return r.locked(func() error {
+		if err := r.header.VerifyKey(r.v.dek); err != nil {
+			return fmt.Errorf("%w: its key is another one", ErrChanged)
+		}
+		if len(r.header.Damaged()) > 0 {
+			if err := r.header.Commit(r.storage); err != nil {
+				return err
+			}
+		}
+		return wipeFree(r.v.dev, r.storage, r.header)
+	})
+}
+
 // finish wipes what is left of the old key, after the last commit, and forgets
 // the key.
 func (r *rekey) finish() error {
@@ -307,22 +354,21 @@ func (r *rekey) finish() error {
 // wipeFree overwrites what no keyslot uses of the space in front of the data, as
 // far as it is allocated, and then gives it back.
 func wipeFree(dev blockdev.Device, storage luks.Storage, h *luks.Header) error {
-	free := h.FreeAreas()
-	wiped := false
-	for _, area := range free {
-		any, err := wipe(dev, storage, area)
+	var wiped []luks.Area
+	for _, area := range h.FreeAreas() {
+		areas, err := wipe(dev, storage, area)
 		if err != nil {
 			return err
 		}
-		wiped = wiped || any
+		wiped = append(wiped, areas...)
 	}
-	if !wiped {
+	if len(wiped) == 0 {
 		return nil
 	}
 	if err := storage.Flush(); err != nil {
 		return err
 	}
-	for _, area := range free {
+	for _, area := range wiped {
 		if err := dev.WriteZeroes(area.Offset, area.Size, true); err != nil {
 			return err
 		}
@@ -330,29 +376,32 @@ func wipeFree(dev blockdev.Device, storage luks.Storage, h *luks.Header) error {
 	return storage.Flush()
 }
 
-// wipe overwrites what dev has allocated of an area, and reports whether that
-// is anything.
-func wipe(dev blockdev.Device, storage luks.Storage, area luks.Area) (any bool, err error) {
+// wipe overwrites what dev has allocated of an area, and returns where that is.
+func wipe(dev blockdev.Device, storage luks.Storage, area luks.Area) (wiped []luks.Area, err error) {
 	zeros := make([]byte, min(area.Size, bufferSize))
 	extenter, _ := dev.(blockdev.Extenter)
 	for off, end := area.Offset, area.Offset+area.Size; off < end; {
 		e := blockdev.Extent{Length: end - off}
 		if extenter != nil {
 			if e, err = extenter.NextExtent(off); err != nil {
-				return any, err
+				return nil, err
 			}
 		}
 		n := min(e.Length, end-off)
 		if !e.Hole {
 			n = min(n, int64(len(zeros)))
 			if _, err := storage.WriteAt(zeros[:n], off); err != nil {
-				return any, err
+				return nil, err
 			}
-			any = true
+			if last := len(wiped) - 1; last >= 0 && wiped[last].Offset+wiped[last].Size == off {
+				wiped[last].Size += n
+			} else {
+				wiped = append(wiped, luks.Area{Offset: off, Size: n})
+			}
 		}
 		off += n
 	}
-	return any, nil
+	return wiped, nil
 }
 
 // retireKey makes the next key the only one.
@@ -367,30 +416,4 @@ func (v *Volume) retireKey() error {
 	v.dek, v.cipher, v.nextDEK, v.next = v.nextDEK, v.next, nil, nil
 	v.boundary.Store(0)
 	return nil
-}
-
-// throttle holds a rekey back to a rate.
-type throttle struct {
-	rate  int64 // bytes a second; 0: none
-	start time.Time
-	done  int64 // bytes
-}
-
-// wait returns when more may be done, or with the error of ctx.
-func (t *throttle) wait(ctx context.Context) error {
-	if err := context.Cause(ctx); err != nil {
-		return err
-	}
-	if t.rate <= 0 {
-		return nil
-	}
-	due := t.start.Add(time.Duration(float64(t.done) / float64(t.rate) * float64(time.Second)))
-	timer := time.NewTimer(time.Until(due))
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return nil
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
 }

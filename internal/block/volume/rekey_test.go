@@ -211,7 +211,7 @@ func TestRekeyRefuses(t *testing.T) {
 	mem = mem.Clone()
 	v = openVolume(t, mem, dek)
 	for name, opts := range map[string]volume.RekeyOptions{
-		"no key": {}, "the same key": {NewDEK: dek}, "short key": {NewDEK: newKey(t, 32)},
+		"the same key": {NewDEK: dek}, "short key": {NewDEK: newKey(t, 32)},
 	} {
 		if err := v.Rekey(t.Context(), opts); err == nil {
 			t.Errorf("%s: no error", name)
@@ -249,7 +249,7 @@ func TestRekeyRate(t *testing.T) {
 	check(t, err)
 	ctx, cancel := context.WithCancelCause(t.Context())
 	calls := 0
-	err = v.Rekey(ctx, volume.RekeyOptions{NewDEK: newKey(t, 64), Zone: 4096, Rate: 1, Progress: func(int64, int64) {
+	err = v.Rekey(ctx, volume.RekeyOptions{NewDEK: newKey(t, 64), Zone: 4096, Rate: volume.NewRate(1), Progress: func(int64, int64) {
 		calls++ // the next zone is due in an hour
 		go cancel(errPause)
 	}})
@@ -257,7 +257,7 @@ func TestRekeyRate(t *testing.T) {
 	if calls != 1 {
 		t.Errorf("%d zones were rewritten", calls)
 	}
-	check(t, v.Rekey(t.Context(), volume.RekeyOptions{Rate: 1 << 30}))
+	check(t, v.Rekey(t.Context(), volume.RekeyOptions{Rate: volume.NewRate(1 << 30)}))
 }
 
 // TestRekeyWhileInUse rekeys under random requests of many goroutines, each with

@@ -64,29 +64,33 @@ func (c *Client) Close() error {
 
 // AddDisk makes the volume process open and serve a disk. file is the open disk,
 // with the locks that whoever opened it has taken, which the volume process then
-// shares; dek is its key, or nil for a raw disk. Both stay the caller's. Errors:
+// shares; dek is its key, or nil for a raw disk; next is the key that a deep rekey
+// leads to, or nil if none is under way. All stay the caller's. Errors:
 // kind [errs.Corrupt] if the key is not the disk's or the header is bad,
 // [errs.Exists], [errs.InvalidState] if the disk is in use, ...
-func (c *Client) AddDisk(ctx context.Context, d Disk, file *os.File, dek *keymem.Key) error {
+func (c *Client) AddDisk(ctx context.Context, d Disk, file *os.File, dek, next *keymem.Key) error {
 	r := request{Op: opAddDisk, Disk: d.Name, Format: d.Format, ReadOnly: d.ReadOnly, Size: d.SizeMin}
 	if dek != nil {
 		r.KeyBytes = dek.Len()
 	}
-	_, err := c.call(ctx, r, file, dek)
+	if next != nil {
+		r.NextKeyBytes = next.Len()
+	}
+	_, err := c.call(ctx, r, file, dek, next)
 	return errs.Wrap(err, "cannot add disk %s", d.Name)
 }
 
 // RemoveDisk makes the volume process flush and close a disk. NBD clients that
 // do not leave by themselves are disconnected.
 func (c *Client) RemoveDisk(ctx context.Context, disk string) error {
-	_, err := c.call(ctx, request{Op: opRemoveDisk, Disk: disk}, nil, nil)
+	_, err := c.call(ctx, request{Op: opRemoveDisk, Disk: disk}, nil)
 	return errs.Wrap(err, "cannot remove disk %s", disk)
 }
 
 // Listen makes the volume process serve NBD on a listening unix stream socket,
 // in place of an earlier one. listener stays the caller's.
 func (c *Client) Listen(ctx context.Context, listener *os.File) error {
-	_, err := c.call(ctx, request{Op: opListen}, listener, nil)
+	_, err := c.call(ctx, request{Op: opListen}, listener)
 	return errs.Wrap(err, "cannot serve NBD")
 }
 
@@ -103,25 +107,51 @@ func (c *Client) ListenVhostUser(ctx context.Context, disk string, listener *os.
 // When it returns nil, both header copies have the new safe, durably, and the
 // old KEK is not needed any more; after an error both KEKs must be kept.
 func (c *Client) ReplaceSafe(ctx context.Context, disk string, safe *keysafe.Safe) error {
-	_, err := c.call(ctx, request{Op: opReplaceSafe, Disk: disk, Safe: safe}, nil, nil)
+	_, err := c.call(ctx, request{Op: opReplaceSafe, Disk: disk, Safe: safe}, nil)
 	return errs.Wrap(err, "cannot replace key safe of disk %s", disk)
+}
+
+// Rekey makes the volume process rekey a disk in use deeply: with next as its new
+// DEK, which stays the caller's, in safe, the new key safe; or go on with the rekey
+// under way, under safe if that is not nil, if next is nil. It may rewrite rate
+// bytes a second; 0: any number. It returns when the rekey is at work; [Client.Status]
+// tells of its progress and of its end. Of one that is at work it changes the rate
+// and nothing else.
+//
+// From now on both KEKs are needed, until the rekey has come to its end without
+// failure.
+func (c *Client) Rekey(ctx context.Context, disk string, next *keymem.Key, safe *keysafe.Safe, rate int64) error {
+	r := request{Op: opRekey, Disk: disk, Safe: safe, Rate: rate}
+	if next != nil {
+		r.NextKeyBytes = next.Len()
+	}
+	_, err := c.call(ctx, r, nil, next)
+	return errs.Wrap(err, "cannot rekey disk %s", disk)
+}
+
+// StopRekey stops the deep rekey of a disk at the next safe point. If no data were
+// moved yet it is undone, else it can go on later, by [Client.Rekey]. Without a
+// rekey it does nothing.
+func (c *Client) StopRekey(ctx context.Context, disk string) error {
+	_, err := c.call(ctx, request{Op: opStopRekey, Disk: disk}, nil)
+	return errs.Wrap(err, "cannot stop the rekey of disk %s", disk)
 }
 
 // Resize sets the size of a disk in bytes, a multiple of 512.
 func (c *Client) Resize(ctx context.Context, disk string, size int64) error {
-	_, err := c.call(ctx, request{Op: opResize, Disk: disk, Size: size}, nil, nil)
+	_, err := c.call(ctx, request{Op: opResize, Disk: disk, Size: size}, nil)
 	return errs.Wrap(err, "cannot resize disk %s", disk)
 }
 
 // Flush makes all completed writes of a disk durable.
 func (c *Client) Flush(ctx context.Context, disk string) error {
-	_, err := c.call(ctx, request{Op: opFlush, Disk: disk}, nil, nil)
+	_, err := c.call(ctx, request{Op: opFlush, Disk: disk}, nil)
 	return errs.Wrap(err, "cannot flush disk %s", disk)
 }
 
 // Status returns what the volume process is doing.
 func (c *Client) Status(ctx context.Context) (*Status, error) {
-	answer, err := c.call(ctx, request{Op: opStatus}, nil, nil)
+	answer, err := c.call(ctx, request{Op: opStatus}, nil)
 	if err == nil && answer.Status == nil {
 		err = fmt.Errorf("%w: status is missing", ErrProtocol)
 	}
@@ -134,13 +164,13 @@ func (c *Client) Status(ctx context.Context) (*Status, error) {
 // Shutdown makes the volume process flush and close everything and end. It
 // returns when all is durable, a moment before the process ends.
 func (c *Client) Shutdown(ctx context.Context) error {
-	_, err := c.call(ctx, request{Op: opShutdown}, nil, nil)
+	_, err := c.call(ctx, request{Op: opShutdown}, nil)
 	return errs.Wrap(err, "cannot shut down volume process")
 }
 
 // call sends a request and returns its reply. When ctx ends meanwhile, the
 // connection is given up, since what comes on it is not known any more.
-func (c *Client) call(ctx context.Context, r request, file *os.File, key *keymem.Key) (*reply, error) {
+func (c *Client) call(ctx context.Context, r request, file *os.File, keys ...*keymem.Key) (*reply, error) {
 	if err := r.validate(); err != nil {
 		return nil, errs.New(errs.Invalid, "%w", err)
 	}
@@ -154,16 +184,16 @@ func (c *Client) call(ctx context.Context, r request, file *os.File, key *keymem
 			return nil, err
 		}
 	}
-	answer, err := c.exchange(ctx, r, file, key)
+	answer, err := c.exchange(ctx, r, file, keys...)
 	if err != nil {
 		c.disconnect()
 		return nil, err
 	}
-	return answer, answer.Error.error()
+	return answer, answer.Error.Err()
 }
 
 // exchange runs one request on the connection.
-func (c *Client) exchange(ctx context.Context, r request, file *os.File, key *keymem.Key) (*reply, error) {
+func (c *Client) exchange(ctx context.Context, r request, file *os.File, keys ...*keymem.Key) (*reply, error) {
 	conn := c.link.conn
 	conn.SetDeadline(time.Time{})
 	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
@@ -178,7 +208,10 @@ func (c *Client) exchange(ctx context.Context, r request, file *os.File, key *ke
 		if err := c.link.send(r, file); err != nil {
 			return nil, err
 		}
-		if key != nil {
+		for _, key := range keys {
+			if key == nil {
+				continue
+			}
 			if err := c.link.sendKey(key); err != nil {
 				return nil, err
 			}
@@ -211,10 +244,10 @@ func (c *Client) connect(ctx context.Context) error {
 	pid, err := checkPeer(c.link.conn)
 	var answer *reply
 	if err == nil {
-		answer, err = c.exchange(ctx, request{Op: opHello, Version: Version}, nil, nil)
+		answer, err = c.exchange(ctx, request{Op: opHello, Version: Version}, nil)
 	}
 	if err == nil {
-		err = answer.Error.error()
+		err = answer.Error.Err()
 	}
 	if err == nil && answer.Version != Version {
 		err = fmt.Errorf("%w: it speaks version %d", ErrProtocol, answer.Version)

@@ -18,9 +18,9 @@ import (
 // Handler does what hosts ask for. Its methods may be called concurrently;
 // errors cross with text, kind, reason and hint.
 type Handler interface {
-	// AddDisk opens and serves a disk. file and dek (nil for a raw disk) belong
-	// to the handler, also if it fails.
-	AddDisk(ctx context.Context, d Disk, file *os.File, dek *keymem.Key) error
+	// AddDisk opens and serves a disk. file, dek (nil for a raw disk) and next (nil
+	// if no deep rekey is under way) belong to the handler, also if it fails.
+	AddDisk(ctx context.Context, d Disk, file *os.File, dek, next *keymem.Key) error
 	// RemoveDisk flushes and closes a disk.
 	RemoveDisk(ctx context.Context, disk string) error
 	// Listen serves NBD on a socket, which belongs to the handler, also if it
@@ -31,6 +31,13 @@ type Handler interface {
 	ListenVhostUser(ctx context.Context, disk string, listener *os.File) error
 	// ReplaceSafe replaces the key safe of a disk.
 	ReplaceSafe(ctx context.Context, disk string, safe *keysafe.Safe) error
+	// Rekey begins a deep rekey of a disk, goes on with one (next is nil, and safe
+	// may be), or changes the rate of one that is at work, in bytes a second (0: not
+	// bounded). next belongs to the handler, also if it fails.
+	Rekey(ctx context.Context, disk string, next *keymem.Key, safe *keysafe.Safe, rate int64) error
+	// StopRekey stops a deep rekey at a safe point, and undoes one that has moved
+	// nothing.
+	StopRekey(ctx context.Context, disk string) error
 	// Resize sets the size of a disk, in bytes, a multiple of 512.
 	Resize(ctx context.Context, disk string, size int64) error
 	// Flush makes all writes of a disk durable.
@@ -107,9 +114,9 @@ func (s *Server) serve(ctx context.Context, conn *net.UnixConn) error {
 		if err != nil {
 			return err
 		}
-		r, key, err := s.complete(ctx, l, message, fds)
+		r, keys, err := s.complete(ctx, l, message, fds)
 		if err == nil && greeted == (r.Op == opHello) {
-			key.Close()
+			keys.close()
 			err = fmt.Errorf("%w: hello must come first and once", ErrProtocol)
 		}
 		if err != nil {
@@ -118,7 +125,7 @@ func (s *Server) serve(ctx context.Context, conn *net.UnixConn) error {
 		}
 		greeted = true
 		// Done whether or not the host waits: half a rekey helps nobody.
-		answer := s.handle(context.WithoutCancel(ctx), r, fds, key)
+		answer := s.handle(context.WithoutCancel(ctx), r, fds, keys)
 		conn.SetWriteDeadline(time.Now().Add(stepTimeout))
 		if err := l.send(answer, nil); err != nil {
 			return fmt.Errorf("cannot answer %s: %w", r.Op, err)
@@ -126,32 +133,49 @@ func (s *Server) serve(ctx context.Context, conn *net.UnixConn) error {
 	}
 }
 
-// complete parses a request and receives its key, if it has one.
-func (s *Server) complete(ctx context.Context, l *link, message []byte, fds []int) (*request, *keymem.Key, error) {
-	r, err := parseRequest(message)
-	if err != nil {
-		return nil, nil, err
-	}
-	if len(fds) != r.descriptors() {
-		return nil, nil, fmt.Errorf("%w: %s with %d descriptors", ErrProtocol, r.Op, len(fds))
-	}
-	if r.KeyBytes == 0 {
-		return r, nil, nil
-	}
-	l.conn.SetReadDeadline(time.Now().Add(stepTimeout))
-	key, err := l.receiveKey(r.KeyBytes)
-	if err != nil {
-		return nil, nil, err
-	}
-	l.conn.SetReadDeadline(time.Time{})
-	if ctx.Err() != nil { // its interrupt may have been overwritten just now
-		key.Close()
-		return nil, nil, ctx.Err()
-	}
-	return r, key, nil
+// keys are those that came with a request; nil: none.
+type keys struct{ dek, next *keymem.Key }
+
+func (k keys) close() {
+	k.dek.Close()
+	k.next.Close()
 }
 
-func (s *Server) handle(ctx context.Context, r *request, fds []int, key *keymem.Key) *reply {
+// complete parses a request and receives the keys that it announces.
+func (s *Server) complete(ctx context.Context, l *link, message []byte, fds []int) (_ *request, k keys, err error) {
+	r, err := parseRequest(message)
+	if err != nil {
+		return nil, keys{}, err
+	}
+	if len(fds) != r.descriptors() {
+		return nil, keys{}, fmt.Errorf("%w: %s with %d descriptors", ErrProtocol, r.Op, len(fds))
+	}
+	if r.KeyBytes == 0 && r.NextKeyBytes == 0 {
+		return r, keys{}, nil
+	}
+	defer func() {
+		if err != nil {
+			k.close()
+			k = keys{}
+		}
+	}()
+	l.conn.SetReadDeadline(time.Now().Add(stepTimeout))
+	for _, key := range []struct {
+		n  int
+		to **keymem.Key
+	}{{r.KeyBytes, &k.dek}, {r.NextKeyBytes, &k.next}} {
+		if key.n == 0 {
+			continue
+		}
+		if *key.to, err = l.receiveKey(key.n); err != nil {
+			return nil, k, err
+		}
+	}
+	l.conn.SetReadDeadline(time.Time{})
+	return r, k, ctx.Err() // its interrupt may have been overwritten just now
+}
+
+func (s *Server) handle(ctx context.Context, r *request, fds []int, k keys) *reply {
 	var answer reply
 	var err error
 	switch r.Op {
@@ -159,7 +183,7 @@ func (s *Server) handle(ctx context.Context, r *request, fds []int, key *keymem.
 		answer = reply{Version: min(r.Version, Version), VM: s.VM, PID: os.Getpid()}
 	case opAddDisk:
 		d := Disk{Name: r.Disk, Format: r.Format, ReadOnly: r.ReadOnly, SizeMin: r.Size}
-		err = s.Handler.AddDisk(ctx, d, os.NewFile(uintptr(fds[0]), "disk "+d.Name), key)
+		err = s.Handler.AddDisk(ctx, d, os.NewFile(uintptr(fds[0]), "disk "+d.Name), k.dek, k.next)
 	case opRemoveDisk:
 		err = s.Handler.RemoveDisk(ctx, r.Disk)
 	case opListen:
@@ -168,6 +192,10 @@ func (s *Server) handle(ctx context.Context, r *request, fds []int, key *keymem.
 		err = s.Handler.ListenVhostUser(ctx, r.Disk, os.NewFile(uintptr(fds[0]), "vhost-user socket"))
 	case opReplaceSafe:
 		err = s.Handler.ReplaceSafe(ctx, r.Disk, r.Safe)
+	case opRekey:
+		err = s.Handler.Rekey(ctx, r.Disk, k.next, r.Safe, r.Rate)
+	case opStopRekey:
+		err = s.Handler.StopRekey(ctx, r.Disk)
 	case opResize:
 		err = s.Handler.Resize(ctx, r.Disk, r.Size)
 	case opFlush:
@@ -178,13 +206,17 @@ func (s *Server) handle(ctx context.Context, r *request, fds []int, key *keymem.
 		err = s.Handler.Shutdown(ctx)
 	}
 	if err != nil {
-		answer = reply{Error: failureOf(err)}
+		answer = reply{Error: FailureOf(err)}
 	}
 	attrs := []slog.Attr{slog.String("op", r.Op), slog.String("disk", r.Disk)}
 	if err != nil {
 		s.Log.LogAttrs(ctx, slog.LevelError, "request of host failed", append(attrs, slog.Any("err", err))...)
 	} else {
-		s.Log.LogAttrs(ctx, slog.LevelInfo, "request of host done", attrs...)
+		level := slog.LevelInfo
+		if r.Op == opStatus { // asked again and again
+			level = slog.LevelDebug
+		}
+		s.Log.LogAttrs(ctx, level, "request of host done", attrs...)
 	}
 	return &answer
 }

@@ -92,6 +92,18 @@ type DiskStatus struct {
 	Failures     uint64   `json:"failures"`         // requests that failed
 	Damage       []string `json:"damage,omitempty"` // header copies that are bad
 	HeaderError  string   `json:"header_error,omitempty"`
+	Rekey        *Rekey   `json:"rekey,omitempty"` // nil without a deep rekey
+}
+
+// Rekey is how far the deep rekey of a disk has come.
+type Rekey struct {
+	Running bool  `json:"running"` // it is at work in this process
+	Done    int64 `json:"done"`    // bytes, holes included
+	Total   int64 `json:"total"`   // bytes; grows with the disk
+	Rate    int64 `json:"rate"`    // bytes a second that it may rewrite; 0: any number
+	Speed   int64 `json:"speed"`   // bytes a second by which Done has grown since this process began
+	// Failure is why it stopped by itself.
+	Failure *Failure `json:"error,omitempty"`
 }
 
 // The operations.
@@ -102,6 +114,8 @@ const (
 	opListen      = "listen"
 	opListenVhost = "listen-vhost-user"
 	opReplaceSafe = "replace-safe"
+	opRekey       = "rekey"
+	opStopRekey   = "stop-rekey"
 	opResize      = "resize"
 	opFlush       = "flush"
 	opStatus      = "status"
@@ -109,25 +123,28 @@ const (
 )
 
 type request struct {
-	Op       string        `json:"op"`
-	Disk     string        `json:"disk,omitempty"`
-	Version  int           `json:"version,omitempty"`
-	Format   Format        `json:"format,omitempty"`
-	ReadOnly bool          `json:"read_only,omitempty"`
-	KeyBytes int           `json:"key_bytes,omitempty"`
-	Size     int64         `json:"size,omitempty"`
-	Safe     *keysafe.Safe `json:"safe,omitempty"`
+	Op           string        `json:"op"`
+	Disk         string        `json:"disk,omitempty"`
+	Version      int           `json:"version,omitempty"`
+	Format       Format        `json:"format,omitempty"`
+	ReadOnly     bool          `json:"read_only,omitempty"`
+	KeyBytes     int           `json:"key_bytes,omitempty"`
+	NextKeyBytes int           `json:"next_key_bytes,omitempty"`
+	Size         int64         `json:"size,omitempty"`
+	Safe         *keysafe.Safe `json:"safe,omitempty"`
+	Rate         int64         `json:"rate,omitempty"`
 }
 
 type reply struct {
-	Error   *failure `json:"error,omitempty"`
+	Error   *Failure `json:"error,omitempty"`
 	Version int      `json:"version,omitempty"`
 	VM      string   `json:"vm,omitempty"`
 	PID     int      `json:"pid,omitempty"`
 	Status  *Status  `json:"status,omitempty"`
 }
 
-type failure struct {
+// Failure is an error as it crosses.
+type Failure struct {
 	Text   string `json:"text"`
 	Kind   string `json:"kind"`
 	Reason string `json:"reason,omitempty"`
@@ -156,9 +173,10 @@ func (r *request) validate() error {
 			return errors.New("version is missing")
 		}
 	case opAddDisk:
-		allowed.Format, allowed.ReadOnly, allowed.KeyBytes, allowed.Size = r.Format, r.ReadOnly, r.KeyBytes, r.Size
+		allowed.Format, allowed.ReadOnly, allowed.KeyBytes, allowed.NextKeyBytes, allowed.Size = r.Format, r.ReadOnly, r.KeyBytes, r.NextKeyBytes, r.Size
 		keyBytes := map[Format]int{Raw: 0, LUKS: KeySize}
-		if want, ok := keyBytes[r.Format]; !ok || r.KeyBytes != want || r.Size < 0 {
+		want, ok := keyBytes[r.Format]
+		if !ok || r.KeyBytes != want || r.NextKeyBytes != 0 && r.NextKeyBytes != want || r.Size < 0 {
 			return errors.New("format, key length or size is invalid")
 		}
 	case opReplaceSafe:
@@ -171,7 +189,15 @@ func (r *request) validate() error {
 		if r.Size < 512 || r.Size%512 != 0 {
 			return errors.New("size is invalid")
 		}
-	case opRemoveDisk, opListenVhost, opFlush:
+	case opRekey:
+		allowed.NextKeyBytes, allowed.Safe, allowed.Rate = r.NextKeyBytes, r.Safe, r.Rate
+		if r.NextKeyBytes != 0 && r.NextKeyBytes != KeySize || r.Rate < 0 {
+			return errors.New("key length or rate is invalid")
+		}
+		if r.NextKeyBytes != 0 && r.Safe == nil {
+			return errors.New("safe is missing: the new key would be nowhere but in memory")
+		}
+	case opRemoveDisk, opListenVhost, opFlush, opStopRekey:
 	case opListen, opStatus, opShutdown:
 		wantDisk = false
 	default:
@@ -208,13 +234,24 @@ func parseReply(message []byte) (*reply, error) {
 	r := new(reply)
 	err := json.Unmarshal(message, r)
 	if e := r.Error; err == nil && e != nil &&
-		(e.Text == "" || len(e.Text) > textMax || len(e.Reason) > textMax || len(e.Hint) > textMax) {
+		!e.valid() {
 		err = errors.New("its error has no text, or a long one")
+	}
+	if err == nil && r.Status != nil {
+		for _, d := range r.Status.Disks {
+			if d.Rekey != nil && d.Rekey.Failure != nil && !d.Rekey.Failure.valid() {
+				err = errors.New("the error of a rekey has no text, or a long one")
+			}
+		}
 	}
 	if err != nil {
 		return nil, fmt.Errorf("%w: reply: %w", ErrProtocol, err)
 	}
 	return r, nil
+}
+
+func (f *Failure) valid() bool {
+	return f.Text != "" && len(f.Text) <= textMax && len(f.Reason) <= textMax && len(f.Hint) <= textMax
 }
 
 func decode(message []byte, v any) error {
@@ -229,20 +266,20 @@ func decode(message []byte, v any) error {
 	return nil
 }
 
-// failureOf makes err fit for the wire; nil for nil.
-func failureOf(err error) *failure {
+// FailureOf makes err fit for the wire; nil for nil.
+func FailureOf(err error) *Failure {
 	if err == nil {
 		return nil
 	}
 	cut := func(s string) string { return strings.ToValidUTF8(s[:min(len(s), textMax)], "") }
-	return &failure{
+	return &Failure{
 		Text: cut(err.Error()), Kind: errs.KindOf(err).String(),
 		Reason: cut(errs.ReasonOf(err)), Hint: cut(errs.HintOf(err)),
 	}
 }
 
-// error is the reverse of failureOf.
-func (f *failure) error() error {
+// Err is the reverse of [FailureOf].
+func (f *Failure) Err() error {
 	if f == nil {
 		return nil
 	}

@@ -49,20 +49,39 @@ func (r *recorder) seen() []string {
 	return slices.Clone(r.calls)
 }
 
-func (r *recorder) AddDisk(_ context.Context, d Disk, file *os.File, dek *keymem.Key) error {
+func (r *recorder) AddDisk(_ context.Context, d Disk, file *os.File, dek, next *keymem.Key) error {
 	defer file.Close()
 	defer dek.Close()
+	defer next.Close()
 	content, err := io.ReadAll(file)
 	if err != nil {
 		return err
 	}
-	sum := 0
-	if dek != nil {
-		for _, b := range dek.Bytes() {
-			sum += int(b)
+	r.record("add %+v with %q and keys of sums %d and %d", d, content, sum(dek), sum(next))
+	return nil
+}
+
+func sum(key *keymem.Key) (n int) {
+	if key != nil {
+		for _, b := range key.Bytes() {
+			n += int(b)
 		}
 	}
-	r.record("add %+v with %q and a key of sum %d", d, content, sum)
+	return n
+}
+
+func (r *recorder) Rekey(_ context.Context, disk string, next *keymem.Key, safe *keysafe.Safe, rate int64) error {
+	defer next.Close()
+	text := "none"
+	if safe != nil {
+		text = string(safe.Encode())
+	}
+	r.record("rekey %s with a key of sum %d in %s at %d", disk, sum(next), text, rate)
+	return nil
+}
+
+func (r *recorder) StopRekey(_ context.Context, disk string) error {
+	r.record("stop the rekey of %s", disk)
 	return nil
 }
 
@@ -110,7 +129,9 @@ func (r *recorder) Flush(_ context.Context, disk string) error {
 }
 
 func (r *recorder) Status(context.Context) (*Status, error) {
-	return &Status{Listening: true, Disks: []DiskStatus{{Disk: "disk-0", Format: LUKS, Size: 512, Damage: []string{"bad"}}}}, nil
+	return &Status{Listening: true, Disks: []DiskStatus{{Disk: "disk-0", Format: LUKS, Size: 512, Damage: []string{"bad"}, Rekey: &Rekey{
+		Running: true, Done: 1, Total: 512, Rate: 3, Speed: 4, Failure: FailureOf(errs.New(errs.NoSpace, "full")),
+	}}}}, nil
 }
 
 func (r *recorder) Shutdown(context.Context) error {
@@ -198,6 +219,11 @@ func TestOperations(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer key.Close()
+	other, err := keymem.Take(bytes.Repeat([]byte{3}, KeySize))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
 	socket := filepath.Join(filepath.Dir(path), "nbd")
 	listener, err := net.ListenUnix("unix", &net.UnixAddr{Name: socket, Net: "unix"})
 	if err != nil {
@@ -211,10 +237,10 @@ func TestOperations(t *testing.T) {
 	defer listenerFile.Close()
 	safe := testSafe(t)
 
-	if err := c.AddDisk(ctx, Disk{Name: "disk-0", Format: LUKS, SizeMin: 512}, file, key); err != nil {
+	if err := c.AddDisk(ctx, Disk{Name: "disk-0", Format: LUKS, SizeMin: 512}, file, key, other); err != nil {
 		t.Error(err)
 	}
-	if err := c.AddDisk(ctx, Disk{Name: "disk-1", Format: Raw, ReadOnly: true}, file, nil); err != nil {
+	if err := c.AddDisk(ctx, Disk{Name: "disk-1", Format: Raw, ReadOnly: true}, file, nil, nil); err != nil {
 		t.Error(err)
 	}
 	if err := c.Listen(ctx, listenerFile); err != nil {
@@ -224,6 +250,15 @@ func TestOperations(t *testing.T) {
 		t.Error(err)
 	}
 	if err := c.ReplaceSafe(ctx, "disk-0", safe); err != nil {
+		t.Error(err)
+	}
+	if err := c.Rekey(ctx, "disk-0", other, safe, 7); err != nil {
+		t.Error(err)
+	}
+	if err := c.Rekey(ctx, "disk-0", nil, nil, 0); err != nil {
+		t.Error(err)
+	}
+	if err := c.StopRekey(ctx, "disk-0"); err != nil {
 		t.Error(err)
 	}
 	err = c.Resize(ctx, "disk-0", 1024)
@@ -245,11 +280,14 @@ func TestOperations(t *testing.T) {
 		t.Error(err)
 	}
 	if diff := cmp.Diff([]string{
-		`add {Name:disk-0 Format:luks ReadOnly:false SizeMin:512} with "content" and a key of sum 128`,
-		`add {Name:disk-1 Format:raw ReadOnly:true SizeMin:0} with "" and a key of sum 0`,
+		`add {Name:disk-0 Format:luks ReadOnly:false SizeMin:512} with "content" and keys of sums 128 and 192`,
+		`add {Name:disk-1 Format:raw ReadOnly:true SizeMin:0} with "" and keys of sums 0 and 0`,
 		"listen unix",
 		"listen unix for disk-0",
 		fmt.Sprintf("replace disk-0 %s", safe.Encode()),
+		fmt.Sprintf("rekey disk-0 with a key of sum 192 in %s at 7", safe.Encode()),
+		"rekey disk-0 with a key of sum 0 in none at 0",
+		"stop the rekey of disk-0",
 		"resize disk-0 1024",
 		"flush disk-0",
 		"remove disk-0",
@@ -275,13 +313,21 @@ func TestInvalidCalls(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer short.Close()
+	whole, err := keymem.New(KeySize)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer whole.Close()
 	for name, call := range map[string]func() error{
-		"disk name": func() error { return c.Flush(t.Context(), "../x") },
-		"size":      func() error { return c.Resize(t.Context(), "disk-0", 513) },
-		"no safe":   func() error { return c.ReplaceSafe(t.Context(), "disk-0", nil) },
-		"no key":    func() error { return c.AddDisk(t.Context(), Disk{Name: "a", Format: LUKS}, os.Stdin, nil) },
-		"short key": func() error { return c.AddDisk(t.Context(), Disk{Name: "a", Format: LUKS}, os.Stdin, short) },
-		"format":    func() error { return c.AddDisk(t.Context(), Disk{Name: "a"}, os.Stdin, nil) },
+		"disk name":             func() error { return c.Flush(t.Context(), "../x") },
+		"size":                  func() error { return c.Resize(t.Context(), "disk-0", 513) },
+		"no safe":               func() error { return c.ReplaceSafe(t.Context(), "disk-0", nil) },
+		"no key":                func() error { return c.AddDisk(t.Context(), Disk{Name: "a", Format: LUKS}, os.Stdin, nil, nil) },
+		"short key":             func() error { return c.AddDisk(t.Context(), Disk{Name: "a", Format: LUKS}, os.Stdin, short, nil) },
+		"format":                func() error { return c.AddDisk(t.Context(), Disk{Name: "a"}, os.Stdin, nil, nil) },
+		"rate":                  func() error { return c.Rekey(t.Context(), "a", nil, nil, -1) },
+		"short next key":        func() error { return c.Rekey(t.Context(), "a", short, testSafe(t), 0) },
+		"next key without safe": func() error { return c.Rekey(t.Context(), "a", whole, nil, 0) },
 	} {
 		if err := call(); errs.KindOf(err) != errs.Invalid {
 			t.Errorf("%s: %v, want kind Invalid", name, err)
@@ -326,6 +372,8 @@ func TestViolations(t *testing.T) {
 	t.Parallel()
 	const hello = `{"op":"hello","version":1}`
 	addDisk := fmt.Sprintf(`{"op":"add-disk","disk":"d","format":"luks","key_bytes":%d}`, KeySize)
+	addBoth := fmt.Sprintf(`{"op":"add-disk","disk":"d","format":"luks","key_bytes":%d,"next_key_bytes":%d}`, KeySize, KeySize)
+	key := strings.Repeat("k", KeySize)
 	for name, packets := range map[string][]packet{
 		"not hello first":    {{text: `{"op":"status"}`}},
 		"hello twice":        {{text: hello, ok: true}, {text: hello}},
@@ -343,6 +391,7 @@ func TestViolations(t *testing.T) {
 		"many descriptors":   {{text: hello, ok: true}, {text: `{"op":"listen"}`, fds: 60}},
 		"key too short":      {{text: hello, ok: true}, {text: addDisk, fds: 1, more: true}, {text: strings.Repeat("k", KeySize-1)}},
 		"key too long":       {{text: hello, ok: true}, {text: addDisk, fds: 1, more: true}, {text: strings.Repeat("k", KeySize+1)}},
+		"second key short":   {{text: hello, ok: true}, {text: addBoth, fds: 1, more: true}, {text: key, more: true}, {text: key[1:]}},
 		"bad safe":           {{text: hello, ok: true}, {text: `{"op":"replace-safe","disk":"d","safe":{"version":1}}`}},
 		"negative size":      {{text: hello, ok: true}, {text: `{"op":"resize","disk":"d","size":-512}`}},
 		"version zero":       {{text: `{"op":"hello"}`}},
@@ -423,6 +472,10 @@ func FuzzParseRequest(f *testing.F) {
 		{Op: opAddDisk, Disk: "disk-0", Format: Raw},
 		{Op: opReplaceSafe, Disk: "disk-0", Safe: safe},
 		{Op: opResize, Disk: "disk-0", Size: 1 << 40},
+		{Op: opAddDisk, Disk: "disk-0", Format: LUKS, KeyBytes: KeySize, NextKeyBytes: KeySize},
+		{Op: opRekey, Disk: "disk-0", NextKeyBytes: KeySize, Safe: safe, Rate: 100 << 20},
+		{Op: opRekey, Disk: "disk-0"},
+		{Op: opStopRekey, Disk: "disk-0"},
 		{Op: opStatus},
 	} {
 		message, err := json.Marshal(r)
@@ -459,6 +512,7 @@ func FuzzParseReply(f *testing.F) {
 	f.Add([]byte(`{"error":{"text":"x","kind":"Locked","reason":"r","hint":"h"}}`))
 	f.Add([]byte(`{"version":1,"vm":"web-1","pid":7,"future":true}`))
 	f.Add([]byte(`{"status":{"listening":true,"disks":[{"disk":"d","format":"luks","size":512,"damage":["x"]}]}}`))
+	f.Add([]byte(`{"status":{"disks":[{"rekey":{"running":true,"done":1,"total":2,"rate":3,"error":{"text":"x","kind":"NoSpace"}}}]}}`))
 	f.Fuzz(func(t *testing.T, message []byte) {
 		r, err := parseReply(message)
 		if err != nil {
@@ -467,7 +521,7 @@ func FuzzParseReply(f *testing.F) {
 			}
 			return
 		}
-		if r.Error != nil && r.Error.error().Error() == "" {
+		if r.Error != nil && r.Error.Err().Error() == "" {
 			t.Error("an error without text")
 		}
 	})

@@ -60,6 +60,15 @@ type Disk struct {
 	Thin       bool    `json:"thin,omitempty"` // dm-crypt may not open it before it is filled
 	// Interface is how the running guest reaches it; empty while powered off.
 	Interface string `json:"interface,omitempty"`
+	// Rekey is set while a deep rekey is under way: the disk needs both keys.
+	Rekey *DiskRekey `json:"rekey,omitempty"`
+}
+
+// DiskRekey is how far the deep rekey of a disk has come.
+type DiskRekey struct {
+	Key        KeyRef `json:"key"` // the KEK that wraps its next DEK
+	DoneBytes  int64  `json:"done_bytes"`
+	TotalBytes int64  `json:"total_bytes"`
 }
 
 // Settings of a VM's virtual hardware.
@@ -131,6 +140,9 @@ func (v VM) keyUsers() []KeyUser {
 		if d.Key != nil {
 			users = append(users, KeyUser{VMID: v.ID, VM: v.Name, HostID: v.HostID, Disk: d.Name, Key: *d.Key})
 		}
+		if d.Rekey != nil {
+			users = append(users, KeyUser{VMID: v.ID, VM: v.Name, HostID: v.HostID, Disk: d.Name, Key: d.Rekey.Key})
+		}
 	}
 	return users
 }
@@ -171,6 +183,9 @@ func checkVM(v VM) error {
 		case d.Format == LUKS && d.Key != nil && d.Key.Provider != "" && d.Key.KeyID != "":
 		default:
 			return errs.New(errs.Invalid, "disk %s has format %q and key %+v: an encrypted disk has a key, a plain one none", d.Name, d.Format, d.Key)
+		}
+		if r := d.Rekey; r != nil && (d.Key == nil || r.Key.Provider == "" || r.Key.KeyID == "") {
+			return errs.New(errs.Invalid, "disk %s has a rekey under way, and not two keys", d.Name)
 		}
 		if d.SizeBytes < 0 || d.AllocatedBytes < 0 {
 			return errs.New(errs.Invalid, "disk %s has a negative size", d.Name)

@@ -72,13 +72,13 @@ type Config struct {
 
 // Engine runs tasks. Its methods are safe for concurrent use.
 type Engine struct {
-	cfg     Config
-	log     *slog.Logger
-	kinds   map[string]Kind
-	tasks   *store.Table[Task]
-	targets *store.Table[lock]
-	slots   chan struct{}
-	ended   atomic.Int64 // since the last pruning
+	cfg   Config
+	log   *slog.Logger
+	kinds map[string]Kind
+	tasks *store.Table[Task]
+	locks *store.Table[lock]
+	slots chan struct{}
+	ended atomic.Int64 // since the last pruning
 
 	// onWrite is called before and after each write of the engine; an error
 	// stands for a store that failed before, or after, the write took effect.
@@ -89,7 +89,7 @@ type Engine struct {
 	running map[string]*runner // by task id
 }
 
-// lock is held by a task that has not ended, under its target.
+// lock is held by a task that has not ended, under a name of its Locks.
 type lock struct {
 	Task string `json:"task"`
 }
@@ -111,7 +111,7 @@ func NewEngine(cfg Config) *Engine {
 		log:     cfg.Log,
 		kinds:   map[string]Kind{},
 		tasks:   store.NewTable[Task](cfg.DB, "task", 1),
-		targets: store.NewTable[lock](cfg.DB, "task-target", 1),
+		locks:   store.NewTable[lock](cfg.DB, "task-target", 1),
 		slots:   make(chan struct{}, cfg.MaxRunning),
 		running: map[string]*runner{},
 		onWrite: func(bool) error { return nil },
@@ -177,13 +177,16 @@ func (e *Engine) Run(ctx context.Context) error {
 // Request asks for a task.
 type Request struct {
 	Kind   string
-	Target string // no two tasks of one target at a time; empty: no such limit
-	Owner  string // the principal
-	Args   any    // JSON; no secrets
+	Target string // what it works on; may be empty
+	// Locks name what it has for itself: no two tasks of one lock at a time. Nil:
+	// its target, if it has one.
+	Locks []string
+	Owner string // the principal
+	Args  any    // JSON; no secrets
 }
 
-// Submit stores a new task and returns it. If the target has a task that has not
-// ended, it is refused with an InvalidState error that names that task.
+// Submit stores a new task and returns it. If a task that has not ended holds one
+// of its locks, it is refused with an InvalidState error that names that task.
 func (e *Engine) Submit(ctx context.Context, q Request) (Task, error) {
 	t, err := e.submit(ctx, q)
 	if err != nil {
@@ -206,22 +209,25 @@ func (e *Engine) submit(ctx context.Context, q Request) (Task, error) {
 		return Task{}, err
 	}
 	t := Task{
-		ID: id.String(), Kind: q.Kind, Target: q.Target, Owner: q.Owner, State: Queued,
+		ID: id.String(), Kind: q.Kind, Target: q.Target, Locks: q.Locks, Owner: q.Owner, State: Queued,
 		Args: args, Created: time.Now().UTC(),
+	}
+	if t.Locks == nil && t.Target != "" {
+		t.Locks = []string{t.Target}
 	}
 	for _, s := range k.Steps {
 		t.Steps = append(t.Steps, Step{Name: s.Name, State: StepPending})
 	}
 	err = e.write(ctx, func(tx *store.Tx) error {
-		if q.Target != "" {
-			held, err := e.targets.In(tx).Get(ctx, q.Target)
+		for _, name := range t.Locks {
+			held, err := e.locks.In(tx).Get(ctx, name)
 			switch {
 			case err == nil:
 				return e.busy(ctx, tx, q.Target, held.Task)
 			case !errors.Is(err, store.ErrNotFound):
 				return err
 			}
-			if err := e.targets.In(tx).Create(ctx, q.Target, lock{Task: t.ID}); err != nil {
+			if err := e.locks.In(tx).Create(ctx, name, lock{Task: t.ID}); err != nil {
 				return err
 			}
 		}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"runtime/debug"
 	"sync"
 	"time"
@@ -20,8 +21,10 @@ type Run struct {
 	r    *runner
 	task Task // as it was at the beginning of the step, plus what the step set
 
-	mu     sync.Mutex // guards stored
+	mu     sync.Mutex // guards what follows
 	stored time.Time  // when progress was stored last
+	since  time.Time  // of the first progress with this total
+	first  Progress
 }
 
 // Task returns the task, as it was when the step began.
@@ -77,6 +80,13 @@ func (r *Run) SetResult(v any) error {
 func (r *Run) Progress(ctx context.Context, done, total int64, unit string) {
 	r.mu.Lock()
 	now := time.Now()
+	p := Progress{Done: done, Total: total, Unit: unit}
+	if r.since.IsZero() || p.Total != r.first.Total || p.Done < r.first.Done {
+		r.since, r.first = now, p
+	}
+	if gone := p.Done - r.first.Done; gone > 0 {
+		p.Remaining = int64(math.Ceil(now.Sub(r.since).Seconds() / float64(gone) * float64(p.Total-p.Done)))
+	}
 	due := now.Sub(r.stored) >= progressEvery || total > 0 && done >= total
 	if due {
 		r.stored = now
@@ -84,7 +94,7 @@ func (r *Run) Progress(ctx context.Context, done, total int64, unit string) {
 	r.mu.Unlock()
 	if due {
 		// Nobody depends on it: a lost progress is not an error.
-		_, _ = r.r.save(ctx, func(t *Task) { t.Progress = &Progress{Done: done, Total: total, Unit: unit} })
+		_, _ = r.r.save(ctx, func(t *Task) { t.Progress = &p })
 	}
 }
 
@@ -126,7 +136,7 @@ func (r *runner) save(ctx context.Context, f func(*Task)) (Task, error) {
 	return r.saveEnd(ctx, f, false)
 }
 
-// saveEnd is save; with end it also gives the target free.
+// saveEnd is save; with end it also gives the task's locks up.
 func (r *runner) saveEnd(ctx context.Context, f func(*Task), end bool) (Task, error) {
 	var out Task
 	pause := storeRetryMin
@@ -144,17 +154,10 @@ func (r *runner) saveEnd(ctx context.Context, f func(*Task), end bool) (Task, er
 			}
 			f(&t)
 			out = t
-			if err := r.e.tasks.In(tx).Put(ctx, r.id, t); err != nil || !end || t.Target == "" {
+			if err := r.e.tasks.In(tx).Put(ctx, r.id, t); err != nil || !end {
 				return err
 			}
-			held, err := r.e.targets.In(tx).Get(ctx, t.Target)
-			if errors.Is(err, store.ErrNotFound) || err == nil && held.Task != r.id {
-				return nil
-			}
-			if err != nil {
-				return err
-			}
-			return r.e.targets.In(tx).Delete(ctx, t.Target)
+			return r.unlock(ctx, tx, t)
 		})
 		if err == nil || errors.Is(err, errGone) {
 			return out, err
@@ -167,6 +170,23 @@ func (r *runner) saveEnd(ctx context.Context, f func(*Task), end bool) (Task, er
 		}
 		pause = min(2*pause, storeRetryMax)
 	}
+}
+
+// unlock gives the locks of t up that it holds.
+func (r *runner) unlock(ctx context.Context, tx *store.Tx, t Task) error {
+	for _, name := range t.Locks {
+		held, err := r.e.locks.In(tx).Get(ctx, name)
+		if errors.Is(err, store.ErrNotFound) || err == nil && held.Task != r.id {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if err := r.e.locks.In(tx).Delete(ctx, name); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // run takes the task from wherever it is to its end, or until ctx has ended.

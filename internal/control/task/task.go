@@ -65,6 +65,9 @@ type Progress struct {
 	Done  int64  `json:"done"`
 	Total int64  `json:"total"` // 0 if unknown
 	Unit  string `json:"unit"`  // "bytes" or "items"
+	// Remaining is how long the step takes yet at its speed so far, in seconds; 0
+	// if unknown.
+	Remaining int64 `json:"remaining,omitempty"`
 }
 
 // Failure is an error as it is stored.
@@ -99,9 +102,11 @@ type Waiting struct {
 type Task struct {
 	ID     string `json:"id"`     // UUID, in order of creation
 	Kind   string `json:"kind"`   // "vm.encrypt"
-	Target string `json:"target"` // "vm/web-1"; one task at a time
-	Owner  string `json:"owner"`  // the principal who asked for it
-	State  State  `json:"state"`
+	Target string `json:"target"` // "vm/web-1"
+	// Locks name what it has for itself until it has ended.
+	Locks []string `json:"locks,omitempty"`
+	Owner string   `json:"owner"` // the principal who asked for it
+	State State    `json:"state"`
 	// Undoing: the task is on its way back.
 	Undoing         bool      `json:"undoing,omitempty"`
 	CancelRequested bool      `json:"cancel_requested,omitempty"`

@@ -221,7 +221,11 @@ func (c *controller) DecryptVM(_ context.Context, r *connect.Request[strongroomv
 }
 
 func (c *controller) RekeyVM(_ context.Context, r *connect.Request[strongroomv1.RekeyVMRequest]) (*connect.Response[strongroomv1.Task], error) {
-	return c.task("Rekey", r.Msg.GetName(), fmt.Sprintf("%s %v", r.Msg.GetProvider(), r.Msg.GetDeep()))
+	how := fmt.Sprintf("%s %v", r.Msg.GetProvider(), r.Msg.GetDeep())
+	if rate := r.Msg.GetRate(); rate > 0 {
+		how += fmt.Sprintf(" at %d", rate)
+	}
+	return c.task("Rekey", r.Msg.GetName(), how)
 }
 
 func (c *controller) FillDisks(_ context.Context, r *connect.Request[strongroomv1.FillDisksRequest]) (*connect.Response[strongroomv1.Task], error) {

@@ -46,12 +46,21 @@ func newProgress(env *Env) *progress {
 // task shows a state of a task whose progress counts bytes.
 func (p *progress) task(t *strongroomv1.Task) {
 	if t.GetUnit() == "bytes" {
-		p.bytes(t.GetTarget(), t.GetStep(), t.GetDone(), t.GetTotal())
+		step := t.GetStep()
+		if left := remaining(t); left != "" {
+			step += ", " + left + " left"
+		}
+		p.show(t.GetTarget(), t.GetStep(), step, t.GetDone(), t.GetTotal())
 	}
 }
 
 // bytes shows that done of total bytes of a step are done.
 func (p *progress) bytes(name, step string, done, total int64) {
+	p.show(name, step, step, done, total)
+}
+
+// show shows a step, as text, of which done of total bytes are done.
+func (p *progress) show(name, step, text string, done, total int64) {
 	if p.env.flags.quiet || total <= 0 {
 		return
 	}
@@ -63,7 +72,7 @@ func (p *progress) bytes(name, step string, done, total int64) {
 		p.items[name] = it
 	}
 	if p.bars != nil {
-		p.draw(it, name, step, done, total)
+		p.draw(it, name, text, done, total)
 		return
 	}
 	now := p.env.Now()
@@ -71,7 +80,7 @@ func (p *progress) bytes(name, step string, done, total int64) {
 		return
 	}
 	it.step, it.printed = step, now
-	fmt.Fprintf(p.env.Stderr, "%s: %s: %d%% of %s\n", printable(name), printable(step), done*100/total, formatSize(total))
+	fmt.Fprintf(p.env.Stderr, "%s: %s: %d%% of %s\n", printable(name), printable(text), done*100/total, formatSize(total))
 }
 
 func (p *progress) draw(it *item, name, step string, done, total int64) {

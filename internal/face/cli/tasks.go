@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"sync"
+	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
@@ -199,7 +200,8 @@ func newTaskCancelCmd(env *Env) *cobra.Command {
 		Use:   "cancel ID",
 		Short: "Stop a task and undo what it did",
 		Long: `Ask a task to stop. It ends its current step, undoes what it did, and is then
-"canceled"; a VM that was being encrypted is as it was before.
+"canceled"; a VM that was being encrypted is as it was before. A deep rekey that
+has moved data stops where it is; "strongroom vm rekey NAME --deep" goes on.
 
 Needs the privilege Task.Update.`,
 		Example:           "  strongroom task cancel 0197c1de-52f0-7c4d-9bd5-a4f7e9c4a6a5",
@@ -223,6 +225,7 @@ func (env *Env) printTask(t *strongroomv1.Task) error {
 		{"State", t.GetState()},
 		{"Step", t.GetStep()},
 		{"Progress", taskProgress(t)},
+		{"Remaining", remaining(t)},
 		{"Error", t.GetError()},
 		{"Hint", t.GetErrorDetail().GetHint()},
 		{"Started by", t.GetPrincipal()},
@@ -241,4 +244,12 @@ func taskProgress(t *strongroomv1.Task) string {
 		return fmt.Sprintf("%d%% of %s", int64(float64(t.GetDone())/float64(t.GetTotal())*100), formatSize(t.GetTotal()))
 	}
 	return fmt.Sprintf("%d of %d %s", t.GetDone(), t.GetTotal(), t.GetUnit())
+}
+
+// remaining is how long the step of a task takes yet, or "".
+func remaining(t *strongroomv1.Task) string {
+	if t.GetRemainingSeconds() <= 0 {
+		return ""
+	}
+	return (time.Duration(t.GetRemainingSeconds()) * time.Second).String()
 }

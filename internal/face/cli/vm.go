@@ -261,5 +261,10 @@ func diskText(d *strongroomv1.Disk) string {
 	if d.GetThin() {
 		text += ", thin"
 	}
-	return fmt.Sprintf("%s, %s, key safe generation %d under %s", text, d.GetCipher(), d.GetGeneration(), keyText(d.GetKey()))
+	text = fmt.Sprintf("%s, %s, key safe generation %d under %s", text, d.GetCipher(), d.GetGeneration(), keyText(d.GetKey()))
+	if r := d.GetRekey(); r != nil {
+		part := float64(r.GetDoneBytes()) / float64(max(1, r.GetTotalBytes()))
+		text += fmt.Sprintf("; deep rekey under way, %d%% under %s", int64(part*100), keyText(r.GetKey()))
+	}
+	return text
 }

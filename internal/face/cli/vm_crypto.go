@@ -136,22 +136,31 @@ func newVMRekeyCmd(env *Env) *cobra.Command {
 		pick     vmPick
 		provider string
 		deep     bool
+		rate     sizeValue
 	)
 	cmd := &cobra.Command{
 		Use:   "rekey NAME...",
 		Short: "Change the keys of virtual machines",
 		Long: `Give VMs a new key encryption key (shallow rekey): fast, in any power state, the
 guest does not notice. With --deep give them new data encryption keys too: the
-disks are written anew, for which the VMs must be powered off, and the datastore
-needs room for both. The old key is retired only after the new one was verified.
+disks are rewritten in place, in any power state, while the guest goes on; its
+requests go first. --rate bounds what a VM's rekey may rewrite.
+
+A deep rekey that is interrupted goes on by itself; one that is canceled stops,
+and the next one with --deep goes on with it (give another --rate so). Until its
+end the VM needs both keys, and "strongroom vm show" tells how far it is. Where no
+data were moved yet it is undone.
 
 With --provider the new key comes from another provider: this is how VMs move
 to a new provider. Keep the backup of the old one as long as copies of the VMs
 (backups, replicas) need it. Needs the privilege Cryptographer.Recrypt.`,
 		Example: `  strongroom vm rekey web-1
   strongroom vm rekey --all --provider kp-2
-  strongroom vm rekey web-1 --deep`,
+  strongroom vm rekey web-1 --deep --rate 100M`,
 		RunE: env.withClient("rekey the VMs", func(cmd *cobra.Command, c *client.Client, args []string) error {
+			if rate > 0 && !deep {
+				return usageError(cmd, "--rate is for a --deep rekey")
+			}
 			names, err := pick.names(cmd.Context(), c, args, (*strongroomv1.VM).GetEncrypted)
 			if err != nil {
 				return err
@@ -162,7 +171,7 @@ to a new provider. Keep the backup of the old one as long as copies of the VMs
 			return env.runTasks(cmd.Context(), c, wait, verb{
 				infinitive: "rekey VM", participle: "rekeyed",
 				start: func(ctx context.Context, name string) (*strongroomv1.Task, error) {
-					return client.Call(ctx, c.VM().RekeyVM, &strongroomv1.RekeyVMRequest{Name: name, Provider: provider, Deep: deep, Disks: pick.disks})
+					return client.Call(ctx, c.VM().RekeyVM, &strongroomv1.RekeyVMRequest{Name: name, Provider: provider, Deep: deep, Disks: pick.disks, Rate: int64(rate)})
 				},
 			}, names)
 		}),
@@ -170,7 +179,8 @@ to a new provider. Keep the backup of the old one as long as copies of the VMs
 	wait.add(cmd)
 	pick.add(env, cmd, "encrypted")
 	cmd.Flags().StringVar(&provider, "provider", "", "the provider of the new key (default: the one that each VM uses)")
-	cmd.Flags().BoolVar(&deep, "deep", false, "change the data encryption keys too, and write the disks anew")
+	cmd.Flags().BoolVar(&deep, "deep", false, "change the data encryption keys too, and rewrite the disks")
+	cmd.Flags().Var(&rate, "rate", "what a deep rekey may rewrite in a second, such as 100M (default: no bound)")
 	env.completeFlag(cmd, "provider", providerNames)
 	return cmd
 }

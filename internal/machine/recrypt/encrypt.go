@@ -46,10 +46,10 @@ func encrypt(ctx context.Context, folder Folder, src blockdev.Device, name strin
 // stale and will be replaced: its KEK, which is this call's, tells whose it is.
 // A file with another KEK is somebody's.
 func encrypted(ctx context.Context, folder Folder, src blockdev.Device, name string, ref keysafe.Ref, keks KEKs) (bool, error) {
-	switch _, safe, err := Inspect(folder, name); {
+	switch _, safes, err := Inspect(folder, name); {
 	case err != nil:
 		return false, fmt.Errorf("%w: %w", inTheWay(name), err)
-	case safe.KEK != ref:
+	case safes.Current.KEK != ref || safes.Next != nil:
 		return false, inTheWay(name)
 	}
 	vol, _, err := OpenVolume(ctx, folder, name, keks)

@@ -92,7 +92,7 @@ var operations = []operation{
 		return recrypt.ShallowRekey(ctx, f, disk, reference("new"), keks)
 	}},
 	{"deep rekey", luksName, luksName, "new", true, func(ctx context.Context, f recrypt.Folder, disk string, keks recrypt.KEKs) error {
-		return recrypt.DeepRekey(ctx, f, disk, reference("new"), keks, nil)
+		return recrypt.DeepRekey(ctx, f, disk, reference("new"), keks, 0, nil)
 	}},
 }
 
@@ -194,7 +194,7 @@ func (b *bench) dek(t *testing.T, f *faultFolder) *keymem.Key {
 	file, err := f.Open(luksName)
 	check(t, err)
 	defer file.Close()
-	dek, _, err := recrypt.UnwrapDEK(t.Context(), file, b.keys.get)
+	dek, _, _, err := recrypt.UnwrapDEKs(t.Context(), file, b.keys.get)
 	check(t, err)
 	t.Cleanup(func() { dek.Close() })
 	return dek
@@ -218,7 +218,7 @@ func (b *bench) holds(t *testing.T, f *faultFolder, name string, keys keyring) {
 	if name == plainName {
 		disk, err = f.Open(name)
 	} else {
-		disk, _, err = recrypt.OpenVolume(t.Context(), f, name, keys.get)
+		disk, _, err = recrypt.OpenRekeying(t.Context(), f, name, keys.get)
 	}
 	if err != nil {
 		t.Fatalf("disk %s is lost: %v; there is %v", name, err, f.list())
@@ -250,9 +250,6 @@ func (b *bench) ended(t *testing.T, o operation, f *faultFolder) {
 	if b.oldDEK != nil && b.dek(t, f).Equal(b.oldDEK) == o.newDEK {
 		t.Errorf("new DEK: %v, want %v", !o.newDEK, o.newDEK)
 	}
-	if o.newDEK {
-		return
-	}
 	for _, offset := range []int64{0, 16 << 10} { // without one header copy the other must do
 		one := f.clone(nil)
 		file, err := one.Open(luksName)
@@ -260,8 +257,8 @@ func (b *bench) ended(t *testing.T, o operation, f *faultFolder) {
 		_, err = file.WriteAt([]byte("damage"), offset+5000)
 		check(t, err)
 		check(t, file.Close())
-		if _, safe, err := recrypt.Inspect(one, luksName); err != nil || safe.KEK != reference(o.kek) {
-			t.Errorf("the header copy beside %d: %+v, %v", offset, safe, err)
+		if _, safes, err := recrypt.Inspect(one, luksName); err != nil || safes.Current.KEK != reference(o.kek) {
+			t.Errorf("the header copy beside %d: %+v, %v", offset, safes, err)
 		}
 	}
 }
@@ -401,8 +398,9 @@ func TestForeignSafe(t *testing.T) {
 	dek, err := keymem.Random(keysafe.DEKSize)
 	check(t, err)
 	defer dek.Close()
-	_, safe, err := recrypt.Inspect(b.folder, luksName)
+	_, safes, err := recrypt.Inspect(b.folder, luksName)
 	check(t, err)
+	safe := safes.Current
 	foreign, err := keysafe.Wrap(b.keys["old"], dek, reference("old"), safe.Owner, safe.Generation+1)
 	check(t, err)
 	file, err := b.folder.Open(luksName)
@@ -414,7 +412,7 @@ func TestForeignSafe(t *testing.T) {
 			t.Errorf("%s with another disk's DEK: error %v", o.name, err)
 		}
 	}
-	if _, now, err := recrypt.Inspect(b.folder, luksName); err != nil || now.KEK != reference("old") {
+	if _, now, err := recrypt.Inspect(b.folder, luksName); err != nil || now.Current.KEK != reference("old") {
 		t.Errorf("the key safe was replaced by one that opens nothing: %+v, %v", now, err)
 	}
 }

@@ -2,16 +2,17 @@
 // encrypts a plain disk, decrypts an encrypted one, and gives an encrypted one
 // a new KEK (shallow rekey) or a new DEK as well (deep rekey).
 //
-// Whatever rewrites data writes a whole new file ("disk-0.luks.new") beside
-// the old one, makes it durable, opens it as a power-on would (from the key
-// safe in its own header), compares it with the original byte by byte, and only
-// then gives it its final name. At every instant, power loss included, the
+// Encryption and decryption write a whole new file ("disk-0.luks.new") beside
+// the old one, make it durable, open it as a power-on would (from the key
+// safe in its own header), compare it with the original byte by byte, and only
+// then give it its final name. A deep rekey works in place
+// (docs/spec/online-rekey.md). At every instant, power loss included, the
 // folder holds one complete disk under the name that vm.json tells, or will
 // tell after the caller's next step; tests fail every I/O to show it.
 //
 // Every operation is idempotent: called again after it was interrupted, it
-// recognises what it finished by the KEK's address in the key safe, and throws
-// away only its own unfinished ".new" files.
+// recognises what it finished by the KEK's address in the key safe, goes on with
+// a deep rekey, and throws away only its own unfinished ".new" files.
 //
 // The functions are safe for concurrent use on different disks. The caller
 // holds the VM folder's lock.
@@ -138,72 +139,116 @@ func newVolume(ctx context.Context, folder Folder, name string, spec volumeSpec,
 }
 
 // OpenVolume opens the encrypted disk in file name by the key safe in its
-// header, as a power-on does. Closing the volume closes the file.
+// header, as a power-on does. Closing the volume closes the file. It returns an
+// error wrapping [volume.ErrRekeying] if a deep rekey is under way.
 func OpenVolume(ctx context.Context, folder Folder, name string, keks KEKs) (*volume.Volume, *keysafe.Safe, error) {
+	vol, safes, err := OpenRekeying(ctx, folder, name, keks)
+	if err != nil {
+		return nil, nil, err
+	}
+	if safes.Next != nil {
+		return nil, nil, errors.Join(volume.ErrRekeying, vol.Close())
+	}
+	return vol, safes.Current, nil
+}
+
+// OpenRekeying is OpenVolume also for a disk of which a deep rekey is under way.
+func OpenRekeying(ctx context.Context, folder Folder, name string, keks KEKs) (*volume.Volume, Safes, error) {
 	file, err := folder.Open(name)
 	if err != nil {
-		return nil, nil, err
+		return nil, Safes{}, err
 	}
-	vol, safe, err := openVolume(ctx, file, keks)
+	vol, safes, err := openVolume(ctx, file, keks)
 	if err != nil {
-		return nil, nil, errors.Join(err, file.Close())
+		return nil, Safes{}, errors.Join(err, file.Close())
 	}
-	return vol, safe, nil
+	return vol, safes, nil
 }
 
-func openVolume(ctx context.Context, file blockdev.Resizer, keks KEKs) (*volume.Volume, *keysafe.Safe, error) {
-	dek, safe, err := UnwrapDEK(ctx, file, keks)
+func openVolume(ctx context.Context, file blockdev.Resizer, keks KEKs) (*volume.Volume, Safes, error) {
+	dek, next, safes, err := UnwrapDEKs(ctx, file, keks)
 	if err != nil {
-		return nil, nil, err
+		return nil, Safes{}, err
 	}
 	defer dek.Close()
-	vol, err := volume.Open(file, dek, volume.Options{})
-	if err != nil {
-		return nil, nil, err
-	}
-	return vol, safe, nil
+	defer next.Close()
+	vol, err := volume.Open(file, dek, volume.Options{NextDEK: next})
+	return vol, safes, err
 }
 
-// UnwrapDEK returns the DEK of the volume on file, and the key safe it came
-// from. The caller closes the DEK.
-func UnwrapDEK(ctx context.Context, file blockdev.Device, keks KEKs) (*keymem.Key, *keysafe.Safe, error) {
-	info, safe, err := inspect(file)
-	if err != nil {
-		return nil, nil, err
-	}
-	kek, err := keks(ctx, safe.KEK)
-	if err != nil {
-		return nil, nil, err
-	}
-	defer kek.Close()
-	dek, err := safe.Unwrap(kek, volume.Owner(info.UUID))
-	if err != nil {
-		return nil, nil, errs.New(errs.Corrupt, "%w", err)
-	}
-	return dek, safe, nil
+// Safes are the key safes in the header of a volume.
+type Safes struct {
+	Current *keysafe.Safe
+	Next    *keysafe.Safe // of the DEK that a deep rekey leads to; nil if none is under way
 }
 
-// inspect reads the header and its one key safe.
-func inspect(file blockdev.Device) (volume.Info, *keysafe.Safe, error) {
-	info, err := volume.Inspect(file)
-	if err != nil {
-		return volume.Info{}, nil, err
+// SafesOf returns the key safes in a header.
+func SafesOf(info volume.Info) (Safes, error) {
+	want := 1
+	if info.Rekey != nil {
+		want = 2
 	}
-	if len(info.Safes) != 1 {
-		return volume.Info{}, nil, errs.New(errs.Corrupt, "the volume has %d key safes, not one", len(info.Safes)).
+	if len(info.Safes) != want {
+		return Safes{}, errs.New(errs.Corrupt, "the volume has %d key safes, not %d", len(info.Safes), want).
 			WithHint("open it with its volume key or passphrase: cryptsetup open")
 	}
-	return info, info.Safes[0], nil
+	safes := Safes{Current: info.Safes[0]}
+	if want == 2 {
+		safes.Next = info.Safes[1]
+	}
+	return safes, nil
+}
+
+// UnwrapDEKs returns the DEK of the volume on file, the one that a deep rekey
+// leads to, or nil if none is under way, and the key safes they came from. The
+// caller closes the DEKs.
+func UnwrapDEKs(ctx context.Context, file blockdev.Device, keks KEKs) (dek, next *keymem.Key, _ Safes, err error) {
+	info, safes, err := inspect(file)
+	if err != nil {
+		return nil, nil, Safes{}, err
+	}
+	if dek, err = unwrap(ctx, safes.Current, info.UUID, keks); err != nil {
+		return nil, nil, Safes{}, err
+	}
+	if safes.Next != nil {
+		if next, err = unwrap(ctx, safes.Next, info.UUID, keks); err != nil {
+			return nil, nil, Safes{}, errors.Join(err, dek.Close())
+		}
+	}
+	return dek, next, safes, nil
+}
+
+func unwrap(ctx context.Context, safe *keysafe.Safe, uuid string, keks KEKs) (*keymem.Key, error) {
+	kek, err := keks(ctx, safe.KEK)
+	if err != nil {
+		return nil, err
+	}
+	defer kek.Close()
+	dek, err := safe.Unwrap(kek, volume.Owner(uuid))
+	if err != nil {
+		return nil, errs.New(errs.Corrupt, "%w", err)
+	}
+	return dek, nil
+}
+
+// inspect reads the header and its key safes.
+func inspect(file blockdev.Device) (volume.Info, Safes, error) {
+	info, err := volume.Inspect(file)
+	if err != nil {
+		return volume.Info{}, Safes{}, err
+	}
+	safes, err := SafesOf(info)
+	return info, safes, err
 }
 
 // Inspect tells what the volume in file name is, without a key.
-func Inspect(folder Folder, name string) (volume.Info, *keysafe.Safe, error) {
+func Inspect(folder Folder, name string) (volume.Info, Safes, error) {
 	file, err := folder.Open(name)
 	if err != nil {
-		return volume.Info{}, nil, err
+		return volume.Info{}, Safes{}, err
 	}
-	info, safe, err := inspect(file)
-	return info, safe, errors.Join(err, file.Close())
+	info, safes, err := inspect(file)
+	return info, safes, errors.Join(err, file.Close())
 }
 
 // copyTo copies src to dst, reads both again and compares, and closes dst, which

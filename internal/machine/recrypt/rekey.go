@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 
-	"strongroom/internal/block/volume"
 	"strongroom/internal/crypto/keysafe"
 	"strongroom/internal/errs"
 )
@@ -60,37 +59,4 @@ func Fill(ctx context.Context, folder Folder, name string, keks KEKs, progress P
 		return err
 	}
 	return errors.Join(vol.Fill(ctx, progress), vol.Close())
-}
-
-// DeepRekey gives the disk in file name a new DEK, under the KEK named by ref,
-// and rewrites its data. The name keeps telling the old volume until the new
-// one is complete, verified and durable. The LUKS UUID stays, so that the disk
-// keeps its identity.
-func DeepRekey(ctx context.Context, folder Folder, name string, ref keysafe.Ref, keks KEKs, progress Progress) error {
-	src, safe, err := OpenVolume(ctx, folder, name, keks)
-	if err != nil {
-		return err
-	}
-	if safe.KEK == ref {
-		// Done by an earlier call: a deep rekey has a KEK of its own. That call may
-		// have failed before the new name was durable.
-		return errors.Join(folder.Sync(), src.Close())
-	}
-	return errors.Join(deepRekey(ctx, folder, src, name, safe, ref, keks, progress), src.Close())
-}
-
-func deepRekey(ctx context.Context, folder Folder, src *volume.Volume, name string, safe *keysafe.Safe, ref keysafe.Ref, keks KEKs, progress Progress) error {
-	info, err := src.Inspect()
-	if err != nil {
-		return err
-	}
-	spec := volumeSpec{
-		size: info.Size, sectorSize: info.SectorSize, uuid: info.UUID, label: info.Label, allowDiscards: info.AllowDiscards, thin: info.Thin,
-		ref: ref, generation: safe.Generation + 1,
-	}
-	dst, err := newVolume(ctx, folder, name, spec, keks)
-	if err != nil {
-		return err
-	}
-	return finish(ctx, folder, name, copyTo(ctx, dst, src, volume.CopyOptions{KeepHoles: true}, progress), keks)
 }

@@ -77,10 +77,14 @@ func vmToAPI(v inventory.VM, n names) *strongroomv1.VM {
 		Key: keyToAPI(v.Key), Created: stamp(v.Created), Settings: settingsToAPI(v.Settings),
 	}
 	for _, d := range v.Disks {
-		out.Disks = append(out.Disks, &strongroomv1.Disk{
+		disk := &strongroomv1.Disk{
 			Name: d.Name, File: d.File, SizeBytes: d.SizeBytes, AllocatedBytes: d.AllocatedBytes, Encrypted: d.Format == inventory.LUKS,
 			Key: keyToAPI(d.Key), Uuid: d.UUID, Generation: d.Generation, Cipher: d.Cipher, Thin: d.Thin, Interface: d.Interface,
-		})
+		}
+		if r := d.Rekey; r != nil {
+			disk.Rekey = &strongroomv1.DiskRekey{Key: keyToAPI(&r.Key), DoneBytes: r.DoneBytes, TotalBytes: r.TotalBytes}
+		}
+		out.Disks = append(out.Disks, disk)
 	}
 	return out
 }
@@ -116,9 +120,12 @@ func apply(v *inventory.VM, said *strongroomv1.VM) {
 		if d.GetEncrypted() {
 			disk.Format = inventory.LUKS
 		}
+		if r := d.GetRekey(); r.GetKey() != nil {
+			disk.Rekey = &inventory.DiskRekey{Key: *keyFromAPI(r.GetKey()), DoneBytes: r.GetDoneBytes(), TotalBytes: r.GetTotalBytes()}
+		}
 		if disk.Format == inventory.LUKS && disk.Key == nil {
 			if old, ok := known[disk.Name]; ok && old.Key != nil {
-				disk.Key, disk.UUID, disk.Generation, disk.Cipher, disk.Thin = old.Key, old.UUID, old.Generation, old.Cipher, old.Thin
+				disk.Key, disk.UUID, disk.Generation, disk.Cipher, disk.Thin, disk.Rekey = old.Key, old.UUID, old.Generation, old.Cipher, old.Thin, old.Rekey
 			}
 		}
 		v.Disks = append(v.Disks, disk)
@@ -160,7 +167,7 @@ func taskToAPI(t task.Task) *strongroomv1.Task {
 		Created: stamp(t.Created), Started: stamp(t.Started), Ended: stamp(t.Ended),
 	}
 	if t.Progress != nil {
-		out.Done, out.Total, out.Unit = t.Progress.Done, t.Progress.Total, t.Progress.Unit
+		out.Done, out.Total, out.Unit, out.RemainingSeconds = t.Progress.Done, t.Progress.Total, t.Progress.Unit, t.Progress.Remaining
 	}
 	if t.Waiting != nil {
 		out.Step += " (waiting: " + t.Waiting.Reason + ")"

@@ -58,7 +58,7 @@ func (c *Controller) submit(ctx context.Context, kind, vm string, args vmArgs) (
 			return nil, err
 		}
 	}
-	t, err := c.tasks.Submit(ctx, task.Request{Kind: kind, Target: "vm/" + vm, Owner: callerOf(ctx).principal.String(), Args: args})
+	t, err := c.tasks.Submit(ctx, task.Request{Kind: kind, Target: "vm/" + vm, Locks: locks(kind, vm, args), Owner: callerOf(ctx).principal.String(), Args: args})
 	if err != nil {
 		return nil, err
 	}
@@ -215,6 +215,9 @@ func (c vms) EncryptVM(ctx context.Context, req *connect.Request[strongroomv1.En
 	if !slices.ContainsFunc(chosen, func(d inventory.Disk) bool { return !encrypted(d) }) {
 		return nil, errs.New(errs.InvalidState, "VM %s has no disk that is not encrypted", v.Name).WithHint("strongroom vm rekey %s", v.Name)
 	}
+	if err := notRekeying(v, chosen); err != nil {
+		return nil, err
+	}
 	if args.Key, err = c.newKey(ctx, req.Msg.GetProvider(), v.HostID); err != nil {
 		return nil, err
 	}
@@ -227,23 +230,52 @@ func (c vms) DecryptVM(ctx context.Context, req *connect.Request[strongroomv1.De
 	if err != nil {
 		return nil, err
 	}
-	if err := hasEncrypted(v, req.Msg.GetDisks()); err != nil {
+	chosen, err := encryptedOf(v, req.Msg.GetDisks())
+	if err == nil {
+		err = notRekeying(v, chosen)
+	}
+	if err != nil {
 		return nil, err
 	}
 	args.Disks = req.Msg.GetDisks()
 	return c.submit(ctx, taskDecrypt, v.Name, args)
 }
 
-// hasEncrypted returns an error unless one of the disks named is encrypted.
-func hasEncrypted(v inventory.VM, names []string) error {
+// encryptedOf returns the disks of those names, of which one must be encrypted.
+func encryptedOf(v inventory.VM, names []string) ([]inventory.Disk, error) {
 	chosen, err := disks(v, names)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if !slices.ContainsFunc(chosen, encrypted) {
-		return errs.New(errs.InvalidState, "VM %s is not encrypted", v.Name).WithHint("strongroom vm encrypt %s", v.Name)
+		return nil, errs.New(errs.InvalidState, "VM %s is not encrypted", v.Name).WithHint("strongroom vm encrypt %s", v.Name)
+	}
+	return chosen, nil
+}
+
+// notRekeying returns an error if a deep rekey of one of those disks is under way.
+func notRekeying(v inventory.VM, chosen []inventory.Disk) error {
+	for _, d := range chosen {
+		if d.Rekey != nil {
+			return errs.New(errs.InvalidState, "a deep rekey of %s of %s is under way", d.Name, v.Name).
+				WithReason(strongroomv1.ReasonRekeyInProgress).WithHint("finish it first: strongroom vm rekey %s --deep", v.Name)
+		}
 	}
 	return nil
+}
+
+// rekeyKey names the new KEK for a rekey of those disks: that of a deep rekey which
+// goes on, else a new one.
+func (c *Controller) rekeyKey(ctx context.Context, v inventory.VM, chosen []inventory.Disk, provider string, deep bool) (*inventory.KeyRef, error) {
+	for _, d := range chosen {
+		if deep && d.Rekey != nil && (provider == "" || provider == d.Rekey.Key.Provider) {
+			return &d.Rekey.Key, nil
+		}
+	}
+	if provider == "" && v.Key != nil {
+		provider = v.Key.Provider
+	}
+	return c.newKey(ctx, provider, v.HostID)
 }
 
 func (c vms) RekeyVM(ctx context.Context, req *connect.Request[strongroomv1.RekeyVMRequest]) (*connect.Response[strongroomv1.Task], error) {
@@ -251,17 +283,22 @@ func (c vms) RekeyVM(ctx context.Context, req *connect.Request[strongroomv1.Reke
 	if err != nil {
 		return nil, err
 	}
-	if err := hasEncrypted(v, req.Msg.GetDisks()); err != nil {
+	m := req.Msg
+	chosen, err := encryptedOf(v, m.GetDisks())
+	switch {
+	case err != nil:
+	case m.GetRate() < 0 || m.GetRate() > 0 && !m.GetDeep():
+		err = errs.New(errs.Invalid, "only a deep rekey has a rate, and that is not negative")
+	case !m.GetDeep():
+		err = notRekeying(v, chosen)
+	}
+	if err != nil {
 		return nil, err
 	}
-	provider := req.Msg.GetProvider()
-	if provider == "" && v.Key != nil {
-		provider = v.Key.Provider
-	}
-	if args.Key, err = c.newKey(ctx, provider, v.HostID); err != nil {
+	if args.Key, err = c.rekeyKey(ctx, v, chosen, m.GetProvider(), m.GetDeep()); err != nil {
 		return nil, err
 	}
-	args.Disks, args.Deep = req.Msg.GetDisks(), req.Msg.GetDeep()
+	args.Disks, args.Deep, args.Rate = m.GetDisks(), m.GetDeep(), m.GetRate()
 	return c.submit(ctx, taskRekey, v.Name, args)
 }
 
@@ -270,7 +307,11 @@ func (c vms) FillDisks(ctx context.Context, req *connect.Request[strongroomv1.Fi
 	if err != nil {
 		return nil, err
 	}
-	if err := hasEncrypted(v, req.Msg.GetDisks()); err != nil {
+	chosen, err := encryptedOf(v, req.Msg.GetDisks())
+	if err == nil {
+		err = notRekeying(v, chosen)
+	}
+	if err != nil {
 		return nil, err
 	}
 	args.Disks = req.Msg.GetDisks()
@@ -286,7 +327,7 @@ func (c vms) ExportDiskKey(ctx context.Context, req *connect.Request[strongroomv
 		return nil, err
 	}
 	disk := req.Msg.GetDisk()
-	if err := hasEncrypted(v, []string{disk}); err != nil {
+	if _, err := encryptedOf(v, []string{disk}); err != nil {
 		return nil, err
 	}
 	h, err := c.inv.HostByID(ctx, args.HostID)

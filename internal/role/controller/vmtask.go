@@ -43,6 +43,7 @@ type vmArgs struct {
 	Key   *inventory.KeyRef `json:"key,omitempty"`
 	Disks []string          `json:"disks,omitempty"`
 	Deep  bool              `json:"deep,omitempty"`
+	Rate  int64             `json:"rate,omitempty"` // of a deep rekey, in bytes a second; 0: any
 
 	Hard           bool   `json:"hard,omitempty"`
 	TimeoutSeconds uint32 `json:"timeout_seconds,omitempty"`
@@ -151,6 +152,20 @@ func (c *Controller) conclude(ctx context.Context, t task.Task, a vmArgs, err er
 		return errors.Join(err, errs.Wrap(auditErr, "cannot write the audit log"))
 	}
 	return err
+}
+
+// locks are the locks of a task of that kind on a VM: its power, and its disks. A
+// deep rekey takes long and works in any power state, so that the VM can be powered
+// on and off meanwhile.
+func locks(kind, vm string, a vmArgs) []string {
+	power, disks := "vm/"+vm, "vm/"+vm+"/disks"
+	switch {
+	case kind == taskPowerOn || kind == taskPowerOff:
+		return []string{power}
+	case kind == taskRekey && a.Deep:
+		return []string{disks}
+	}
+	return []string{power, disks}
 }
 
 func depth(a vmArgs) string {
@@ -301,7 +316,7 @@ func (c *Controller) decrypt(ctx context.Context, r *task.Run, h inventory.Host,
 }
 
 func (c *Controller) rekey(ctx context.Context, r *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {
-	return streamHost(ctx, h, c.agents.of(h).RekeyVM, &strongroomv1.AgentRekeyVMRequest{Id: a.ID, Disks: a.Disks, Key: keyToAPI(a.Key), Deep: a.Deep}, progress(ctx, r))
+	return streamHost(ctx, h, c.agents.of(h).RekeyVM, &strongroomv1.AgentRekeyVMRequest{Id: a.ID, Disks: a.Disks, Key: keyToAPI(a.Key), Deep: a.Deep, Rate: a.Rate}, progress(ctx, r))
 }
 
 func (c *Controller) fill(ctx context.Context, r *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {

@@ -197,10 +197,10 @@ func (a *agent) stream(ctx context.Context, out *connect.ServerStream[strongroom
 		// A broken stream ends ctx, which ends the work.
 		_ = out.Send(&strongroomv1.AgentProgress{Step: now, Done: done, Total: total, Unit: unit})
 	})
+	a.host.notify() // also of what it did before it failed
 	if err != nil {
 		return apierr.To(explain(err))
 	}
-	a.host.notify()
 	m, err := a.host.machine(id)
 	if err != nil {
 		return apierr.To(explain(err))
@@ -232,7 +232,7 @@ func (a *agent) DecryptVM(ctx context.Context, req *connect.Request[strongroomv1
 
 func (a *agent) RekeyVM(ctx context.Context, req *connect.Request[strongroomv1.AgentRekeyVMRequest], out *connect.ServerStream[strongroomv1.AgentProgress]) error {
 	return a.stream(ctx, out, req.Msg.GetId(), func(r report) error {
-		return a.host.rekeyVM(ctx, req.Msg.GetId(), req.Msg.GetDisks(), ref(req.Msg.GetKey()), req.Msg.GetDeep(), r)
+		return a.host.rekeyVM(ctx, req.Msg.GetId(), req.Msg.GetDisks(), ref(req.Msg.GetKey()), depth{req.Msg.GetDeep(), req.Msg.GetRate()}, r)
 	})
 }
 

@@ -18,6 +18,7 @@ import (
 	"strongroom/internal/errs"
 	"strongroom/internal/machine/bundle"
 	"strongroom/internal/machine/qemu"
+	"strongroom/internal/machine/recrypt"
 )
 
 // describe returns what a user wants to know of a VM, read from its folder. It
@@ -77,12 +78,20 @@ func (h *Host) describeDisk(ctx context.Context, dir string, d bundle.Disk) (*st
 	if !out.Encrypted {
 		return out, nil
 	}
-	safe, vol, err := peek(path)
+	safes, vol, err := peek(path)
 	if err != nil {
 		return out, err
 	}
+	safe := safes.Current
 	out.Key, out.Uuid, out.Generation, out.Cipher, out.Thin = keyRef(safe.KEK), vol.UUID, safe.Generation, "xts-aes-256", vol.Thin
-	return out, h.haveKEK(ctx, safe.KEK)
+	err = h.haveKEK(ctx, safe.KEK)
+	if next := safes.Next; next != nil {
+		out.Rekey = &strongroomv1.DiskRekey{Key: keyRef(next.KEK), DoneBytes: vol.Rekey.Done, TotalBytes: vol.Rekey.Total}
+		if err == nil {
+			err = h.haveKEK(ctx, next.KEK)
+		}
+	}
+	return out, err
 }
 
 // isStorage returns an error unless a disk can be in what info tells of. A link
@@ -95,20 +104,18 @@ func isStorage(info fs.FileInfo) error {
 }
 
 // peek reads the header of a volume that another process may have open.
-func peek(path string) (*keysafe.Safe, volume.Info, error) {
+func peek(path string) (recrypt.Safes, volume.Info, error) {
 	file, err := blockdev.OpenFile(path, blockdev.FileOptions{ReadOnly: true, Unlocked: true, NoFollow: true})
 	if err != nil {
-		return nil, volume.Info{}, err
+		return recrypt.Safes{}, volume.Info{}, err
 	}
 	defer file.Close()
 	info, err := volume.Inspect(file)
 	if err != nil {
-		return nil, volume.Info{}, err
+		return recrypt.Safes{}, volume.Info{}, err
 	}
-	if len(info.Safes) != 1 {
-		return nil, volume.Info{}, errs.New(errs.Corrupt, "the volume has %d key safes, not one", len(info.Safes))
-	}
-	return info.Safes[0], info, nil
+	safes, err := recrypt.SafesOf(info)
+	return safes, info, err
 }
 
 func keyRef(ref keysafe.Ref) *strongroomv1.KeyRef {

@@ -25,6 +25,7 @@ var causes = []struct {
 	{blockdev.ErrInUse, errs.InvalidState, "find out which process has the disk open"},
 	{blockdev.ErrNotStorage, errs.Invalid, ""},
 	{volume.ErrWrongKey, errs.Corrupt, "the key safe and the disk do not belong together; restore the VM folder from a backup"},
+	{volume.ErrRekeying, errs.InvalidState, "finish the deep rekey that is under way: strongroom vm rekey NAME --deep"},
 	{volume.ErrUnsupported, errs.InvalidState, "finish what another program began on it, with cryptsetup"},
 	{volume.ErrCorrupt, errs.Corrupt, "restore the header from a backup: cryptsetup luksHeaderRestore"},
 	{volume.ErrTruncated, errs.Corrupt, "restore the disk from a backup"},

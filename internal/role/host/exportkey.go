@@ -83,9 +83,10 @@ func (h *Host) verifiedDEK(ctx context.Context, path string) (_ *keymem.Key, _ v
 		return nil, volume.Info{}, err
 	}
 	if info.Rekey != nil {
-		return nil, volume.Info{}, errs.New(errs.InvalidState, "it is being rekeyed and has two keys now").WithHint("strongroom task ls --active")
+		return nil, volume.Info{}, errs.New(errs.InvalidState, "it is being rekeyed and has two keys now").
+			WithReason(strongroomv1.ReasonRekeyInProgress).WithHint("finish it first: strongroom vm rekey NAME --deep")
 	}
-	dek, _, err := recrypt.UnwrapDEK(ctx, file, h.kek)
+	dek, _, _, err := recrypt.UnwrapDEKs(ctx, file, h.kek)
 	if err != nil {
 		return nil, volume.Info{}, err
 	}
@@ -107,6 +108,9 @@ func (h *Host) fillDisks(ctx context.Context, id string, disks []string, r repor
 	defer o.release()
 	indices, err := o.encrypted(disks)
 	if err != nil {
+		return err
+	}
+	if err := o.notRekeying(disks); err != nil {
 		return err
 	}
 	if len(disks) == 0 {

@@ -57,8 +57,8 @@ func TestThinImport(t *testing.T) {
 		}
 	}
 	is("imported", true, true, false)
-	check(t, b.rekeyVM(ctx, id, nil, b.newRef(t), false, quiet))
-	check(t, b.rekeyVM(ctx, id, nil, b.newRef(t), true, quiet))
+	check(t, b.rekeyVM(ctx, id, nil, b.newRef(t), depth{}, quiet))
+	check(t, b.rekeyVM(ctx, id, nil, b.newRef(t), depth{deep: true}, quiet))
 	is("rekeyed", true, true, false)
 	check(t, b.fillDisks(ctx, id, []string{"disk-1"}, quiet))
 	is("one filled", true, false, false)

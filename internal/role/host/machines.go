@@ -26,6 +26,9 @@ type machine struct {
 	mu      sync.Mutex // guards what follows
 	reg     registered
 	running *running // nil while powered off
+	// interrupt stops the operation under way, so that the VM can be powered on;
+	// nil if there is none that may be stopped.
+	interrupt context.CancelCauseFunc
 }
 
 func newMachine(reg registered) *machine {
@@ -62,15 +65,64 @@ func (m *machine) setRunning(r *running) {
 
 // acquire reserves the VM for one operation; release must be called.
 func (m *machine) acquire(ctx context.Context) (release func(), err error) {
+	return m.take(ctx, nil)
+}
+
+// acquireFirst is acquire for an operation that does not wait for one that is
+// [machine.interruptible].
+func (m *machine) acquireFirst(ctx context.Context) (release func(), err error) {
+	m.stopInterruptible()
+	// Again and again: what was stopped may be back before us.
+	ticker := time.NewTicker(interruptEvery)
+	defer ticker.Stop()
+	return m.take(ctx, ticker.C)
+}
+
+// interruptEvery is how often an operation that goes first stops what is in its
+// way.
+const interruptEvery = 50 * time.Millisecond
+
+func (m *machine) take(ctx context.Context, stop <-chan time.Time) (release func(), err error) {
 	timeout := time.NewTimer(busyWait)
 	defer timeout.Stop()
-	select {
-	case <-m.op:
-		return func() { m.op <- struct{}{} }, nil
-	case <-ctx.Done():
-		return nil, context.Cause(ctx)
-	case <-timeout.C:
+	for {
+		select {
+		case <-m.op:
+			return func() { m.op <- struct{}{} }, nil
+		case <-stop:
+			m.stopInterruptible()
+			continue
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		case <-timeout.C:
+		}
 		return nil, errs.New(errs.InvalidState, "%w", errBusy).WithReason(strongroomv1.ReasonVMBusy).WithHint("strongroom task ls --active")
+	}
+}
+
+// interruptible returns a context for an operation that may be stopped so that
+// the VM is powered on: it then ends with [errPowerChanged]. end must be called
+// before the VM is given back.
+func (m *machine) interruptible(ctx context.Context) (_ context.Context, end func()) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	m.setInterrupt(cancel)
+	return ctx, func() {
+		m.setInterrupt(nil)
+		cancel(nil)
+	}
+}
+
+func (m *machine) setInterrupt(cancel context.CancelCauseFunc) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.interrupt = cancel
+}
+
+func (m *machine) stopInterruptible() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.interrupt != nil {
+		m.interrupt(errPowerChanged)
 	}
 }
 
@@ -129,6 +181,9 @@ func (h *Host) folder(reg registered) (string, error) {
 	return filepath.Join(path, reg.Folder), nil
 }
 
+// errPoweredOn: the VM runs.
+var errPoweredOn = errors.New("needs the VM to be powered off")
+
 var errOtherVM = errors.New("holds another VM")
 
 // readVM returns what is in a VM's folder. It refuses a folder that holds
@@ -167,7 +222,7 @@ func (h *Host) takeOffline(ctx context.Context, id, purpose string) (_ *offline,
 	}()
 	reg, on := m.state()
 	if on {
-		return nil, errs.New(errs.InvalidState, "%s needs the VM to be powered off", purpose).
+		return nil, errs.New(errs.InvalidState, "%s %w", purpose, errPoweredOn).
 			WithHint("strongroom vm power-off %s", reg.Name)
 	}
 	dir, err := h.folder(reg)

@@ -67,7 +67,11 @@ func (r *running) wasOrdered() bool {
 // them with the open disks to a new volume process, and starts QEMU on that. A
 // VM that runs is no error. When it fails, nothing of the VM runs.
 func (h *Host) powerOn(ctx context.Context, what string) error {
-	m, release, err := h.reserve(ctx, what)
+	m, err := h.machine(what)
+	if err != nil {
+		return err
+	}
+	release, err := m.acquireFirst(ctx)
 	if err != nil {
 		return err
 	}
@@ -158,18 +162,20 @@ func (h *Host) startVolumes(ctx context.Context, reg registered, dir string) (_ 
 	return vm, volumes, nil
 }
 
-// addDisk opens a disk and gives it to the volume process, with its DEK.
+// addDisk opens a disk and gives it to the volume process, with its DEK, or with
+// both if a deep rekey is under way.
 func (h *Host) addDisk(ctx context.Context, volumes *volumeproc.Process, dir string, d bundle.Disk) error {
 	path := filepath.Join(dir, d.File)
 	spec := volumectl.Disk{Name: d.Name, Format: volumectl.Raw, SizeMin: d.SizeBytes}
-	var dek *keymem.Key
+	var dek, next *keymem.Key
 	if d.Format == bundle.FormatLUKS {
 		spec.Format = volumectl.LUKS
 		var err error
-		if dek, err = h.unwrap(ctx, path); err != nil {
+		if dek, next, err = h.unwrap(ctx, path); err != nil {
 			return err
 		}
 		defer dek.Close()
+		defer next.Close()
 	}
 	// A folder from elsewhere must not make us open anything but its own files.
 	file, err := os.OpenFile(path, os.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
@@ -184,18 +190,19 @@ func (h *Host) addDisk(ctx context.Context, volumes *volumeproc.Process, dir str
 	if err != nil {
 		return err
 	}
-	return volumes.AddDisk(ctx, spec, file, dek)
+	return volumes.AddDisk(ctx, spec, file, dek, next)
 }
 
-// unwrap returns the DEK of the volume at path, which the caller closes.
-func (h *Host) unwrap(ctx context.Context, path string) (*keymem.Key, error) {
+// unwrap returns the DEK of the volume at path, and the one that a deep rekey
+// leads to, or nil. The caller closes them.
+func (h *Host) unwrap(ctx context.Context, path string) (dek, next *keymem.Key, err error) {
 	file, err := blockdev.OpenFile(path, blockdev.FileOptions{ReadOnly: true, Unlocked: true, NoFollow: true})
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	defer file.Close()
-	dek, _, err := recrypt.UnwrapDEK(ctx, file, h.kek)
-	return dek, err
+	dek, next, _, err = recrypt.UnwrapDEKs(ctx, file, h.kek)
+	return dek, next, err
 }
 
 func (h *Host) qemuConfig(reg registered, vm *bundle.VM, root, dir string) (qemu.Config, error) {

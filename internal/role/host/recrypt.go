@@ -58,6 +58,9 @@ func (h *Host) encryptVM(ctx context.Context, id string, disks []string, ref key
 	}
 	defer o.release()
 	indices, err := o.inFormat(bundle.FormatRaw, disks)
+	if err == nil {
+		err = o.notRekeying(disks)
+	}
 	if err != nil {
 		return err
 	}
@@ -90,6 +93,9 @@ func (h *Host) decryptVM(ctx context.Context, id string, disks []string, r repor
 	}
 	defer o.release()
 	indices, err := o.inFormat(bundle.FormatLUKS, disks)
+	if err == nil {
+		err = o.notRekeying(disks)
+	}
 	if err != nil {
 		return err
 	}
@@ -163,14 +169,20 @@ func sweep(dir string, vm *bundle.VM) (*bundle.VM, error) {
 	return next, nil
 }
 
-// rekeyVM gives the encrypted ones among the disks named a new KEK, and with
-// deep a new DEK too. A shallow rekey works in any power state.
-func (h *Host) rekeyVM(ctx context.Context, id string, disks []string, ref keysafe.Ref, deep bool, r report) error {
+// depth says what a rekey changes.
+type depth struct {
+	deep bool  // the DEK too
+	rate int64 // bytes a second that a deep one may rewrite; 0: any number
+}
+
+// rekeyVM gives the encrypted ones among the disks named a new KEK, and if it is
+// deep a new DEK too. Both work in any power state.
+func (h *Host) rekeyVM(ctx context.Context, id string, disks []string, ref keysafe.Ref, depth depth, r report) error {
 	if err := h.haveKEK(ctx, ref); err != nil {
 		return err
 	}
-	if deep {
-		return h.deepRekeyVM(ctx, id, disks, ref, r)
+	if depth.deep {
+		return h.deepRekeyVM(ctx, id, disks, ref, depth.rate, r)
 	}
 	m, err := h.machine(id)
 	if err != nil {
@@ -182,29 +194,6 @@ func (h *Host) rekeyVM(ctx context.Context, id string, disks []string, ref keysa
 	return h.shallowRekeyOffline(ctx, id, disks, ref, r)
 }
 
-func (h *Host) deepRekeyVM(ctx context.Context, id string, disks []string, ref keysafe.Ref, r report) error {
-	o, err := h.takeOffline(ctx, id, "a deep rekey")
-	if err != nil {
-		return err
-	}
-	defer o.release()
-	indices, err := o.encrypted(disks)
-	if err != nil {
-		return err
-	}
-	p := newDisksProgress(r, o.vm, indices, writtenAndVerified)
-	for _, i := range indices {
-		d := o.vm.Disks[i]
-		progress, done := p.disk("rekeying "+d.Name, writtenAndVerified*d.SizeBytes)
-		if err := recrypt.DeepRekey(ctx, o.folder(), d.File, ref, h.kek, progress); err != nil {
-			return errs.Wrap(err, "cannot rekey %s of %s", d.Name, o.vm.Name)
-		}
-		h.logRekey(ctx, o.vm, d, ref, "deep")
-		done()
-	}
-	return o.setKey(disks, ref)
-}
-
 func (h *Host) shallowRekeyOffline(ctx context.Context, id string, disks []string, ref keysafe.Ref, r report) error {
 	o, err := h.takeOffline(ctx, id, "a rekey of a VM that is being powered on or off")
 	if err != nil {
@@ -212,6 +201,9 @@ func (h *Host) shallowRekeyOffline(ctx context.Context, id string, disks []strin
 	}
 	defer o.release()
 	indices, err := o.encrypted(disks)
+	if err == nil {
+		err = o.notRekeying(disks)
+	}
 	if err != nil {
 		return err
 	}
@@ -234,39 +226,37 @@ func (h *Host) shallowRekeyRunning(ctx context.Context, m *machine, disks []stri
 		return err
 	}
 	defer release()
-	reg, _ := m.state()
 	running := m.run()
 	if running == nil {
+		reg, _ := m.state()
 		return errs.New(errs.Unavailable, "VM %s was powered off meanwhile", reg.Name).WithHint("try again")
 	}
-	dir, err := h.folder(reg)
+	o, err := h.online(m)
 	if err != nil {
 		return err
 	}
-	vm, err := readVM(reg, dir)
-	if err != nil {
-		return err
-	}
-	o := &offline{m: m, dir: dir, vm: vm}
 	indices, err := o.encrypted(disks)
+	if err == nil {
+		err = o.notRekeying(disks)
+	}
 	if err != nil {
 		return err
 	}
 	for n, i := range indices {
-		d := vm.Disks[i]
+		d := o.vm.Disks[i]
 		r("rekeying "+d.Name, int64(n), int64(len(indices)), unitItems)
-		safe, _, err := peek(filepath.Join(dir, d.File))
+		safes, _, err := peek(filepath.Join(o.dir, d.File))
 		if err != nil {
-			return errs.Wrap(err, "cannot rekey %s of %s", d.Name, vm.Name)
+			return errs.Wrap(err, "cannot rekey %s of %s", d.Name, o.vm.Name)
 		}
-		next, err := recrypt.Rewrap(ctx, safe, ref, h.kek)
+		next, err := recrypt.Rewrap(ctx, safes.Current, ref, h.kek)
 		if err == nil { // also if it is in place: perhaps in one copy of the header only
 			err = replaceSafe(ctx, running, d.Name, next)
 		}
 		if err != nil {
-			return errs.Wrap(err, "cannot rekey %s of %s", d.Name, vm.Name)
+			return errs.Wrap(err, "cannot rekey %s of %s", d.Name, o.vm.Name)
 		}
-		h.logRekey(ctx, vm, d, ref, "shallow")
+		h.logRekey(ctx, o.vm, d, ref, "shallow")
 	}
 	return o.setKey(disks, ref)
 }

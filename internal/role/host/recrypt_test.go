@@ -60,11 +60,11 @@ func TestLifeOfADisk(t *testing.T) {
 	}
 	generation := func(disk string) uint64 {
 		t.Helper()
-		safe, _, err := peek(filepath.Join(b.root, "web-1", disk+".luks"))
+		safes, _, err := peek(filepath.Join(b.root, "web-1", disk+".luks"))
 		check(t, err)
-		return safe.Generation
+		return safes.Current.Generation
 	}
-	wantKind(t, "a rekey of a plain VM", b.rekeyVM(ctx, id, nil, b.newRef(t), true, quiet), errs.InvalidState)
+	wantKind(t, "a rekey of a plain VM", b.rekeyVM(ctx, id, nil, b.newRef(t), depth{deep: true}, quiet), errs.InvalidState)
 	wantKind(t, "an unknown disk", b.encryptVM(ctx, id, []string{"disk-9"}, b.newRef(t), quiet), errs.NotFound)
 	wantKind(t, "a key that is not here", b.encryptVM(ctx, id, nil, keysafe.Ref{Provider: "kp-9", KeyID: "k"}, quiet), errs.Locked)
 	is("refused", nil, "disk-0.raw", "disk-1.raw")
@@ -72,7 +72,7 @@ func TestLifeOfADisk(t *testing.T) {
 	first := b.newRef(t)
 	check(t, b.encryptVM(ctx, id, []string{"disk-1", "disk-1"}, first, quiet))
 	is("one disk", &first, "disk-0.raw", "disk-1.luks")
-	wantKind(t, "a rekey of its plain disk", b.rekeyVM(ctx, id, []string{"disk-0"}, b.newRef(t), false, quiet), errs.InvalidState)
+	wantKind(t, "a rekey of its plain disk", b.rekeyVM(ctx, id, []string{"disk-0"}, b.newRef(t), depth{}, quiet), errs.InvalidState)
 	for range 2 { // the second call finds all done
 		var last, total int64
 		check(t, b.encryptVM(ctx, id, nil, first, func(_ string, done, all int64, _ string) { last, total = done, all }))
@@ -84,17 +84,17 @@ func TestLifeOfADisk(t *testing.T) {
 
 	second := b.newRef(t)
 	for range 2 {
-		check(t, b.rekeyVM(ctx, id, nil, second, false, quiet))
+		check(t, b.rekeyVM(ctx, id, nil, second, depth{}, quiet))
 		is("shallow rekey", &second, "disk-0.luks", "disk-1.luks")
 		if g := generation("disk-0"); g != 2 {
 			t.Errorf("generation %d", g)
 		}
 	}
 	third := b.newRef(t)
-	check(t, b.rekeyVM(ctx, id, []string{"disk-0"}, third, true, quiet))
+	check(t, b.rekeyVM(ctx, id, []string{"disk-0"}, third, depth{deep: true}, quiet))
 	is("deep rekey of one disk", &second, "disk-0.luks", "disk-1.luks")
 	for range 2 {
-		check(t, b.rekeyVM(ctx, id, nil, third, true, quiet))
+		check(t, b.rekeyVM(ctx, id, nil, third, depth{deep: true}, quiet))
 		is("deep rekey", &third, "disk-0.luks", "disk-1.luks")
 		if g := generation("disk-1"); g != 3 {
 			t.Errorf("generation %d", g)
@@ -192,13 +192,12 @@ func TestLinkedDisk(t *testing.T) {
 	for name, do := range map[string]func() error{
 		"encrypt":       func() error { return b.encryptVM(t.Context(), id, nil, b.newRef(t), quiet) },
 		"decrypt":       func() error { return b.decryptVM(t.Context(), id, nil, quiet) },
-		"shallow rekey": func() error { return b.rekeyVM(t.Context(), id, nil, b.newRef(t), false, quiet) },
-		"deep rekey":    func() error { return b.rekeyVM(t.Context(), id, nil, b.newRef(t), true, quiet) },
+		"shallow rekey": func() error { return b.rekeyVM(t.Context(), id, nil, b.newRef(t), depth{}, quiet) },
+		"deep rekey":    func() error { return b.rekeyVM(t.Context(), id, nil, b.newRef(t), depth{deep: true}, quiet) },
 		"unwrap": func() error {
-			dek, err := b.unwrap(t.Context(), filepath.Join(dir, "disk-1.luks"))
-			if err == nil {
-				dek.Close()
-			}
+			dek, next, err := b.unwrap(t.Context(), filepath.Join(dir, "disk-1.luks"))
+			dek.Close()
+			next.Close()
 			return err
 		},
 	} {

@@ -52,6 +52,7 @@ type disk struct {
 	device *counted
 	volume *volume.Volume // nil for a raw disk
 	vhost  *vhost         // guarded by the engine's mu: nil if it is not served so
+	rekey  rekeys
 }
 
 // service is NBD on one socket.
@@ -85,8 +86,9 @@ func (e *engine) find(name string) (*disk, error) {
 }
 
 // AddDisk implements [volumectl.Handler].
-func (e *engine) AddDisk(_ context.Context, spec volumectl.Disk, file *os.File, dek *keymem.Key) error {
-	defer dek.Close() // the volume has made what it needs of it
+func (e *engine) AddDisk(_ context.Context, spec volumectl.Disk, file *os.File, dek, next *keymem.Key) error {
+	defer dek.Close() // the volume has made what it needs of them
+	defer next.Close()
 	e.change.Lock()
 	defer e.change.Unlock()
 	if _, err := e.find(spec.Name); err == nil {
@@ -97,7 +99,7 @@ func (e *engine) AddDisk(_ context.Context, spec volumectl.Disk, file *os.File, 
 		file.Close()
 		return errShutDown()
 	}
-	d, err := open(spec, file, dek)
+	d, err := open(spec, file, dek, next)
 	if err != nil {
 		return classify(err)
 	}
@@ -112,7 +114,7 @@ func (e *engine) AddDisk(_ context.Context, spec volumectl.Disk, file *os.File, 
 }
 
 // open opens a disk; file is closed if it fails.
-func open(spec volumectl.Disk, file *os.File, dek *keymem.Key) (*disk, error) {
+func open(spec volumectl.Disk, file *os.File, dek, next *keymem.Key) (*disk, error) {
 	f, err := blockdev.NewFile(file, blockdev.FileOptions{ReadOnly: spec.ReadOnly})
 	if err != nil {
 		file.Close()
@@ -121,7 +123,7 @@ func open(spec volumectl.Disk, file *os.File, dek *keymem.Key) (*disk, error) {
 	d := &disk{spec: spec}
 	var device blockdev.Device = f
 	if spec.Format == volumectl.LUKS {
-		d.volume, err = volume.Open(f, dek, volume.Options{ReadOnly: spec.ReadOnly, SizeMin: spec.SizeMin})
+		d.volume, err = volume.Open(f, dek, volume.Options{ReadOnly: spec.ReadOnly, SizeMin: spec.SizeMin, NextDEK: next})
 		if err != nil {
 			f.Close()
 			return nil, err
@@ -154,6 +156,7 @@ func (e *engine) RemoveDisk(ctx context.Context, name string) error {
 	e.mu.Lock()
 	delete(e.disks, name)
 	e.mu.Unlock()
+	d.rekey.end()
 	return classify(errors.Join(d.device.Flush(), d.device.Close()))
 }
 
@@ -296,6 +299,7 @@ func (d *disk) status() volumectl.DiskStatus {
 	for _, damage := range info.Damage {
 		s.Damage = append(s.Damage, fmt.Sprint(damage))
 	}
+	s.Rekey = d.rekey.status(info.Rekey)
 	return s
 }
 
@@ -319,6 +323,7 @@ func (e *engine) Shutdown(ctx context.Context) error {
 	var failed []error
 	for name, d := range disks {
 		e.stopVhost(d)
+		d.rekey.end()
 		if err := errors.Join(d.device.Flush(), d.device.Close()); err != nil {
 			failed = append(failed, fmt.Errorf("disk %s: %w", name, err))
 		}
@@ -348,6 +353,7 @@ func classify(err error) error {
 		{volume.ErrNotVolume, errs.Corrupt},
 		{volume.ErrCorrupt, errs.Corrupt},
 		{volume.ErrTruncated, errs.Corrupt},
+		{volume.ErrRekeying, errs.InvalidState}, // it is an ErrUnsupported too
 		{volume.ErrUnsupported, errs.Invalid},
 		{volume.ErrWrongSafe, errs.Invalid},
 		{volume.ErrChanged, errs.InvalidState},

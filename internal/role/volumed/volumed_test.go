@@ -124,7 +124,7 @@ func add(ctx context.Context, p *volumeproc.Process, d volumectl.Disk, path stri
 		return err
 	}
 	defer file.Close()
-	return p.AddDisk(ctx, d, file, dek)
+	return p.AddDisk(ctx, d, file, dek, nil)
 }
 
 func uri(dir, export string) string {
@@ -290,14 +290,14 @@ func TestRefusals(t *testing.T) {
 	foreign := filepath.Join(t.TempDir(), "foreign")
 	check(t, os.WriteFile(foreign, make([]byte, 1<<20), 0o600))
 	wantKind(t, add(ctx, p, disk, foreign, dek), errs.Corrupt)
-	wantKind(t, p.AddDisk(ctx, disk, readOnlyFile(t, path), dek), errs.InvalidState)
+	wantKind(t, p.AddDisk(ctx, disk, readOnlyFile(t, path), dek, nil), errs.InvalidState)
 
 	check(t, add(ctx, p, disk, path, dek)) // none of that has left a lock
 	if err := add(ctx, p, volumectl.Disk{Name: "other", Format: volumectl.LUKS}, path, dek); !errors.Is(err, blockdev.ErrInUse) {
 		t.Errorf("a host opened a disk that is in use: %v", err)
 	}
 	check(t, add(ctx, p, volumectl.Disk{Name: "disk-1", Format: volumectl.Raw, ReadOnly: true}, foreign, nil))
-	wantKind(t, p.AddDisk(ctx, disk, readOnlyFile(t, foreign), dek), errs.Exists)
+	wantKind(t, p.AddDisk(ctx, disk, readOnlyFile(t, foreign), dek, nil), errs.Exists)
 	wantKind(t, p.ReplaceSafe(ctx, "disk-1", safe), errs.Invalid)
 	wantKind(t, p.ReplaceSafe(ctx, "none", safe), errs.NotFound)
 	wantKind(t, p.Resize(ctx, "disk-1", 2<<20), errs.InvalidState)

@@ -74,8 +74,8 @@ type VMServiceClient interface {
 	EncryptVM(context.Context, *connect.Request[v1.EncryptVMRequest]) (*connect.Response[v1.Task], error)
 	// DecryptVM is the reverse.
 	DecryptVM(context.Context, *connect.Request[v1.DecryptVMRequest]) (*connect.Response[v1.Task], error)
-	// RekeyVM gives a VM a new KEK (shallow, in any power state) or new DEKs too
-	// (deep, powered off).
+	// RekeyVM gives a VM a new KEK (shallow) or new DEKs too (deep), in any power
+	// state. A deep rekey goes on with one that is under way.
 	RekeyVM(context.Context, *connect.Request[v1.RekeyVMRequest]) (*connect.Response[v1.Task], error)
 	// FillDisks makes thin disks of a VM that is powered off safe for dm-crypt:
 	// zeros are written to all of their sectors that were never written.
@@ -292,8 +292,8 @@ type VMServiceHandler interface {
 	EncryptVM(context.Context, *connect.Request[v1.EncryptVMRequest]) (*connect.Response[v1.Task], error)
 	// DecryptVM is the reverse.
 	DecryptVM(context.Context, *connect.Request[v1.DecryptVMRequest]) (*connect.Response[v1.Task], error)
-	// RekeyVM gives a VM a new KEK (shallow, in any power state) or new DEKs too
-	// (deep, powered off).
+	// RekeyVM gives a VM a new KEK (shallow) or new DEKs too (deep), in any power
+	// state. A deep rekey goes on with one that is under way.
 	RekeyVM(context.Context, *connect.Request[v1.RekeyVMRequest]) (*connect.Response[v1.Task], error)
 	// FillDisks makes thin disks of a VM that is powered off safe for dm-crypt:
 	// zeros are written to all of their sectors that were never written.
