@@ -463,7 +463,7 @@ func (s Suite) neighboursSurvive(t *testing.T) {
 }
 
 func (s Suite) allocations(t *testing.T) {
-	if s.Allocates || raceDetector {
+	if s.Allocates || RaceDetector {
 		return
 	}
 	dev := s.New(t, size)

@@ -2,4 +2,5 @@
 
 package blockdevtest
 
-const raceDetector = false
+// RaceDetector: see race.go.
+const RaceDetector = false

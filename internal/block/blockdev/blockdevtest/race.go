@@ -2,6 +2,7 @@
 
 package blockdevtest
 
-// raceDetector: under it a sync.Pool drops what it is given at random, so
-// allocations cannot be counted.
-const raceDetector = true
+// RaceDetector tells that the tests run under it. A sync.Pool then drops what it
+// is given at random, so allocations cannot be counted, and all is ten times as
+// slow.
+const RaceDetector = true
