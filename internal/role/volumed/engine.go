@@ -19,7 +19,16 @@ import (
 	"strongroom/internal/crypto/keymem"
 	"strongroom/internal/crypto/keysafe"
 	"strongroom/internal/errs"
-	"strongroom/internal/role/volumed/sandbox"
+)
+
+// What is in work at a time, so that a process with four busy disks stays below
+// 32 MiB.
+const (
+	// buffersMax is for the data of NBD requests on all disks together, in bytes:
+	// two busy disks have as many workers as they like, more of them share.
+	buffersMax = 8 << 20
+	// vhostWorkers is how many vhost-user requests are in work on each disk.
+	vhostWorkers = 12
 )
 
 // How long NBD clients may take to finish before their connections are broken.
@@ -32,7 +41,7 @@ const (
 type engine struct {
 	log    *slog.Logger
 	server *nbd.Server
-	box    sandbox.State
+	config *Config
 	end    func() // ends Run
 
 	// change is held while a disk is added or removed, a socket taken, or all
@@ -61,10 +70,10 @@ type service struct {
 	done chan struct{}
 }
 
-func newEngine(log *slog.Logger, box sandbox.State, end func()) *engine {
+func newEngine(c *Config, end func()) *engine {
 	return &engine{
-		log: log, box: box, end: end, disks: make(map[string]*disk),
-		server: nbd.NewServer(nbd.Config{Log: log}),
+		log: c.Log, config: c, end: end, disks: make(map[string]*disk),
+		server: nbd.NewServer(nbd.Config{Log: c.Log, MaxBuffers: buffersMax}),
 	}
 }
 
@@ -110,6 +119,7 @@ func (e *engine) AddDisk(_ context.Context, spec volumectl.Disk, file *os.File, 
 	e.mu.Lock()
 	e.disks[spec.Name], e.had = d, true
 	e.mu.Unlock()
+	e.config.program.drop()
 	return nil
 }
 
@@ -259,7 +269,7 @@ func (e *engine) Status(context.Context) (*volumectl.Status, error) {
 	disks := slices.Collect(maps.Values(e.disks))
 	status := &volumectl.Status{
 		Listening: e.service != nil && !e.service.ended(), Disks: []volumectl.DiskStatus{},
-		Sandbox: volumectl.Sandbox{Landlock: e.box.Landlock, Seccomp: e.box.Seccomp, Missing: e.box.Missing()},
+		Sandbox: volumectl.Sandbox{Landlock: e.config.Sandbox.Landlock, Seccomp: e.config.Sandbox.Seccomp, Missing: e.config.Sandbox.Missing()},
 	}
 	e.mu.Unlock()
 	for _, d := range disks {

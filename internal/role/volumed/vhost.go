@@ -31,6 +31,7 @@ func (e *engine) ListenVhostUser(_ context.Context, name string, socket *os.File
 	}
 	server, err := vhostuser.NewServer(vhostuser.Config{
 		Device: d.device, Name: name, ReadOnly: d.spec.ReadOnly, Serial: name, Log: e.log,
+		Workers: vhostWorkers,
 	})
 	if err != nil {
 		listener.Close()

@@ -20,6 +20,7 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -37,6 +38,10 @@ const ControlFD = 3
 // host, which may have died right after starting it.
 const orphanTimeout = time.Minute
 
+// gcPercent is how much the heap may grow before it is collected. Requests
+// allocate nothing, so that collecting often costs nothing.
+const gcPercent = 20
+
 // Config of a volume process.
 type Config struct {
 	// VM names the VM, for logs and for the host.
@@ -48,6 +53,8 @@ type Config struct {
 	Sandbox sandbox.State
 	// Log receives what happens. No key or data is ever in it.
 	Log *slog.Logger
+
+	program program
 }
 
 // Main runs a volume process with the arguments after its subcommand and
@@ -73,6 +80,11 @@ func run(args []string, log *slog.Logger) error {
 	if *vm == "" || flags.NArg() > 0 {
 		return errors.New("a volume process is started by a host, not by hand")
 	}
+	debug.SetGCPercent(gcPercent)
+	program, err := findProgram()
+	if err != nil {
+		return err
+	}
 	box, err := sandbox.Enter()
 	if err != nil {
 		return err
@@ -83,7 +95,7 @@ func run(args []string, log *slog.Logger) error {
 	defer stop()
 	// Signals of a terminal are for the host.
 	signal.Ignore(unix.SIGINT, unix.SIGHUP)
-	return Run(ctx, Config{VM: *vm, Control: os.NewFile(ControlFD, "control socket"), Log: log.With(slog.String("vm", *vm)), Sandbox: box})
+	return Run(ctx, Config{VM: *vm, Control: os.NewFile(ControlFD, "control socket"), Log: log.With(slog.String("vm", *vm)), Sandbox: box, program: program})
 }
 
 // Run serves until a host shuts it down, ctx ends, or no disk comes within
@@ -95,7 +107,7 @@ func Run(ctx context.Context, c Config) error {
 	if err != nil {
 		return fmt.Errorf("cannot listen for the host: %w", err)
 	}
-	e := newEngine(c.Log, c.Sandbox, cancel)
+	e := newEngine(&c, cancel)
 	orphan := time.AfterFunc(orphanTimeout, func() {
 		if !e.used() {
 			c.Log.LogAttrs(ctx, slog.LevelWarn, "no disk came: the host is gone")
@@ -103,6 +115,7 @@ func Run(ctx context.Context, c Config) error {
 		}
 	})
 	defer orphan.Stop()
+	c.program.drop()
 	c.Log.LogAttrs(ctx, slog.LevelInfo, "volume process runs", slog.Int("pid", os.Getpid()))
 	if missing := c.Sandbox.Missing(); missing != nil {
 		c.Log.LogAttrs(ctx, slog.LevelWarn, "the kernel lacks walls of the sandbox", slog.Any("missing", missing))
