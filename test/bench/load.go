@@ -10,8 +10,6 @@ import (
 	"os/exec"
 	"slices"
 	"time"
-
-	"strongroom/internal/block/nbd"
 )
 
 // load is what a generator does.
@@ -23,7 +21,7 @@ type load struct {
 	depth  int
 }
 
-// loads are what is measured: 4 KiB at random at depth 1 and 32, and 1 MiB in
+// loads are what is measured: 4 KiB at random at depth 1, 32 and 128, and 1 MiB in
 // sequence at depth 8.
 func loads() []load {
 	return []load{
@@ -31,6 +29,8 @@ func loads() []load {
 		{"4 KiB random write, depth 1", true, true, 4096, 1},
 		{"4 KiB random read, depth 32", false, true, 4096, 32},
 		{"4 KiB random write, depth 32", true, true, 4096, 32},
+		{"4 KiB random read, depth 128", false, true, 4096, 128},
+		{"4 KiB random write, depth 128", true, true, 4096, 128},
 		{"1 MiB sequential read, depth 8", false, false, 1 << 20, 8},
 		{"1 MiB sequential write, depth 8", true, false, 1 << 20, 8},
 	}
@@ -46,58 +46,45 @@ type sample struct {
 
 // generator drives one server at a time with requests from one thread.
 type generator struct {
-	pipe  *nbd.Pipeline
-	bufs  [][]byte
+	transport
 	began []time.Time // by number of the request
 	took  []time.Duration
 	rng   *rand.Rand
 }
 
-func newGenerator(ctx context.Context, socket string, l load) (*generator, error) {
-	pipe, err := nbd.DialPipeline(ctx, "unix", socket, "", l.depth)
+// dial connects the generator over NBD, or over vhost-user.
+func dial(ctx context.Context, s *server, kind string, l load) (*generator, error) {
+	connect, socket := dialNBD, s.socket
+	if kind == vhostGenerator {
+		connect, socket = dialVhost, s.vhost
+	}
+	t, err := connect(ctx, socket, l.bytes, l.depth)
 	if err != nil {
 		return nil, err
 	}
-	g := &generator{pipe: pipe, began: make([]time.Time, l.depth), took: make([]time.Duration, 0, 1<<20), rng: rand.New(rand.NewPCG(1, 2))}
-	for range l.depth {
-		buf := make([]byte, l.bytes)
-		for i := range buf {
-			buf[i] = byte(g.rng.Uint32())
-		}
-		g.bufs = append(g.bufs, buf)
-	}
-	return g, nil
+	return &generator{transport: t, began: make([]time.Time, l.depth), took: make([]time.Duration, 0, 1<<20), rng: rand.New(rand.NewPCG(1, 2))}, nil
 }
 
 // run keeps l.depth requests under way for the duration, then waits for the
 // last ones. It returns their number and the time they took.
 func (g *generator) run(ctx context.Context, l load, duration time.Duration) (int, time.Duration, error) {
 	g.took = g.took[:0]
-	slots := int(g.pipe.Size()) / l.bytes
+	slots := int(g.size()) / l.bytes
 	start := time.Now()
 	now := start
 	for sent, done := 0, 0; ; {
-		for now.Sub(start) < duration && g.pipe.Idle() > 0 {
+		for now.Sub(start) < duration && g.idle() > 0 {
 			slot := sent % slots
 			if l.random {
 				slot = g.rng.IntN(slots)
 			}
-			// The data is not looked at, so it does not matter that a buffer
-			// may still be in use by an earlier request.
-			buf, off := g.bufs[sent%len(g.bufs)], int64(slot)*int64(l.bytes)
-			var n int
-			if l.write {
-				n = g.pipe.Write(buf, off)
-			} else {
-				n = g.pipe.Read(buf, off)
-			}
-			g.began[n] = now
+			g.began[g.start(l.write, int64(slot)*int64(l.bytes))] = now
 			sent++
 		}
 		if done == sent {
 			return done, now.Sub(start), ctx.Err()
 		}
-		n, err := g.pipe.Next()
+		n, err := g.next()
 		if err != nil {
 			return 0, 0, err
 		}
@@ -110,13 +97,13 @@ func (g *generator) run(ctx context.Context, l load, duration time.Duration) (in
 	}
 }
 
-// withOurs measures a load with our generator.
-func withOurs(ctx context.Context, s *server, l load, duration time.Duration) (sample, error) {
-	g, err := newGenerator(ctx, s.socket, l)
+// withOurs measures a load with our generator, over NBD or vhost-user.
+func withOurs(ctx context.Context, s *server, kind string, l load, duration time.Duration) (sample, error) {
+	g, err := dial(ctx, s, kind, l)
 	if err != nil {
 		return sample{}, err
 	}
-	defer g.pipe.Close()
+	defer g.close()
 	if _, _, err := g.run(ctx, l, duration/10); err != nil {
 		return sample{}, err
 	}
@@ -157,23 +144,22 @@ func ownTime() (time.Duration, error) { return processorTime(os.Getpid()) }
 // fill writes the whole image once, so that nothing is measured on holes.
 func fill(ctx context.Context, s *server) error {
 	l := load{name: "fill", write: true, bytes: 1 << 20, depth: 8}
-	g, err := newGenerator(ctx, s.socket, l)
+	g, err := dial(ctx, s, ownGenerator, l)
 	if err != nil {
 		return err
 	}
-	defer g.pipe.Close()
-	for off := int64(0); off < g.pipe.Size(); {
-		for g.pipe.Idle() > 0 && off < g.pipe.Size() {
-			n := min(l.bytes, int(g.pipe.Size()-off))
-			g.pipe.Write(g.bufs[0][:n], off)
-			off += int64(n)
+	defer g.close()
+	for off := int64(0); off < g.size(); { // of whole MiB
+		for g.idle() > 0 && off < g.size() {
+			g.start(true, off)
+			off += int64(l.bytes)
 		}
-		if _, err := g.pipe.Next(); err != nil {
+		if _, err := g.next(); err != nil {
 			return err
 		}
 	}
-	for g.pipe.Idle() < l.depth {
-		if _, err := g.pipe.Next(); err != nil {
+	for g.idle() < l.depth {
+		if _, err := g.next(); err != nil {
 			return err
 		}
 	}

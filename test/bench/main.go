@@ -1,5 +1,5 @@
-// Command bench measures volumes served over NBD beside their peers, and writes
-// docs/reference/performance.md and .json.
+// Command bench measures volumes served over NBD and vhost-user beside their
+// peers, and writes docs/reference/performance.md and .json.
 //
 // In one run, in turn and in several rounds, it loads: an encrypted volume of
 // ours, the same without encryption, qemu-storage-daemon serving a LUKS image,
@@ -9,11 +9,12 @@
 // times how soon a controller and a VM are there, with the binary that
 // $STRONGROOM names.
 //
-// Loads come from two generators: one of our own ([nbd.Pipeline], one thread),
-// which is fast enough not to be the limit, and fio's nbd engine, which
-// everybody has and which ends near 75,000 requests a second.
+// Loads come from two generators: one of our own, one thread, over NBD
+// ([nbd.Pipeline]) and over vhost-user (vhostusertest), which is fast enough not to
+// be the limit, and fio's nbd engine, which everybody has and which ends near
+// 75,000 requests a second.
 //
-// Run as `bench serve KIND FILE KEYFILE SOCKET`, it is the server under test,
+// Run as `bench serve KIND FILE KEYFILE SOCKET VHOSTSOCKET`, it is the server under test,
 // in a process of its own so that its processor time can be told apart.
 package main
 
@@ -50,8 +51,8 @@ func main() {
 }
 
 func run(ctx context.Context, args []string) error {
-	if len(args) == 5 && args[0] == "serve" {
-		return serve(ctx, args[1], args[2], args[3], args[4])
+	if len(args) == 6 && args[0] == "serve" {
+		return serve(ctx, args[1], args[2], args[3], args[4], args[5])
 	}
 	var o options
 	var only string

@@ -17,9 +17,12 @@ import (
 
 // The generators.
 const (
-	ownGenerator = "own"
-	fioGenerator = "fio"
+	ownGenerator   = "own" // over NBD
+	fioGenerator   = "fio" // over NBD
+	vhostGenerator = "own, vhost-user"
 )
+
+func generators() []string { return []string{ownGenerator, fioGenerator, vhostGenerator} }
 
 // result is the median of the rounds of one load on one server.
 type result struct {
@@ -85,16 +88,16 @@ func measure(ctx context.Context, o options) (r *report, err error) {
 				// Another one begins each time, so that none is always measured
 				// after the same neighbour.
 				s := servers[(i+round)%len(servers)]
-				for _, generator := range []string{ownGenerator, fioGenerator} {
+				for _, generator := range generators() {
 					k := key{s.name, generator, l.name}
-					if generator == fioGenerator && l.random && l.depth == 1 || !o.only.MatchString(k.server+"/"+k.generator+"/"+k.load) {
+					if generator == fioGenerator && l.random && l.depth != 32 || generator == vhostGenerator && s.vhost == "" || !o.only.MatchString(k.server+"/"+k.generator+"/"+k.load) {
 						continue
 					}
 					var one sample
 					if generator == fioGenerator {
 						one, err = withFio(ctx, s, l, o.size, o.duration)
 					} else {
-						one, err = withOurs(ctx, s, l, o.duration)
+						one, err = withOurs(ctx, s, generator, l, o.duration)
 					}
 					if err != nil {
 						return nil, fmt.Errorf("cannot measure %s with %s, %s: %w\n%s", l.name, generator, s.name, err, s.errors.String())
@@ -104,7 +107,7 @@ func measure(ctx context.Context, o options) (r *report, err error) {
 			}
 		}
 	}
-	for _, generator := range []string{ownGenerator, fioGenerator} {
+	for _, generator := range generators() {
 		for _, l := range loads() {
 			for _, s := range servers {
 				if all := samples[key{s.name, generator, l.name}]; len(all) > 0 {
@@ -240,8 +243,9 @@ of the two peers; CPU is the server's processor seconds per GiB moved, user and 
 	}
 
 	for _, g := range []struct{ name, title string }{
-		{ownGenerator, "With our own load generator"},
-		{fioGenerator, "With fio's nbd engine"},
+		{ownGenerator, "NBD, with our own load generator"},
+		{fioGenerator, "NBD, with fio's nbd engine"},
+		{vhostGenerator, "vhost-user-blk, with our own load generator"},
 	} {
 		rows := r.rows(g.name)
 		if len(rows) == 0 {
@@ -253,7 +257,7 @@ of the two peers; CPU is the server's processor seconds per GiB moved, user and 
 
 	if rows := r.ratios(); len(rows) > 0 {
 		b.WriteString("\n## Ratios\n\n")
-		table(&b, append([][]string{{"load", "generator", "ours : peers", "CPU, ours : peers", "encrypted : not encrypted"}}, rows...))
+		table(&b, append([][]string{{"load", "generator", "ours : peers", "p99, ours : peers", "CPU, ours : peers", "encrypted : not encrypted"}}, rows...))
 	}
 	b.WriteString(`
 "` + ceiling + `" is our server on a device that does nothing: no server can be seen to be faster than
@@ -262,7 +266,7 @@ servers. Ours uses one thread for load; where it used that wholly, it was the li
 
 `)
 	if rows := r.generator(); len(rows) > 0 {
-		table(&b, append([][]string{{"load", "our generator's end, requests/s", "processors it used for that", "and for ours, encrypted", "fio's end, requests/s"}}, rows...))
+		table(&b, append([][]string{{"load", "generator", "our generator's end, requests/s", "processors it used for that", "and for ours, encrypted", "fio's end, requests/s"}}, rows...))
 	}
 	if len(r.Cipher) > 0 {
 		b.WriteString("\n## The cipher\n\nXTS-AES-256 on sectors of 512 bytes, each with its own tweak, on one core, by processor time. OpenSSL has one sector in\na call, whatever its size. The C loop is test/bench/xts_vaes512.c.\n\n")
@@ -314,16 +318,20 @@ func (r *report) rows(generator string) [][]string {
 // ratios compares ours with the better peer and with ourselves.
 func (r *report) ratios() [][]string {
 	var rows [][]string
-	for _, generator := range []string{ownGenerator, fioGenerator} {
+	for _, generator := range generators() {
 		for _, l := range loads() {
 			o, p := r.find(ours, generator, l.name), r.find(plain, generator, l.name)
 			d, k := r.find(daemon, generator, l.name), r.find(kit, generator, l.name)
+			if k == nil && generator == vhostGenerator {
+				k = d // nbdkit has none
+			}
 			if o == nil || p == nil || d == nil || k == nil {
 				continue
 			}
 			rows = append(rows, []string{
 				l.name, generator,
 				fmt.Sprintf("%.2f", o.RequestsPerSecond/max(d.RequestsPerSecond, k.RequestsPerSecond)),
+				fmt.Sprintf("%.2f", o.P99Microseconds/min(d.P99Microseconds, k.P99Microseconds)),
 				fmt.Sprintf("%.2f", o.CPUSecondsPerGiB/min(d.CPUSecondsPerGiB, k.CPUSecondsPerGiB)),
 				fmt.Sprintf("%.2f", o.RequestsPerSecond/p.RequestsPerSecond),
 			})
@@ -335,18 +343,20 @@ func (r *report) ratios() [][]string {
 // generator shows where the load generators end.
 func (r *report) generator() [][]string {
 	var rows [][]string
-	for _, l := range loads() {
-		top, o, fio := r.find(ceiling, ownGenerator, l.name), r.find(ours, ownGenerator, l.name), r.find(ceiling, fioGenerator, l.name)
-		if top == nil || o == nil {
-			continue
+	for _, generator := range []string{ownGenerator, vhostGenerator} {
+		for _, l := range loads() {
+			top, o := r.find(ceiling, generator, l.name), r.find(ours, generator, l.name)
+			if top == nil || o == nil {
+				continue
+			}
+			end := ""
+			if fio := r.find(ceiling, fioGenerator, l.name); fio != nil && generator == ownGenerator {
+				end = fmt.Sprintf("%.0f", fio.RequestsPerSecond)
+			}
+			rows = append(rows, []string{
+				l.name, generator, fmt.Sprintf("%.0f", top.RequestsPerSecond), fmt.Sprintf("%.2f", top.GeneratorCPU), fmt.Sprintf("%.2f", o.GeneratorCPU), end,
+			})
 		}
-		end := ""
-		if fio != nil {
-			end = fmt.Sprintf("%.0f", fio.RequestsPerSecond)
-		}
-		rows = append(rows, []string{
-			l.name, fmt.Sprintf("%.0f", top.RequestsPerSecond), fmt.Sprintf("%.2f", top.GeneratorCPU), fmt.Sprintf("%.2f", o.GeneratorCPU), end,
-		})
 	}
 	return rows
 }

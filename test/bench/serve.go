@@ -6,15 +6,18 @@ import (
 	"net"
 	"os"
 
+	"golang.org/x/sync/errgroup"
+
 	"strongroom/internal/block/blockdev"
 	"strongroom/internal/block/luks"
 	"strongroom/internal/block/nbd"
+	"strongroom/internal/block/vhostuser"
 	"strongroom/internal/block/volume"
 	"strongroom/internal/crypto/keymem"
 )
 
-// serve is the server under test, until ctx ends.
-func serve(ctx context.Context, kind, file, keyFile, socket string) error {
+// serve is the server under test, until ctx ends, over NBD and over vhost-user.
+func serve(ctx context.Context, kind, file, keyFile, socket, vhost string) error {
 	dev, err := openDevice(kind, file, keyFile)
 	if err != nil {
 		return err
@@ -24,11 +27,19 @@ func serve(ctx context.Context, kind, file, keyFile, socket string) error {
 	if err := s.AddExport(nbd.Export{Device: dev}); err != nil {
 		return err
 	}
-	l, err := net.Listen("unix", socket)
+	v, err := vhostuser.NewServer(vhostuser.Config{Device: dev})
 	if err != nil {
 		return err
 	}
-	return s.Serve(ctx, l)
+	g, ctx := errgroup.WithContext(ctx)
+	for path, serve := range map[string]func(context.Context, net.Listener) error{socket: s.Serve, vhost: v.Serve} {
+		l, err := net.Listen("unix", path)
+		if err != nil {
+			return err
+		}
+		g.Go(func() error { return serve(ctx, l) })
+	}
+	return g.Wait()
 }
 
 func openDevice(kind, file, keyFile string) (blockdev.Device, error) {

@@ -28,7 +28,8 @@ const (
 type server struct {
 	name    string
 	command []string // as it is started
-	socket  string
+	socket  string   // of NBD
+	vhost   string   // of vhost-user; "" if it has none
 	process *exec.Cmd
 	errors  bytes.Buffer // what it says on standard error
 }
@@ -67,19 +68,20 @@ func startServers(ctx context.Context, dir string, size int64) ([]*server, error
 	}
 
 	all := []*server{
-		{name: ours, command: []string{self, "serve", "encrypted", path("ours.luks"), path("key"), path("ours.sock")}, socket: path("ours.sock")},
-		{name: plain, command: []string{self, "serve", "plain", path("plain.raw"), "-", path("plain.sock")}, socket: path("plain.sock")},
-		{name: daemon, socket: path("daemon.sock"), command: []string{
+		{name: ours, command: []string{self, "serve", "encrypted", path("ours.luks"), path("key"), path("ours.sock"), path("ours.vhost")}, socket: path("ours.sock"), vhost: path("ours.vhost")},
+		{name: plain, command: []string{self, "serve", "plain", path("plain.raw"), "-", path("plain.sock"), path("plain.vhost")}, socket: path("plain.sock"), vhost: path("plain.vhost")},
+		{name: daemon, socket: path("daemon.sock"), vhost: path("daemon.vhost"), command: []string{
 			"qemu-storage-daemon", "--object", secret,
 			"--blockdev", "driver=file,node-name=file,filename=" + path("daemon.luks"),
 			"--blockdev", "driver=luks,node-name=luks,file=file,key-secret=s",
 			"--nbd-server", "addr.type=unix,addr.path=" + path("daemon.sock"),
 			"--export", "type=nbd,id=e,node-name=luks,name=,writable=on",
+			"--export", "type=vhost-user-blk,id=v,node-name=luks,addr.type=unix,addr.path=" + path("daemon.vhost") + ",writable=on",
 		}},
 		{name: kit, socket: path("kit.sock"), command: []string{
 			"nbdkit", "--foreground", "--unix", path("kit.sock"), "--filter=luks", "file", path("kit.luks"), "passphrase=+" + path("passphrase"),
 		}},
-		{name: ceiling, command: []string{self, "serve", "nothing", path("nothing.raw"), "-", path("nothing.sock")}, socket: path("nothing.sock")},
+		{name: ceiling, command: []string{self, "serve", "nothing", path("nothing.raw"), "-", path("nothing.sock"), path("nothing.vhost")}, socket: path("nothing.sock"), vhost: path("nothing.vhost")},
 	}
 	for i, s := range all {
 		if err := s.start(ctx); err != nil {

@@ -31,6 +31,14 @@ const (
 	FeatureEventIdx    = 1 << 29
 	featureProtocol    = 1 << 30
 	FeatureVersion1    = 1 << 32
+
+	// Also the limits and the topology, bits 1, 2, 6 and 10, which need no doing.
+	knownFeatures = 1<<1 | 1<<2 | 1<<6 | 1<<10 | FeatureReadOnly | FeatureFlush | FeatureConfigWCE | FeatureMQ |
+		FeatureDiscard | FeatureWriteZeroes | FeatureIndirect | FeatureEventIdx | featureProtocol | FeatureVersion1
+
+	protocolInflight = 1 << 12
+	// MQ, REPLY_ACK, BACKEND_REQ, CONFIG, CONFIGURE_MEM_SLOTS.
+	knownProtocol = 1<<0 | 1<<3 | 1<<5 | 1<<9 | protocolInflight | 1<<15
 )
 
 // Requests of the protocol.
@@ -75,6 +83,9 @@ type Options struct {
 	Without   uint64 // features not to accept
 	Scatter   bool   // data lie in single pages in reverse order
 	Slots36   bool   // memory is passed by ADD_MEM_REG
+	// Whole passes memory as one region. Else it is two, and some buffers are in
+	// both, which a guest's memory allows and few drivers do.
+	Whole bool
 	// Memory, if not nil, makes the file of the guest's memory. Default: a memfd
 	// that may be sealed.
 	Memory func(size int64) (*os.File, error)
@@ -92,6 +103,7 @@ type Frontend struct {
 	opts     Options
 	conn     *net.UnixConn
 	back     *os.File // our end of the back end's channel
+	tracks   bool     // the back end notes requests in work
 	inflight *os.File
 	area     []byte // inflight description
 }
@@ -163,11 +175,13 @@ func (f *Frontend) Connect(path string) error {
 	if err != nil {
 		return err
 	}
-	f.Features = offered &^ f.opts.Without
+	f.Features = offered & knownFeatures &^ f.opts.Without
 	protocol, err := f.CallU64(GetProtocolFeatures)
 	if err != nil {
 		return err
 	}
+	protocol &= knownProtocol
+	f.tracks = protocol&protocolInflight != 0
 	if err := f.SendU64(SetProtocolFeatures, protocol); err != nil {
 		return err
 	}
@@ -185,8 +199,10 @@ func (f *Frontend) Start() error {
 	if err := f.SendU64(SetFeatures, f.Features); err != nil {
 		return err
 	}
-	if err := f.setInflight(); err != nil {
-		return err
+	if f.tracks {
+		if err := f.setInflight(); err != nil {
+			return err
+		}
 	}
 	if err := f.SetMemory(); err != nil {
 		return err
@@ -231,9 +247,11 @@ func (f *Frontend) SetMemory() error {
 		}
 		return b
 	}
-	// Two regions, so that some buffers are in both.
 	half := len(f.Mem) / 2 &^ 4095
 	fd := int(f.MemFile.Fd())
+	if f.opts.Whole {
+		return f.Send(SetMemTable, region(ne.AppendUint64(nil, 1), 0, len(f.Mem)), fd)
+	}
 	if f.opts.Slots36 {
 		return errors.Join(
 			f.Send(AddMemReg, region(make([]byte, 8), half, len(f.Mem)-half), fd),
