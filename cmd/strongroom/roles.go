@@ -60,6 +60,9 @@ func volumeInfo(file string, info volume.Info) cli.VolumeInfo {
 		KeySafes:      []cli.VolumeSafe{},
 		Damage:        []string{},
 	}
+	if r := info.Rekey; r != nil {
+		v.Rekey = &cli.VolumeProgress{DoneBytes: r.Done, TotalBytes: r.Total}
+	}
 	for _, s := range info.Safes {
 		v.KeySafes = append(v.KeySafes, cli.VolumeSafe{Provider: s.KEK.Provider, KeyID: s.KEK.KeyID, Generation: s.Generation})
 	}
@@ -76,7 +79,7 @@ func serveVolume(ctx context.Context, v cli.VolumeServe, ready func(address stri
 }
 
 func rekeyVolume(ctx context.Context, v cli.VolumeRekey, progress func(done, total int64)) error {
-	return localvolume.Rekey(ctx, localvolume.RekeyOptions{File: v.File, KeyFile: v.KeyFile, NewKeyFile: v.NewKeyFile, Progress: progress})
+	return localvolume.Rekey(ctx, localvolume.RekeyOptions{File: v.File, KeyFile: v.KeyFile, NewKeyFile: v.NewKeyFile, InPlace: v.InPlace, Rate: v.Rate, Progress: progress})
 }
 
 func decryptVolume(ctx context.Context, v cli.VolumeDecrypt, progress func(done, total int64)) error {

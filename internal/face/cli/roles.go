@@ -66,6 +66,8 @@ type VolumeRekey struct {
 	File       string
 	KeyFile    string
 	NewKeyFile string
+	InPlace    bool  // without a second copy
+	Rate       int64 // in place, bytes a second; 0: any number
 }
 
 // VolumeDecrypt says how to write a volume's data to a plain file.
@@ -95,6 +97,14 @@ type VolumeInfo struct {
 	Thin          bool         `json:"thin"` // it must be filled before dm-crypt opens it
 	KeySafes      []VolumeSafe `json:"keySafes"`
 	Damage        []string     `json:"damage"` // what is wrong with a copy of the header
+	// Rekey is how far a deep rekey is; nil if none is under way.
+	Rekey *VolumeProgress `json:"rekey,omitempty"`
+}
+
+// VolumeProgress is how far a rekey is.
+type VolumeProgress struct {
+	DoneBytes  int64 `json:"doneBytes"`
+	TotalBytes int64 `json:"totalBytes"`
 }
 
 // VolumeSafe names the key that one of a volume's key safes needs.

@@ -78,6 +78,9 @@ the address of the key that it needs. No key is needed, and nothing is changed.`
 			for _, k := range info.KeySafes {
 				fields = append(fields, field{"Key safe", fmt.Sprintf("generation %d under %s, key id %s", k.Generation, k.Provider, k.KeyID)})
 			}
+			if r := info.Rekey; r != nil {
+				fields = append(fields, field{"Deep rekey", fmt.Sprintf("under way, %s of %s; both keys are needed", formatSize(r.DoneBytes), formatSize(r.TotalBytes))})
+			}
 			for _, d := range info.Damage {
 				fields = append(fields, field{"Damage", d})
 			}
@@ -135,7 +138,10 @@ owner only.`,
 }
 
 func newVolumeRekeyCmd(env *Env, roles Roles) *cobra.Command {
-	var v VolumeRekey
+	var (
+		v    VolumeRekey
+		rate sizeValue
+	)
 	cmd := &cobra.Command{
 		Use:   "rekey FILE",
 		Short: "Encrypt a volume anew under another key",
@@ -143,13 +149,21 @@ func newVolumeRekeyCmd(env *Env, roles Roles) *cobra.Command {
 old file, verified, then in its place. There must be room for both. Interrupted at
 any point, the file is the old volume or the new one.
 
+With --in-place the volume is rewritten where it is, which needs no such room and
+works on block devices too. Interrupted it needs both keys; the same command goes
+on. What was rewritten is not read back and compared.
+
 The old key no longer opens the volume, but it opens copies of the old file.
 Recovery passphrases are not carried over. Disks of VMs are refused: use
 "strongroom vm rekey --deep".`,
-		Example: "  strongroom volume rekey disk.luks --key-file old.key --new-key-file new.key",
+		Example: `  strongroom volume rekey disk.luks --key-file old.key --new-key-file new.key
+  strongroom volume rekey /dev/sdb1 --key-file old.key --new-key-file new.key --in-place`,
 		Args:    exactArgs("the file"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			v.File = args[0]
+			if rate > 0 && !v.InPlace {
+				return usageError(cmd, "--rate is for a rekey --in-place")
+			}
+			v.File, v.Rate = args[0], int64(rate)
 			show := newProgress(env)
 			err := roles.RekeyVolume(cmd.Context(), v, func(done, total int64) { show.bytes(v.File, "rekeying", done, total) })
 			show.end(v.File, err != nil)
@@ -163,6 +177,8 @@ Recovery passphrases are not carried over. Disks of VMs are refused: use
 	}
 	addKeyFile(cmd, &v.KeyFile, "key-file", "`file` with its key, 64 raw bytes")
 	addKeyFile(cmd, &v.NewKeyFile, "new-key-file", "`file` with its new key, 64 raw bytes")
+	cmd.Flags().BoolVar(&v.InPlace, "in-place", false, "rewrite it where it is, without room for a second copy")
+	cmd.Flags().Var(&rate, "rate", "what may be rewritten in place in a second, such as 100M (default: no bound)")
 	return cmd
 }
 

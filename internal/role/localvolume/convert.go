@@ -22,6 +22,11 @@ type RekeyOptions struct {
 	File       string
 	KeyFile    string
 	NewKeyFile string
+	// InPlace rewrites the volume where it is, without room for a second one; it
+	// may be a block device.
+	InPlace bool
+	// Rate bounds what is rewritten in place, in bytes a second; 0: any number.
+	Rate int64
 	// Progress, if not nil, is told the bytes done and the bytes to do.
 	Progress func(done, total int64)
 }
@@ -30,6 +35,10 @@ type RekeyOptions struct {
 // is verified and then takes its place. At every instant the file's name leads
 // to the old volume or to the new one, whole; what an interruption may leave
 // is the unfinished new file, which the next Rekey refuses to overwrite.
+//
+// In place, an interruption leaves a volume that needs both keys, and the next
+// Rekey with them, in place too, goes on; if no data were moved yet it leaves
+// the volume as it was.
 //
 // UUID, label, sector size and discard setting are kept, passphrases are not. A
 // volume with a key safe is refused: it belongs to a VM, whose vm.json and key
@@ -52,6 +61,9 @@ func Rekey(ctx context.Context, opts RekeyOptions) error {
 	if oldKey.Equal(newKey) {
 		return errs.New(errs.Invalid, "the new key is the old one")
 	}
+	if opts.InPlace {
+		return rekeyInPlace(ctx, file, oldKey, newKey, volume.RekeyOptions{Rate: volume.NewRate(opts.Rate), Progress: opts.Progress})
+	}
 	stat, err := os.Stat(file)
 	if err != nil {
 		return explain(err)
@@ -68,14 +80,22 @@ func Rekey(ctx context.Context, opts RekeyOptions) error {
 	if err != nil {
 		return explain(err)
 	}
-	if len(info.Safes) > 0 {
-		return errs.New(errs.InvalidState, "the volume has a key safe under provider %s: it is a disk of a VM", info.Safes[0].KEK.Provider).
-			WithHint("strongroom vm rekey NAME --deep")
+	if err := ofNoVM(info); err != nil {
+		return err
 	}
 	return replace(ctx, file, stat, old, newKey, volume.FormatOptions{
 		Size: info.Size, SectorSize: info.SectorSize, DataOffset: info.DataOffset,
 		UUID: info.UUID, Label: info.Label, AllowDiscards: info.AllowDiscards, Thin: info.Thin, DEK: newKey,
 	}, opts.Progress)
+}
+
+// ofNoVM refuses a volume with a key safe.
+func ofNoVM(info volume.Info) error {
+	if len(info.Safes) == 0 {
+		return nil
+	}
+	return errs.New(errs.InvalidState, "the volume has a key safe under provider %s: it is a disk of a VM", info.Safes[0].KEK.Provider).
+		WithHint("strongroom vm rekey NAME --deep")
 }
 
 // replace writes the contents of old to a new volume and puts that in the place

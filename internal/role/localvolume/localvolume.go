@@ -126,6 +126,9 @@ func explain(err error) error {
 	switch {
 	case is(volume.ErrWrongKey):
 		return errs.New(errs.Denied, "%w", err).WithHint("use the key file that the volume was made with, or rekeyed to")
+	case is(volume.ErrRekeying):
+		return errs.New(errs.InvalidState, "%w", err).
+			WithHint("finish it: strongroom volume rekey FILE --in-place --key-file OLD --new-key-file NEW")
 	case is(volume.ErrNotVolume, volume.ErrUnsupported, luks.ErrVersion, blockdev.ErrBadSize):
 		return errs.New(errs.Invalid, "%w", err)
 	case is(volume.ErrCorrupt, volume.ErrTruncated, volume.ErrVerify, volume.ErrChanged):
