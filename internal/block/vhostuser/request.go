@@ -46,7 +46,7 @@ var (
 const (
 	// bounceSize is how much of a request goes through a worker's own buffer at
 	// a time.
-	bounceSize = 128 << 10
+	bounceSize = 64 << 10
 	// directMin is the length of a segment from which on it pays to hand it to
 	// the device by itself, rather than to copy it together with its neighbours.
 	directMin = 32 << 10

@@ -9,7 +9,7 @@
 // virtual machine survives the restart of the back end without a failed request.
 //
 // Reads land in the guest's memory, where an encrypted volume decrypts them;
-// short scattered ones go through a buffer of 128 KiB, as do writes of that
+// short scattered ones go through a buffer of 64 KiB, as do writes of that
 // kind. A device never changes the buffer of a write, so nothing is ever
 // encrypted where the guest could see it.
 //
