@@ -102,7 +102,7 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) error {
 	if err != nil {
 		return errs.New(errs.Unavailable, "cannot listen for the controller: %w", err)
 	}
-	localListener, err := listenLocal(cfg.LocalSocket)
+	localListener, err := daemon.ListenLocal(cfg.LocalSocket)
 	if err != nil {
 		return errors.Join(err, agentListener.Close())
 	}

@@ -5,10 +5,7 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 
 	"connectrpc.com/connect"
@@ -121,13 +118,7 @@ func TestLocalAPI(t *testing.T) {
 	b := newBench(t)
 	b.create(t, "web-1", b.newRef(t))
 	path := b.cfg.LocalSocket
-	for range 2 { // a socket that a dead agent left is replaced
-		l, err := listenLocal(path)
-		check(t, err)
-		l.(*peerListener).Listener.(*net.UnixListener).SetUnlinkOnClose(false)
-		check(t, l.Close())
-	}
-	l, err := listenLocal(path)
+	l, err := daemon.ListenLocal(path)
 	check(t, err)
 	serve(t, b.localServer(), l)
 	if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o600 {
@@ -151,67 +142,5 @@ func TestLocalAPI(t *testing.T) {
 	_, err = vms.DeleteVM(t.Context(), connect.NewRequest(&strongroomv1.DeleteVMRequest{Name: "web-1"}))
 	if err = apierr.From(err); errs.KindOf(err) != errs.InvalidState || !strings.Contains(errs.HintOf(err), "controller") {
 		t.Errorf("what a host alone cannot do: %v, hint %q", err, errs.HintOf(err))
-	}
-}
-
-// TestLocalSocketTakesNoFile: a configuration mistake costs no file.
-func TestLocalSocketTakesNoFile(t *testing.T) {
-	t.Parallel()
-	path := filepath.Join(t.TempDir(), "vm.json")
-	check(t, os.WriteFile(path, []byte("precious"), 0o600))
-	_, err := listenLocal(path)
-	wantKind(t, "a file in place of the socket", err, errs.Exists)
-	if text, err := os.ReadFile(path); err != nil || string(text) != "precious" {
-		t.Errorf("the file is %q, %v", text, err)
-	}
-}
-
-// TestLocalPeer: another user is turned away even where the socket's mode would
-// let him in.
-func TestLocalPeer(t *testing.T) {
-	t.Parallel()
-	const variable = "STRONGROOM_TEST_LOCAL_SOCKET"
-	if path := os.Getenv(variable); path != "" { // as the other user
-		conn, err := net.Dial("unix", path)
-		check(t, err)
-		defer conn.Close()
-		_, _ = conn.Write([]byte("GET / HTTP/1.0\r\n\r\n"))
-		if n, err := conn.Read(make([]byte, 1)); n > 0 || err == nil {
-			t.Fatal("another user was answered")
-		}
-		return
-	}
-	dir, err := os.MkdirTemp("", "strongroom-peer-")
-	check(t, err)
-	t.Cleanup(func() { check(t, os.RemoveAll(dir)) })
-	check(t, os.Chmod(dir, 0o755))
-	path := filepath.Join(dir, "s")
-	l, err := listenLocal(path)
-	check(t, err)
-	check(t, os.Chmod(path, 0o777))
-	served := make(chan struct{}, 8)
-	root := os.Getuid() == 0
-	if !root { // then we are the other user
-		l.(*peerListener).uid = uint32(os.Getuid()) + 1
-	}
-	serve(t, &http.Server{Handler: http.HandlerFunc(func(http.ResponseWriter, *http.Request) { served <- struct{}{} })}, l)
-
-	cmd := exec.Command("/proc/self/exe", "-test.run=^TestLocalPeer$")
-	cmd.Env = []string{variable + "=" + path}
-	cmd.Dir = "/"
-	if root {
-		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
-	}
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Errorf("%v\n%s", err, out)
-	}
-	if len(served) > 0 {
-		t.Error("another user's request was served")
-	}
-	if root {
-		res, err := localClient(t, path).Get("http://host/")
-		check(t, err)
-		check(t, res.Body.Close())
-		<-served
 	}
 }

@@ -26,9 +26,9 @@ const (
 )
 
 var (
-	errCorrupt = errors.New("record of a managed object is damaged")
+	errCorrupt  = errors.New("record of a managed object is damaged")
 	errTooLarge = errors.New("managed object is too large")
-	errVersion = errors.New("record of a managed object was written by a newer release")
+	errVersion  = errors.New("record of a managed object was written by a newer release")
 )
 
 // recordLimits bounds the TTLV parts of a record.

@@ -288,14 +288,14 @@ func TestAlteredRecords(t *testing.T) {
 		return b
 	}
 	for name, record := range map[string][]byte{
-		"another object's":    good,
-		"attribute altered":   flip(good, recordHeader+40),
+		"another object's":     good,
+		"attribute altered":    flip(good, recordHeader+40),
 		"state of a tombstone": flip(destroyed, recordHeader+40),
-		"cut":                 good[:len(good)-1],
-		"empty":               {},
-		"epoch":               flip(good, 15),
-		"newer":               flip(good, 7),
-		"lengths":             flip(good, 50),
+		"cut":                  good[:len(good)-1],
+		"empty":                {},
+		"epoch":                flip(good, 15),
+		"newer":                flip(good, 7),
+		"lengths":              flip(good, 50),
 	} {
 		if err := n.objects.Put(t.Context(), key(other), record); err != nil {
 			t.Fatal(err)

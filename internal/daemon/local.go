@@ -1,4 +1,4 @@
-package host
+package daemon
 
 import (
 	"errors"
@@ -11,9 +11,9 @@ import (
 	"strongroom/internal/errs"
 )
 
-// listenLocal listens on the socket of the host's own administrators: root and
+// ListenLocal listens on the socket of a role's own administrators: root and
 // the user it runs as.
-func listenLocal(path string) (net.Listener, error) {
+func ListenLocal(path string) (net.Listener, error) {
 	if info, err := os.Lstat(path); err == nil && info.Mode().Type() != os.ModeSocket {
 		return nil, errs.New(errs.Exists, "cannot listen for local commands: %s is not a socket", path)
 	}

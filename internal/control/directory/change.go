@@ -1,0 +1,194 @@
+package directory
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/hex"
+	"errors"
+	"slices"
+	"time"
+
+	"strongroom/internal/control/store"
+	"strongroom/internal/errs"
+)
+
+// CreateGroup adds a group. Whether its policy names operations and key types
+// that there are is the caller's to check.
+func (d *Directory) CreateGroup(ctx context.Context, g Group) error {
+	if err := checkGroup(g); err != nil {
+		return errs.Wrap(err, "cannot create group")
+	}
+	g.Created = d.now().UTC()
+	err := d.alter(ctx, func(tx *store.Tx) error { return d.groups.In(tx).Create(ctx, g.Name, g) })
+	if errors.Is(err, store.ErrExists) {
+		err = errs.New(errs.Exists, "it exists already")
+	}
+	return errs.Wrap(err, "cannot create group %s", g.Name)
+}
+
+func checkGroup(g Group) error {
+	if len(g.Policy.Operations) > listMax || len(g.Policy.KeyTypes) > listMax {
+		return errs.New(errs.Invalid, "a policy names at most %d operations and %d key types", listMax, listMax)
+	}
+	if err := checkName("group", g.Name); err != nil {
+		return err
+	}
+	return checkText(g.Title, g.Description)
+}
+
+// SetPolicy gives a group another policy, which holds for requests from then
+// on.
+func (d *Directory) SetPolicy(ctx context.Context, group string, p Policy) error {
+	if err := checkGroup(Group{Name: group, Policy: p}); err != nil {
+		return errs.Wrap(err, "cannot change group")
+	}
+	return d.changeGroup(ctx, group, func(g *Group) { g.Policy = p })
+}
+
+func (d *Directory) changeGroup(ctx context.Context, group string, f func(*Group)) error {
+	err := d.alter(ctx, func(tx *store.Tx) error {
+		g, err := d.groups.In(tx).Get(ctx, group)
+		if store.IsNotFound(err) {
+			return errs.New(errs.NotFound, "there is no group %.64q", group).WithHint("strongroom kms group ls")
+		}
+		if err != nil {
+			return err
+		}
+		f(&g)
+		return d.groups.In(tx).Put(ctx, group, g)
+	})
+	return errs.Wrap(err, "cannot change group %s", group)
+}
+
+// CreateApplication adds an application without credentials.
+func (d *Directory) CreateApplication(ctx context.Context, a Application) error {
+	if err := errors.Join(checkName("application", a.Name), checkText(a.Title, a.Description)); err != nil {
+		return errs.Wrap(err, "cannot create application")
+	}
+	a.Created, a.Credentials = d.now().UTC(), nil
+	err := d.alter(ctx, func(tx *store.Tx) error {
+		if _, err := d.groups.In(tx).Get(ctx, a.Group); store.IsNotFound(err) {
+			return errs.New(errs.NotFound, "there is no group %.64q", a.Group).WithHint("strongroom kms group create NAME")
+		} else if err != nil {
+			return err
+		}
+		err := d.apps.In(tx).Create(ctx, a.Name, a)
+		if errors.Is(err, store.ErrExists) {
+			return errs.New(errs.Exists, "it exists already")
+		}
+		return err
+	})
+	return errs.Wrap(err, "cannot create application %s", a.Name)
+}
+
+// DeleteApplication removes an application and its credentials. The keys stay:
+// they are its group's.
+func (d *Directory) DeleteApplication(ctx context.Context, name string) error {
+	err := d.alter(ctx, func(tx *store.Tx) error {
+		err := d.apps.In(tx).Delete(ctx, name)
+		if store.IsNotFound(err) {
+			return noApplication(name)
+		}
+		return err
+	})
+	return errs.Wrap(err, "cannot delete application %s", name)
+}
+
+// SetDisabled has an application refused, or accepted again.
+func (d *Directory) SetDisabled(ctx context.Context, name string, disabled bool) error {
+	return d.changeApplication(ctx, name, func(a *Application) error {
+		a.Disabled = disabled
+		return nil
+	})
+}
+
+func (d *Directory) changeApplication(ctx context.Context, name string, f func(*Application) error) error {
+	err := d.alter(ctx, func(tx *store.Tx) error {
+		a, err := d.apps.In(tx).Get(ctx, name)
+		if store.IsNotFound(err) {
+			return noApplication(name)
+		}
+		if err != nil {
+			return err
+		}
+		if err := f(&a); err != nil {
+			return err
+		}
+		return d.apps.In(tx).Put(ctx, name, a)
+	})
+	return errs.Wrap(err, "cannot change application %s", name)
+}
+
+// add appends a credential with a new identifier and returns it.
+func (d *Directory) add(ctx context.Context, app string, c Credential) (Credential, error) {
+	id := make([]byte, 6)
+	rand.Read(id)
+	c.ID, c.Created = hex.EncodeToString(id), d.now().UTC()
+	err := d.changeApplication(ctx, app, func(a *Application) error {
+		if len(a.Credentials) >= credentialMax {
+			return errs.New(errs.InvalidState, "it has %d credentials; no more are possible", credentialMax).WithHint("strongroom kms credential revoke %s ID", app)
+		}
+		if holder := d.holder(c); holder != "" && (holder != app || c.Kind == Certificate) {
+			return errs.New(errs.Exists, "the certificate is a credential of application %s", holder)
+		}
+		a.Credentials = append(a.Credentials, c)
+		return nil
+	})
+	return c, err
+}
+
+// holder returns the application that has a credential like c.
+func (d *Directory) holder(c Credential) string {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
+	if c.Kind == Certificate {
+		return d.index.certs[c.Fingerprint]
+	}
+	return d.index.users[c.User]
+}
+
+// AddPassword gives an application a user name, which is its own name, and a
+// new password. The password is not kept: the caller shows it once and wipes
+// it. An earlier password stays valid until it is revoked, so that passwords can
+// be changed without a gap. life 0 means for ever.
+func (d *Directory) AddPassword(ctx context.Context, app string, life time.Duration) (c Credential, password []byte, err error) {
+	raw := make([]byte, 32)
+	defer clear(raw)
+	rand.Read(raw)
+	password = make([]byte, base64.RawURLEncoding.EncodedLen(len(raw)))
+	base64.RawURLEncoding.Encode(password, raw)
+	sum := sha256.Sum256(password)
+	c = Credential{Kind: Password, User: app, Hash: hex.EncodeToString(sum[:])}
+	if life > 0 {
+		c.Expires = d.now().Add(life).UTC()
+	}
+	if c, err = d.add(ctx, app, c); err != nil {
+		clear(password)
+		return Credential{}, nil, err
+	}
+	return c, password, nil
+}
+
+// AddCertificate has an application known by a client certificate.
+func (d *Directory) AddCertificate(ctx context.Context, app string, cert *x509.Certificate) (Credential, error) {
+	if d.now().After(cert.NotAfter) {
+		return Credential{}, errs.New(errs.Invalid, "cannot change application %s: the certificate has expired on %s", app, cert.NotAfter.UTC().Format(time.DateOnly))
+	}
+	sum := sha256.Sum256(cert.Raw)
+	return d.add(ctx, app, Credential{Kind: Certificate, Fingerprint: hex.EncodeToString(sum[:]), Expires: cert.NotAfter.UTC()})
+}
+
+// Revoke takes a credential from an application.
+func (d *Directory) Revoke(ctx context.Context, app, id string) error {
+	return d.changeApplication(ctx, app, func(a *Application) error {
+		at := slices.IndexFunc(a.Credentials, func(c Credential) bool { return c.ID == id })
+		if at < 0 {
+			return errs.New(errs.NotFound, "it has no credential %.64q", id).WithHint("strongroom kms app show %s", app)
+		}
+		a.Credentials = slices.Delete(a.Credentials, at, at+1)
+		return nil
+	})
+}

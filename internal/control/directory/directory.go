@@ -1,0 +1,263 @@
+// Package directory knows who may use a key management server: groups, the
+// applications in them, and the applications' credentials. A group's
+// applications see the same keys and are under the group's policy.
+//
+// A credential is a user name with a password, or a client certificate that is
+// pinned by its fingerprint: who has its key is the application, whoever signed
+// it. Passwords are 256 random bits made here, shown once, and kept as a
+// SHA-256 hash.
+//
+// Invariants: what is revoked is refused from the moment on that the call which
+// revoked it returns; secrets are not stored. A [Directory] is safe for
+// concurrent use, by one process.
+package directory
+
+import (
+	"context"
+	"crypto/sha256"
+	"crypto/subtle"
+	"crypto/x509"
+	"encoding/hex"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"strongroom/internal/control/store"
+	"strongroom/internal/errs"
+)
+
+// Group is whose applications share keys.
+type Group struct {
+	Name        string    `json:"name"` // also the account of its keys; never changes
+	Title       string    `json:"title,omitempty"`
+	Description string    `json:"description,omitempty"`
+	Policy      Policy    `json:"policy"`
+	Created     time.Time `json:"created"`
+}
+
+// Policy is what the applications of a group may do.
+type Policy struct {
+	// Operations are the KMIP operations allowed, as the specification writes
+	// them without spaces ("GetAttributes"); none means all.
+	Operations []string `json:"operations,omitempty"`
+	// NoExport keeps key material in the server.
+	NoExport bool `json:"noExport,omitempty"`
+	// KeyTypes are the symmetric keys allowed, such as "AES-256" or, for any
+	// length, "AES"; none means all objects.
+	KeyTypes []string `json:"keyTypes,omitempty"`
+}
+
+// Application is a program that uses keys.
+type Application struct {
+	Name        string       `json:"name"`
+	Title       string       `json:"title,omitempty"`
+	Description string       `json:"description,omitempty"`
+	Group       string       `json:"group"`
+	Disabled    bool         `json:"disabled,omitempty"`
+	Credentials []Credential `json:"credentials,omitempty"`
+	Created     time.Time    `json:"created"`
+}
+
+// Credential is one way in which an application proves who it is.
+type Credential struct {
+	ID   string `json:"id"` // unique in the application
+	Kind Kind   `json:"kind"`
+	// User and Hash are those of a password: Hash is SHA-256 in hex.
+	User string `json:"user,omitempty"`
+	Hash string `json:"hash,omitempty"`
+	// Fingerprint is SHA-256 of a certificate, DER, in hex.
+	Fingerprint string    `json:"fingerprint,omitempty"`
+	Expires     time.Time `json:"expires,omitzero"` // zero: never
+	Created     time.Time `json:"created"`
+}
+
+// Kind is the kind of a credential.
+type Kind string
+
+// The kinds.
+const (
+	Password    Kind = "password"
+	Certificate Kind = "certificate"
+)
+
+const (
+	nameMax       = 64
+	titleMax      = 128
+	textMax       = 1024
+	credentialMax = 16 // of an application
+	listMax       = 64 // entries of a policy's lists
+)
+
+// Directory is the groups and applications in a state database.
+type Directory struct {
+	db     *store.DB
+	groups *store.Table[Group]
+	apps   *store.Table[Application]
+	now    func() time.Time
+
+	change sync.Mutex // one change at a time, so that memory follows the database
+	mu     sync.RWMutex
+	index  index
+}
+
+// index is the directory in memory.
+type index struct {
+	groups map[string]Group
+	apps   map[string]Application
+	certs  map[string]string // fingerprint -> application
+	users  map[string]string // user name -> application
+}
+
+// Open reads the directory in db.
+func Open(ctx context.Context, db *store.DB) (*Directory, error) {
+	d := &Directory{db: db, groups: store.NewTable[Group](db, "kms-group", 1), apps: store.NewTable[Application](db, "kms-application", 1), now: time.Now}
+	return d, errs.Wrap(d.reload(ctx), "cannot read the directory")
+}
+
+func (d *Directory) reload(ctx context.Context) error {
+	next := index{groups: map[string]Group{}, apps: map[string]Application{}, certs: map[string]string{}, users: map[string]string{}}
+	err := d.db.View(ctx, func(tx *store.Tx) error {
+		groups, err := d.groups.In(tx).List(ctx, "")
+		if err != nil {
+			return err
+		}
+		apps, err := d.apps.In(tx).List(ctx, "")
+		if err != nil {
+			return err
+		}
+		for _, g := range groups {
+			next.groups[g.Name] = g
+		}
+		for _, a := range apps {
+			next.apps[a.Name] = a
+			for _, c := range a.Credentials {
+				if c.Kind == Certificate {
+					next.certs[c.Fingerprint] = a.Name
+				} else {
+					next.users[c.User] = a.Name
+				}
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	d.mu.Lock()
+	d.index = next
+	d.mu.Unlock()
+	return nil
+}
+
+// alter runs f in a transaction and brings memory in line before it returns.
+func (d *Directory) alter(ctx context.Context, f func(*store.Tx) error) error {
+	d.change.Lock()
+	defer d.change.Unlock()
+	err := d.db.Txn(ctx, f)
+	// Also after an error: the transaction may have been committed.
+	if reloadErr := d.reload(context.WithoutCancel(ctx)); err == nil {
+		err = reloadErr
+	}
+	return err
+}
+
+// Proof is what a client shows.
+type Proof struct {
+	Certificate *x509.Certificate // of a connection whose handshake it has passed; or nil
+	User        string
+	Password    []byte // stays the caller's; nil for none
+}
+
+// Authenticate returns the application that a proof is of, and its group. A
+// client that shows both a certificate and a password must have both right, and
+// of one application; a certificate that is not known counts for nothing.
+func (d *Directory) Authenticate(p Proof) (Application, Group, error) {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
+	byCert, certKnown := "", false
+	if p.Certificate != nil {
+		sum := sha256.Sum256(p.Certificate.Raw)
+		byCert, certKnown = d.index.certs[hex.EncodeToString(sum[:])]
+		if now := d.now(); certKnown && (now.Before(p.Certificate.NotBefore) || now.After(p.Certificate.NotAfter)) {
+			return Application{}, Group{}, errs.New(errs.Denied, "the certificate of application %s is not valid now", byCert).WithHint("strongroom kms credential create %s", byCert)
+		}
+	}
+	name := byCert
+	if p.Password != nil {
+		var ok bool
+		if name, ok = d.index.users[p.User]; !ok || !d.passwordFits(name, p.User, p.Password) {
+			return Application{}, Group{}, errs.New(errs.Denied, "user name %.64q or its password is wrong", p.User)
+		}
+		if certKnown && byCert != name {
+			return Application{}, Group{}, errs.New(errs.Denied, "the certificate is of application %s, the password of %s", byCert, name)
+		}
+	} else if !certKnown {
+		return Application{}, Group{}, errs.New(errs.Denied, "no credential that is known here")
+	}
+	a := d.index.apps[name]
+	if a.Disabled {
+		return Application{}, Group{}, errs.New(errs.Denied, "application %s is disabled", name)
+	}
+	return a, d.index.groups[a.Group], nil
+}
+
+// passwordFits looks at all of an application's passwords for that user name.
+func (d *Directory) passwordFits(app, user string, password []byte) bool {
+	sum := sha256.Sum256(password)
+	got, fits, now := []byte(hex.EncodeToString(sum[:])), 0, d.now()
+	for _, c := range d.index.apps[app].Credentials {
+		if c.Kind == Password && c.User == user && (c.Expires.IsZero() || now.Before(c.Expires)) {
+			fits |= subtle.ConstantTimeCompare(got, []byte(c.Hash))
+		}
+	}
+	return fits == 1
+}
+
+// Groups returns all groups, by name.
+func (d *Directory) Groups() []Group {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
+	return slices.SortedFunc(maps.Values(d.index.groups), func(a, b Group) int { return strings.Compare(a.Name, b.Name) })
+}
+
+// Applications returns all applications, by name.
+func (d *Directory) Applications() []Application {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
+	return slices.SortedFunc(maps.Values(d.index.apps), func(a, b Application) int { return strings.Compare(a.Name, b.Name) })
+}
+
+// Application returns one application.
+func (d *Directory) Application(name string) (Application, error) {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
+	a, ok := d.index.apps[name]
+	if !ok {
+		return Application{}, noApplication(name)
+	}
+	return a, nil
+}
+
+func noApplication(name string) error {
+	return errs.New(errs.NotFound, "there is no application %.64q", name).WithHint("strongroom kms app ls")
+}
+
+func checkName(what, name string) error {
+	bad := strings.ContainsFunc(name, func(r rune) bool {
+		letter := r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9'
+		return !letter && !strings.ContainsRune("._-", r)
+	})
+	if name == "" || len(name) > nameMax || bad {
+		return errs.New(errs.Invalid, "%s name %.80q must be 1 to %d letters, digits, '.', '_' and '-'", what, name, nameMax)
+	}
+	return nil
+}
+
+func checkText(title, description string) error {
+	if len(title) > titleMax || len(description) > textMax {
+		return errs.New(errs.Invalid, "a title has at most %d bytes, a description %d", titleMax, textMax)
+	}
+	return nil
+}
