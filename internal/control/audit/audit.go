@@ -90,6 +90,8 @@ type Log struct {
 	open func(path string) (file, error)
 	now  func() time.Time
 
+	flushing sync.Mutex // one Flush at a time; taken before mu
+
 	mu       sync.Mutex // guards all below
 	lock     *os.File
 	f        file
@@ -97,6 +99,7 @@ type Log struct {
 	id       string // of the log
 	head     Head
 	signed   uint64    // the last record under a checkpoint
+	synced   uint64    // the last record that is known to be on disk
 	signedAt time.Time // when
 	broken   error     // why nothing is written any more
 	closed   bool
@@ -265,7 +268,7 @@ func (l *Log) resume(name string) error {
 	if err != nil {
 		return err
 	}
-	l.id, l.head, l.signed = c.log, c.head, c.signed
+	l.id, l.head, l.signed, l.synced = c.log, c.head, c.signed, c.signed
 	l.size = info.Size() - torn
 	l.signedAt = l.now()
 	if l.f, err = l.open(path); err != nil {
@@ -369,6 +372,38 @@ func (l *Log) sync() error {
 		l.broken = errs.New(errs.Unavailable, "an earlier sync failed: %w", err)
 		return l.broken
 	}
+	l.synced = l.head.Seq
+	return nil
+}
+
+// Flush returns when all up to head is on disk. Calls at the same time share
+// the disk's work: for logs with [SyncCheckpoint] some of whose records must be
+// durable before what they tell is acknowledged.
+func (l *Log) Flush(head Head) error {
+	l.flushing.Lock()
+	defer l.flushing.Unlock()
+	return errs.Wrap(l.flush(head), "cannot write audit log")
+}
+
+func (l *Log) flush(head Head) error {
+	l.mu.Lock()
+	f, upTo, err := l.f, l.head.Seq, l.usable()
+	done := l.synced >= head.Seq
+	l.mu.Unlock()
+	if err != nil || done {
+		return err
+	}
+	syncErr := f.Sync() // others append meanwhile, to be synced next time
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	switch {
+	case l.synced >= head.Seq: // by a checkpoint, after which f may have been closed
+		return nil
+	case syncErr != nil:
+		l.broken = errs.New(errs.Unavailable, "an earlier sync failed: %w", syncErr)
+		return l.broken
+	}
+	l.synced = max(l.synced, upTo)
 	return nil
 }
 

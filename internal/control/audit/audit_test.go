@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -414,4 +415,65 @@ func FuzzVerify(f *testing.F) {
 			t.Errorf("%d records visited, %+v", n, rep)
 		}
 	})
+}
+
+// TestFlush has many append and flush at once, over several files.
+func TestFlush(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	l, err := audit.Open(audit.Config{Dir: dir, Signer: testKey(), Sync: audit.SyncCheckpoint, MaxFileBytes: 4096, CheckpointRecords: 50, CheckpointEvery: time.Hour})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var group sync.WaitGroup
+	for range 8 {
+		group.Go(func() {
+			for i := range 40 {
+				head, err := l.Append(entry(i))
+				if err == nil {
+					err = l.Flush(head)
+				}
+				if err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	group.Wait()
+	if err := l.Flush(l.Head()); err != nil {
+		t.Errorf("with nothing to do: %v", err)
+	}
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	r, err := audit.Verify(dir, audit.Expect{Key: testPub()}, nil)
+	if err != nil || r.Last != 320 || r.Files < 2 {
+		t.Errorf("verify: %+v, %v", r, err)
+	}
+}
+
+// TestFlushFails: what may not be on disk is not acknowledged, and nothing is
+// written behind it.
+func TestFlushFails(t *testing.T) {
+	t.Parallel()
+	faults := &audit.Faults{}
+	l, err := audit.OpenFaulty(audit.Config{Dir: t.TempDir(), Signer: testKey(), Sync: audit.SyncCheckpoint, CheckpointEvery: time.Hour}, faults)
+	if err != nil {
+		t.Fatal(err)
+	}
+	head, err := l.Append(entry(1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	faults.At = faults.N + 1
+	if err := l.Flush(head); !errors.Is(err, audit.ErrFault) {
+		t.Errorf("Flush: %v", err)
+	}
+	if _, err := l.Append(entry(2)); !errors.Is(err, audit.ErrFault) {
+		t.Errorf("Append behind it: %v", err)
+	}
+	if err := l.Flush(head); !errors.Is(err, audit.ErrFault) {
+		t.Errorf("Flush again: %v", err)
+	}
+	l.Close()
 }
