@@ -161,6 +161,11 @@ func (c *Client) VM() strongroomv1connect.VMServiceClient {
 	return strongroomv1connect.NewVMServiceClient(c.http, c.base, c.options...)
 }
 
+// KMS returns the client of a key management server's local administration.
+func (c *Client) KMS() strongroomv1connect.KMSServiceClient {
+	return strongroomv1connect.NewKMSServiceClient(c.http, c.base, c.options...)
+}
+
 // Task returns the client of TaskService.
 func (c *Client) Task() strongroomv1connect.TaskServiceClient {
 	return strongroomv1connect.NewTaskServiceClient(c.http, c.base, c.options...)

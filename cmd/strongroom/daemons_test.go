@@ -8,6 +8,7 @@ import (
 
 	"strongroom/internal/role/controller"
 	"strongroom/internal/role/host"
+	"strongroom/internal/role/kms"
 )
 
 // TestExampleConfigs parses the documented configuration files, as they are and
@@ -19,6 +20,7 @@ func TestExampleConfigs(t *testing.T) {
 		parse  func([]byte) error
 	}{
 		"controller.toml": {reflect.TypeFor[controller.Config](), func(b []byte) error { _, err := controller.ParseConfig(b); return err }},
+		"kms.toml":        {reflect.TypeFor[kms.Config](), func(b []byte) error { _, err := kms.ParseConfig(b); return err }},
 		"host.toml":       {reflect.TypeFor[host.Config](), func(b []byte) error { _, err := host.ParseConfig(b); return err }},
 	} {
 		text, err := os.ReadFile("../../docs/reference/" + file)

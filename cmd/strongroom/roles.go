@@ -17,6 +17,8 @@ func newRoles() cli.Roles {
 		RunController: runController,
 		RunHost:       runHost,
 		RunDev:        runDev,
+		RunKMS:        runKMS,
+		RunKMSDev:     runKMSDev,
 		JoinHost:      joinHost,
 		FormatVolume:  formatVolume,
 		InspectVolume: inspectVolume,

@@ -43,6 +43,7 @@ const (
 	Controller Role = "controller"
 	Host       Role = "host"
 	Client     Role = "client" // a program or person that uses the API
+	KMS        Role = "kms"
 )
 
 // Identity is who the holder of a certificate is.
@@ -59,7 +60,7 @@ func (id Identity) String() string {
 
 func (id Identity) check() error {
 	switch id.Role {
-	case Controller, Host, Client:
+	case Controller, Host, Client, KMS:
 	default:
 		return errs.New(errs.Invalid, "no role %q", id.Role)
 	}
@@ -256,10 +257,17 @@ func (ca *CA) IssueFromCSR(csr []byte, id Identity, names []string) (*x509.Certi
 	if err := req.CheckSignature(); err != nil {
 		return nil, errs.New(errs.Invalid, "cannot issue certificate: request: %w", err)
 	}
-	return ca.issue(req.PublicKey, id, names)
+	return ca.issue(req.PublicKey, id, names, CertLife)
 }
 
-func (ca *CA) issue(pub crypto.PublicKey, id Identity, names []string) (*x509.Certificate, error) {
+// IssueLong signs pub for id with a life of its own, for servers whose clients
+// keep the very certificate and ask a person when it changes. names as in
+// [CA.IssueFromCSR].
+func (ca *CA) IssueLong(pub crypto.PublicKey, id Identity, names []string, life time.Duration) (*x509.Certificate, error) {
+	return ca.issue(pub, id, names, life)
+}
+
+func (ca *CA) issue(pub crypto.PublicKey, id Identity, names []string, life time.Duration) (*x509.Certificate, error) {
 	if key, ok := pub.(*ecdsa.PublicKey); !ok || key.Curve != elliptic.P256() {
 		return nil, errs.New(errs.Invalid, "cannot issue certificate: its key must be ECDSA P-256")
 	}
@@ -275,7 +283,7 @@ func (ca *CA) issue(pub crypto.PublicKey, id Identity, names []string) (*x509.Ce
 		SerialNumber:          serial(),
 		Subject:               pkix.Name{CommonName: string(id.Role) + " " + id.Name},
 		NotBefore:             now.Add(-backdate),
-		NotAfter:              now.Add(CertLife),
+		NotAfter:              now.Add(life),
 		URIs:                  []*url.URL{uri},
 		BasicConstraintsValid: true,
 		KeyUsage:              x509.KeyUsageDigitalSignature,

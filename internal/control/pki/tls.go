@@ -106,7 +106,7 @@ func (ca *CA) Issue(id Identity, names []string) (*Credential, error) {
 	if err != nil {
 		return nil, fmt.Errorf("cannot issue certificate: %w", err)
 	}
-	cert, err := ca.issue(key.Public(), id, names)
+	cert, err := ca.issue(key.Public(), id, names, CertLife)
 	if err != nil {
 		return nil, err
 	}

@@ -55,7 +55,8 @@ func New(env *Env, roles Roles) *cobra.Command {
 provider guards, and looks after those keys: rekey, backup, recovery.
 
 Commands go to a controller (see "strongroom login"), or, while it is away, to
-a host on its local socket: --server unix:/PATH.
+a host on its local socket: --server unix:/PATH. "strongroom kms" commands go to
+the local socket of a KMS.
 
 Exit codes: 0 ok, 1 failed, 2 usage or invalid request, 3 not found, 4 denied,
 5 locked (a key cannot be had), 6 unavailable (a retry may succeed).
@@ -65,6 +66,7 @@ in for a login; STRONGROOM_CONFIG is the file in which logins are kept.`,
 		newDevCmd(roles),
 		newControllerCmd(roles),
 		newHostCmd(env, roles),
+		newKMSCmd(env, roles),
 		newLoginCmd(env),
 		newLogoutCmd(env),
 		newWhoAmICmd(env),

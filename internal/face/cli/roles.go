@@ -13,6 +13,10 @@ type Roles struct {
 	RunHost       func(ctx context.Context, configFile string) error
 	// RunDev runs a controller and one host, all state in dir.
 	RunDev func(ctx context.Context, dir string) error
+	// RunKMS runs a key management server until ctx ends; RunKMSDev one with all
+	// state in a folder, reached at listen ("host:port").
+	RunKMS    func(ctx context.Context, configFile string) error
+	RunKMSDev func(ctx context.Context, dir, listen string) error
 	// JoinHost makes this machine a host of a cluster.
 	JoinHost func(ctx context.Context, join HostJoin) error
 

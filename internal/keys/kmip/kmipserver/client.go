@@ -5,6 +5,7 @@ package kmipserver
 import (
 	"context"
 	"errors"
+	"maps"
 	"slices"
 	"time"
 
@@ -89,3 +90,6 @@ func (r *request) record(op kmip.Operation, took time.Duration, err error) error
 	}
 	return err
 }
+
+// Operations returns all operations that servers of this package can do.
+func Operations() []kmip.Operation { return slices.Sorted(maps.Keys(operations())) }

@@ -1,0 +1,176 @@
+package cli
+
+import (
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	strongroomv1 "strongroom/api/strongroom/v1"
+	"strongroom/client"
+)
+
+func newKMSCmd(env *Env, roles Roles) *cobra.Command {
+	return newGroup("kms", "A key management server (KMIP)",
+		`A key management server keeps keys for KMIP clients: vCenter, Strongroom's
+standard key providers, storage arrays, databases. A client is an application with
+credentials; applications of one group share keys.
+
+Its administration is on a local socket, for root and the user that it runs as:
+--server unix:/PATH, by default kms.sock in its data folder.`,
+		newKMSRunCmd(roles), newKMSDevCmd(roles), newKMSShowCmd(env), newKMSGroupCmd(env), newKMSAppCmd(env), newKMSCredentialCmd(env))
+}
+
+func newKMSRunCmd(roles Roles) *cobra.Command {
+	var config string
+	cmd := &cobra.Command{
+		Use:   "run",
+		Short: "Run a key management server on this machine",
+		Long: `Run a key management server until SIGINT or SIGTERM. The first time it makes its
+root key, certificate authority and database.
+
+What it keeps is lost without its root key and its vault (kms.key and kms.vault):
+back both up, apart from each other.`,
+		Example: "  strongroom kms run --config /etc/strongroom/kms.toml",
+		Args:    noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return cannot(roles.RunKMS(cmd.Context(), config), "run the KMS")
+		},
+	}
+	addConfig(cmd, &config, "/etc/strongroom/kms.toml")
+	return cmd
+}
+
+func newKMSDevCmd(roles Roles) *cobra.Command {
+	var dir, listen string
+	cmd := &cobra.Command{
+		Use:   "dev",
+		Short: "Run a key management server in one folder, to try things",
+		Long: `Run a key management server until SIGINT or SIGTERM. All state is in one folder:
+run it again and everything is there. The first time it makes an application whose
+KMIP client finds there what it needs: ca.pem, client.pem and client.key.
+
+For a laptop and for tests. For production use "strongroom kms run".`,
+		Example: "  strongroom kms dev --dir ~/strongroom-kms --listen 127.0.0.1:5696",
+		Args:    noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return cannot(roles.RunKMSDev(cmd.Context(), dir, listen), "run the KMS")
+		},
+	}
+	cmd.Flags().StringVar(&dir, "dir", "strongroom-kms", "the `folder` for all state")
+	cmd.Flags().StringVar(&listen, "listen", "127.0.0.1:5696", "the address for KMIP clients, HOST:PORT")
+	must(cmd.MarkFlagDirname("dir"))
+	return cmd
+}
+
+func newKMSShowCmd(env *Env) *cobra.Command {
+	return &cobra.Command{
+		Use:   "show",
+		Short: "Show a key management server's address and certificate",
+		Long: `Show where KMIP clients reach the server, and the fingerprint of its certificate:
+compare it when a client asks whether to trust the server.
+
+It changes nothing.`,
+		Example: "  strongroom kms show --server unix:/var/lib/strongroom/kms/kms.sock",
+		Args:    noArgs,
+		RunE: env.withClient("show the KMS", func(cmd *cobra.Command, c *client.Client, _ []string) error {
+			k, err := client.Call(cmd.Context(), c.KMS().GetKMS, &strongroomv1.GetKMSRequest{})
+			if err != nil {
+				return err
+			}
+			return env.printOne(k, []field{
+				{"Address", k.GetAddress()},
+				{"Certificate", "sha256:" + k.GetCertificateSha256()},
+				{"Valid until", env.when(k.GetCertificateExpires())},
+				{"Version", k.GetVersion()},
+			})
+		}),
+	}
+}
+
+func newKMSGroupCmd(env *Env) *cobra.Command {
+	return newGroup("group", "Groups of applications that share keys",
+		`A group's applications see the same keys, and no other's. Its policy says what they
+may do.`,
+		newKMSGroupCreateCmd(env), newKMSGroupLsCmd(env), newKMSGroupPolicyCmd(env))
+}
+
+// addPolicy adds the flags of a group's policy.
+func addPolicy(cmd *cobra.Command, p *strongroomv1.KMSPolicy) {
+	cmd.Flags().StringSliceVar(&p.Operations, "operations", nil, "the KMIP operations allowed, such as Create,Get (default: all)")
+	cmd.Flags().StringSliceVar(&p.KeyTypes, "key-types", nil, "the keys allowed, such as AES-256,HMAC-SHA256 (default: all objects)")
+	cmd.Flags().BoolVar(&p.NoExport, "no-export", false, "key material does not leave the server: it is used there")
+}
+
+func newKMSGroupCreateCmd(env *Env) *cobra.Command {
+	req := &strongroomv1.CreateKMSGroupRequest{Policy: &strongroomv1.KMSPolicy{}}
+	cmd := &cobra.Command{
+		Use:     "create NAME",
+		Short:   "Create a group",
+		Long:    "Create a group. Its name cannot be changed: it is where its keys belong.",
+		Example: "  strongroom kms group create backup --title Backups --operations Create,Activate,Get,Locate --key-types AES-256",
+		Args:    exactArgs("the group's name"),
+		RunE: env.withClient("create the group", func(cmd *cobra.Command, c *client.Client, args []string) error {
+			req.Name = args[0]
+			g, err := client.Call(cmd.Context(), c.KMS().CreateKMSGroup, req)
+			if err != nil {
+				return err
+			}
+			return env.printDone(g, "group %s created", g.GetName())
+		}),
+	}
+	cmd.Flags().StringVar(&req.Title, "title", "", "a title for people")
+	cmd.Flags().StringVar(&req.Description, "description", "", "what it is for")
+	addPolicy(cmd, req.Policy)
+	return cmd
+}
+
+func newKMSGroupPolicyCmd(env *Env) *cobra.Command {
+	req := &strongroomv1.SetKMSGroupPolicyRequest{Policy: &strongroomv1.KMSPolicy{}}
+	cmd := &cobra.Command{
+		Use:   "policy NAME",
+		Short: "Replace a group's policy",
+		Long: `Replace what a group's applications may do, from their next request on. What is
+not given is not restricted: without flags everything is allowed.`,
+		Example: "  strongroom kms group policy backup --operations Get,Locate",
+		Args:    exactArgs("the group's name"),
+		RunE: env.withClient("change the group", func(cmd *cobra.Command, c *client.Client, args []string) error {
+			req.Name = args[0]
+			g, err := client.Call(cmd.Context(), c.KMS().SetKMSGroupPolicy, req)
+			if err != nil {
+				return err
+			}
+			return env.printDone(g, "policy of group %s changed", g.GetName())
+		}),
+	}
+	addPolicy(cmd, req.Policy)
+	return cmd
+}
+
+func newKMSGroupLsCmd(env *Env) *cobra.Command {
+	return &cobra.Command{
+		Use:     "ls",
+		Short:   "List groups and their policies",
+		Long:    "List the groups and what their applications may do. It changes nothing.",
+		Example: "  strongroom kms group ls",
+		Args:    noArgs,
+		RunE: env.withClient("list the groups", func(cmd *cobra.Command, c *client.Client, _ []string) error {
+			res, err := client.Call(cmd.Context(), c.KMS().ListKMSGroups, &strongroomv1.ListKMSGroupsRequest{})
+			if err != nil {
+				return err
+			}
+			orAll := func(list []string) string {
+				if len(list) == 0 {
+					return "all"
+				}
+				return strings.Join(list, ",")
+			}
+			return printList(env, res, res.GetGroups(), []column[*strongroomv1.KMSGroup]{
+				{"NAME", (*strongroomv1.KMSGroup).GetName},
+				{"TITLE", (*strongroomv1.KMSGroup).GetTitle},
+				{"OPERATIONS", func(g *strongroomv1.KMSGroup) string { return orAll(g.GetPolicy().GetOperations()) }},
+				{"KEY TYPES", func(g *strongroomv1.KMSGroup) string { return orAll(g.GetPolicy().GetKeyTypes()) }},
+				{"EXPORT", func(g *strongroomv1.KMSGroup) string { return yesNo(!g.GetPolicy().GetNoExport()) }},
+			})
+		}),
+	}
+}

@@ -1,0 +1,280 @@
+package cli
+
+import (
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	strongroomv1 "strongroom/api/strongroom/v1"
+	"strongroom/client"
+	"strongroom/internal/crypto/clientcert"
+	"strongroom/internal/errs"
+)
+
+func newKMSAppCmd(env *Env) *cobra.Command {
+	return newGroup("app", "Applications: the programs that use keys",
+		`An application is a KMIP client. It belongs to one group and proves who it is by a
+credential.`,
+		newKMSAppCreateCmd(env), newKMSAppLsCmd(env), newKMSAppShowCmd(env),
+		newKMSAppStateCmd(env, "disable", "Have an application refused", true), newKMSAppStateCmd(env, "enable", "Accept an application again", false),
+		newKMSAppDeleteCmd(env))
+}
+
+func newKMSAppCreateCmd(env *Env) *cobra.Command {
+	req := &strongroomv1.CreateKMSApplicationRequest{}
+	cmd := &cobra.Command{
+		Use:   "create NAME",
+		Short: "Create an application",
+		Long:  "Create an application in a group. It can connect once it has a credential.",
+		Example: `  strongroom kms app create vcenter-1 --group vsphere
+  strongroom kms credential create vcenter-1`,
+		Args: exactArgs("the application's name"),
+		RunE: env.withClient("create the application", func(cmd *cobra.Command, c *client.Client, args []string) error {
+			req.Name = args[0]
+			a, err := client.Call(cmd.Context(), c.KMS().CreateKMSApplication, req)
+			if err != nil {
+				return err
+			}
+			if err := env.printDone(a, "application %s created", a.GetName()); err != nil {
+				return err
+			}
+			env.notef("It needs a credential: strongroom kms credential create %s", a.GetName())
+			return nil
+		}),
+	}
+	cmd.Flags().StringVar(&req.Group, "group", "", "the group whose keys it uses")
+	cmd.Flags().StringVar(&req.Title, "title", "", "a title for people")
+	cmd.Flags().StringVar(&req.Description, "description", "", "what it is")
+	must(cmd.MarkFlagRequired("group"))
+	return cmd
+}
+
+func newKMSAppLsCmd(env *Env) *cobra.Command {
+	return &cobra.Command{
+		Use:     "ls",
+		Short:   "List applications",
+		Long:    "List the applications and how many credentials they have. It changes nothing.",
+		Example: "  strongroom kms app ls",
+		Args:    noArgs,
+		RunE: env.withClient("list the applications", func(cmd *cobra.Command, c *client.Client, _ []string) error {
+			res, err := client.Call(cmd.Context(), c.KMS().ListKMSApplications, &strongroomv1.ListKMSApplicationsRequest{})
+			if err != nil {
+				return err
+			}
+			return printList(env, res, res.GetApplications(), []column[*strongroomv1.KMSApplication]{
+				{"NAME", (*strongroomv1.KMSApplication).GetName},
+				{"TITLE", (*strongroomv1.KMSApplication).GetTitle},
+				{"GROUP", (*strongroomv1.KMSApplication).GetGroup},
+				{"DISABLED", func(a *strongroomv1.KMSApplication) string { return yesNo(a.GetDisabled()) }},
+				{"CREDENTIALS", func(a *strongroomv1.KMSApplication) string { return fmt.Sprint(len(a.GetCredentials())) }},
+			})
+		}),
+	}
+}
+
+func newKMSAppShowCmd(env *Env) *cobra.Command {
+	return &cobra.Command{
+		Use:     "show NAME",
+		Short:   "Show an application and its credentials",
+		Long:    "Show an application and its credentials, without their secrets. It changes nothing.",
+		Example: "  strongroom kms app show vcenter-1",
+		Args:    exactArgs("the application's name"),
+		RunE: env.withClient("show the application", func(cmd *cobra.Command, c *client.Client, args []string) error {
+			a, err := client.Call(cmd.Context(), c.KMS().GetKMSApplication, &strongroomv1.GetKMSApplicationRequest{Name: args[0]})
+			if err != nil {
+				return err
+			}
+			fields := []field{
+				{"Name", a.GetName()},
+				{"Title", a.GetTitle()},
+				{"Description", a.GetDescription()},
+				{"Group", a.GetGroup()},
+				{"Disabled", yesNo(a.GetDisabled())},
+				{"Created", env.when(a.GetCreated())},
+			}
+			for _, v := range a.GetCredentials() {
+				what := "user " + v.GetUser()
+				if v.GetFingerprint() != "" {
+					what = "sha256:" + v.GetFingerprint()
+				}
+				until := "does not expire"
+				if v.GetExpires() != nil {
+					until = "valid until " + env.when(v.GetExpires())
+				}
+				fields = append(fields, field{"Credential " + v.GetId(), fmt.Sprintf("%s, %s, %s", v.GetKind(), what, until)})
+			}
+			return env.printOne(a, fields)
+		}),
+	}
+}
+
+func newKMSAppStateCmd(env *Env, verb, short string, disabled bool) *cobra.Command {
+	return &cobra.Command{
+		Use:     verb + " NAME",
+		Short:   short,
+		Long:    short + ", from its next request on.\nIts credentials and its group's keys stay.",
+		Example: "  strongroom kms app " + verb + " vcenter-1",
+		Args:    exactArgs("the application's name"),
+		RunE: env.withClient(verb+" the application", func(cmd *cobra.Command, c *client.Client, args []string) error {
+			a, err := client.Call(cmd.Context(), c.KMS().SetKMSApplicationDisabled, &strongroomv1.SetKMSApplicationDisabledRequest{Name: args[0], Disabled: disabled})
+			if err != nil {
+				return err
+			}
+			return env.printDone(a, "application %s %sd", args[0], verb)
+		}),
+	}
+}
+
+func newKMSAppDeleteCmd(env *Env) *cobra.Command {
+	var yes bool
+	cmd := &cobra.Command{
+		Use:   "delete NAME",
+		Short: "Delete an application",
+		Long: `Delete an application and its credentials. Its group's keys stay: another
+application of the group can use them.`,
+		Example: "  strongroom kms app delete vcenter-1",
+		Args:    exactArgs("the application's name"),
+		RunE: env.withClient("delete the application", func(cmd *cobra.Command, c *client.Client, args []string) error {
+			if err := env.confirm(yes, "Delete application %s and its credentials?", args[0]); err != nil {
+				return err
+			}
+			res, err := client.Call(cmd.Context(), c.KMS().DeleteKMSApplication, &strongroomv1.DeleteKMSApplicationRequest{Name: args[0]})
+			if err != nil {
+				return err
+			}
+			return env.printDone(res, "application %s deleted", args[0])
+		}),
+	}
+	addYes(cmd, &yes)
+	return cmd
+}
+
+func newKMSCredentialCmd(env *Env) *cobra.Command {
+	return newGroup("credential", "Credentials of applications",
+		`An application proves who it is by a client certificate or by a user name and
+password. To change one without a gap, create the new one, give it to the
+application, and revoke the old one.`,
+		newKMSCredentialCreateCmd(env), newKMSCredentialCertificateCmd(env), newKMSCredentialTrustCmd(env), newKMSCredentialRevokeCmd(env))
+}
+
+func newKMSCredentialCreateCmd(env *Env) *cobra.Command {
+	var lifetime time.Duration
+	cmd := &cobra.Command{
+		Use:   "create APPLICATION",
+		Short: "Make a password for an application",
+		Long: `Make a password for an application and print it, once: it is not kept. The user
+name is the application's name. Earlier passwords stay valid until they are revoked.`,
+		Example: "  strongroom kms credential create vcenter-1 --lifetime 8760h > password",
+		Args:    exactArgs("the application's name"),
+		RunE: env.withClient("create the credential", func(cmd *cobra.Command, c *client.Client, args []string) error {
+			res, err := client.Call(cmd.Context(), c.KMS().CreateKMSPassword, &strongroomv1.CreateKMSPasswordRequest{Application: args[0], LifetimeSeconds: int64(lifetime / time.Second)})
+			if err != nil {
+				return err
+			}
+			defer clear(res.GetPassword())
+			return env.printSecret(res, string(res.GetPassword()), "user name "+res.GetCredential().GetUser()+", credential "+res.GetCredential().GetId()+"; the password is not shown again")
+		}),
+	}
+	cmd.Flags().DurationVar(&lifetime, "lifetime", 0, "how long it is valid (default: for ever)")
+	return cmd
+}
+
+func newKMSCredentialCertificateCmd(env *Env) *cobra.Command {
+	var (
+		certFile, keyFile string
+		lifetime          time.Duration
+	)
+	cmd := &cobra.Command{
+		Use:   "certificate APPLICATION",
+		Short: "Make a client certificate for an application",
+		Long: `Make a key and a client certificate for an application, here, and have the server
+know it. The key is in one file of mode 0600 and nowhere else; the server gets the
+certificate only. Files that exist are not replaced.`,
+		Example: "  strongroom kms credential certificate array-7 --cert array-7.pem --key array-7.key",
+		Args:    exactArgs("the application's name"),
+		RunE: env.withClient("create the credential", func(cmd *cobra.Command, c *client.Client, args []string) error {
+			der, cert, key, err := clientcert.New(args[0], lifetime)
+			if err != nil {
+				return err
+			}
+			defer clear(key)
+			if err := writeNew(keyFile, key); err != nil {
+				return err
+			}
+			if err := writeNew(certFile, cert); err != nil {
+				return errors.Join(err, os.Remove(keyFile))
+			}
+			made, err := client.Call(cmd.Context(), c.KMS().AddKMSCertificate, &strongroomv1.AddKMSCertificateRequest{Application: args[0], Certificate: der})
+			if err != nil {
+				return errors.Join(err, os.Remove(keyFile), os.Remove(certFile))
+			}
+			return env.printDone(made, "credential %s of %s: certificate in %s, its key in %s", made.GetId(), args[0], certFile, keyFile)
+		}),
+	}
+	cmd.Flags().StringVar(&certFile, "cert", "client.pem", "`file` for the certificate")
+	cmd.Flags().StringVar(&keyFile, "key", "client.key", "`file` for its key")
+	cmd.Flags().DurationVar(&lifetime, "lifetime", 365*24*time.Hour, "how long it is valid")
+	return cmd
+}
+
+// writeNew makes a file of mode 0600, durably, unless there is one.
+func writeNew(path string, b []byte) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if errors.Is(err, os.ErrExist) {
+		return errs.New(errs.Exists, "%s exists already", path)
+	}
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(b)
+	return errors.Join(err, f.Sync(), f.Close())
+}
+
+func newKMSCredentialTrustCmd(env *Env) *cobra.Command {
+	return &cobra.Command{
+		Use:   "trust APPLICATION CERTIFICATE.pem",
+		Short: "Know an application by a certificate that it has",
+		Long: `Have the server know an application by a client certificate that it has already,
+whoever issued it: "make KMS trust vCenter". The certificate itself counts, not its
+issuer; when the application gets another one, trust that as well.`,
+		Example: "  strongroom kms credential trust vcenter-1 vcenter.pem",
+		Args:    exactArgs("the application's name", "the certificate's file"),
+		RunE: env.withClient("add the certificate", func(cmd *cobra.Command, c *client.Client, args []string) error {
+			text, err := os.ReadFile(args[1])
+			if err != nil {
+				return err
+			}
+			block, _ := pem.Decode(text)
+			if block == nil || block.Type != "CERTIFICATE" {
+				return errs.New(errs.Invalid, "%s does not begin with a PEM certificate", args[1])
+			}
+			made, err := client.Call(cmd.Context(), c.KMS().AddKMSCertificate, &strongroomv1.AddKMSCertificateRequest{Application: args[0], Certificate: block.Bytes})
+			if err != nil {
+				return err
+			}
+			return env.printDone(made, "credential %s of %s: certificate sha256:%s", made.GetId(), args[0], made.GetFingerprint())
+		}),
+	}
+}
+
+func newKMSCredentialRevokeCmd(env *Env) *cobra.Command {
+	return &cobra.Command{
+		Use:   "revoke APPLICATION ID",
+		Short: "Revoke a credential",
+		Long: `Have a credential refused from the next request on, also on connections that are
+open.`,
+		Example: "  strongroom kms credential revoke vcenter-1 0123456789ab",
+		Args:    exactArgs("the application's name", "the credential's id"),
+		RunE: env.withClient("revoke the credential", func(cmd *cobra.Command, c *client.Client, args []string) error {
+			a, err := client.Call(cmd.Context(), c.KMS().RevokeKMSCredential, &strongroomv1.RevokeKMSCredentialRequest{Application: args[0], Id: args[1]})
+			if err != nil {
+				return err
+			}
+			return env.printDone(a, "credential %s of %s revoked", args[1], args[0])
+		}),
+	}
+}

@@ -1,0 +1,265 @@
+package kms
+
+import (
+	"context"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/pem"
+	"fmt"
+	"net/http"
+	"strings"
+	"time"
+
+	"connectrpc.com/connect"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"strongroom/api/apierr"
+	"strongroom/api/rule"
+	strongroomv1 "strongroom/api/strongroom/v1"
+	"strongroom/api/strongroom/v1/strongroomv1connect"
+	"strongroom/internal/control/audit"
+	"strongroom/internal/control/directory"
+	"strongroom/internal/daemon"
+	"strongroom/internal/errs"
+)
+
+const (
+	// requestMax bounds one request, in bytes.
+	requestMax = 1 << 20
+	// certificateMax bounds a client certificate, in bytes of DER.
+	certificateMax = 16 << 10
+	// lifetimeMax bounds the life of a password.
+	lifetimeMax = 20 * 365 * 24 * time.Hour
+)
+
+// api serves the administration of a KMS on its local socket.
+type api struct {
+	strongroomv1connect.UnimplementedKMSServiceHandler
+	strongroomv1connect.UnimplementedSessionServiceHandler
+	k *KMS
+}
+
+func (k *KMS) localServer() (*http.Server, error) {
+	rules, err := rule.Of(strongroomv1connect.KMSServiceName)
+	if err != nil {
+		return nil, err
+	}
+	options := []connect.HandlerOption{connect.WithInterceptors(k.recorded(rules)), connect.WithReadMaxBytes(requestMax)}
+	mux := http.NewServeMux()
+	mux.Handle(strongroomv1connect.NewKMSServiceHandler(&api{k: k}, options...))
+	mux.Handle(strongroomv1connect.NewSessionServiceHandler(&api{k: k}, options...))
+	// What belongs to a controller is refused with a hint.
+	mux.Handle(strongroomv1connect.NewProviderServiceHandler(strongroomv1connect.UnimplementedProviderServiceHandler{}, options...))
+	mux.Handle(strongroomv1connect.NewVMServiceHandler(strongroomv1connect.UnimplementedVMServiceHandler{}, options...))
+	mux.Handle(strongroomv1connect.NewHostServiceHandler(strongroomv1connect.UnimplementedHostServiceHandler{}, options...))
+	mux.Handle(strongroomv1connect.NewClusterServiceHandler(strongroomv1connect.UnimplementedClusterServiceHandler{}, options...))
+	mux.Handle(strongroomv1connect.NewAccessServiceHandler(strongroomv1connect.UnimplementedAccessServiceHandler{}, options...))
+	return &http.Server{Handler: mux, ReadHeaderTimeout: daemon.HeaderTimeout, MaxHeaderBytes: daemon.HeaderMax}, nil
+}
+
+// recorded puts calls that change something on record, durably, before they are
+// answered, and gives errors their form on the wire.
+func (k *KMS) recorded(rules rule.Rules) connect.UnaryInterceptorFunc {
+	return func(next connect.UnaryFunc) connect.UnaryFunc {
+		return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
+			res, err := next(ctx, req)
+			if err != nil && connect.CodeOf(err) == connect.CodeUnimplemented {
+				err = errs.New(errs.InvalidState, "a KMS cannot do this").WithHint("ask the controller: leave out --server, or name it there")
+			}
+			if rules[req.Spec().Procedure].Privilege == "Cryptographer.ManageKeyServers" {
+				if recordErr := k.recordCall(req, err); err == nil {
+					err = recordErr
+				}
+			}
+			if err != nil {
+				return nil, apierr.To(err)
+			}
+			return res, nil
+		}
+	}
+}
+
+func (k *KMS) recordCall(req connect.AnyRequest, callErr error) error {
+	object := "kms"
+	switch m := req.Any().(type) {
+	case interface{ GetApplication() string }:
+		object = "application/" + m.GetApplication()
+	case interface{ GetName() string }:
+		object = "application/" + m.GetName()
+		if strings.Contains(req.Spec().Procedure, "Group") {
+			object = "group/" + m.GetName()
+		}
+	}
+	e := audit.Entry{Actor: "local administrator", Action: strings.TrimPrefix(req.Spec().Procedure, "/strongroom.v1."), Object: object, Outcome: audit.Success}
+	if callErr != nil {
+		e.Outcome, e.Details = audit.Failed, map[string]string{"kind": errs.KindOf(callErr).String()}
+	}
+	head, err := k.audit.Append(e)
+	if err != nil {
+		return err
+	}
+	return k.audit.Flush(head)
+}
+
+func fingerprint(cert *x509.Certificate) [sha256.Size]byte { return sha256.Sum256(cert.Raw) }
+
+func (a *api) WhoAmI(context.Context, *connect.Request[strongroomv1.WhoAmIRequest]) (*connect.Response[strongroomv1.WhoAmIResponse], error) {
+	return connect.NewResponse(&strongroomv1.WhoAmIResponse{Principal: "local administrator of the KMS", ServerVersion: Version}), nil
+}
+
+func (a *api) GetKMS(context.Context, *connect.Request[strongroomv1.GetKMSRequest]) (*connect.Response[strongroomv1.KMS], error) {
+	leaf := a.k.certificate.Leaf
+	return connect.NewResponse(&strongroomv1.KMS{
+		Address: a.k.cfg.Advertise, CertificateSha256: fmt.Sprintf("%x", fingerprint(leaf)), CertificateExpires: timestamppb.New(leaf.NotAfter),
+		Ca: string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: a.k.ca.Certificate().Raw})), Version: Version,
+	}), nil
+}
+
+// checkPolicy reads a policy off the wire; names that are not known are refused.
+func checkPolicy(p *strongroomv1.KMSPolicy) (directory.Policy, error) {
+	out := directory.Policy{Operations: p.GetOperations(), NoExport: p.GetNoExport(), KeyTypes: p.GetKeyTypes()}
+	_, err := policyOf(out)
+	return out, err
+}
+
+func (a *api) CreateKMSGroup(ctx context.Context, req *connect.Request[strongroomv1.CreateKMSGroupRequest]) (*connect.Response[strongroomv1.KMSGroup], error) {
+	m := req.Msg
+	policy, err := checkPolicy(m.GetPolicy())
+	if err != nil {
+		return nil, errs.Wrap(err, "cannot create group %.64s", m.GetName())
+	}
+	if err := a.k.directory.CreateGroup(ctx, directory.Group{Name: m.GetName(), Title: m.GetTitle(), Description: m.GetDescription(), Policy: policy}); err != nil {
+		return nil, err
+	}
+	return a.group(m.GetName())
+}
+
+func (a *api) SetKMSGroupPolicy(ctx context.Context, req *connect.Request[strongroomv1.SetKMSGroupPolicyRequest]) (*connect.Response[strongroomv1.KMSGroup], error) {
+	policy, err := checkPolicy(req.Msg.GetPolicy())
+	if err != nil {
+		return nil, errs.Wrap(err, "cannot change group %.64s", req.Msg.GetName())
+	}
+	if err := a.k.directory.SetPolicy(ctx, req.Msg.GetName(), policy); err != nil {
+		return nil, err
+	}
+	return a.group(req.Msg.GetName())
+}
+
+func (a *api) group(name string) (*connect.Response[strongroomv1.KMSGroup], error) {
+	for _, g := range a.k.directory.Groups() {
+		if g.Name == name {
+			return connect.NewResponse(groupOf(g)), nil
+		}
+	}
+	return nil, errs.New(errs.NotFound, "there is no group %.64q", name)
+}
+
+func groupOf(g directory.Group) *strongroomv1.KMSGroup {
+	return &strongroomv1.KMSGroup{
+		Name: g.Name, Title: g.Title, Description: g.Description, Created: timestamppb.New(g.Created),
+		Policy: &strongroomv1.KMSPolicy{Operations: g.Policy.Operations, NoExport: g.Policy.NoExport, KeyTypes: g.Policy.KeyTypes},
+	}
+}
+
+func (a *api) ListKMSGroups(context.Context, *connect.Request[strongroomv1.ListKMSGroupsRequest]) (*connect.Response[strongroomv1.ListKMSGroupsResponse], error) {
+	out := &strongroomv1.ListKMSGroupsResponse{}
+	for _, g := range a.k.directory.Groups() {
+		out.Groups = append(out.Groups, groupOf(g))
+	}
+	return connect.NewResponse(out), nil
+}
+
+func (a *api) CreateKMSApplication(ctx context.Context, req *connect.Request[strongroomv1.CreateKMSApplicationRequest]) (*connect.Response[strongroomv1.KMSApplication], error) {
+	m := req.Msg
+	app := directory.Application{Name: m.GetName(), Title: m.GetTitle(), Description: m.GetDescription(), Group: m.GetGroup()}
+	if err := a.k.directory.CreateApplication(ctx, app); err != nil {
+		return nil, err
+	}
+	return a.application(m.GetName())
+}
+
+func (a *api) application(name string) (*connect.Response[strongroomv1.KMSApplication], error) {
+	app, err := a.k.directory.Application(name)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(applicationOf(app)), nil
+}
+
+func applicationOf(app directory.Application) *strongroomv1.KMSApplication {
+	out := &strongroomv1.KMSApplication{
+		Name: app.Name, Title: app.Title, Description: app.Description, Group: app.Group, Disabled: app.Disabled, Created: timestamppb.New(app.Created),
+	}
+	for _, c := range app.Credentials {
+		out.Credentials = append(out.Credentials, credentialOf(c))
+	}
+	return out
+}
+
+func credentialOf(c directory.Credential) *strongroomv1.KMSCredential {
+	out := &strongroomv1.KMSCredential{Id: c.ID, Kind: string(c.Kind), User: c.User, Fingerprint: c.Fingerprint, Created: timestamppb.New(c.Created)}
+	if !c.Expires.IsZero() {
+		out.Expires = timestamppb.New(c.Expires)
+	}
+	return out
+}
+
+func (a *api) ListKMSApplications(context.Context, *connect.Request[strongroomv1.ListKMSApplicationsRequest]) (*connect.Response[strongroomv1.ListKMSApplicationsResponse], error) {
+	out := &strongroomv1.ListKMSApplicationsResponse{}
+	for _, app := range a.k.directory.Applications() {
+		out.Applications = append(out.Applications, applicationOf(app))
+	}
+	return connect.NewResponse(out), nil
+}
+
+func (a *api) GetKMSApplication(_ context.Context, req *connect.Request[strongroomv1.GetKMSApplicationRequest]) (*connect.Response[strongroomv1.KMSApplication], error) {
+	return a.application(req.Msg.GetName())
+}
+
+func (a *api) SetKMSApplicationDisabled(ctx context.Context, req *connect.Request[strongroomv1.SetKMSApplicationDisabledRequest]) (*connect.Response[strongroomv1.KMSApplication], error) {
+	if err := a.k.directory.SetDisabled(ctx, req.Msg.GetName(), req.Msg.GetDisabled()); err != nil {
+		return nil, err
+	}
+	return a.application(req.Msg.GetName())
+}
+
+func (a *api) DeleteKMSApplication(ctx context.Context, req *connect.Request[strongroomv1.DeleteKMSApplicationRequest]) (*connect.Response[strongroomv1.DeleteKMSApplicationResponse], error) {
+	if err := a.k.directory.DeleteApplication(ctx, req.Msg.GetName()); err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&strongroomv1.DeleteKMSApplicationResponse{}), nil
+}
+
+func (a *api) CreateKMSPassword(ctx context.Context, req *connect.Request[strongroomv1.CreateKMSPasswordRequest]) (*connect.Response[strongroomv1.CreateKMSPasswordResponse], error) {
+	seconds := req.Msg.GetLifetimeSeconds()
+	if seconds < 0 || seconds > int64(lifetimeMax/time.Second) {
+		return nil, errs.New(errs.Invalid, "a lifetime of %d seconds is not 0 to %d", seconds, int64(lifetimeMax/time.Second))
+	}
+	c, password, err := a.k.directory.AddPassword(ctx, req.Msg.GetApplication(), time.Duration(seconds)*time.Second)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&strongroomv1.CreateKMSPasswordResponse{Credential: credentialOf(c), Password: password}), nil
+}
+
+func (a *api) AddKMSCertificate(ctx context.Context, req *connect.Request[strongroomv1.AddKMSCertificateRequest]) (*connect.Response[strongroomv1.KMSCredential], error) {
+	if len(req.Msg.GetCertificate()) > certificateMax {
+		return nil, errs.New(errs.Invalid, "a certificate of more than %d bytes", certificateMax)
+	}
+	cert, err := x509.ParseCertificate(req.Msg.GetCertificate())
+	if err != nil {
+		return nil, errs.New(errs.Invalid, "that is no certificate: %w", err)
+	}
+	c, err := a.k.directory.AddCertificate(ctx, req.Msg.GetApplication(), cert)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(credentialOf(c)), nil
+}
+
+func (a *api) RevokeKMSCredential(ctx context.Context, req *connect.Request[strongroomv1.RevokeKMSCredentialRequest]) (*connect.Response[strongroomv1.KMSApplication], error) {
+	if err := a.k.directory.Revoke(ctx, req.Msg.GetApplication(), req.Msg.GetId()); err != nil {
+		return nil, err
+	}
+	return a.application(req.Msg.GetApplication())
+}

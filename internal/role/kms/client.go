@@ -1,0 +1,112 @@
+package kms
+
+import (
+	"context"
+	"crypto/tls"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/ovh/kmip-go"
+	"github.com/ovh/kmip-go/ttlv"
+
+	"strongroom/internal/control/directory"
+	"strongroom/internal/errs"
+	"strongroom/internal/keys/kmip/kmipserver"
+)
+
+// authenticate implements [kmipserver.Authenticator]: the account of a client
+// is its application's group.
+func (k *KMS) authenticate(_ context.Context, state tls.ConnectionState, credentials []kmip.Credential) (kmipserver.Client, error) {
+	var p directory.Proof
+	if len(state.PeerCertificates) > 0 {
+		p.Certificate = state.PeerCertificates[0]
+	}
+	for _, c := range credentials {
+		v := c.CredentialValue.UserPassword
+		if v == nil || p.Password != nil {
+			return kmipserver.Client{}, errs.New(errs.Denied, "a credential that is not one user name and password")
+		}
+		p.User, p.Password = v.Username, []byte(v.Password)
+	}
+	defer clear(p.Password)
+	app, group, err := k.directory.Authenticate(p)
+	if err != nil {
+		return kmipserver.Client{}, err
+	}
+	policy, err := policyOf(group.Policy)
+	if err != nil {
+		return kmipserver.Client{}, errs.Wrap(err, "policy of group %s", group.Name)
+	}
+	return kmipserver.Client{Account: group.Name, Name: "application:" + app.Name, Policy: policy}, nil
+}
+
+// policyOf returns what a policy says in KMIP's terms. A name that is not known
+// is an error, so that it cannot allow more than was meant.
+func policyOf(p directory.Policy) (*kmipserver.Policy, error) {
+	if len(p.Operations) == 0 && len(p.KeyTypes) == 0 && !p.NoExport {
+		return nil, nil
+	}
+	out := &kmipserver.Policy{NoExport: p.NoExport}
+	for _, name := range p.Operations {
+		op, err := operationOf(name)
+		if err != nil {
+			return nil, err
+		}
+		out.Operations = append(out.Operations, op)
+	}
+	for _, name := range p.KeyTypes {
+		t, err := keyTypeOf(name)
+		if err != nil {
+			return nil, err
+		}
+		out.KeyTypes = append(out.KeyTypes, t)
+	}
+	return out, nil
+}
+
+func operationOf(name string) (kmip.Operation, error) {
+	for _, op := range kmipserver.Operations() {
+		if strings.EqualFold(ttlv.EnumStr(op), name) {
+			return op, nil
+		}
+	}
+	return 0, errs.New(errs.Invalid, "there is no operation %.64q here", name)
+}
+
+// keyTypeOf reads "AES-256", "AES" or "HMAC-SHA256".
+func keyTypeOf(name string) (kmipserver.KeyType, error) {
+	algorithms := map[string]kmip.CryptographicAlgorithm{
+		"AES": kmip.CryptographicAlgorithmAES, "3DES": kmip.CryptographicAlgorithm3DES,
+		"HMAC-SHA256": kmip.CryptographicAlgorithmHMACSHA256, "HMAC-SHA384": kmip.CryptographicAlgorithmHMACSHA384, "HMAC-SHA512": kmip.CryptographicAlgorithmHMACSHA512,
+	}
+	upper := strings.ToUpper(name)
+	if a, ok := algorithms[upper]; ok {
+		return kmipserver.KeyType{Algorithm: a}, nil
+	}
+	if at := strings.LastIndexByte(upper, '-'); at > 0 {
+		a, ok := algorithms[upper[:at]]
+		bits, err := strconv.ParseUint(upper[at+1:], 10, 16)
+		if ok && err == nil && bits > 0 {
+			return kmipserver.KeyType{Algorithm: a, Bits: int32(bits)}, nil
+		}
+	}
+	return kmipserver.KeyType{}, errs.New(errs.Invalid, "there is no key type %.64q here; such as AES-256, AES or HMAC-SHA256 are", name)
+}
+
+// changes tells the operations that change what is stored: they are on record,
+// durably, before they are acknowledged. Of the others the record follows
+// within a second.
+func changes(op kmip.Operation) bool {
+	return !slices.Contains([]kmip.Operation{
+		0, kmip.OperationLocate, kmip.OperationCheck, kmip.OperationGet, kmip.OperationGetAttributes, kmip.OperationGetAttributeList,
+		kmip.OperationQuery, kmip.OperationDiscoverVersions, kmip.OperationObtainLease, kmip.OperationEncrypt, kmip.OperationDecrypt,
+		kmip.OperationMAC, kmip.OperationMACVerify, kmip.OperationHash, kmip.OperationRNGRetrieve, kmip.OperationRNGSeed,
+	}, op)
+}
+
+// trivial tells the operations that touch no object; they are counted and not
+// put on record, for clients send them at every connection.
+func trivial(op kmip.Operation) bool {
+	return op == kmip.OperationQuery || op == kmip.OperationDiscoverVersions
+}

@@ -1,0 +1,90 @@
+package kms
+
+import (
+	"fmt"
+	"path/filepath"
+
+	"strongroom/internal/daemon"
+)
+
+// Config is the configuration file of a KMS, in TOML. Unknown fields are
+// refused. It holds no secret.
+type Config struct {
+	// DataDir is the folder of the database (etcd), the sealed vault, the
+	// certificates and the audit log. It must be readable by the KMS only.
+	// Needed.
+	DataDir string `toml:"data_dir"`
+
+	// Listen is the address of the KMIP server, "host:port". Default:
+	// "0.0.0.0:5696", KMIP's port.
+	Listen string `toml:"listen"`
+
+	// Advertise is the address under which clients reach the KMIP server,
+	// "host:port". It stands in the certificate. Default: Listen, which must then
+	// name an address.
+	Advertise string `toml:"advertise"`
+
+	// LegacyTLS also offers TLS_RSA_WITH_AES_128_CBC_SHA256, without forward
+	// secrecy, to clients that know nothing better.
+	LegacyTLS bool `toml:"legacy_tls"`
+
+	// KeyFile holds the root key, 32 bytes. Whoever has it and DataDir has all
+	// keys. Default: "kms.key" in DataDir. It may lie on another medium.
+	KeyFile string `toml:"key_file"`
+
+	// LocalSocket is the unix socket on which root and the KMS's own user
+	// administer it. Default: "kms.sock" in DataDir.
+	LocalSocket string `toml:"local_socket"`
+
+	// MetricsListen is the address of Prometheus metrics (/metrics) and health
+	// (/healthz), plain HTTP, "host:port". Default: none.
+	MetricsListen string `toml:"metrics_listen"`
+}
+
+// LoadConfig reads and checks the configuration file at path.
+func LoadConfig(path string) (Config, error) {
+	text, err := daemon.ReadConfig(path)
+	if err != nil {
+		return Config{}, fmt.Errorf("cannot read KMS configuration: %w", err)
+	}
+	c, err := ParseConfig(text)
+	if err != nil {
+		return Config{}, fmt.Errorf("cannot read KMS configuration %s: %w", path, err)
+	}
+	return c, nil
+}
+
+// ParseConfig reads a configuration file's text and fills in the defaults.
+func ParseConfig(text []byte) (Config, error) {
+	var c Config
+	if err := daemon.DecodeConfig(text, &c); err != nil {
+		return Config{}, err
+	}
+	return c.withDefaults()
+}
+
+func (c Config) withDefaults() (Config, error) {
+	orElse := func(s *string, value string) {
+		if *s == "" {
+			*s = value
+		}
+	}
+	orElse(&c.Listen, "0.0.0.0:5696")
+	orElse(&c.KeyFile, filepath.Join(c.DataDir, "kms.key"))
+	orElse(&c.LocalSocket, filepath.Join(c.DataDir, "kms.sock"))
+	for name, path := range map[string]string{"data_dir": c.DataDir, "key_file": c.KeyFile, "local_socket": c.LocalSocket} {
+		if !filepath.IsAbs(path) {
+			return Config{}, fmt.Errorf("%s %q is not an absolute path", name, path)
+		}
+	}
+	var err error
+	if c.Advertise, err = daemon.CheckAddresses(c.Listen, c.Advertise); err != nil {
+		return Config{}, err
+	}
+	if c.MetricsListen != "" {
+		if _, err := daemon.CheckAddresses(c.MetricsListen, "any:1"); err != nil {
+			return Config{}, fmt.Errorf("metrics_listen: %w", err)
+		}
+	}
+	return c, nil
+}

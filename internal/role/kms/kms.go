@@ -1,0 +1,220 @@
+// Package kms is the key management server: KMIP for clients such as vCenter
+// and controllers, over an etcd database in which keys are wrapped, with groups,
+// applications and their credentials.
+//
+// Invariants: key material is in locked memory and, wrapped, in the database,
+// never elsewhere; what was acknowledged is on disk, and so is its audit record;
+// a client sees its group's keys only; a destroyed key is gone for good
+// (docs/spec/kms-keyring.md).
+package kms
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"strongroom/internal/control/audit"
+	"strongroom/internal/control/directory"
+	"strongroom/internal/control/pki"
+	"strongroom/internal/control/store"
+	"strongroom/internal/daemon"
+	"strongroom/internal/errs"
+	"strongroom/internal/keys/kmip/kmipserver"
+	"strongroom/internal/role/kms/objectstore"
+)
+
+// Version is what the KMS tells about itself.
+const Version = "0.1.0"
+
+const (
+	// quotaBytes bounds the database: some 4 million keys.
+	quotaBytes = 8 << 30
+	// checkpointRecords is after how many records the audit log is signed.
+	checkpointRecords = 1000
+	// flushEvery is how long a record of something that changed nothing may
+	// stay unsynced.
+	flushEvery = time.Second
+)
+
+// KMS is a running key management server.
+type KMS struct {
+	cfg Config
+	log *slog.Logger
+
+	db          *store.DB
+	secrets     *secrets
+	audit       *audit.Log
+	ca          *pki.CA
+	certificate tls.Certificate
+	directory   *directory.Directory
+	objects     *objectstore.Store
+	metrics     *metrics
+	address     net.Addr // of the KMIP server, once it listens
+}
+
+// Address returns where the KMIP server listens; it may be called once the KMS
+// is ready.
+func (k *KMS) Address() net.Addr { return k.address }
+
+// Run runs a KMS until ctx ends.
+func Run(ctx context.Context, cfg Config, log *slog.Logger) error {
+	return RunReady(ctx, cfg, log, func(*KMS) error { return nil })
+}
+
+// RunReady is Run that calls ready once, when clients can connect; an error of
+// it ends the KMS.
+func RunReady(ctx context.Context, cfg Config, log *slog.Logger, ready func(*KMS) error) (err error) {
+	if err := daemon.Harden(); err != nil {
+		return err
+	}
+	k, err := open(ctx, cfg, log)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, k.close()) }()
+	return k.run(ctx, ready)
+}
+
+// open opens what a KMS has in its data folder, or makes it the first time. The
+// caller closes the KMS.
+func open(ctx context.Context, cfg Config, log *slog.Logger) (_ *KMS, err error) {
+	k := &KMS{cfg: cfg, log: log, metrics: newMetrics()}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, k.close())
+		}
+	}()
+	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
+		return nil, err
+	}
+	if k.db, err = store.Open(ctx, store.Config{Dir: filepath.Join(cfg.DataDir, "store"), Log: log, QuotaBytes: quotaBytes}); err != nil {
+		return nil, err
+	}
+	if k.secrets, err = openSecrets(ctx, cfg, k.db); err != nil {
+		return nil, err
+	}
+	if err := k.openAudit(); err != nil {
+		return nil, err
+	}
+	if err := k.openIdentity(); err != nil {
+		return nil, err
+	}
+	if k.directory, err = directory.Open(ctx, k.db); err != nil {
+		return nil, err
+	}
+	k.objects = objectstore.New(k.db, k.secrets.ring, log)
+	return k, nil
+}
+
+func (k *KMS) openAudit() error {
+	signer, err := k.secrets.auditSigner()
+	if err != nil {
+		return err
+	}
+	der, err := x509.MarshalPKIXPublicKey(signer.Public())
+	if err != nil {
+		return err
+	}
+	public := pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der})
+	if err := os.WriteFile(filepath.Join(k.cfg.DataDir, auditKeyName), public, 0o644); err != nil {
+		return err
+	}
+	k.audit, err = audit.Open(audit.Config{
+		Dir: filepath.Join(k.cfg.DataDir, "audit"), Signer: signer, Sync: audit.SyncCheckpoint, CheckpointRecords: checkpointRecords,
+	})
+	return err
+}
+
+// close is the reverse of open, also of one that failed half-way.
+func (k *KMS) close() error {
+	var err error
+	if k.objects != nil {
+		k.objects.Close()
+	}
+	if k.audit != nil {
+		err = k.audit.Close()
+	}
+	if k.secrets != nil {
+		k.secrets.Close()
+	}
+	if k.db != nil {
+		err = errors.Join(err, k.db.Close())
+	}
+	return err
+}
+
+// listeners are where a KMS is reached.
+type listeners struct{ kmip, local, metrics net.Listener }
+
+func (l *listeners) close() {
+	for _, one := range []net.Listener{l.kmip, l.local, l.metrics} {
+		if one != nil {
+			one.Close()
+		}
+	}
+}
+
+func (k *KMS) listen() (l listeners, err error) {
+	defer func() {
+		if err != nil {
+			l.close()
+		}
+	}()
+	if l.kmip, err = net.Listen("tcp", k.cfg.Listen); err != nil {
+		return l, errs.New(errs.Unavailable, "cannot listen for KMIP clients: %w", err)
+	}
+	if l.local, err = daemon.ListenLocal(k.cfg.LocalSocket); err != nil {
+		return l, err
+	}
+	if k.cfg.MetricsListen != "" {
+		if l.metrics, err = net.Listen("tcp", k.cfg.MetricsListen); err != nil {
+			return l, errs.New(errs.Unavailable, "cannot listen for metrics: %w", err)
+		}
+	}
+	return l, nil
+}
+
+// run serves until ctx ends.
+func (k *KMS) run(ctx context.Context, ready func(*KMS) error) error {
+	kmip, err := kmipserver.New(kmipserver.Config{
+		Store: k.objects, Authenticate: k.authenticate, TLS: k.tlsConfig(), Log: k.log, Observe: k.observe,
+	})
+	if err != nil {
+		return err
+	}
+	local, err := k.localServer()
+	if err != nil {
+		return err
+	}
+	l, err := k.listen()
+	if err != nil {
+		return err
+	}
+	k.address = l.kmip.Addr()
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return kmip.Serve(ctx, l.kmip) })
+	group.Go(func() error { return daemon.Serve(ctx, local, l.local) })
+	if l.metrics != nil {
+		group.Go(func() error { return daemon.Serve(ctx, k.metricsServer(), l.metrics) })
+	}
+	group.Go(func() error { return k.objects.Run(ctx) })
+	group.Go(func() error { return k.keepAudit(ctx) })
+	k.log.LogAttrs(ctx, slog.LevelInfo, "kms is ready", slog.String("kmip", l.kmip.Addr().String()),
+		slog.String("socket", k.cfg.LocalSocket), slog.String("certificate", fmt.Sprintf("sha256:%x", fingerprint(k.certificate.Leaf))))
+	group.Go(func() error { return ready(k) })
+	err = group.Wait()
+	if errors.Is(err, context.Canceled) {
+		return nil
+	}
+	return err
+}
