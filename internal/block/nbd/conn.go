@@ -1,6 +1,7 @@
 package nbd
 
 import (
+	"bufio"
 	"errors"
 	"io"
 	"net"
@@ -17,7 +18,11 @@ import (
 // turn is with one worker, or vacant; it guards in and part.
 type conn struct {
 	server      *Server
-	sock        net.Conn
+	raw         net.Conn      // the socket itself
+	sock        net.Conn      // what is read and written: raw, or TLS on it
+	out         *bufio.Writer // of TLS: makes whole records of many pieces; nil otherwise; guarded by send
+	address     string        // the host at the other end; "" on a unix socket
+	settled     bool          // an export was chosen; guarded by server.mu
 	export      *export
 	structured  bool
 	blockStatus bool
@@ -43,15 +48,23 @@ type conn struct {
 }
 
 func newConn(s *Server, sock net.Conn) *conn {
-	return &conn{server: s, sock: sock}
+	c := &conn{server: s, raw: sock, sock: sock}
+	if tcp, ok := sock.RemoteAddr().(*net.TCPAddr); ok {
+		c.address = tcp.IP.String()
+	}
+	return c
 }
 
 // serve runs the transmission phase. It returns after every request has ended.
 func (c *conn) serve(agreed outcome) error {
 	c.export, c.structured, c.blockStatus = agreed.export, agreed.structured, agreed.blockStatus
+	if agreed.tls != nil {
+		c.sock = agreed.tls
+		c.out = bufio.NewWriterSize(c.sock, batchBytes)
+	}
 	c.in.sock = c.sock
 	c.in.buf = make([]byte, inputSize)
-	widen(c.sock)
+	widen(c.raw)
 	w, err := c.newWorker(true)
 	if err != nil {
 		return err
@@ -65,14 +78,14 @@ func (c *conn) serve(agreed outcome) error {
 // is told.
 func (c *conn) abort() {
 	c.stopping.Store(true)
-	_ = shutdown(c.sock, unix.SHUT_RDWR) // fails only if it is closed already
+	_ = shutdown(c.raw, unix.SHUT_RDWR) // fails only if it is closed already
 }
 
 // drain stops reading requests and lets the connection end by itself when
 // those in work are answered.
 func (c *conn) drain() {
 	c.stopping.Store(true)
-	_ = shutdown(c.sock, unix.SHUT_RD)
+	_ = shutdown(c.raw, unix.SHUT_RD)
 }
 
 // end stops the workers: no further request is read. The first reason counts.
@@ -95,7 +108,7 @@ func (c *conn) end(err error) {
 // broken notes that replies cannot be sent any more and wakes the reader.
 func (c *conn) broken(err error) {
 	c.end(err)
-	_ = shutdown(c.sock, unix.SHUT_RDWR)
+	_ = shutdown(c.raw, unix.SHUT_RDWR)
 }
 
 // pass gives the turn away: to the worker who became idle last, as its memory

@@ -24,7 +24,7 @@ func answers(t testing.TB, path string, b []byte) []byte {
 		defer close(sent)
 		// The server may hang up before it has read everything.
 		if _, err := r.Write(b); err == nil {
-			r.CloseWrite()
+			r.Conn.(*net.UnixConn).CloseWrite()
 		}
 	}()
 	// 64 MiB is more than any answer below.

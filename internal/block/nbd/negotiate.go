@@ -1,6 +1,8 @@
 package nbd
 
 import (
+	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -16,10 +18,12 @@ var errAborted = errors.New("client left during the negotiation")
 // export. It reads exactly what it needs, so that nothing of the transmission
 // phase is lost in a buffer.
 type negotiation struct {
-	server *Server
-	sock   net.Conn
-	data   []byte // space for one option's data
-	out    []byte // space for one reply
+	server   *Server
+	sock     net.Conn
+	identify *tls.Config // nil: the client is known
+	tls      *tls.Conn   // sock, once the client has begun TLS
+	data     []byte      // space for one option's data
+	out      []byte      // space for one reply
 
 	noZeroes   bool
 	structured bool
@@ -30,14 +34,15 @@ type negotiation struct {
 // outcome is what was agreed upon.
 type outcome struct {
 	export      *export
+	tls         *tls.Conn // what to use in place of the socket; nil: the socket itself
 	structured  bool
 	blockStatus bool
 }
 
 // negotiate runs the fixed newstyle handshake. It returns errAborted if the
-// client said good-bye.
-func negotiate(s *Server, sock net.Conn) (outcome, error) {
-	n := &negotiation{server: s, sock: sock, data: make([]byte, maxOptionLength)}
+// client said good-bye. With identify, the client must begin TLS first.
+func negotiate(ctx context.Context, s *Server, sock net.Conn, identify *tls.Config) (outcome, error) {
+	n := &negotiation{server: s, sock: sock, identify: identify, data: make([]byte, maxOptionLength)}
 	out := be.AppendUint64(nil, magicInit)
 	out = be.AppendUint64(out, magicOption)
 	out = be.AppendUint16(out, handshakeFixedNewstyle|handshakeNoZeroes)
@@ -56,13 +61,14 @@ func negotiate(s *Server, sock net.Conn) (outcome, error) {
 	}
 
 	for range maxOptions {
-		e, err := n.option()
+		e, err := n.option(ctx)
 		if err != nil {
 			return outcome{}, err
 		}
 		if e != nil {
 			return outcome{
 				export:      e,
+				tls:         n.tls,
 				structured:  n.structured,
 				blockStatus: n.chosen && n.allocation == e.Name,
 			}, nil
@@ -81,7 +87,7 @@ func (n *negotiation) read(count int) ([]byte, error) {
 
 // option answers one option. It returns the export with which the transmission
 // begins, or nil while the negotiation goes on.
-func (n *negotiation) option() (*export, error) {
+func (n *negotiation) option(ctx context.Context) (*export, error) {
 	head, err := n.read(sizeOption)
 	if err != nil {
 		return nil, err
@@ -101,6 +107,9 @@ func (n *negotiation) option() (*export, error) {
 		return nil, err
 	}
 
+	if n.identify != nil && n.tls == nil {
+		return nil, n.unidentified(ctx, opt, data)
+	}
 	switch opt {
 	case optExportName:
 		return n.exportName(string(data))
@@ -119,8 +128,40 @@ func (n *negotiation) option() (*export, error) {
 		return nil, n.reply(opt, repAck)
 	case optListMetaContext, optSetMetaContext:
 		return nil, n.metaContext(opt, data)
+	case optStartTLS:
+		if n.tls != nil {
+			return nil, n.fail(opt, repErrInvalid, "TLS was begun already")
+		}
 	}
 	return nil, n.fail(opt, repErrUnsup, "unknown option")
+}
+
+// unidentified answers an option of a client who has yet to begin TLS. What it said
+// before that counts for nothing afterwards, and as nothing was read ahead, nothing
+// that somebody has slipped in is taken for the client's.
+func (n *negotiation) unidentified(ctx context.Context, opt uint32, data []byte) error {
+	switch opt {
+	case optAbort:
+		n.reply(opt, repAck) // the client may be gone already
+		return errAborted
+	case optExportName: // which has no way to report an error
+		return errors.New("client chose an export without TLS")
+	case optStartTLS:
+	default:
+		return n.fail(opt, repErrTLSReqd, "this server needs TLS with a client's certificate")
+	}
+	if len(data) != 0 {
+		return n.fail(opt, repErrInvalid, "STARTTLS has no data")
+	}
+	if err := n.reply(opt, repAck); err != nil {
+		return err
+	}
+	secure := tls.Server(n.sock, n.identify)
+	if err := secure.HandshakeContext(ctx); err != nil {
+		return fmt.Errorf("TLS: %w", err)
+	}
+	n.tls, n.sock = secure, secure
+	return nil
 }
 
 // exportName is the oldest way to choose an export: it cannot report an error.

@@ -24,6 +24,7 @@ const (
 	optExportName      = 1
 	optAbort           = 2
 	optList            = 3
+	optStartTLS        = 5
 	optInfo            = 6
 	optGo              = 7
 	optStructuredReply = 8
@@ -41,6 +42,7 @@ const (
 	repError      = 1 << 31
 	repErrUnsup   = repError | 1
 	repErrInvalid = repError | 3
+	repErrTLSReqd = repError | 5
 	repErrUnknown = repError | 6
 	repErrTooBig  = repError | 9
 )

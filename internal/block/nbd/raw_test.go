@@ -14,16 +14,21 @@ var be = binary.BigEndian
 // the protocol's text, not taken from the code under test.
 type raw struct {
 	testing.TB
-	*net.UnixConn
+	net.Conn
 }
 
 func connect(t testing.TB, path string) raw {
 	t.Helper()
-	sock, err := net.Dial("unix", path)
+	return connectTo(t, "unix", path)
+}
+
+func connectTo(t testing.TB, network, address string) raw {
+	t.Helper()
+	sock, err := net.Dial(network, address)
 	check(t, err)
 	t.Cleanup(func() { sock.Close() })
 	check(t, sock.SetDeadline(time.Now().Add(deadline)))
-	return raw{t, sock.(*net.UnixConn)}
+	return raw{t, sock}
 }
 
 func (r raw) send(b []byte) {

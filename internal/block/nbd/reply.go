@@ -133,7 +133,12 @@ func (w *worker) flush() error {
 func (w *worker) write() error {
 	b := &w.batch
 	var err error
-	if len(b.vecs) == 1 {
+	if out := w.conn.out; out != nil {
+		for _, v := range b.vecs {
+			_, _ = out.Write(v) // Flush repeats the error
+		}
+		err = out.Flush()
+	} else if len(b.vecs) == 1 {
 		_, err = w.conn.sock.Write(b.vecs[0])
 	} else if len(b.vecs) > 1 {
 		_, err = b.vecs.WriteTo(w.conn.sock)

@@ -3,7 +3,7 @@
 // the load generator and storage engines reach one.
 //
 // It implements the fixed newstyle protocol as doc/proto.md of the
-// NetworkBlockDevice/nbd project has it: LIST, INFO, GO, EXPORT_NAME, ABORT,
+// NetworkBlockDevice/nbd project has it: LIST, INFO, GO, EXPORT_NAME, ABORT, STARTTLS,
 // structured replies, base:allocation, and all commands but RESIZE.
 //
 // How a connection is served: a few workers take turns at reading its requests.
@@ -22,6 +22,7 @@ package nbd
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -43,7 +44,13 @@ type Config struct {
 	// AllowedUIDs are the users who may connect to a unix socket, besides root
 	// and the user of this process.
 	AllowedUIDs []uint32
-	// MaxConnections is the number of connections at a time. Default 64.
+	// TLS is for clients on TCP, who must show a certificate that it verifies:
+	// [tls.RequireAndVerifyClientCert], and TLS 1.3. Without it there is no service
+	// on TCP.
+	TLS *tls.Config
+	// MaxConnections is the number of connections at a time. Of those that have not
+	// yet chosen an export, and so not yet shown a certificate, one address on TCP
+	// has at most a quarter. Default 64.
 	MaxConnections int
 	// MaxWorkers is the number of requests that one connection has in work at
 	// a time. Default 16.
@@ -109,12 +116,14 @@ func NewServer(c Config) *Server {
 // these connections and all their requests have ended. It returns [ErrStopped]
 // after a Shutdown.
 //
-// l must be a unix socket's: without TLS, which this server does not speak yet,
-// nothing else says who is at the other end.
+// l is a unix socket's, which tells who is at the other end, or TCP's, where
+// clients need a certificate and so the server needs Config.TLS. They begin TLS by
+// the STARTTLS option and are offered nothing before that.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	defer l.Close()
-	if _, ok := l.(*net.UnixListener); !ok {
-		return fmt.Errorf("cannot serve NBD on %s %s: only unix sockets tell who connects", l.Addr().Network(), l.Addr())
+	identify, err := s.identify(l)
+	if err != nil {
+		return fmt.Errorf("cannot serve NBD on %s %s: %w", l.Addr().Network(), l.Addr(), err)
 	}
 	if !s.addListener(l) {
 		return ErrStopped
@@ -148,18 +157,40 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 			return fmt.Errorf("cannot accept NBD clients on %s: %w", l.Addr(), err)
 		}
 		conns.Go(func() {
-			if err := s.serveConn(ctx, sock); err != nil {
+			if err := s.serveConn(ctx, sock, identify); err != nil {
 				s.config.Log.LogAttrs(ctx, slog.LevelWarn, "NBD connection ended", slog.Any("err", err))
 			}
 		})
 	}
 }
 
+// identify returns the configuration by which clients of l prove who they are, or
+// nil where the socket tells.
+func (s *Server) identify(l net.Listener) (*tls.Config, error) {
+	switch l.(type) {
+	case *net.UnixListener:
+		return nil, nil
+	case *net.TCPListener:
+	default:
+		return nil, errors.New("it is neither a unix socket nor TCP")
+	}
+	switch c := s.config.TLS; {
+	case c == nil:
+		return nil, errors.New("TCP needs TLS, because nothing else tells who connects")
+	case c.ClientAuth != tls.RequireAndVerifyClientCert || c.ClientCAs == nil || c.MinVersion < tls.VersionTLS13:
+		return nil, errors.New("the TLS configuration does not ask for TLS 1.3 and a client's certificate of a known authority")
+	default:
+		return c, nil
+	}
+}
+
 // serveConn owns sock from the first byte to the last.
-func (s *Server) serveConn(ctx context.Context, sock net.Conn) error {
+func (s *Server) serveConn(ctx context.Context, sock net.Conn, identify *tls.Config) error {
 	defer sock.Close()
-	if err := s.checkPeer(sock); err != nil {
-		return err
+	if identify == nil {
+		if err := s.checkPeer(sock); err != nil {
+			return err
+		}
 	}
 	c := newConn(s, sock)
 	if err := s.addConn(c); err != nil {
@@ -172,16 +203,20 @@ func (s *Server) serveConn(ctx context.Context, sock net.Conn) error {
 	if err := sock.SetDeadline(time.Now().Add(s.config.HandshakeTimeout)); err != nil {
 		return err
 	}
-	agreed, err := negotiate(s, sock)
+	agreed, err := negotiate(ctx, s, sock, identify)
 	switch {
 	case errors.Is(err, errAborted), err != nil && c.stopping.Load():
 		return nil
 	case err != nil:
 		return fmt.Errorf("cannot negotiate with an NBD client: %w", err)
 	}
+	if agreed.tls != nil {
+		defer agreed.tls.Close()
+	}
 	if err := sock.SetDeadline(time.Time{}); err != nil {
 		return err
 	}
+	s.settle(c)
 	if !agreed.export.join(c) {
 		return nil
 	}
@@ -277,8 +312,26 @@ func (s *Server) addConn(c *conn) error {
 	if len(s.conns) >= s.config.MaxConnections {
 		return fmt.Errorf("cannot serve another NBD client: %d are connected already", len(s.conns))
 	}
+	if c.address != "" {
+		same := 0
+		for other := range s.conns {
+			if !other.settled && other.address == c.address {
+				same++
+			}
+		}
+		if same >= max(1, s.config.MaxConnections/4) {
+			return fmt.Errorf("cannot serve another NBD client from %s: %d are negotiating", c.address, same)
+		}
+	}
 	s.conns[c] = struct{}{}
 	return nil
+}
+
+// settle notes that c has chosen its export.
+func (s *Server) settle(c *conn) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	c.settled = true
 }
 
 func (s *Server) removeConn(c *conn) {
