@@ -76,7 +76,8 @@ func volumeInfo(file string, info volume.Info) cli.VolumeInfo {
 
 func serveVolume(ctx context.Context, v cli.VolumeServe, ready func(address string)) error {
 	return localvolume.Serve(ctx, localvolume.ServeOptions{
-		File: v.File, KeyFile: v.KeyFile, Socket: v.Socket, VhostUser: v.VhostUser, Mount: v.Mount, ReadOnly: v.ReadOnly, Direct: v.Direct, Ready: ready,
+		File: v.File, KeyFile: v.KeyFile, Socket: v.Socket, TCP: localvolume.TCP(v.TCP), VhostUser: v.VhostUser, Mount: v.Mount,
+		ReadOnly: v.ReadOnly, Direct: v.Direct, Ready: ready,
 	})
 }
 

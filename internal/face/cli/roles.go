@@ -59,10 +59,19 @@ type VolumeServe struct {
 	File      string
 	KeyFile   string
 	Socket    string // path of the NBD unix socket; "" for none
+	TCP       VolumeTCP
 	VhostUser string // path of the vhost-user unix socket; "" for none
 	Mount     string // path of the file to show it as; "" for none
 	ReadOnly  bool
 	Direct    bool // past the page cache
+}
+
+// VolumeTCP says how NBD is served on TCP, with TLS.
+type VolumeTCP struct {
+	Address   string // "host:port" to listen on; "" for none
+	Cert      string // file with the server's certificate
+	Key       string // file with its private key
+	ClientCAs string // file with the authorities of the clients' certificates
 }
 
 // VolumeRekey says how to give a volume another key.

@@ -99,6 +99,9 @@ when it can be used.
 
 --nbd serves on an NBD unix socket, for QEMU, nbdcopy, nbdfuse and others.
 
+--nbd-tcp serves NBD on TCP, with TLS 1.3 only, to clients whose certificate is
+signed by the authority in --tls-client-ca. All its certificates open the volume.
+
 --vhost-user serves a virtual disk on a vhost-user socket, for QEMU: faster than
 NBD, for one VM at a time, whose memory must be shared. The guest's requests wait
 while nobody serves; a server that was killed and started again does what was
@@ -118,6 +121,8 @@ owner only.`,
     -object memory-backend-memfd,id=mem,size=2G,share=on \
     -chardev socket,id=disk,path=/run/user/1000/disk.vhost,reconnect=1 \
     -device vhost-user-blk-pci,chardev=disk
+  strongroom volume serve disk.luks --key-file disk.key --nbd-tcp 127.0.0.1:10809 \
+    --tls-cert server.pem --tls-key server.key --tls-client-ca ca.pem
   strongroom volume serve disk.luks --key-file disk.key --fuse /run/disk.raw`,
 		Args: exactArgs("the file"),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -129,11 +134,16 @@ owner only.`,
 	f := cmd.Flags()
 	addKeyFile(cmd, &v.KeyFile, "key-file", "`file` with its key, 64 raw bytes")
 	f.StringVar(&v.Socket, "nbd", "", "the unix `socket` to serve on")
+	f.StringVar(&v.TCP.Address, "nbd-tcp", "", "the `host:port` to serve on with TLS")
+	f.StringVar(&v.TCP.Cert, "tls-cert", "", "`file` with the server's certificate, PEM")
+	f.StringVar(&v.TCP.Key, "tls-key", "", "`file` with its private key, PEM")
+	f.StringVar(&v.TCP.ClientCAs, "tls-client-ca", "", "`file` with the authorities of clients' certificates, PEM")
 	f.StringVar(&v.VhostUser, "vhost-user", "", "the unix `socket` to serve a virtual disk on")
 	f.StringVar(&v.Mount, "fuse", "", "the `file` to show the data as")
 	f.BoolVar(&v.ReadOnly, "read-only", false, "accept no writes")
 	f.BoolVar(&v.Direct, "direct", false, "read and write FILE past the page cache (O_DIRECT)")
-	cmd.MarkFlagsOneRequired("nbd", "vhost-user", "fuse")
+	cmd.MarkFlagsOneRequired("nbd", "nbd-tcp", "vhost-user", "fuse")
+	cmd.MarkFlagsRequiredTogether("nbd-tcp", "tls-cert", "tls-key", "tls-client-ca")
 	return cmd
 }
 

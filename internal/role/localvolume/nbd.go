@@ -3,6 +3,7 @@ package localvolume
 import (
 	"context"
 	"errors"
+	"net"
 	"net/url"
 	"path/filepath"
 	"strings"
@@ -17,13 +18,18 @@ func newNBD(v *volume.Volume, opts ServeOptions) (front, error) {
 	if err != nil {
 		return front{}, err
 	}
-	server := nbd.NewServer(nbd.Config{})
+	return serveNBD(v, opts, l, nbd.Config{}, uri(l.Addr().String()))
+}
+
+// serveNBD makes the front of an NBD server on l, which it takes over.
+func serveNBD(v *volume.Volume, opts ServeOptions, l net.Listener, config nbd.Config, address string) (front, error) {
+	server := nbd.NewServer(config)
 	if err := server.AddExport(nbd.Export{Device: v, ReadOnly: opts.ReadOnly, Description: filepath.Base(opts.File)}); err != nil {
 		l.Close()
 		return front{}, err
 	}
 	return front{
-		address: uri(l.Addr().String()),
+		address: address,
 		serve: func() error {
 			if err := server.Serve(context.Background(), l); !errors.Is(err, nbd.ErrStopped) {
 				return err

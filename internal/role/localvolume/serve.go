@@ -23,6 +23,7 @@ type ServeOptions struct {
 	File      string
 	KeyFile   string
 	Socket    string // path of the NBD unix socket, removed at the end; "" for none
+	TCP       TCP    // NBD with TLS
 	VhostUser string // path of the vhost-user unix socket, removed at the end; "" for none
 	Mount     string // path of the file that shows the data; "" for none
 	ReadOnly  bool
@@ -43,7 +44,7 @@ type front struct {
 // unmounts the file. It then finishes the requests in work and makes what was
 // written durable.
 func Serve(ctx context.Context, opts ServeOptions) (err error) {
-	if opts.Socket == "" && opts.VhostUser == "" && opts.Mount == "" {
+	if opts.Socket == "" && opts.TCP.Address == "" && opts.VhostUser == "" && opts.Mount == "" {
 		return errs.New(errs.Invalid, "nothing says how to serve it").WithHint("give --nbd SOCKET, --vhost-user SOCKET or --fuse FILE")
 	}
 	if err := daemon.Harden(); err != nil { // plain data are in its memory
@@ -94,6 +95,7 @@ func start(ctx context.Context, v *volume.Volume, opts ServeOptions) (fronts []f
 		}
 	}
 	add(opts.Socket, newNBD)
+	add(opts.TCP.Address, newNBDTLS)
 	add(opts.VhostUser, newVhostUser)
 	add(opts.Mount, newFUSE)
 	if err != nil {
