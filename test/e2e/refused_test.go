@@ -424,14 +424,9 @@ func overwrite(t *testing.T, path string, off, n int64) {
 // its disk, so it runs its firmware.
 func poweredOn(t *testing.T, s *site) {
 	s.ok(t, "vm", "power-on", "web-1", "plain-1")
-	off := func(name string) refusal {
-		return refusal{1, "needs the VM to be powered off", "strongroom vm power-off " + name}
-	}
-	s.refused(t, off("plain-1"), "vm", "encrypt", "plain-1")
-	s.refused(t, off("web-1"), "vm", "decrypt", "web-1", "--yes")
-	s.refused(t, off("web-1"), "vm", "rekey", "web-1", "--deep")
-	s.refused(t, off("web-1"), "vm", "unregister", "web-1", "--yes")
-	s.refused(t, off("web-1"), "vm", "delete", "web-1", "--yes")
+	off := refusal{1, "needs the VM to be powered off", "strongroom vm power-off web-1"}
+	s.refused(t, off, "vm", "unregister", "web-1", "--yes")
+	s.refused(t, off, "vm", "delete", "web-1", "--yes")
 	s.refused(t, refusal{6, "did not shut down within", "--hard"}, "vm", "power-off", "web-1", "--timeout", "1")
 	for _, name := range []string{"web-1", "plain-1"} {
 		if v := s.show(t, name); v.PowerState != "poweredOn" {

@@ -950,10 +950,12 @@ func (x *AgentCreateVMRequest) GetKey() *KeyRef {
 }
 
 type AgentEncryptVMRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Disks         []string               `protobuf:"bytes,2,rep,name=disks,proto3" json:"disks,omitempty"`
-	Key           *KeyRef                `protobuf:"bytes,3,opt,name=key,proto3" json:"key,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Disks []string               `protobuf:"bytes,2,rep,name=disks,proto3" json:"disks,omitempty"`
+	Key   *KeyRef                `protobuf:"bytes,3,opt,name=key,proto3" json:"key,omitempty"`
+	// What may be copied while the VM runs, in bytes a second; 0: any number.
+	Rate          int64 `protobuf:"varint,4,opt,name=rate,proto3" json:"rate,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1009,10 +1011,18 @@ func (x *AgentEncryptVMRequest) GetKey() *KeyRef {
 	return nil
 }
 
+func (x *AgentEncryptVMRequest) GetRate() int64 {
+	if x != nil {
+		return x.Rate
+	}
+	return 0
+}
+
 type AgentDecryptVMRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	Disks         []string               `protobuf:"bytes,2,rep,name=disks,proto3" json:"disks,omitempty"`
+	Rate          int64                  `protobuf:"varint,3,opt,name=rate,proto3" json:"rate,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1059,6 +1069,13 @@ func (x *AgentDecryptVMRequest) GetDisks() []string {
 		return x.Disks
 	}
 	return nil
+}
+
+func (x *AgentDecryptVMRequest) GetRate() int64 {
+	if x != nil {
+		return x.Rate
+	}
+	return 0
 }
 
 type AgentRekeyVMRequest struct {
@@ -1751,14 +1768,16 @@ const file_strongroom_v1_agent_proto_rawDesc = "" +
 	"\tdatastore\x18\x03 \x01(\tR\tdatastore\x125\n" +
 	"\bsettings\x18\x04 \x01(\v2\x19.strongroom.v1.VMSettingsR\bsettings\x12,\n" +
 	"\x05disks\x18\x05 \x03(\v2\x16.strongroom.v1.NewDiskR\x05disks\x12'\n" +
-	"\x03key\x18\x06 \x01(\v2\x15.strongroom.v1.KeyRefR\x03key\"f\n" +
+	"\x03key\x18\x06 \x01(\v2\x15.strongroom.v1.KeyRefR\x03key\"z\n" +
 	"\x15AgentEncryptVMRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05disks\x18\x02 \x03(\tR\x05disks\x12'\n" +
-	"\x03key\x18\x03 \x01(\v2\x15.strongroom.v1.KeyRefR\x03key\"=\n" +
+	"\x03key\x18\x03 \x01(\v2\x15.strongroom.v1.KeyRefR\x03key\x12\x12\n" +
+	"\x04rate\x18\x04 \x01(\x03R\x04rate\"Q\n" +
 	"\x15AgentDecryptVMRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
-	"\x05disks\x18\x02 \x03(\tR\x05disks\"\x8c\x01\n" +
+	"\x05disks\x18\x02 \x03(\tR\x05disks\x12\x12\n" +
+	"\x04rate\x18\x03 \x01(\x03R\x04rate\"\x8c\x01\n" +
 	"\x13AgentRekeyVMRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05disks\x18\x02 \x03(\tR\x05disks\x12'\n" +

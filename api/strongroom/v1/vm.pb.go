@@ -953,7 +953,9 @@ type EncryptVMRequest struct {
 	Name     string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	Provider string                 `protobuf:"bytes,2,opt,name=provider,proto3" json:"provider,omitempty"`
 	// Names of disks; empty: all.
-	Disks         []string `protobuf:"bytes,3,rep,name=disks,proto3" json:"disks,omitempty"`
+	Disks []string `protobuf:"bytes,3,rep,name=disks,proto3" json:"disks,omitempty"`
+	// What may be copied while the VM runs, in bytes a second; 0: any number.
+	Rate          int64 `protobuf:"varint,4,opt,name=rate,proto3" json:"rate,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1009,10 +1011,18 @@ func (x *EncryptVMRequest) GetDisks() []string {
 	return nil
 }
 
+func (x *EncryptVMRequest) GetRate() int64 {
+	if x != nil {
+		return x.Rate
+	}
+	return 0
+}
+
 type DecryptVMRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	Disks         []string               `protobuf:"bytes,2,rep,name=disks,proto3" json:"disks,omitempty"`
+	Rate          int64                  `protobuf:"varint,3,opt,name=rate,proto3" json:"rate,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1059,6 +1069,13 @@ func (x *DecryptVMRequest) GetDisks() []string {
 		return x.Disks
 	}
 	return nil
+}
+
+func (x *DecryptVMRequest) GetRate() int64 {
+	if x != nil {
+		return x.Rate
+	}
+	return 0
 }
 
 type RekeyVMRequest struct {
@@ -1740,14 +1757,16 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"\x11PowerOffVMRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04hard\x18\x02 \x01(\bR\x04hard\x12'\n" +
-	"\x0ftimeout_seconds\x18\x03 \x01(\rR\x0etimeoutSeconds\"X\n" +
+	"\x0ftimeout_seconds\x18\x03 \x01(\rR\x0etimeoutSeconds\"l\n" +
 	"\x10EncryptVMRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\bprovider\x18\x02 \x01(\tR\bprovider\x12\x14\n" +
-	"\x05disks\x18\x03 \x03(\tR\x05disks\"<\n" +
+	"\x05disks\x18\x03 \x03(\tR\x05disks\x12\x12\n" +
+	"\x04rate\x18\x04 \x01(\x03R\x04rate\"P\n" +
 	"\x10DecryptVMRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
-	"\x05disks\x18\x02 \x03(\tR\x05disks\"~\n" +
+	"\x05disks\x18\x02 \x03(\tR\x05disks\x12\x12\n" +
+	"\x04rate\x18\x03 \x01(\x03R\x04rate\"~\n" +
 	"\x0eRekeyVMRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\bprovider\x18\x02 \x01(\tR\bprovider\x12\x12\n" +

@@ -99,7 +99,7 @@ func (c *Client) Listen(ctx context.Context, listener *os.File) error {
 // disk's name is then its serial number: at most 20 bytes. listener stays the
 // caller's.
 func (c *Client) ListenVhostUser(ctx context.Context, disk string, listener *os.File) error {
-	_, err := c.call(ctx, request{Op: opListenVhost, Disk: disk}, listener, nil)
+	_, err := c.call(ctx, request{Op: opListenVhost, Disk: disk}, listener)
 	return errs.Wrap(err, "cannot serve disk %s over vhost-user", disk)
 }
 
@@ -135,6 +135,42 @@ func (c *Client) Rekey(ctx context.Context, disk string, next *keymem.Key, safe 
 func (c *Client) StopRekey(ctx context.Context, disk string) error {
 	_, err := c.call(ctx, request{Op: opStopRekey, Disk: disk}, nil)
 	return errs.Wrap(err, "cannot stop the rekey of disk %s", disk)
+}
+
+// Convert makes the volume process move a disk to another file while it is in
+// use: it copies and compares, while [Client.Status] tells how far it is. file is
+// the new one, an empty volume under dek or an empty plain file (dek is nil), of the
+// disk's size; both stay the caller's. At most rate bytes a second are copied; 0:
+// any number. It returns when that is at work.
+func (c *Client) Convert(ctx context.Context, disk string, format Format, file *os.File, dek *keymem.Key, rate int64) error {
+	r := request{Op: opConvert, Disk: disk, Format: format, Rate: rate}
+	if dek != nil {
+		r.KeyBytes = dek.Len()
+	}
+	_, err := c.call(ctx, r, file, dek)
+	return errs.Wrap(err, "cannot convert disk %s", disk)
+}
+
+// HoldConversion makes sure that both files of a conversion that is [Synced] stay
+// so, until [Client.SwitchDisk] or [Client.StopConversion]: the caller may decide
+// for the new one. Meanwhile what fails on the new file fails for the guest.
+func (c *Client) HoldConversion(ctx context.Context, disk string) error {
+	_, err := c.call(ctx, request{Op: opHold, Disk: disk}, nil)
+	return errs.Wrap(err, "cannot hold the conversion of disk %s", disk)
+}
+
+// SwitchDisk ends a conversion that is [Held]: the disk is in the new file, and the
+// old one is closed.
+func (c *Client) SwitchDisk(ctx context.Context, disk string) error {
+	_, err := c.call(ctx, request{Op: opSwitch, Disk: disk}, nil)
+	return errs.Wrap(err, "cannot switch disk %s to its new file", disk)
+}
+
+// StopConversion ends a conversion in any phase: the disk stays in the old file,
+// and the new one is closed. Without a conversion it does nothing.
+func (c *Client) StopConversion(ctx context.Context, disk string) error {
+	_, err := c.call(ctx, request{Op: opStopConvert, Disk: disk}, nil)
+	return errs.Wrap(err, "cannot stop the conversion of disk %s", disk)
 }
 
 // Resize sets the size of a disk in bytes, a multiple of 512.

@@ -38,6 +38,13 @@ type Handler interface {
 	// StopRekey stops a deep rekey at a safe point, and undoes one that has moved
 	// nothing.
 	StopRekey(ctx context.Context, disk string) error
+	// Convert begins to move a disk to file, which is in a format and under dek (nil
+	// for a raw one). file and dek belong to the handler, also if it fails.
+	Convert(ctx context.Context, disk string, format Format, file *os.File, dek *keymem.Key, rate int64) error
+	// HoldConversion, SwitchDisk and StopConversion are as in [Client].
+	HoldConversion(ctx context.Context, disk string) error
+	SwitchDisk(ctx context.Context, disk string) error
+	StopConversion(ctx context.Context, disk string) error
 	// Resize sets the size of a disk, in bytes, a multiple of 512.
 	Resize(ctx context.Context, disk string, size int64) error
 	// Flush makes all writes of a disk durable.
@@ -196,6 +203,14 @@ func (s *Server) handle(ctx context.Context, r *request, fds []int, k keys) *rep
 		err = s.Handler.Rekey(ctx, r.Disk, k.next, r.Safe, r.Rate)
 	case opStopRekey:
 		err = s.Handler.StopRekey(ctx, r.Disk)
+	case opConvert:
+		err = s.Handler.Convert(ctx, r.Disk, r.Format, os.NewFile(uintptr(fds[0]), "new file of disk "+r.Disk), k.dek, r.Rate)
+	case opHold:
+		err = s.Handler.HoldConversion(ctx, r.Disk)
+	case opSwitch:
+		err = s.Handler.SwitchDisk(ctx, r.Disk)
+	case opStopConvert:
+		err = s.Handler.StopConversion(ctx, r.Disk)
 	case opResize:
 		err = s.Handler.Resize(ctx, r.Disk, r.Size)
 	case opFlush:

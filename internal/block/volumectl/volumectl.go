@@ -93,6 +93,8 @@ type DiskStatus struct {
 	Damage       []string `json:"damage,omitempty"` // header copies that are bad
 	HeaderError  string   `json:"header_error,omitempty"`
 	Rekey        *Rekey   `json:"rekey,omitempty"` // nil without a deep rekey
+	// Conversion is the one under way, or that has failed; nil: there is none.
+	Conversion *Conversion `json:"conversion,omitempty"`
 }
 
 // Rekey is how far the deep rekey of a disk has come.
@@ -106,6 +108,25 @@ type Rekey struct {
 	Failure *Failure `json:"error,omitempty"`
 }
 
+// Phase is how far a live conversion has come.
+type Phase string
+
+// The phases, in order; from any but held a conversion can fail.
+const (
+	Copying Phase = "copying" // and comparing
+	Synced  Phase = "synced"  // both files have all that was written
+	Held    Phase = "held"    // and nothing can change that
+	Failed  Phase = "failed"  // the new file was given up; the disk works on
+)
+
+// Conversion is how far the live conversion of a disk has come.
+type Conversion struct {
+	Phase   Phase    `json:"phase"`
+	Done    int64    `json:"done"`  // bytes, copied and compared
+	Total   int64    `json:"total"` // bytes
+	Failure *Failure `json:"error,omitempty"`
+}
+
 // The operations.
 const (
 	opHello       = "hello"
@@ -116,6 +137,10 @@ const (
 	opReplaceSafe = "replace-safe"
 	opRekey       = "rekey"
 	opStopRekey   = "stop-rekey"
+	opConvert     = "convert"
+	opHold        = "hold-conversion"
+	opSwitch      = "switch-conversion"
+	opStopConvert = "stop-conversion"
 	opResize      = "resize"
 	opFlush       = "flush"
 	opStatus      = "status"
@@ -155,7 +180,8 @@ var diskName = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,62}$`)
 
 // descriptors returns how many come with the request.
 func (r *request) descriptors() int {
-	if r.Op == opAddDisk || r.Op == opListen || r.Op == opListenVhost {
+	switch r.Op {
+	case opAddDisk, opConvert, opListen, opListenVhost:
 		return 1
 	}
 	return 0
@@ -179,6 +205,12 @@ func (r *request) validate() error {
 		if !ok || r.KeyBytes != want || r.NextKeyBytes != 0 && r.NextKeyBytes != want || r.Size < 0 {
 			return errors.New("format, key length or size is invalid")
 		}
+	case opConvert:
+		allowed.Format, allowed.KeyBytes, allowed.Rate = r.Format, r.KeyBytes, r.Rate
+		keyBytes := map[Format]int{Raw: 0, LUKS: KeySize}
+		if want, ok := keyBytes[r.Format]; !ok || r.KeyBytes != want || r.Rate < 0 {
+			return errors.New("format, key length or rate is invalid")
+		}
 	case opReplaceSafe:
 		allowed.Safe = r.Safe
 		if r.Safe == nil {
@@ -197,7 +229,7 @@ func (r *request) validate() error {
 		if r.NextKeyBytes != 0 && r.Safe == nil {
 			return errors.New("safe is missing: the new key would be nowhere but in memory")
 		}
-	case opRemoveDisk, opListenVhost, opFlush, opStopRekey:
+	case opRemoveDisk, opListenVhost, opFlush, opStopRekey, opHold, opSwitch, opStopConvert:
 	case opListen, opStatus, opShutdown:
 		wantDisk = false
 	default:
@@ -233,14 +265,16 @@ func parseRequest(message []byte) (*request, error) {
 func parseReply(message []byte) (*reply, error) {
 	r := new(reply)
 	err := json.Unmarshal(message, r)
-	if e := r.Error; err == nil && e != nil &&
-		!e.valid() {
+	if err == nil && r.Error != nil && !r.Error.valid() {
 		err = errors.New("its error has no text, or a long one")
 	}
 	if err == nil && r.Status != nil {
 		for _, d := range r.Status.Disks {
 			if d.Rekey != nil && d.Rekey.Failure != nil && !d.Rekey.Failure.valid() {
 				err = errors.New("the error of a rekey has no text, or a long one")
+			}
+			if d.Conversion != nil && d.Conversion.Failure != nil && !d.Conversion.Failure.valid() {
+				err = errors.New("the error of a conversion has no text, or a long one")
 			}
 		}
 	}

@@ -115,6 +115,28 @@ func (r *recorder) ReplaceSafe(_ context.Context, disk string, safe *keysafe.Saf
 	return nil
 }
 
+func (r *recorder) Convert(_ context.Context, disk string, format Format, file *os.File, dek *keymem.Key, rate int64) error {
+	defer file.Close()
+	defer dek.Close()
+	r.record("convert %s to %s with a key: %v, at %d", disk, format, dek != nil, rate)
+	return nil
+}
+
+func (r *recorder) HoldConversion(_ context.Context, disk string) error {
+	r.record("hold %s", disk)
+	return nil
+}
+
+func (r *recorder) SwitchDisk(_ context.Context, disk string) error {
+	r.record("switch %s", disk)
+	return nil
+}
+
+func (r *recorder) StopConversion(_ context.Context, disk string) error {
+	r.record("stop converting %s", disk)
+	return nil
+}
+
 func (r *recorder) Resize(_ context.Context, disk string, size int64) error {
 	r.record("resize %s %d", disk, size)
 	return r.err
@@ -131,6 +153,8 @@ func (r *recorder) Flush(_ context.Context, disk string) error {
 func (r *recorder) Status(context.Context) (*Status, error) {
 	return &Status{Listening: true, Disks: []DiskStatus{{Disk: "disk-0", Format: LUKS, Size: 512, Damage: []string{"bad"}, Rekey: &Rekey{
 		Running: true, Done: 1, Total: 512, Rate: 3, Speed: 4, Failure: FailureOf(errs.New(errs.NoSpace, "full")),
+	}, Conversion: &Conversion{
+		Phase: Failed, Done: 1, Total: 1024, Failure: FailureOf(errs.New(errs.NoSpace, "full")),
 	}}}}, nil
 }
 
@@ -261,6 +285,12 @@ func TestOperations(t *testing.T) {
 	if err := c.StopRekey(ctx, "disk-0"); err != nil {
 		t.Error(err)
 	}
+	if err := errors.Join(c.Convert(ctx, "disk-0", LUKS, file, key, 7), c.Convert(ctx, "disk-0", Raw, file, nil, 0)); err != nil {
+		t.Error(err)
+	}
+	if err := errors.Join(c.HoldConversion(ctx, "disk-0"), c.SwitchDisk(ctx, "disk-0"), c.StopConversion(ctx, "disk-0")); err != nil {
+		t.Error(err)
+	}
 	err = c.Resize(ctx, "disk-0", 1024)
 	if err == nil || err.Error() != "cannot resize disk disk-0: full" || errs.KindOf(err) != errs.NoSpace ||
 		errs.ReasonOf(err) != "Why" || errs.HintOf(err) != "do this" {
@@ -288,6 +318,11 @@ func TestOperations(t *testing.T) {
 		fmt.Sprintf("rekey disk-0 with a key of sum 192 in %s at 7", safe.Encode()),
 		"rekey disk-0 with a key of sum 0 in none at 0",
 		"stop the rekey of disk-0",
+		"convert disk-0 to luks with a key: true, at 7",
+		"convert disk-0 to raw with a key: false, at 0",
+		"hold disk-0",
+		"switch disk-0",
+		"stop converting disk-0",
 		"resize disk-0 1024",
 		"flush disk-0",
 		"remove disk-0",
@@ -325,6 +360,8 @@ func TestInvalidCalls(t *testing.T) {
 		"no key":                func() error { return c.AddDisk(t.Context(), Disk{Name: "a", Format: LUKS}, os.Stdin, nil, nil) },
 		"short key":             func() error { return c.AddDisk(t.Context(), Disk{Name: "a", Format: LUKS}, os.Stdin, short, nil) },
 		"format":                func() error { return c.AddDisk(t.Context(), Disk{Name: "a"}, os.Stdin, nil, nil) },
+		"conversion rate":       func() error { return c.Convert(t.Context(), "a", Raw, os.Stdin, nil, -1) },
+		"no key to convert":     func() error { return c.Convert(t.Context(), "a", LUKS, os.Stdin, nil, 0) },
 		"rate":                  func() error { return c.Rekey(t.Context(), "a", nil, nil, -1) },
 		"short next key":        func() error { return c.Rekey(t.Context(), "a", short, testSafe(t), 0) },
 		"next key without safe": func() error { return c.Rekey(t.Context(), "a", whole, nil, 0) },
@@ -476,6 +513,8 @@ func FuzzParseRequest(f *testing.F) {
 		{Op: opRekey, Disk: "disk-0", NextKeyBytes: KeySize, Safe: safe, Rate: 100 << 20},
 		{Op: opRekey, Disk: "disk-0"},
 		{Op: opStopRekey, Disk: "disk-0"},
+		{Op: opConvert, Disk: "disk-0", Format: LUKS, KeyBytes: KeySize, Rate: 100 << 20},
+		{Op: opStopConvert, Disk: "disk-0"},
 		{Op: opStatus},
 	} {
 		message, err := json.Marshal(r)
@@ -511,6 +550,7 @@ func FuzzParseReply(f *testing.F) {
 	f.Add([]byte(`{}`))
 	f.Add([]byte(`{"error":{"text":"x","kind":"Locked","reason":"r","hint":"h"}}`))
 	f.Add([]byte(`{"version":1,"vm":"web-1","pid":7,"future":true}`))
+	f.Add([]byte(`{"status":{"disks":[{"conversion":{"phase":"failed","done":1,"total":2,"error":{"text":"x","kind":"NoSpace"}}}]}}`))
 	f.Add([]byte(`{"status":{"listening":true,"disks":[{"disk":"d","format":"luks","size":512,"damage":["x"]}]}}`))
 	f.Add([]byte(`{"status":{"disks":[{"rekey":{"running":true,"done":1,"total":2,"rate":3,"error":{"text":"x","kind":"NoSpace"}}}]}}`))
 	f.Fuzz(func(t *testing.T, message []byte) {

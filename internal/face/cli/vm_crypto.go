@@ -57,18 +57,22 @@ func newVMEncryptCmd(env *Env) *cobra.Command {
 		wait     waitFlags
 		pick     vmPick
 		provider string
+		rate     sizeValue
 	)
 	cmd := &cobra.Command{
 		Use:   "encrypt NAME...",
 		Short: "Encrypt virtual machines",
-		Long: `Encrypt the disks of VMs that are powered off. Every disk is written anew and
-verified before the plain one is deleted; the datastore needs room for both.
-Interrupted at any point, the VM is as it was, or encrypted.
+		Long: `Encrypt the disks of VMs, running or not. Every disk is copied to a new,
+encrypted file and verified before the plain one is deleted; the datastore needs
+room for both. The guest of a running VM works on meanwhile and does not notice;
+--rate leaves it more of the disk's speed. Interrupted at any point, each disk
+is as it was, or encrypted.
 
 Undo it with "strongroom vm decrypt". Blocks that the plain disk left on the
 storage are not overwritten: on a new datastore, or after a secure erase of the
 old one, nothing of them remains. Needs the privilege Cryptographer.Encrypt.`,
 		Example: `  strongroom vm encrypt web-1
+  strongroom vm encrypt web-1 --rate 100M
   strongroom vm encrypt db-1 --disk disk-1 --provider kp-2`,
 		RunE: env.withClient("encrypt the VMs", func(cmd *cobra.Command, c *client.Client, args []string) error {
 			names, err := pick.names(cmd.Context(), c, args, func(v *strongroomv1.VM) bool { return vmEncryption(v) == "none" })
@@ -78,13 +82,14 @@ old one, nothing of them remains. Needs the privilege Cryptographer.Encrypt.`,
 			return env.runTasks(cmd.Context(), c, wait, verb{
 				infinitive: "encrypt VM", participle: "encrypted",
 				start: func(ctx context.Context, name string) (*strongroomv1.Task, error) {
-					return client.Call(ctx, c.VM().EncryptVM, &strongroomv1.EncryptVMRequest{Name: name, Provider: provider, Disks: pick.disks})
+					return client.Call(ctx, c.VM().EncryptVM, &strongroomv1.EncryptVMRequest{Name: name, Provider: provider, Disks: pick.disks, Rate: int64(rate)})
 				},
 			}, names)
 		}),
 	}
 	wait.add(cmd)
 	pick.add(env, cmd, "not encrypted")
+	addRate(cmd, &rate)
 	cmd.Flags().StringVar(&provider, "provider", "", "the key provider (default: the default provider)")
 	env.completeFlag(cmd, "provider", providerNames)
 	return cmd
@@ -95,13 +100,14 @@ func newVMDecryptCmd(env *Env) *cobra.Command {
 		wait waitFlags
 		pick vmPick
 		yes  bool
+		rate sizeValue
 	)
 	cmd := &cobra.Command{
 		Use:   "decrypt NAME...",
 		Short: "Decrypt virtual machines",
-		Long: `Write the disks of VMs that are powered off as plain files: whoever reads the
-datastore then reads their data. Interrupted at any point, the VM is as it was,
-or decrypted.
+		Long: `Write the disks of VMs, running or not, as plain files: whoever reads the
+datastore then reads their data. The guest of a running VM works on meanwhile.
+Interrupted at any point, each disk is as it was, or decrypted.
 
 Undo it with "strongroom vm encrypt", but copies of the plain files may remain.
 Needs the privilege Cryptographer.Decrypt.`,
@@ -119,13 +125,14 @@ Needs the privilege Cryptographer.Decrypt.`,
 			return env.runTasks(cmd.Context(), c, wait, verb{
 				infinitive: "decrypt VM", participle: "decrypted",
 				start: func(ctx context.Context, name string) (*strongroomv1.Task, error) {
-					return client.Call(ctx, c.VM().DecryptVM, &strongroomv1.DecryptVMRequest{Name: name, Disks: pick.disks})
+					return client.Call(ctx, c.VM().DecryptVM, &strongroomv1.DecryptVMRequest{Name: name, Disks: pick.disks, Rate: int64(rate)})
 				},
 			}, names)
 		}),
 	}
 	wait.add(cmd)
 	pick.add(env, cmd, "encrypted")
+	addRate(cmd, &rate)
 	addYes(cmd, &yes)
 	return cmd
 }
@@ -218,6 +225,11 @@ It changes no data. Needs the privilege Cryptographer.RegisterVM.`,
 	wait.add(cmd)
 	pick.add(env, cmd, "locked")
 	return cmd
+}
+
+// addRate adds the flag that bounds how fast a disk in use is copied.
+func addRate(cmd *cobra.Command, rate *sizeValue) {
+	cmd.Flags().Var(rate, "rate", "copy at most this much a second while the VM runs, such as 100M (default: as fast as the guest leaves room)")
 }
 
 // addYes adds the flag that answers [Env.confirm].

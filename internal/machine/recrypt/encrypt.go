@@ -117,21 +117,30 @@ func decrypt(ctx context.Context, folder Folder, src blockdev.Device, name strin
 		}
 		return folder.Sync()
 	}
-	if err := folder.Remove(name + Unfinished); err != nil {
-		return err
-	}
-	dst, err := folder.Create(name + Unfinished)
+	dst, err := newPlain(folder, name, src.Size())
 	if err != nil {
 		return err
-	}
-	if err := dst.Resize(src.Size()); err != nil {
-		return errors.Join(err, dst.Close(), folder.Remove(name+Unfinished))
 	}
 	// Sectors never written to the volume stay holes of the file.
 	if err := copyTo(ctx, dst, src, volume.CopyOptions{KeepHoles: true}, progress); err != nil {
 		return errors.Join(err, folder.Remove(name+Unfinished))
 	}
 	return Finish(folder, name)
+}
+
+// newPlain makes an empty plain disk in a file of that name plus [Unfinished].
+func newPlain(folder Folder, name string, size int64) (blockdev.Device, error) {
+	if err := folder.Remove(name + Unfinished); err != nil {
+		return nil, err
+	}
+	file, err := folder.Create(name + Unfinished)
+	if err != nil {
+		return nil, err
+	}
+	if err := file.Resize(size); err != nil {
+		return nil, errors.Join(err, file.Close(), folder.Remove(name+Unfinished))
+	}
+	return file, nil
 }
 
 // sameContent reports whether the plain disk in file name holds what src holds.

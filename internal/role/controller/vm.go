@@ -221,6 +221,9 @@ func (c vms) EncryptVM(ctx context.Context, req *connect.Request[strongroomv1.En
 	if args.Key, err = c.newKey(ctx, req.Msg.GetProvider(), v.HostID); err != nil {
 		return nil, err
 	}
+	if args.Rate, err = rate(req.Msg.GetRate()); err != nil {
+		return nil, err
+	}
 	args.Disks = req.Msg.GetDisks()
 	return c.submit(ctx, taskEncrypt, v.Name, args)
 }
@@ -237,8 +240,19 @@ func (c vms) DecryptVM(ctx context.Context, req *connect.Request[strongroomv1.De
 	if err != nil {
 		return nil, err
 	}
+	if args.Rate, err = rate(req.Msg.GetRate()); err != nil {
+		return nil, err
+	}
 	args.Disks = req.Msg.GetDisks()
 	return c.submit(ctx, taskDecrypt, v.Name, args)
+}
+
+// rate checks how much may be copied a second.
+func rate(bytes int64) (int64, error) {
+	if bytes < 0 {
+		return 0, errs.New(errs.Invalid, "a rate of %d bytes a second is negative", bytes)
+	}
+	return bytes, nil
 }
 
 // encryptedOf returns the disks of those names, of which one must be encrypted.

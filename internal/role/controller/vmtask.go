@@ -43,7 +43,7 @@ type vmArgs struct {
 	Key   *inventory.KeyRef `json:"key,omitempty"`
 	Disks []string          `json:"disks,omitempty"`
 	Deep  bool              `json:"deep,omitempty"`
-	Rate  int64             `json:"rate,omitempty"` // of a deep rekey, in bytes a second; 0: any
+	Rate  int64             `json:"rate,omitempty"` // bytes a second that are copied or rewritten while the VM runs; 0: any number
 
 	Hard           bool   `json:"hard,omitempty"`
 	TimeoutSeconds uint32 `json:"timeout_seconds,omitempty"`
@@ -154,15 +154,15 @@ func (c *Controller) conclude(ctx context.Context, t task.Task, a vmArgs, err er
 	return err
 }
 
-// locks are the locks of a task of that kind on a VM: its power, and its disks. A
-// deep rekey takes long and works in any power state, so that the VM can be powered
-// on and off meanwhile.
+// locks are the locks of a task of that kind on a VM: its power, and its disks. What
+// takes long and works in any power state leaves the VM to be powered on and off
+// meanwhile.
 func locks(kind, vm string, a vmArgs) []string {
 	power, disks := "vm/"+vm, "vm/"+vm+"/disks"
 	switch {
 	case kind == taskPowerOn || kind == taskPowerOff:
 		return []string{power}
-	case kind == taskRekey && a.Deep:
+	case kind == taskRekey && a.Deep, kind == taskEncrypt, kind == taskDecrypt:
 		return []string{disks}
 	}
 	return []string{power, disks}
@@ -308,11 +308,11 @@ func (c *Controller) powerOff(ctx context.Context, _ *task.Run, h inventory.Host
 }
 
 func (c *Controller) encrypt(ctx context.Context, r *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {
-	return streamHost(ctx, h, c.agents.of(h).EncryptVM, &strongroomv1.AgentEncryptVMRequest{Id: a.ID, Disks: a.Disks, Key: keyToAPI(a.Key)}, progress(ctx, r))
+	return streamHost(ctx, h, c.agents.of(h).EncryptVM, &strongroomv1.AgentEncryptVMRequest{Id: a.ID, Disks: a.Disks, Key: keyToAPI(a.Key), Rate: a.Rate}, progress(ctx, r))
 }
 
 func (c *Controller) decrypt(ctx context.Context, r *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {
-	return streamHost(ctx, h, c.agents.of(h).DecryptVM, &strongroomv1.AgentDecryptVMRequest{Id: a.ID, Disks: a.Disks}, progress(ctx, r))
+	return streamHost(ctx, h, c.agents.of(h).DecryptVM, &strongroomv1.AgentDecryptVMRequest{Id: a.ID, Disks: a.Disks, Rate: a.Rate}, progress(ctx, r))
 }
 
 func (c *Controller) rekey(ctx context.Context, r *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {

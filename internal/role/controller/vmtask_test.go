@@ -147,10 +147,10 @@ func TestHostAwayAndControllerRestarted(t *testing.T) {
 		now, err := client.Call(t.Context(), s.admin.Task().GetTask, &strongroomv1.GetTaskRequest{Id: task.GetId()})
 		return err == nil && strings.Contains(now.GetStep(), "waiting: ")
 	})
-	// The target stays locked while the task waits.
-	_, err := client.Call(t.Context(), s.admin.VM().PowerOnVM, &strongroomv1.PowerOnVMRequest{Name: "web-1"})
+	// The disks stay locked while the task waits.
+	_, err := client.Call(t.Context(), s.admin.VM().EncryptVM, &strongroomv1.EncryptVMRequest{Name: "web-1"})
 	if errs.ReasonOf(err) != "TaskInProgress" || !strings.Contains(errs.HintOf(err), task.GetId()) {
-		t.Errorf("a second task on the VM: %v, hint %q", err, errs.HintOf(err))
+		t.Errorf("a second task on the disks: %v, hint %q", err, errs.HintOf(err))
 	}
 	s.restart()
 	if _, err := s.ended(task); err != nil {

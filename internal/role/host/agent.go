@@ -220,13 +220,13 @@ func (a *agent) CreateVM(ctx context.Context, req *connect.Request[strongroomv1.
 
 func (a *agent) EncryptVM(ctx context.Context, req *connect.Request[strongroomv1.AgentEncryptVMRequest], out *connect.ServerStream[strongroomv1.AgentProgress]) error {
 	return a.stream(ctx, out, req.Msg.GetId(), func(r report) error {
-		return a.host.encryptVM(ctx, req.Msg.GetId(), req.Msg.GetDisks(), ref(req.Msg.GetKey()), r)
+		return a.host.encryptVM(ctx, req.Msg.GetId(), req.Msg.GetDisks(), ref(req.Msg.GetKey()), req.Msg.GetRate(), r)
 	})
 }
 
 func (a *agent) DecryptVM(ctx context.Context, req *connect.Request[strongroomv1.AgentDecryptVMRequest], out *connect.ServerStream[strongroomv1.AgentProgress]) error {
 	return a.stream(ctx, out, req.Msg.GetId(), func(r report) error {
-		return a.host.decryptVM(ctx, req.Msg.GetId(), req.Msg.GetDisks(), r)
+		return a.host.decryptVM(ctx, req.Msg.GetId(), req.Msg.GetDisks(), req.Msg.GetRate(), r)
 	})
 }
 

@@ -225,8 +225,7 @@ func (l *liveRekey) wait(ctx context.Context, err error) error {
 		return errors.Join(context.Cause(ctx), l.stop(context.WithoutCancel(ctx)))
 	case <-timer.C:
 	}
-	passing := err == nil || errs.KindOf(err) == errs.Unavailable || errs.ReasonOf(err) == strongroomv1.ReasonVMBusy
-	if passing {
+	if err == nil || passing(err) {
 		return nil
 	}
 	return err

@@ -27,7 +27,7 @@ func TestDeepRekeyGivesWay(t *testing.T) {
 	want := bytes.Repeat([]byte("the guest wrote "), size/16)
 	b.write(t, "web-1", "disk-0.raw", want)
 	first, second, third := b.newRef(t), b.newRef(t), b.newRef(t)
-	check(t, b.encryptVM(ctx, id, nil, first, quiet))
+	check(t, b.encryptVM(ctx, id, nil, first, 0, quiet))
 	disk := filepath.Join(b.root, "web-1", "disk-0.luks")
 	old, _, err := b.unwrap(ctx, disk)
 	check(t, err)
@@ -75,8 +75,8 @@ func TestDeepRekeyGivesWay(t *testing.T) {
 	}
 
 	for name, do := range map[string]func() error{
-		"encrypt": func() error { return b.encryptVM(ctx, id, nil, b.newRef(t), quiet) },
-		"decrypt": func() error { return b.decryptVM(ctx, id, nil, quiet) },
+		"encrypt": func() error { return b.encryptVM(ctx, id, nil, b.newRef(t), 0, quiet) },
+		"decrypt": func() error { return b.decryptVM(ctx, id, nil, 0, quiet) },
 		"rekey":   func() error { return b.rekeyVM(ctx, id, nil, b.newRef(t), depth{}, quiet) },
 	} {
 		err := do()

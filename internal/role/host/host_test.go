@@ -22,9 +22,16 @@ import (
 	"strongroom/internal/crypto/parcel"
 	"strongroom/internal/errs"
 	"strongroom/internal/keys/keyprovider"
+	"strongroom/internal/role/volumed"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+// TestMain lets the test binary be a volume process.
+func TestMain(m *testing.M) {
+	if len(os.Args) > 1 && os.Args[1] == "volumed" {
+		os.Exit(volumed.Main(os.Args[2:]))
+	}
+	goleak.VerifyTestMain(m)
+}
 
 func check(t testing.TB, err error) {
 	t.Helper()

@@ -32,6 +32,10 @@ type running struct {
 	interfaces map[string]qemu.Interface
 	gone       chan struct{} // closed when the VM is off and all of it is cleaned up
 
+	// folder is held while vm.json changes or the volume process is started again,
+	// which looks into it. It is taken before mu.
+	folder sync.Mutex
+
 	mu      sync.Mutex // guards what follows
 	volumes *volumeproc.Process
 	ordered bool // we are ending it
@@ -138,7 +142,7 @@ func (h *Host) startVolumes(ctx context.Context, reg registered, dir string) (_ 
 	if err != nil {
 		return nil, nil, err
 	}
-	if vm, err = sweep(dir, vm); err != nil { // the next start or change tries again
+	if err := tidy(dir, vm); err != nil { // the next start or change tries again
 		h.log.LogAttrs(ctx, slog.LevelWarn, "former file of a disk not deleted", slog.String("vm", reg.Name), slog.Any("err", err))
 	}
 	volumes, err := volumeproc.Start(ctx, volumeproc.Config{VM: reg.Name, RunDir: h.runDir(reg), Hold: []*os.File{lock.File()}})
@@ -288,6 +292,8 @@ func (h *Host) revive(reg registered, r *running, log *slog.Logger) {
 		old.Close()
 		r.setProcess(nil)
 	}
+	r.folder.Lock()
+	defer r.folder.Unlock()
 	dir, err := h.folder(reg)
 	if err == nil {
 		var volumes *volumeproc.Process
@@ -354,6 +360,8 @@ func (h *Host) adoptAll(ctx context.Context) {
 		case qemuErr == nil:
 			if volErr != nil {
 				volumes = nil // started by the watcher
+			} else if err := h.settle(ctx, reg, volumes); err != nil {
+				h.log.LogAttrs(ctx, slog.LevelError, "conversion of a disk not settled", slog.String("vm", reg.Name), slog.Any("err", err))
 			}
 			interfaces, err := machine.Disks(ctx)
 			if err != nil { // told to users only

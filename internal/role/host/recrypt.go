@@ -50,21 +50,67 @@ func (p *disksProgress) disk(step string, size int64) (recrypt.Progress, func())
 // an operation that rewrites it.
 const writtenAndVerified = 2
 
-// encryptVM encrypts the plain ones among the disks named, under the KEK at ref.
-func (h *Host) encryptVM(ctx context.Context, id string, disks []string, ref keysafe.Ref, r report) error {
-	o, err := h.takeOffline(ctx, id, "encryption")
-	if err != nil {
-		return err
-	}
-	defer o.release()
-	indices, err := o.inFormat(bundle.FormatRaw, disks)
-	if err == nil {
-		err = o.notRekeying(disks)
-	}
-	if err != nil {
-		return err
-	}
+// encryptVM encrypts the plain ones among the disks named, under the KEK at ref, in
+// any power state. rate bounds what is copied a second while the VM runs, in bytes;
+// 0: it is not bounded.
+func (h *Host) encryptVM(ctx context.Context, id string, disks []string, ref keysafe.Ref, rate int64, r report) error {
 	if err := h.haveKEK(ctx, ref); err != nil {
+		return err
+	}
+	return h.convert(ctx, id, disks, conversion{bundle.FormatLUKS, ref, rate}, r, func() error {
+		return h.encryptOffline(ctx, id, disks, ref, r)
+	})
+}
+
+// convert converts disks as the VM's power state demands. Should that change
+// meanwhile, it goes on the other way.
+func (h *Host) convert(ctx context.Context, id string, disks []string, c conversion, r report, offline func() error) error {
+	m, err := h.machine(id)
+	if err != nil {
+		return err
+	}
+	for {
+		if m.run() != nil {
+			err = h.convertRunning(ctx, m, disks, c, r)
+		} else {
+			err = offline()
+		}
+		if !errors.Is(err, errPowerChanged) || ctx.Err() != nil {
+			return err
+		}
+	}
+}
+
+// takeConvertible reserves a VM that is off for a conversion, until it is to be
+// powered on. release must be called.
+func (h *Host) takeConvertible(ctx context.Context, id string, disks []string) (_ context.Context, _ *offline, release func(), err error) {
+	o, err := h.takeOffline(ctx, id, "this")
+	if errors.Is(err, errPoweredOn) {
+		err = errPowerChanged
+	}
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	ctx, end := o.m.interruptible(ctx)
+	release = func() {
+		end()
+		o.release()
+	}
+	if err := o.notRekeying(disks); err != nil {
+		release()
+		return nil, nil, nil, err
+	}
+	return ctx, o, release, nil
+}
+
+func (h *Host) encryptOffline(ctx context.Context, id string, disks []string, ref keysafe.Ref, r report) error {
+	ctx, o, release, err := h.takeConvertible(ctx, id, disks)
+	if err != nil {
+		return err
+	}
+	defer release()
+	indices, err := o.inFormat(bundle.FormatRaw, disks)
+	if err != nil {
 		return err
 	}
 	p := newDisksProgress(r, o.vm, indices, writtenAndVerified)
@@ -85,17 +131,20 @@ func (h *Host) encryptVM(ctx context.Context, id string, disks []string, ref key
 	return nil
 }
 
-// decryptVM decrypts the encrypted ones among the disks named.
-func (h *Host) decryptVM(ctx context.Context, id string, disks []string, r report) error {
-	o, err := h.takeOffline(ctx, id, "decryption")
+// decryptVM decrypts the encrypted ones among the disks named, as encryptVM does.
+func (h *Host) decryptVM(ctx context.Context, id string, disks []string, rate int64, r report) error {
+	return h.convert(ctx, id, disks, conversion{format: bundle.FormatRaw, rate: rate}, r, func() error {
+		return h.decryptOffline(ctx, id, disks, r)
+	})
+}
+
+func (h *Host) decryptOffline(ctx context.Context, id string, disks []string, r report) error {
+	ctx, o, release, err := h.takeConvertible(ctx, id, disks)
 	if err != nil {
 		return err
 	}
-	defer o.release()
+	defer release()
 	indices, err := o.inFormat(bundle.FormatLUKS, disks)
-	if err == nil {
-		err = o.notRekeying(disks)
-	}
 	if err != nil {
 		return err
 	}
@@ -258,6 +307,8 @@ func (h *Host) shallowRekeyRunning(ctx context.Context, m *machine, disks []stri
 		}
 		h.logRekey(ctx, o.vm, d, ref, "shallow")
 	}
+	running.folder.Lock()
+	defer running.folder.Unlock()
 	return o.setKey(disks, ref)
 }
 

@@ -65,17 +65,17 @@ func TestLifeOfADisk(t *testing.T) {
 		return safes.Current.Generation
 	}
 	wantKind(t, "a rekey of a plain VM", b.rekeyVM(ctx, id, nil, b.newRef(t), depth{deep: true}, quiet), errs.InvalidState)
-	wantKind(t, "an unknown disk", b.encryptVM(ctx, id, []string{"disk-9"}, b.newRef(t), quiet), errs.NotFound)
-	wantKind(t, "a key that is not here", b.encryptVM(ctx, id, nil, keysafe.Ref{Provider: "kp-9", KeyID: "k"}, quiet), errs.Locked)
+	wantKind(t, "an unknown disk", b.encryptVM(ctx, id, []string{"disk-9"}, b.newRef(t), 0, quiet), errs.NotFound)
+	wantKind(t, "a key that is not here", b.encryptVM(ctx, id, nil, keysafe.Ref{Provider: "kp-9", KeyID: "k"}, 0, quiet), errs.Locked)
 	is("refused", nil, "disk-0.raw", "disk-1.raw")
 
 	first := b.newRef(t)
-	check(t, b.encryptVM(ctx, id, []string{"disk-1", "disk-1"}, first, quiet))
+	check(t, b.encryptVM(ctx, id, []string{"disk-1", "disk-1"}, first, 0, quiet))
 	is("one disk", &first, "disk-0.raw", "disk-1.luks")
 	wantKind(t, "a rekey of its plain disk", b.rekeyVM(ctx, id, []string{"disk-0"}, b.newRef(t), depth{}, quiet), errs.InvalidState)
 	for range 2 { // the second call finds all done
 		var last, total int64
-		check(t, b.encryptVM(ctx, id, nil, first, func(_ string, done, all int64, _ string) { last, total = done, all }))
+		check(t, b.encryptVM(ctx, id, nil, first, 0, func(_ string, done, all int64, _ string) { last, total = done, all }))
 		if last != total {
 			t.Errorf("progress ended at %d of %d", last, total)
 		}
@@ -100,9 +100,9 @@ func TestLifeOfADisk(t *testing.T) {
 			t.Errorf("generation %d", g)
 		}
 	}
-	check(t, b.decryptVM(ctx, id, []string{"disk-0"}, quiet))
+	check(t, b.decryptVM(ctx, id, []string{"disk-0"}, 0, quiet))
 	is("one disk decrypted", &third, "disk-0.raw", "disk-1.luks")
-	check(t, b.decryptVM(ctx, id, nil, quiet))
+	check(t, b.decryptVM(ctx, id, nil, 0, quiet))
 	is("decrypted", nil, "disk-0.raw", "disk-1.raw")
 }
 
@@ -117,7 +117,7 @@ func TestRetired(t *testing.T) {
 	plain, err := os.ReadFile(filepath.Join(dir, "disk-0.raw"))
 	check(t, err)
 	ref := b.newRef(t)
-	check(t, b.encryptVM(t.Context(), id, nil, ref, quiet))
+	check(t, b.encryptVM(t.Context(), id, nil, ref, 0, quiet))
 	vm, err := bundle.Read(dir)
 	check(t, err)
 	want := vm.Clone()
@@ -126,7 +126,7 @@ func TestRetired(t *testing.T) {
 	check(t, os.WriteFile(filepath.Join(dir, "disk-0.raw"), plain, 0o600))
 	check(t, os.WriteFile(filepath.Join(dir, "disk-0.luks.new"), []byte("unfinished"), 0o600))
 
-	check(t, b.encryptVM(t.Context(), id, nil, ref, quiet)) // the task, resumed
+	check(t, b.encryptVM(t.Context(), id, nil, ref, 0, quiet)) // the task, resumed
 	if got := b.files(t, "web-1"); !slices.Equal(got, []string{"disk-0.luks"}) {
 		t.Errorf("the folder holds %v", got)
 	}
@@ -145,14 +145,14 @@ func TestFailedSwitch(t *testing.T) {
 	id := b.create(t, "web-1", keysafe.Ref{})
 	block := filepath.Join(b.root, "web-1", bundle.FileName+".new")
 	check(t, os.Mkdir(block, 0o700))
-	if err := b.encryptVM(t.Context(), id, nil, b.newRef(t), quiet); err == nil {
+	if err := b.encryptVM(t.Context(), id, nil, b.newRef(t), 0, quiet); err == nil {
 		t.Fatal("it succeeded")
 	}
 	if got := b.files(t, "web-1"); !slices.Equal(got, []string{"disk-0.raw", bundle.FileName + ".new"}) {
 		t.Errorf("the folder holds %v", got)
 	}
 	check(t, os.Remove(block))
-	check(t, b.encryptVM(t.Context(), id, nil, b.newRef(t), quiet))
+	check(t, b.encryptVM(t.Context(), id, nil, b.newRef(t), 0, quiet))
 }
 
 func TestCancelledEncryption(t *testing.T) {
@@ -161,7 +161,7 @@ func TestCancelledEncryption(t *testing.T) {
 	id := b.create(t, "web-1", keysafe.Ref{})
 	ctx, cancel := context.WithCancelCause(t.Context())
 	reason := errors.New("no longer wanted")
-	err := b.encryptVM(ctx, id, nil, b.newRef(t), func(_ string, done, _ int64, _ string) {
+	err := b.encryptVM(ctx, id, nil, b.newRef(t), 0, func(_ string, done, _ int64, _ string) {
 		if done > 0 {
 			cancel(reason)
 		}
@@ -190,8 +190,8 @@ func TestLinkedDisk(t *testing.T) {
 	before, err := os.ReadFile(filepath.Join(outside, "disk-1.luks"))
 	check(t, err)
 	for name, do := range map[string]func() error{
-		"encrypt":       func() error { return b.encryptVM(t.Context(), id, nil, b.newRef(t), quiet) },
-		"decrypt":       func() error { return b.decryptVM(t.Context(), id, nil, quiet) },
+		"encrypt":       func() error { return b.encryptVM(t.Context(), id, nil, b.newRef(t), 0, quiet) },
+		"decrypt":       func() error { return b.decryptVM(t.Context(), id, nil, 0, quiet) },
 		"shallow rekey": func() error { return b.rekeyVM(t.Context(), id, nil, b.newRef(t), depth{}, quiet) },
 		"deep rekey":    func() error { return b.rekeyVM(t.Context(), id, nil, b.newRef(t), depth{deep: true}, quiet) },
 		"unwrap": func() error {

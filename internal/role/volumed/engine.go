@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"strongroom/internal/block/blockdev"
+	"strongroom/internal/block/mirror"
 	"strongroom/internal/block/nbd"
 	"strongroom/internal/block/volume"
 	"strongroom/internal/block/volumectl"
@@ -62,6 +63,9 @@ type disk struct {
 	volume *volume.Volume // nil for a raw disk
 	vhost  *vhost         // guarded by the engine's mu: nil if it is not served so
 	rekey  rekeys
+	// conversion is the one under way, or that has failed; nil: none. It changes while
+	// both of the engine's locks are held.
+	conversion *conversion
 }
 
 // service is NBD on one socket.
@@ -145,7 +149,7 @@ func open(spec volumectl.Disk, file *os.File, dek, next *keymem.Key) (*disk, err
 		device.Close()
 		return nil, err
 	}
-	d.device = &counted{Device: device}
+	d.device = &counted{device: device}
 	return d, nil
 }
 
@@ -163,6 +167,7 @@ func (e *engine) RemoveDisk(ctx context.Context, name string) error {
 		return err
 	}
 	e.stopVhost(d)
+	d.stopCopy()
 	e.mu.Lock()
 	delete(e.disks, name)
 	e.mu.Unlock()
@@ -244,6 +249,9 @@ func (e *engine) Resize(_ context.Context, name string, size int64) error {
 	if d.spec.ReadOnly {
 		return errs.New(errs.InvalidState, "disk %s is read-only", name)
 	}
+	if e.conversionOf(d) != nil {
+		return errs.New(errs.InvalidState, "disk %s is being converted", name).WithHint("wait for the task that converts it")
+	}
 	if size < d.device.Size() {
 		return errs.New(errs.Invalid, "a disk in use cannot shrink from %d to %d bytes", d.device.Size(), size)
 	}
@@ -275,6 +283,9 @@ func (e *engine) Status(context.Context) (*volumectl.Status, error) {
 	for _, d := range disks {
 		s := d.status()
 		s.VhostUser = e.vhostOf(d) != nil
+		if c := e.conversionOf(d); c != nil {
+			s.Conversion = c.status()
+		}
 		status.Disks = append(status.Disks, s)
 	}
 	slices.SortFunc(status.Disks, func(a, b volumectl.DiskStatus) int {
@@ -334,6 +345,7 @@ func (e *engine) Shutdown(ctx context.Context) error {
 	for name, d := range disks {
 		e.stopVhost(d)
 		d.rekey.end()
+		d.stopCopy()
 		if err := errors.Join(d.device.Flush(), d.device.Close()); err != nil {
 			failed = append(failed, fmt.Errorf("disk %s: %w", name, err))
 		}
@@ -371,6 +383,9 @@ func classify(err error) error {
 		{blockdev.ErrReadOnly, errs.InvalidState},
 		{blockdev.ErrNoSpace, errs.NoSpace},
 		{blockdev.ErrBadSize, errs.Invalid},
+		{mirror.ErrVerify, errs.Corrupt},
+		{mirror.ErrParted, errs.InvalidState},
+		{context.Canceled, errs.Canceled},
 	} {
 		if errors.Is(err, c.is) {
 			return errs.New(c.kind, "%w", err)

@@ -45,6 +45,9 @@ func (e *engine) Rekey(_ context.Context, name string, next *keymem.Key, safe *k
 	if err == nil {
 		err = d.canRekey()
 	}
+	if err == nil && e.conversionOf(d) != nil {
+		err = errs.New(errs.InvalidState, "disk %s is being converted", name).WithHint("wait for the task that converts it")
+	}
 	if err != nil {
 		next.Close()
 		return err

@@ -70,7 +70,7 @@ type VMServiceClient interface {
 	GetVM(context.Context, *connect.Request[v1.GetVMRequest]) (*connect.Response[v1.VM], error)
 	PowerOnVM(context.Context, *connect.Request[v1.PowerOnVMRequest]) (*connect.Response[v1.Task], error)
 	PowerOffVM(context.Context, *connect.Request[v1.PowerOffVMRequest]) (*connect.Response[v1.Task], error)
-	// EncryptVM encrypts the disks of a VM that is powered off.
+	// EncryptVM encrypts the disks of a VM in any power state.
 	EncryptVM(context.Context, *connect.Request[v1.EncryptVMRequest]) (*connect.Response[v1.Task], error)
 	// DecryptVM is the reverse.
 	DecryptVM(context.Context, *connect.Request[v1.DecryptVMRequest]) (*connect.Response[v1.Task], error)
@@ -288,7 +288,7 @@ type VMServiceHandler interface {
 	GetVM(context.Context, *connect.Request[v1.GetVMRequest]) (*connect.Response[v1.VM], error)
 	PowerOnVM(context.Context, *connect.Request[v1.PowerOnVMRequest]) (*connect.Response[v1.Task], error)
 	PowerOffVM(context.Context, *connect.Request[v1.PowerOffVMRequest]) (*connect.Response[v1.Task], error)
-	// EncryptVM encrypts the disks of a VM that is powered off.
+	// EncryptVM encrypts the disks of a VM in any power state.
 	EncryptVM(context.Context, *connect.Request[v1.EncryptVMRequest]) (*connect.Response[v1.Task], error)
 	// DecryptVM is the reverse.
 	DecryptVM(context.Context, *connect.Request[v1.DecryptVMRequest]) (*connect.Response[v1.Task], error)
