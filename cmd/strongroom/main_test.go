@@ -53,6 +53,7 @@ func TestScripts(t *testing.T) {
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"keyfile":  makeKeyFile,
 			"waitfor":  waitForSocket,
+			"freeport": findPort,
 			"mode":     checkMode,
 			"truncate": truncate,
 			"waitsize": waitForSize,
@@ -98,6 +99,19 @@ func waitForSocket(ts *testscript.TestScript, neg bool, args []string) {
 		case <-tick.C:
 		}
 	}
+}
+
+// findPort is "freeport VARIABLE": sets it to a TCP port that was free just now.
+func findPort(ts *testscript.TestScript, neg bool, args []string) {
+	if len(args) != 1 || neg {
+		ts.Fatalf("usage: freeport VARIABLE")
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	ts.Check(err)
+	_, port, err := net.SplitHostPort(l.Addr().String())
+	ts.Check(err)
+	ts.Check(l.Close())
+	ts.Setenv(args[0], port)
 }
 
 // waitForSize is "waitsize FILE BYTES": until the file has that size, because a
