@@ -6,9 +6,11 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 
 	"github.com/ovh/kmip-go"
 	"github.com/ovh/kmip-go/ttlv"
+	"golang.org/x/time/rate"
 
 	"strongroom/internal/control/directory"
 	"strongroom/internal/errs"
@@ -17,7 +19,7 @@ import (
 
 // authenticate implements [kmipserver.Authenticator]: the account of a client
 // is its application's group.
-func (k *KMS) authenticate(_ context.Context, state tls.ConnectionState, credentials []kmip.Credential) (kmipserver.Client, error) {
+func (k *KMS) authenticate(ctx context.Context, state tls.ConnectionState, credentials []kmip.Credential) (kmipserver.Client, error) {
 	var p directory.Proof
 	if len(state.PeerCertificates) > 0 {
 		p.Certificate = state.PeerCertificates[0]
@@ -34,11 +36,39 @@ func (k *KMS) authenticate(_ context.Context, state tls.ConnectionState, credent
 	if err != nil {
 		return kmipserver.Client{}, err
 	}
+	if err := k.pace.wait(ctx, app.Name, k.cfg.MaxRequestsPerSecond); err != nil {
+		return kmipserver.Client{}, &kmipserver.Refusal{Reason: kmip.ResultReasonGeneralFailure, Message: "too many requests in a short time; try again later"}
+	}
 	policy, err := policyOf(group.Policy)
 	if err != nil {
 		return kmipserver.Client{}, errs.Wrap(err, "policy of group %s", group.Name)
 	}
 	return kmipserver.Client{Account: group.Name, Name: "application:" + app.Name, Policy: policy}, nil
+}
+
+// pace makes applications that ask too often wait. The zero value is ready.
+type pace struct {
+	mu       sync.Mutex
+	limiters map[string]*rate.Limiter // by application
+}
+
+// wait returns when one more request of app is due at most so many a second (0:
+// at once), or an error if that is later than ctx ends.
+func (p *pace) wait(ctx context.Context, app string, perSecond int) error {
+	if perSecond == 0 {
+		return nil
+	}
+	p.mu.Lock()
+	l := p.limiters[app]
+	if l == nil {
+		if p.limiters == nil {
+			p.limiters = map[string]*rate.Limiter{}
+		}
+		l = rate.NewLimiter(rate.Limit(perSecond), perSecond)
+		p.limiters[app] = l
+	}
+	p.mu.Unlock()
+	return l.Wait(ctx)
 }
 
 // policyOf returns what a policy says in KMIP's terms. A name that is not known

@@ -36,6 +36,16 @@ type Config struct {
 	// administer it. Default: "kms.sock" in DataDir.
 	LocalSocket string `toml:"local_socket"`
 
+	// MaxConnections and MaxConnectionsPerAddress bound the connections of KMIP
+	// clients, together and from one network address. From 1 to 65536. Default:
+	// 512 and 256.
+	MaxConnections           int `toml:"max_connections"`
+	MaxConnectionsPerAddress int `toml:"max_connections_per_address"`
+
+	// MaxRequestsPerSecond is how many requests of one application are answered
+	// in a second; more are made to wait. Default: 0, no limit.
+	MaxRequestsPerSecond int `toml:"max_requests_per_second"`
+
 	// MetricsListen is the address of Prometheus metrics (/metrics) and health
 	// (/healthz), plain HTTP, "host:port". Default: none.
 	MetricsListen string `toml:"metrics_listen"`
@@ -76,6 +86,17 @@ func (c Config) withDefaults() (Config, error) {
 		if !filepath.IsAbs(path) {
 			return Config{}, fmt.Errorf("%s %q is not an absolute path", name, path)
 		}
+	}
+	for name, limit := range map[string]*int{"max_connections": &c.MaxConnections, "max_connections_per_address": &c.MaxConnectionsPerAddress} {
+		if *limit == 0 {
+			*limit = map[string]int{"max_connections": 512, "max_connections_per_address": 256}[name]
+		}
+		if *limit < 1 || *limit > 65536 {
+			return Config{}, fmt.Errorf("%s %d is not 1 to 65536", name, *limit)
+		}
+	}
+	if c.MaxRequestsPerSecond < 0 {
+		return Config{}, fmt.Errorf("max_requests_per_second %d is negative", c.MaxRequestsPerSecond)
 	}
 	var err error
 	if c.Advertise, err = daemon.CheckAddresses(c.Listen, c.Advertise); err != nil {

@@ -59,6 +59,7 @@ type KMS struct {
 	directory   *directory.Directory
 	objects     *objectstore.Store
 	metrics     *metrics
+	pace        pace
 	address     net.Addr // of the KMIP server, once it listens
 }
 
@@ -188,6 +189,7 @@ func (k *KMS) listen() (l listeners, err error) {
 func (k *KMS) run(ctx context.Context, ready func(*KMS) error) error {
 	kmip, err := kmipserver.New(kmipserver.Config{
 		Store: k.objects, Authenticate: k.authenticate, TLS: k.tlsConfig(), Log: k.log, Observe: k.observe,
+		Limits: kmipserver.Limits{Connections: k.cfg.MaxConnections, PerAddress: k.cfg.MaxConnectionsPerAddress},
 	})
 	if err != nil {
 		return err

@@ -237,6 +237,9 @@ func (r *request) authenticate(state tls.ConnectionState, a *kmip.Authentication
 	if err := r.server.observe(r.ctx, Event{Peer: r.peer, Reason: kmip.ResultReasonAuthenticationNotSuccessful}); err != nil {
 		r.server.log.LogAttrs(r.ctx, slog.LevelError, "kmip refusal not recorded", slog.Any("err", err))
 	}
+	if told := (*Refusal)(nil); errors.As(err, &told) {
+		return told
+	}
 	return refuse(kmip.ResultReasonAuthenticationNotSuccessful, "who you are could not be established")
 }
 

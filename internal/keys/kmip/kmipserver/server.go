@@ -37,6 +37,7 @@ import (
 // default.
 type Limits struct {
 	Connections int           // open at once, 512; one more is closed unanswered
+	PerAddress  int           // of these from one network address, 256
 	Handshake   time.Duration // for the TLS handshake, 10 s
 	Idle        time.Duration // between two requests of a connection, 15 min
 	Request     time.Duration // from a request's first byte to its last, and for sending the answer, 30 s
@@ -58,6 +59,7 @@ func (l Limits) withDefaults() Limits {
 		}
 	}
 	orElse(&l.Connections, 512)
+	orElse(&l.PerAddress, 256)
 	orWait(&l.Handshake, 10*time.Second)
 	orWait(&l.Idle, 15*time.Minute)
 	orWait(&l.Request, 30*time.Second)
@@ -75,7 +77,7 @@ func (l Limits) wire() kmipwire.Limits {
 // Authenticator tells who sends a request: the client with this TLS state and
 // these credentials, which may be none. It is called once a request. An error
 // refuses the request with Authentication Not Successful; its text is logged and
-// not sent.
+// not sent, unless it is a [Refusal].
 type Authenticator func(ctx context.Context, state tls.ConnectionState, credentials []kmip.Credential) (Client, error)
 
 // Config is what a server needs.
@@ -140,7 +142,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		stop()
 		l.Close()
 	}()
-	slots := make(chan struct{}, s.limits.Connections)
+	slots := admission{limits: s.limits, from: map[string]int{}}
 	for {
 		raw, err := l.Accept()
 		if err != nil {
@@ -153,18 +155,55 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 			}
 			return fmt.Errorf("cannot accept KMIP connections: %w", err)
 		}
-		select {
-		case slots <- struct{}{}:
-		default:
+		address := addressOf(raw)
+		if !slots.enter(address) {
 			s.log.LogAttrs(ctx, slog.LevelWarn, "kmip connection refused: too many are open", slog.String("peer", raw.RemoteAddr().String()))
 			raw.Close()
 			continue
 		}
 		connections.Go(func() {
-			defer func() { <-slots }()
+			defer slots.leave(address)
 			s.serveConnection(ctx, raw)
 		})
 	}
+}
+
+// admission counts open connections.
+type admission struct {
+	limits Limits
+
+	mu   sync.Mutex
+	open int
+	from map[string]int // by network address
+}
+
+func (a *admission) enter(address string) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.open >= a.limits.Connections || a.from[address] >= a.limits.PerAddress {
+		return false
+	}
+	a.open++
+	a.from[address]++
+	return true
+}
+
+func (a *admission) leave(address string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.open--
+	if a.from[address]--; a.from[address] == 0 {
+		delete(a.from, address)
+	}
+}
+
+// addressOf returns a peer's address without its port.
+func addressOf(conn net.Conn) string {
+	peer := conn.RemoteAddr().String()
+	if host, _, err := net.SplitHostPort(peer); err == nil {
+		return host
+	}
+	return peer
 }
 
 // serveConnection does the handshake and answers requests one after another.
