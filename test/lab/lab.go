@@ -214,7 +214,7 @@ func (l *Lab) StartController(ctx context.Context, name string) (*Controller, er
 	if err := l.makeDir(c.dir); err != nil {
 		return nil, err
 	}
-	config := fmt.Sprintf("data_dir = %q\nlisten = %q\n\n[kms]\nremediation_interval = \"2s\"\n", filepath.Join(c.dir, "data"), c.Address)
+	config := fmt.Sprintf("data_dir = %q\nlisten = %q\n\n[kms]\nremediation_interval = \"2s\"\nstatus_interval = \"1s\"\n", filepath.Join(c.dir, "data"), c.Address)
 	if err := l.writeFile(c.configPath(), config); err != nil {
 		return nil, err
 	}

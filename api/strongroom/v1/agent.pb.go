@@ -200,10 +200,13 @@ type HeartbeatRequest struct {
 	Address string                 `protobuf:"bytes,1,opt,name=address,proto3" json:"address,omitempty"`
 	Version string                 `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"`
 	// Changes at every start of the machine.
-	BootId        string          `protobuf:"bytes,3,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`
-	Capabilities  map[string]bool `protobuf:"bytes,4,rep,name=capabilities,proto3" json:"capabilities,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
-	Providers     []*HeldProvider `protobuf:"bytes,5,rep,name=providers,proto3" json:"providers,omitempty"`
-	Vms           []*VM           `protobuf:"bytes,6,rep,name=vms,proto3" json:"vms,omitempty"`
+	BootId       string          `protobuf:"bytes,3,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`
+	Capabilities map[string]bool `protobuf:"bytes,4,rep,name=capabilities,proto3" json:"capabilities,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
+	Providers    []*HeldProvider `protobuf:"bytes,5,rep,name=providers,proto3" json:"providers,omitempty"`
+	Vms          []*VM           `protobuf:"bytes,6,rep,name=vms,proto3" json:"vms,omitempty"`
+	// A random name of this start of the agent: what it had in memory only is
+	// gone when it changes.
+	Instance      string `protobuf:"bytes,7,opt,name=instance,proto3" json:"instance,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -278,6 +281,13 @@ func (x *HeartbeatRequest) GetVms() []*VM {
 		return x.Vms
 	}
 	return nil
+}
+
+func (x *HeartbeatRequest) GetInstance() string {
+	if x != nil {
+		return x.Instance
+	}
+	return ""
 }
 
 // HeldProvider names a provider whose keys a host holds.
@@ -467,9 +477,12 @@ func (x *RenewCertificateResponse) GetCertificate() []byte {
 }
 
 type SyncHostRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Providers     []*WantedProvider      `protobuf:"bytes,1,rep,name=providers,proto3" json:"providers,omitempty"`
-	Datastores    []*WantedDatastore     `protobuf:"bytes,2,rep,name=datastores,proto3" json:"datastores,omitempty"`
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Providers  []*WantedProvider      `protobuf:"bytes,1,rep,name=providers,proto3" json:"providers,omitempty"`
+	Datastores []*WantedDatastore     `protobuf:"bytes,2,rep,name=datastores,proto3" json:"datastores,omitempty"`
+	// The KEKs of standard providers that the host should have in memory. It
+	// wipes all others.
+	Keks          []*WantedKEK `protobuf:"bytes,3,rep,name=keks,proto3" json:"keks,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -518,22 +531,86 @@ func (x *SyncHostRequest) GetDatastores() []*WantedDatastore {
 	return nil
 }
 
+func (x *SyncHostRequest) GetKeks() []*WantedKEK {
+	if x != nil {
+		return x.Keks
+	}
+	return nil
+}
+
+// WantedKEK is a KEK that a host keeps in memory and never on disk.
+type WantedKEK struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Key   *KeyRef                `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	// The KEK, sealed to the host's parcel key (docs/spec/key-parcel.md). Empty
+	// if the host may have it already: it says which it lacks.
+	Parcel        []byte `protobuf:"bytes,2,opt,name=parcel,proto3" json:"parcel,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WantedKEK) Reset() {
+	*x = WantedKEK{}
+	mi := &file_strongroom_v1_agent_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WantedKEK) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WantedKEK) ProtoMessage() {}
+
+func (x *WantedKEK) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_agent_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WantedKEK.ProtoReflect.Descriptor instead.
+func (*WantedKEK) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *WantedKEK) GetKey() *KeyRef {
+	if x != nil {
+		return x.Key
+	}
+	return nil
+}
+
+func (x *WantedKEK) GetParcel() []byte {
+	if x != nil {
+		return x.Parcel
+	}
+	return nil
+}
+
 type WantedProvider struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	KeyId string                 `protobuf:"bytes,2,opt,name=key_id,json=keyId,proto3" json:"key_id,omitempty"`
-	// The KDK, sealed to the host's parcel key (docs/spec/key-parcel.md). Empty
+	// Of a native provider: the KDK, sealed to the host's parcel key (docs/spec/key-parcel.md). Empty
 	// if the host said that it holds this key.
-	Parcel        []byte                 `protobuf:"bytes,3,opt,name=parcel,proto3" json:"parcel,omitempty"`
-	TpmRequired   bool                   `protobuf:"varint,4,opt,name=tpm_required,json=tpmRequired,proto3" json:"tpm_required,omitempty"`
-	Created       *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=created,proto3" json:"created,omitempty"`
+	Parcel      []byte                 `protobuf:"bytes,3,opt,name=parcel,proto3" json:"parcel,omitempty"`
+	TpmRequired bool                   `protobuf:"varint,4,opt,name=tpm_required,json=tpmRequired,proto3" json:"tpm_required,omitempty"`
+	Created     *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=created,proto3" json:"created,omitempty"`
+	// A standard provider has no key of its own to be sent: key_id is empty.
+	Standard      bool `protobuf:"varint,6,opt,name=standard,proto3" json:"standard,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *WantedProvider) Reset() {
 	*x = WantedProvider{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[8]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -545,7 +622,7 @@ func (x *WantedProvider) String() string {
 func (*WantedProvider) ProtoMessage() {}
 
 func (x *WantedProvider) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[8]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -558,7 +635,7 @@ func (x *WantedProvider) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WantedProvider.ProtoReflect.Descriptor instead.
 func (*WantedProvider) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{8}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *WantedProvider) GetName() string {
@@ -596,6 +673,13 @@ func (x *WantedProvider) GetCreated() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *WantedProvider) GetStandard() bool {
+	if x != nil {
+		return x.Standard
+	}
+	return false
+}
+
 type WantedDatastore struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -607,7 +691,7 @@ type WantedDatastore struct {
 
 func (x *WantedDatastore) Reset() {
 	*x = WantedDatastore{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[9]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -619,7 +703,7 @@ func (x *WantedDatastore) String() string {
 func (*WantedDatastore) ProtoMessage() {}
 
 func (x *WantedDatastore) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[9]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -632,7 +716,7 @@ func (x *WantedDatastore) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WantedDatastore.ProtoReflect.Descriptor instead.
 func (*WantedDatastore) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{9}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *WantedDatastore) GetName() string {
@@ -657,16 +741,18 @@ func (x *WantedDatastore) GetPath() string {
 }
 
 type SyncHostResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Providers     []*HeldProvider        `protobuf:"bytes,1,rep,name=providers,proto3" json:"providers,omitempty"`
-	Datastores    []*DatastoreSpace      `protobuf:"bytes,2,rep,name=datastores,proto3" json:"datastores,omitempty"`
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Providers  []*HeldProvider        `protobuf:"bytes,1,rep,name=providers,proto3" json:"providers,omitempty"`
+	Datastores []*DatastoreSpace      `protobuf:"bytes,2,rep,name=datastores,proto3" json:"datastores,omitempty"`
+	// The wanted KEKs that the host does not have.
+	MissingKeks   []*KeyRef `protobuf:"bytes,3,rep,name=missing_keks,json=missingKeks,proto3" json:"missing_keks,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *SyncHostResponse) Reset() {
 	*x = SyncHostResponse{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[10]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -678,7 +764,7 @@ func (x *SyncHostResponse) String() string {
 func (*SyncHostResponse) ProtoMessage() {}
 
 func (x *SyncHostResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[10]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -691,7 +777,7 @@ func (x *SyncHostResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncHostResponse.ProtoReflect.Descriptor instead.
 func (*SyncHostResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{10}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *SyncHostResponse) GetProviders() []*HeldProvider {
@@ -704,6 +790,13 @@ func (x *SyncHostResponse) GetProviders() []*HeldProvider {
 func (x *SyncHostResponse) GetDatastores() []*DatastoreSpace {
 	if x != nil {
 		return x.Datastores
+	}
+	return nil
+}
+
+func (x *SyncHostResponse) GetMissingKeks() []*KeyRef {
+	if x != nil {
+		return x.MissingKeks
 	}
 	return nil
 }
@@ -721,7 +814,7 @@ type DatastoreSpace struct {
 
 func (x *DatastoreSpace) Reset() {
 	*x = DatastoreSpace{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[11]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -733,7 +826,7 @@ func (x *DatastoreSpace) String() string {
 func (*DatastoreSpace) ProtoMessage() {}
 
 func (x *DatastoreSpace) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[11]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -746,7 +839,7 @@ func (x *DatastoreSpace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DatastoreSpace.ProtoReflect.Descriptor instead.
 func (*DatastoreSpace) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{11}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *DatastoreSpace) GetName() string {
@@ -800,7 +893,7 @@ type AgentProgress struct {
 
 func (x *AgentProgress) Reset() {
 	*x = AgentProgress{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[12]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -812,7 +905,7 @@ func (x *AgentProgress) String() string {
 func (*AgentProgress) ProtoMessage() {}
 
 func (x *AgentProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[12]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -825,7 +918,7 @@ func (x *AgentProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentProgress.ProtoReflect.Descriptor instead.
 func (*AgentProgress) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{12}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *AgentProgress) GetStep() string {
@@ -879,7 +972,7 @@ type AgentCreateVMRequest struct {
 
 func (x *AgentCreateVMRequest) Reset() {
 	*x = AgentCreateVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[13]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -891,7 +984,7 @@ func (x *AgentCreateVMRequest) String() string {
 func (*AgentCreateVMRequest) ProtoMessage() {}
 
 func (x *AgentCreateVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[13]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -904,7 +997,7 @@ func (x *AgentCreateVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentCreateVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentCreateVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{13}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *AgentCreateVMRequest) GetId() string {
@@ -962,7 +1055,7 @@ type AgentEncryptVMRequest struct {
 
 func (x *AgentEncryptVMRequest) Reset() {
 	*x = AgentEncryptVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[14]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -974,7 +1067,7 @@ func (x *AgentEncryptVMRequest) String() string {
 func (*AgentEncryptVMRequest) ProtoMessage() {}
 
 func (x *AgentEncryptVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[14]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -987,7 +1080,7 @@ func (x *AgentEncryptVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentEncryptVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentEncryptVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{14}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *AgentEncryptVMRequest) GetId() string {
@@ -1029,7 +1122,7 @@ type AgentDecryptVMRequest struct {
 
 func (x *AgentDecryptVMRequest) Reset() {
 	*x = AgentDecryptVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[15]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1041,7 +1134,7 @@ func (x *AgentDecryptVMRequest) String() string {
 func (*AgentDecryptVMRequest) ProtoMessage() {}
 
 func (x *AgentDecryptVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[15]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1054,7 +1147,7 @@ func (x *AgentDecryptVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentDecryptVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentDecryptVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{15}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *AgentDecryptVMRequest) GetId() string {
@@ -1096,7 +1189,7 @@ type AgentRekeyVMRequest struct {
 
 func (x *AgentRekeyVMRequest) Reset() {
 	*x = AgentRekeyVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[16]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1108,7 +1201,7 @@ func (x *AgentRekeyVMRequest) String() string {
 func (*AgentRekeyVMRequest) ProtoMessage() {}
 
 func (x *AgentRekeyVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[16]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1121,7 +1214,7 @@ func (x *AgentRekeyVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentRekeyVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentRekeyVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *AgentRekeyVMRequest) GetId() string {
@@ -1169,7 +1262,7 @@ type AgentFillDisksRequest struct {
 
 func (x *AgentFillDisksRequest) Reset() {
 	*x = AgentFillDisksRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[17]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1181,7 +1274,7 @@ func (x *AgentFillDisksRequest) String() string {
 func (*AgentFillDisksRequest) ProtoMessage() {}
 
 func (x *AgentFillDisksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[17]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1194,7 +1287,7 @@ func (x *AgentFillDisksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentFillDisksRequest.ProtoReflect.Descriptor instead.
 func (*AgentFillDisksRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *AgentFillDisksRequest) GetId() string {
@@ -1223,7 +1316,7 @@ type AgentExportDiskKeyRequest struct {
 
 func (x *AgentExportDiskKeyRequest) Reset() {
 	*x = AgentExportDiskKeyRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[18]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1235,7 +1328,7 @@ func (x *AgentExportDiskKeyRequest) String() string {
 func (*AgentExportDiskKeyRequest) ProtoMessage() {}
 
 func (x *AgentExportDiskKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[18]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1248,7 +1341,7 @@ func (x *AgentExportDiskKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentExportDiskKeyRequest.ProtoReflect.Descriptor instead.
 func (*AgentExportDiskKeyRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *AgentExportDiskKeyRequest) GetId() string {
@@ -1281,7 +1374,7 @@ type AgentPowerOnVMRequest struct {
 
 func (x *AgentPowerOnVMRequest) Reset() {
 	*x = AgentPowerOnVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[19]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1293,7 +1386,7 @@ func (x *AgentPowerOnVMRequest) String() string {
 func (*AgentPowerOnVMRequest) ProtoMessage() {}
 
 func (x *AgentPowerOnVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[19]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1306,7 +1399,7 @@ func (x *AgentPowerOnVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentPowerOnVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentPowerOnVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *AgentPowerOnVMRequest) GetId() string {
@@ -1327,7 +1420,7 @@ type AgentPowerOffVMRequest struct {
 
 func (x *AgentPowerOffVMRequest) Reset() {
 	*x = AgentPowerOffVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[20]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1339,7 +1432,7 @@ func (x *AgentPowerOffVMRequest) String() string {
 func (*AgentPowerOffVMRequest) ProtoMessage() {}
 
 func (x *AgentPowerOffVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[20]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1352,7 +1445,7 @@ func (x *AgentPowerOffVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentPowerOffVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentPowerOffVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *AgentPowerOffVMRequest) GetId() string {
@@ -1387,7 +1480,7 @@ type AgentRegisterVMRequest struct {
 
 func (x *AgentRegisterVMRequest) Reset() {
 	*x = AgentRegisterVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[21]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1399,7 +1492,7 @@ func (x *AgentRegisterVMRequest) String() string {
 func (*AgentRegisterVMRequest) ProtoMessage() {}
 
 func (x *AgentRegisterVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[21]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1412,7 +1505,7 @@ func (x *AgentRegisterVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentRegisterVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentRegisterVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *AgentRegisterVMRequest) GetDatastore() string {
@@ -1445,7 +1538,7 @@ type AgentUnregisterVMRequest struct {
 
 func (x *AgentUnregisterVMRequest) Reset() {
 	*x = AgentUnregisterVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[22]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1457,7 +1550,7 @@ func (x *AgentUnregisterVMRequest) String() string {
 func (*AgentUnregisterVMRequest) ProtoMessage() {}
 
 func (x *AgentUnregisterVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[22]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1470,7 +1563,7 @@ func (x *AgentUnregisterVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentUnregisterVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentUnregisterVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *AgentUnregisterVMRequest) GetId() string {
@@ -1488,7 +1581,7 @@ type AgentUnregisterVMResponse struct {
 
 func (x *AgentUnregisterVMResponse) Reset() {
 	*x = AgentUnregisterVMResponse{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[23]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1500,7 +1593,7 @@ func (x *AgentUnregisterVMResponse) String() string {
 func (*AgentUnregisterVMResponse) ProtoMessage() {}
 
 func (x *AgentUnregisterVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[23]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1513,7 +1606,7 @@ func (x *AgentUnregisterVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentUnregisterVMResponse.ProtoReflect.Descriptor instead.
 func (*AgentUnregisterVMResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 type AgentDeleteVMRequest struct {
@@ -1525,7 +1618,7 @@ type AgentDeleteVMRequest struct {
 
 func (x *AgentDeleteVMRequest) Reset() {
 	*x = AgentDeleteVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[24]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1537,7 +1630,7 @@ func (x *AgentDeleteVMRequest) String() string {
 func (*AgentDeleteVMRequest) ProtoMessage() {}
 
 func (x *AgentDeleteVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[24]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1550,7 +1643,7 @@ func (x *AgentDeleteVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentDeleteVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentDeleteVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *AgentDeleteVMRequest) GetId() string {
@@ -1568,7 +1661,7 @@ type AgentDeleteVMResponse struct {
 
 func (x *AgentDeleteVMResponse) Reset() {
 	*x = AgentDeleteVMResponse{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[25]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1580,7 +1673,7 @@ func (x *AgentDeleteVMResponse) String() string {
 func (*AgentDeleteVMResponse) ProtoMessage() {}
 
 func (x *AgentDeleteVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[25]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1593,7 +1686,7 @@ func (x *AgentDeleteVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentDeleteVMResponse.ProtoReflect.Descriptor instead.
 func (*AgentDeleteVMResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 type AgentGetVMRequest struct {
@@ -1605,7 +1698,7 @@ type AgentGetVMRequest struct {
 
 func (x *AgentGetVMRequest) Reset() {
 	*x = AgentGetVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[26]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1617,7 +1710,7 @@ func (x *AgentGetVMRequest) String() string {
 func (*AgentGetVMRequest) ProtoMessage() {}
 
 func (x *AgentGetVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[26]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1630,7 +1723,7 @@ func (x *AgentGetVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentGetVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentGetVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *AgentGetVMRequest) GetId() string {
@@ -1649,7 +1742,7 @@ type AgentVMResponse struct {
 
 func (x *AgentVMResponse) Reset() {
 	*x = AgentVMResponse{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[27]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1661,7 +1754,7 @@ func (x *AgentVMResponse) String() string {
 func (*AgentVMResponse) ProtoMessage() {}
 
 func (x *AgentVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[27]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1674,7 +1767,7 @@ func (x *AgentVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentVMResponse.ProtoReflect.Descriptor instead.
 func (*AgentVMResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *AgentVMResponse) GetVm() *VM {
@@ -1706,14 +1799,15 @@ const file_strongroom_v1_agent_proto_rawDesc = "" +
 	"cluster_id\x18\x02 \x01(\tR\tclusterId\x12\x18\n" +
 	"\acluster\x18\x03 \x01(\tR\acluster\x12 \n" +
 	"\vcertificate\x18\x04 \x01(\fR\vcertificate\x12%\n" +
-	"\x0eca_certificate\x18\x05 \x01(\fR\rcaCertificate\"\xd7\x02\n" +
+	"\x0eca_certificate\x18\x05 \x01(\fR\rcaCertificate\"\xf3\x02\n" +
 	"\x10HeartbeatRequest\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\tR\aaddress\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12\x17\n" +
 	"\aboot_id\x18\x03 \x01(\tR\x06bootId\x12U\n" +
 	"\fcapabilities\x18\x04 \x03(\v21.strongroom.v1.HeartbeatRequest.CapabilitiesEntryR\fcapabilities\x129\n" +
 	"\tproviders\x18\x05 \x03(\v2\x1b.strongroom.v1.HeldProviderR\tproviders\x12#\n" +
-	"\x03vms\x18\x06 \x03(\v2\x11.strongroom.v1.VMR\x03vms\x1a?\n" +
+	"\x03vms\x18\x06 \x03(\v2\x11.strongroom.v1.VMR\x03vms\x12\x1a\n" +
+	"\binstance\x18\a \x01(\tR\binstance\x1a?\n" +
 	"\x11CapabilitiesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\bR\x05value:\x028\x01\"9\n" +
@@ -1726,27 +1820,33 @@ const file_strongroom_v1_agent_proto_rawDesc = "" +
 	"\x17RenewCertificateRequest\x12\x10\n" +
 	"\x03csr\x18\x01 \x01(\fR\x03csr\"<\n" +
 	"\x18RenewCertificateResponse\x12 \n" +
-	"\vcertificate\x18\x01 \x01(\fR\vcertificate\"\x8e\x01\n" +
+	"\vcertificate\x18\x01 \x01(\fR\vcertificate\"\xbc\x01\n" +
 	"\x0fSyncHostRequest\x12;\n" +
 	"\tproviders\x18\x01 \x03(\v2\x1d.strongroom.v1.WantedProviderR\tproviders\x12>\n" +
 	"\n" +
 	"datastores\x18\x02 \x03(\v2\x1e.strongroom.v1.WantedDatastoreR\n" +
-	"datastores\"\xac\x01\n" +
+	"datastores\x12,\n" +
+	"\x04keks\x18\x03 \x03(\v2\x18.strongroom.v1.WantedKEKR\x04keks\"L\n" +
+	"\tWantedKEK\x12'\n" +
+	"\x03key\x18\x01 \x01(\v2\x15.strongroom.v1.KeyRefR\x03key\x12\x16\n" +
+	"\x06parcel\x18\x02 \x01(\fR\x06parcel\"\xc8\x01\n" +
 	"\x0eWantedProvider\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x15\n" +
 	"\x06key_id\x18\x02 \x01(\tR\x05keyId\x12\x16\n" +
 	"\x06parcel\x18\x03 \x01(\fR\x06parcel\x12!\n" +
 	"\ftpm_required\x18\x04 \x01(\bR\vtpmRequired\x124\n" +
-	"\acreated\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\acreated\"M\n" +
+	"\acreated\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x12\x1a\n" +
+	"\bstandard\x18\x06 \x01(\bR\bstandard\"M\n" +
 	"\x0fWantedDatastore\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04type\x18\x02 \x01(\tR\x04type\x12\x12\n" +
-	"\x04path\x18\x03 \x01(\tR\x04path\"\x8c\x01\n" +
+	"\x04path\x18\x03 \x01(\tR\x04path\"\xc6\x01\n" +
 	"\x10SyncHostResponse\x129\n" +
 	"\tproviders\x18\x01 \x03(\v2\x1b.strongroom.v1.HeldProviderR\tproviders\x12=\n" +
 	"\n" +
 	"datastores\x18\x02 \x03(\v2\x1d.strongroom.v1.DatastoreSpaceR\n" +
-	"datastores\"\xa0\x01\n" +
+	"datastores\x128\n" +
+	"\fmissing_keks\x18\x03 \x03(\v2\x15.strongroom.v1.KeyRefR\vmissingKeks\"\xa0\x01\n" +
 	"\x0eDatastoreSpace\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1e\n" +
 	"\n" +
@@ -1858,7 +1958,7 @@ func file_strongroom_v1_agent_proto_rawDescGZIP() []byte {
 	return file_strongroom_v1_agent_proto_rawDescData
 }
 
-var file_strongroom_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
+var file_strongroom_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
 var file_strongroom_v1_agent_proto_goTypes = []any{
 	(*JoinRequest)(nil),               // 0: strongroom.v1.JoinRequest
 	(*JoinResponse)(nil),              // 1: strongroom.v1.JoinResponse
@@ -1868,89 +1968,93 @@ var file_strongroom_v1_agent_proto_goTypes = []any{
 	(*RenewCertificateRequest)(nil),   // 5: strongroom.v1.RenewCertificateRequest
 	(*RenewCertificateResponse)(nil),  // 6: strongroom.v1.RenewCertificateResponse
 	(*SyncHostRequest)(nil),           // 7: strongroom.v1.SyncHostRequest
-	(*WantedProvider)(nil),            // 8: strongroom.v1.WantedProvider
-	(*WantedDatastore)(nil),           // 9: strongroom.v1.WantedDatastore
-	(*SyncHostResponse)(nil),          // 10: strongroom.v1.SyncHostResponse
-	(*DatastoreSpace)(nil),            // 11: strongroom.v1.DatastoreSpace
-	(*AgentProgress)(nil),             // 12: strongroom.v1.AgentProgress
-	(*AgentCreateVMRequest)(nil),      // 13: strongroom.v1.AgentCreateVMRequest
-	(*AgentEncryptVMRequest)(nil),     // 14: strongroom.v1.AgentEncryptVMRequest
-	(*AgentDecryptVMRequest)(nil),     // 15: strongroom.v1.AgentDecryptVMRequest
-	(*AgentRekeyVMRequest)(nil),       // 16: strongroom.v1.AgentRekeyVMRequest
-	(*AgentFillDisksRequest)(nil),     // 17: strongroom.v1.AgentFillDisksRequest
-	(*AgentExportDiskKeyRequest)(nil), // 18: strongroom.v1.AgentExportDiskKeyRequest
-	(*AgentPowerOnVMRequest)(nil),     // 19: strongroom.v1.AgentPowerOnVMRequest
-	(*AgentPowerOffVMRequest)(nil),    // 20: strongroom.v1.AgentPowerOffVMRequest
-	(*AgentRegisterVMRequest)(nil),    // 21: strongroom.v1.AgentRegisterVMRequest
-	(*AgentUnregisterVMRequest)(nil),  // 22: strongroom.v1.AgentUnregisterVMRequest
-	(*AgentUnregisterVMResponse)(nil), // 23: strongroom.v1.AgentUnregisterVMResponse
-	(*AgentDeleteVMRequest)(nil),      // 24: strongroom.v1.AgentDeleteVMRequest
-	(*AgentDeleteVMResponse)(nil),     // 25: strongroom.v1.AgentDeleteVMResponse
-	(*AgentGetVMRequest)(nil),         // 26: strongroom.v1.AgentGetVMRequest
-	(*AgentVMResponse)(nil),           // 27: strongroom.v1.AgentVMResponse
-	nil,                               // 28: strongroom.v1.JoinRequest.CapabilitiesEntry
-	nil,                               // 29: strongroom.v1.HeartbeatRequest.CapabilitiesEntry
-	(*VM)(nil),                        // 30: strongroom.v1.VM
-	(*timestamppb.Timestamp)(nil),     // 31: google.protobuf.Timestamp
-	(*VMSettings)(nil),                // 32: strongroom.v1.VMSettings
-	(*NewDisk)(nil),                   // 33: strongroom.v1.NewDisk
-	(*KeyRef)(nil),                    // 34: strongroom.v1.KeyRef
-	(*ExportDiskKeyResponse)(nil),     // 35: strongroom.v1.ExportDiskKeyResponse
+	(*WantedKEK)(nil),                 // 8: strongroom.v1.WantedKEK
+	(*WantedProvider)(nil),            // 9: strongroom.v1.WantedProvider
+	(*WantedDatastore)(nil),           // 10: strongroom.v1.WantedDatastore
+	(*SyncHostResponse)(nil),          // 11: strongroom.v1.SyncHostResponse
+	(*DatastoreSpace)(nil),            // 12: strongroom.v1.DatastoreSpace
+	(*AgentProgress)(nil),             // 13: strongroom.v1.AgentProgress
+	(*AgentCreateVMRequest)(nil),      // 14: strongroom.v1.AgentCreateVMRequest
+	(*AgentEncryptVMRequest)(nil),     // 15: strongroom.v1.AgentEncryptVMRequest
+	(*AgentDecryptVMRequest)(nil),     // 16: strongroom.v1.AgentDecryptVMRequest
+	(*AgentRekeyVMRequest)(nil),       // 17: strongroom.v1.AgentRekeyVMRequest
+	(*AgentFillDisksRequest)(nil),     // 18: strongroom.v1.AgentFillDisksRequest
+	(*AgentExportDiskKeyRequest)(nil), // 19: strongroom.v1.AgentExportDiskKeyRequest
+	(*AgentPowerOnVMRequest)(nil),     // 20: strongroom.v1.AgentPowerOnVMRequest
+	(*AgentPowerOffVMRequest)(nil),    // 21: strongroom.v1.AgentPowerOffVMRequest
+	(*AgentRegisterVMRequest)(nil),    // 22: strongroom.v1.AgentRegisterVMRequest
+	(*AgentUnregisterVMRequest)(nil),  // 23: strongroom.v1.AgentUnregisterVMRequest
+	(*AgentUnregisterVMResponse)(nil), // 24: strongroom.v1.AgentUnregisterVMResponse
+	(*AgentDeleteVMRequest)(nil),      // 25: strongroom.v1.AgentDeleteVMRequest
+	(*AgentDeleteVMResponse)(nil),     // 26: strongroom.v1.AgentDeleteVMResponse
+	(*AgentGetVMRequest)(nil),         // 27: strongroom.v1.AgentGetVMRequest
+	(*AgentVMResponse)(nil),           // 28: strongroom.v1.AgentVMResponse
+	nil,                               // 29: strongroom.v1.JoinRequest.CapabilitiesEntry
+	nil,                               // 30: strongroom.v1.HeartbeatRequest.CapabilitiesEntry
+	(*VM)(nil),                        // 31: strongroom.v1.VM
+	(*KeyRef)(nil),                    // 32: strongroom.v1.KeyRef
+	(*timestamppb.Timestamp)(nil),     // 33: google.protobuf.Timestamp
+	(*VMSettings)(nil),                // 34: strongroom.v1.VMSettings
+	(*NewDisk)(nil),                   // 35: strongroom.v1.NewDisk
+	(*ExportDiskKeyResponse)(nil),     // 36: strongroom.v1.ExportDiskKeyResponse
 }
 var file_strongroom_v1_agent_proto_depIdxs = []int32{
-	28, // 0: strongroom.v1.JoinRequest.capabilities:type_name -> strongroom.v1.JoinRequest.CapabilitiesEntry
-	29, // 1: strongroom.v1.HeartbeatRequest.capabilities:type_name -> strongroom.v1.HeartbeatRequest.CapabilitiesEntry
+	29, // 0: strongroom.v1.JoinRequest.capabilities:type_name -> strongroom.v1.JoinRequest.CapabilitiesEntry
+	30, // 1: strongroom.v1.HeartbeatRequest.capabilities:type_name -> strongroom.v1.HeartbeatRequest.CapabilitiesEntry
 	3,  // 2: strongroom.v1.HeartbeatRequest.providers:type_name -> strongroom.v1.HeldProvider
-	30, // 3: strongroom.v1.HeartbeatRequest.vms:type_name -> strongroom.v1.VM
-	8,  // 4: strongroom.v1.SyncHostRequest.providers:type_name -> strongroom.v1.WantedProvider
-	9,  // 5: strongroom.v1.SyncHostRequest.datastores:type_name -> strongroom.v1.WantedDatastore
-	31, // 6: strongroom.v1.WantedProvider.created:type_name -> google.protobuf.Timestamp
-	3,  // 7: strongroom.v1.SyncHostResponse.providers:type_name -> strongroom.v1.HeldProvider
-	11, // 8: strongroom.v1.SyncHostResponse.datastores:type_name -> strongroom.v1.DatastoreSpace
-	30, // 9: strongroom.v1.AgentProgress.result:type_name -> strongroom.v1.VM
-	32, // 10: strongroom.v1.AgentCreateVMRequest.settings:type_name -> strongroom.v1.VMSettings
-	33, // 11: strongroom.v1.AgentCreateVMRequest.disks:type_name -> strongroom.v1.NewDisk
-	34, // 12: strongroom.v1.AgentCreateVMRequest.key:type_name -> strongroom.v1.KeyRef
-	34, // 13: strongroom.v1.AgentEncryptVMRequest.key:type_name -> strongroom.v1.KeyRef
-	34, // 14: strongroom.v1.AgentRekeyVMRequest.key:type_name -> strongroom.v1.KeyRef
-	30, // 15: strongroom.v1.AgentVMResponse.vm:type_name -> strongroom.v1.VM
-	0,  // 16: strongroom.v1.EnrollService.Join:input_type -> strongroom.v1.JoinRequest
-	2,  // 17: strongroom.v1.EnrollService.Heartbeat:input_type -> strongroom.v1.HeartbeatRequest
-	5,  // 18: strongroom.v1.EnrollService.RenewCertificate:input_type -> strongroom.v1.RenewCertificateRequest
-	7,  // 19: strongroom.v1.AgentService.SyncHost:input_type -> strongroom.v1.SyncHostRequest
-	13, // 20: strongroom.v1.AgentService.CreateVM:input_type -> strongroom.v1.AgentCreateVMRequest
-	14, // 21: strongroom.v1.AgentService.EncryptVM:input_type -> strongroom.v1.AgentEncryptVMRequest
-	15, // 22: strongroom.v1.AgentService.DecryptVM:input_type -> strongroom.v1.AgentDecryptVMRequest
-	16, // 23: strongroom.v1.AgentService.RekeyVM:input_type -> strongroom.v1.AgentRekeyVMRequest
-	17, // 24: strongroom.v1.AgentService.FillDisks:input_type -> strongroom.v1.AgentFillDisksRequest
-	18, // 25: strongroom.v1.AgentService.ExportDiskKey:input_type -> strongroom.v1.AgentExportDiskKeyRequest
-	19, // 26: strongroom.v1.AgentService.PowerOnVM:input_type -> strongroom.v1.AgentPowerOnVMRequest
-	20, // 27: strongroom.v1.AgentService.PowerOffVM:input_type -> strongroom.v1.AgentPowerOffVMRequest
-	21, // 28: strongroom.v1.AgentService.RegisterVM:input_type -> strongroom.v1.AgentRegisterVMRequest
-	22, // 29: strongroom.v1.AgentService.UnregisterVM:input_type -> strongroom.v1.AgentUnregisterVMRequest
-	24, // 30: strongroom.v1.AgentService.DeleteVM:input_type -> strongroom.v1.AgentDeleteVMRequest
-	26, // 31: strongroom.v1.AgentService.GetVM:input_type -> strongroom.v1.AgentGetVMRequest
-	1,  // 32: strongroom.v1.EnrollService.Join:output_type -> strongroom.v1.JoinResponse
-	4,  // 33: strongroom.v1.EnrollService.Heartbeat:output_type -> strongroom.v1.HeartbeatResponse
-	6,  // 34: strongroom.v1.EnrollService.RenewCertificate:output_type -> strongroom.v1.RenewCertificateResponse
-	10, // 35: strongroom.v1.AgentService.SyncHost:output_type -> strongroom.v1.SyncHostResponse
-	12, // 36: strongroom.v1.AgentService.CreateVM:output_type -> strongroom.v1.AgentProgress
-	12, // 37: strongroom.v1.AgentService.EncryptVM:output_type -> strongroom.v1.AgentProgress
-	12, // 38: strongroom.v1.AgentService.DecryptVM:output_type -> strongroom.v1.AgentProgress
-	12, // 39: strongroom.v1.AgentService.RekeyVM:output_type -> strongroom.v1.AgentProgress
-	12, // 40: strongroom.v1.AgentService.FillDisks:output_type -> strongroom.v1.AgentProgress
-	35, // 41: strongroom.v1.AgentService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
-	27, // 42: strongroom.v1.AgentService.PowerOnVM:output_type -> strongroom.v1.AgentVMResponse
-	27, // 43: strongroom.v1.AgentService.PowerOffVM:output_type -> strongroom.v1.AgentVMResponse
-	27, // 44: strongroom.v1.AgentService.RegisterVM:output_type -> strongroom.v1.AgentVMResponse
-	23, // 45: strongroom.v1.AgentService.UnregisterVM:output_type -> strongroom.v1.AgentUnregisterVMResponse
-	25, // 46: strongroom.v1.AgentService.DeleteVM:output_type -> strongroom.v1.AgentDeleteVMResponse
-	27, // 47: strongroom.v1.AgentService.GetVM:output_type -> strongroom.v1.AgentVMResponse
-	32, // [32:48] is the sub-list for method output_type
-	16, // [16:32] is the sub-list for method input_type
-	16, // [16:16] is the sub-list for extension type_name
-	16, // [16:16] is the sub-list for extension extendee
-	0,  // [0:16] is the sub-list for field type_name
+	31, // 3: strongroom.v1.HeartbeatRequest.vms:type_name -> strongroom.v1.VM
+	9,  // 4: strongroom.v1.SyncHostRequest.providers:type_name -> strongroom.v1.WantedProvider
+	10, // 5: strongroom.v1.SyncHostRequest.datastores:type_name -> strongroom.v1.WantedDatastore
+	8,  // 6: strongroom.v1.SyncHostRequest.keks:type_name -> strongroom.v1.WantedKEK
+	32, // 7: strongroom.v1.WantedKEK.key:type_name -> strongroom.v1.KeyRef
+	33, // 8: strongroom.v1.WantedProvider.created:type_name -> google.protobuf.Timestamp
+	3,  // 9: strongroom.v1.SyncHostResponse.providers:type_name -> strongroom.v1.HeldProvider
+	12, // 10: strongroom.v1.SyncHostResponse.datastores:type_name -> strongroom.v1.DatastoreSpace
+	32, // 11: strongroom.v1.SyncHostResponse.missing_keks:type_name -> strongroom.v1.KeyRef
+	31, // 12: strongroom.v1.AgentProgress.result:type_name -> strongroom.v1.VM
+	34, // 13: strongroom.v1.AgentCreateVMRequest.settings:type_name -> strongroom.v1.VMSettings
+	35, // 14: strongroom.v1.AgentCreateVMRequest.disks:type_name -> strongroom.v1.NewDisk
+	32, // 15: strongroom.v1.AgentCreateVMRequest.key:type_name -> strongroom.v1.KeyRef
+	32, // 16: strongroom.v1.AgentEncryptVMRequest.key:type_name -> strongroom.v1.KeyRef
+	32, // 17: strongroom.v1.AgentRekeyVMRequest.key:type_name -> strongroom.v1.KeyRef
+	31, // 18: strongroom.v1.AgentVMResponse.vm:type_name -> strongroom.v1.VM
+	0,  // 19: strongroom.v1.EnrollService.Join:input_type -> strongroom.v1.JoinRequest
+	2,  // 20: strongroom.v1.EnrollService.Heartbeat:input_type -> strongroom.v1.HeartbeatRequest
+	5,  // 21: strongroom.v1.EnrollService.RenewCertificate:input_type -> strongroom.v1.RenewCertificateRequest
+	7,  // 22: strongroom.v1.AgentService.SyncHost:input_type -> strongroom.v1.SyncHostRequest
+	14, // 23: strongroom.v1.AgentService.CreateVM:input_type -> strongroom.v1.AgentCreateVMRequest
+	15, // 24: strongroom.v1.AgentService.EncryptVM:input_type -> strongroom.v1.AgentEncryptVMRequest
+	16, // 25: strongroom.v1.AgentService.DecryptVM:input_type -> strongroom.v1.AgentDecryptVMRequest
+	17, // 26: strongroom.v1.AgentService.RekeyVM:input_type -> strongroom.v1.AgentRekeyVMRequest
+	18, // 27: strongroom.v1.AgentService.FillDisks:input_type -> strongroom.v1.AgentFillDisksRequest
+	19, // 28: strongroom.v1.AgentService.ExportDiskKey:input_type -> strongroom.v1.AgentExportDiskKeyRequest
+	20, // 29: strongroom.v1.AgentService.PowerOnVM:input_type -> strongroom.v1.AgentPowerOnVMRequest
+	21, // 30: strongroom.v1.AgentService.PowerOffVM:input_type -> strongroom.v1.AgentPowerOffVMRequest
+	22, // 31: strongroom.v1.AgentService.RegisterVM:input_type -> strongroom.v1.AgentRegisterVMRequest
+	23, // 32: strongroom.v1.AgentService.UnregisterVM:input_type -> strongroom.v1.AgentUnregisterVMRequest
+	25, // 33: strongroom.v1.AgentService.DeleteVM:input_type -> strongroom.v1.AgentDeleteVMRequest
+	27, // 34: strongroom.v1.AgentService.GetVM:input_type -> strongroom.v1.AgentGetVMRequest
+	1,  // 35: strongroom.v1.EnrollService.Join:output_type -> strongroom.v1.JoinResponse
+	4,  // 36: strongroom.v1.EnrollService.Heartbeat:output_type -> strongroom.v1.HeartbeatResponse
+	6,  // 37: strongroom.v1.EnrollService.RenewCertificate:output_type -> strongroom.v1.RenewCertificateResponse
+	11, // 38: strongroom.v1.AgentService.SyncHost:output_type -> strongroom.v1.SyncHostResponse
+	13, // 39: strongroom.v1.AgentService.CreateVM:output_type -> strongroom.v1.AgentProgress
+	13, // 40: strongroom.v1.AgentService.EncryptVM:output_type -> strongroom.v1.AgentProgress
+	13, // 41: strongroom.v1.AgentService.DecryptVM:output_type -> strongroom.v1.AgentProgress
+	13, // 42: strongroom.v1.AgentService.RekeyVM:output_type -> strongroom.v1.AgentProgress
+	13, // 43: strongroom.v1.AgentService.FillDisks:output_type -> strongroom.v1.AgentProgress
+	36, // 44: strongroom.v1.AgentService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
+	28, // 45: strongroom.v1.AgentService.PowerOnVM:output_type -> strongroom.v1.AgentVMResponse
+	28, // 46: strongroom.v1.AgentService.PowerOffVM:output_type -> strongroom.v1.AgentVMResponse
+	28, // 47: strongroom.v1.AgentService.RegisterVM:output_type -> strongroom.v1.AgentVMResponse
+	24, // 48: strongroom.v1.AgentService.UnregisterVM:output_type -> strongroom.v1.AgentUnregisterVMResponse
+	26, // 49: strongroom.v1.AgentService.DeleteVM:output_type -> strongroom.v1.AgentDeleteVMResponse
+	28, // 50: strongroom.v1.AgentService.GetVM:output_type -> strongroom.v1.AgentVMResponse
+	35, // [35:51] is the sub-list for method output_type
+	19, // [19:35] is the sub-list for method input_type
+	19, // [19:19] is the sub-list for extension type_name
+	19, // [19:19] is the sub-list for extension extendee
+	0,  // [0:19] is the sub-list for field type_name
 }
 
 func init() { file_strongroom_v1_agent_proto_init() }
@@ -1966,7 +2070,7 @@ func file_strongroom_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_strongroom_v1_agent_proto_rawDesc), len(file_strongroom_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   30,
+			NumMessages:   31,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

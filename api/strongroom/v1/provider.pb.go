@@ -25,11 +25,12 @@ const (
 type Provider struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// "native".
+	// "native" or "standard".
 	Type string `protobuf:"bytes,2,opt,name=type,proto3" json:"type,omitempty"`
 	// Of a native provider: the id of its KDK, a UUID.
 	KeyId string `protobuf:"bytes,3,opt,name=key_id,json=keyId,proto3" json:"key_id,omitempty"`
-	// "Not backed up", "Warning" (not on every host yet) or "Active".
+	// "Active" or "Warning"; of a native provider also "Not backed up"; of a
+	// standard one "Not established" (no key was ever got) and "Not connected".
 	State string `protobuf:"bytes,4,opt,name=state,proto3" json:"state,omitempty"`
 	// Why it is not Active, one sentence each.
 	Details     []string               `protobuf:"bytes,5,rep,name=details,proto3" json:"details,omitempty"`
@@ -38,7 +39,9 @@ type Provider struct {
 	Created     *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=created,proto3" json:"created,omitempty"`
 	BackedUp    *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=backed_up,json=backedUp,proto3" json:"backed_up,omitempty"`
 	// Whether anything registered here uses it.
-	InUse         bool `protobuf:"varint,10,opt,name=in_use,json=inUse,proto3" json:"in_use,omitempty"`
+	InUse bool `protobuf:"varint,10,opt,name=in_use,json=inUse,proto3" json:"in_use,omitempty"`
+	// Of a standard provider.
+	Standard      *StandardProvider `protobuf:"bytes,11,opt,name=standard,proto3" json:"standard,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -143,6 +146,839 @@ func (x *Provider) GetInUse() bool {
 	return false
 }
 
+func (x *Provider) GetStandard() *StandardProvider {
+	if x != nil {
+		return x.Standard
+	}
+	return nil
+}
+
+// StandardProvider is what a standard provider has beyond others.
+type StandardProvider struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Servers []*KeyServer           `protobuf:"bytes,1,rep,name=servers,proto3" json:"servers,omitempty"`
+	// User name of the credential; empty if there is none.
+	User string `protobuf:"bytes,2,opt,name=user,proto3" json:"user,omitempty"`
+	// "host:port" of an HTTP proxy; empty if there is none.
+	Proxy string `protobuf:"bytes,3,opt,name=proxy,proto3" json:"proxy,omitempty"`
+	// Deadline of connecting, of the TLS handshake, and of a request.
+	TimeoutSeconds    uint32           `protobuf:"varint,4,opt,name=timeout_seconds,json=timeoutSeconds,proto3" json:"timeout_seconds,omitempty"`
+	ClientMethod      string           `protobuf:"bytes,5,opt,name=client_method,json=clientMethod,proto3" json:"client_method,omitempty"`
+	ClientCertificate *CertificateInfo `protobuf:"bytes,6,opt,name=client_certificate,json=clientCertificate,proto3" json:"client_certificate,omitempty"`
+	// When a key was first made, got and destroyed; unset if never.
+	Established   *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=established,proto3" json:"established,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StandardProvider) Reset() {
+	*x = StandardProvider{}
+	mi := &file_strongroom_v1_provider_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StandardProvider) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StandardProvider) ProtoMessage() {}
+
+func (x *StandardProvider) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_provider_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StandardProvider.ProtoReflect.Descriptor instead.
+func (*StandardProvider) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *StandardProvider) GetServers() []*KeyServer {
+	if x != nil {
+		return x.Servers
+	}
+	return nil
+}
+
+func (x *StandardProvider) GetUser() string {
+	if x != nil {
+		return x.User
+	}
+	return ""
+}
+
+func (x *StandardProvider) GetProxy() string {
+	if x != nil {
+		return x.Proxy
+	}
+	return ""
+}
+
+func (x *StandardProvider) GetTimeoutSeconds() uint32 {
+	if x != nil {
+		return x.TimeoutSeconds
+	}
+	return 0
+}
+
+func (x *StandardProvider) GetClientMethod() string {
+	if x != nil {
+		return x.ClientMethod
+	}
+	return ""
+}
+
+func (x *StandardProvider) GetClientCertificate() *CertificateInfo {
+	if x != nil {
+		return x.ClientCertificate
+	}
+	return nil
+}
+
+func (x *StandardProvider) GetEstablished() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Established
+	}
+	return nil
+}
+
+// KeyServer is a server of a standard provider, and how it was found last.
+type KeyServer struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "host:port".
+	Address string `protobuf:"bytes,1,opt,name=address,proto3" json:"address,omitempty"`
+	// The certificate that was confirmed, "sha256:" and 64 hexadecimal digits.
+	Fingerprint string `protobuf:"bytes,2,opt,name=fingerprint,proto3" json:"fingerprint,omitempty"`
+	// "green", "yellow", "red", or "gray" if it was not looked at yet.
+	Status string `protobuf:"bytes,3,opt,name=status,proto3" json:"status,omitempty"`
+	// Why it cannot be used, in a word: AddressUnknown, Unreachable, ProxyFailed,
+	// NoAnswer, NotTLS, ServerUntrusted, ServerCertExpired, ClientRefused,
+	// WrongCredentials or NotKMIP. Empty if it can.
+	Problem           string `protobuf:"bytes,4,opt,name=problem,proto3" json:"problem,omitempty"`
+	Message           string `protobuf:"bytes,5,opt,name=message,proto3" json:"message,omitempty"`
+	Connected         bool   `protobuf:"varint,6,opt,name=connected,proto3" json:"connected,omitempty"`
+	ClientTrustServer bool   `protobuf:"varint,7,opt,name=client_trust_server,json=clientTrustServer,proto3" json:"client_trust_server,omitempty"`
+	ServerTrustClient bool   `protobuf:"varint,8,opt,name=server_trust_client,json=serverTrustClient,proto3" json:"server_trust_client,omitempty"`
+	// That it showed last.
+	Certificate   *CertificateInfo `protobuf:"bytes,9,opt,name=certificate,proto3" json:"certificate,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KeyServer) Reset() {
+	*x = KeyServer{}
+	mi := &file_strongroom_v1_provider_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KeyServer) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KeyServer) ProtoMessage() {}
+
+func (x *KeyServer) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_provider_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KeyServer.ProtoReflect.Descriptor instead.
+func (*KeyServer) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *KeyServer) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *KeyServer) GetFingerprint() string {
+	if x != nil {
+		return x.Fingerprint
+	}
+	return ""
+}
+
+func (x *KeyServer) GetStatus() string {
+	if x != nil {
+		return x.Status
+	}
+	return ""
+}
+
+func (x *KeyServer) GetProblem() string {
+	if x != nil {
+		return x.Problem
+	}
+	return ""
+}
+
+func (x *KeyServer) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
+func (x *KeyServer) GetConnected() bool {
+	if x != nil {
+		return x.Connected
+	}
+	return false
+}
+
+func (x *KeyServer) GetClientTrustServer() bool {
+	if x != nil {
+		return x.ClientTrustServer
+	}
+	return false
+}
+
+func (x *KeyServer) GetServerTrustClient() bool {
+	if x != nil {
+		return x.ServerTrustClient
+	}
+	return false
+}
+
+func (x *KeyServer) GetCertificate() *CertificateInfo {
+	if x != nil {
+		return x.Certificate
+	}
+	return nil
+}
+
+type CertificateInfo struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Fingerprint   string                 `protobuf:"bytes,1,opt,name=fingerprint,proto3" json:"fingerprint,omitempty"`
+	Subject       string                 `protobuf:"bytes,2,opt,name=subject,proto3" json:"subject,omitempty"`
+	Issuer        string                 `protobuf:"bytes,3,opt,name=issuer,proto3" json:"issuer,omitempty"`
+	NotBefore     *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=not_before,json=notBefore,proto3" json:"not_before,omitempty"`
+	NotAfter      *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CertificateInfo) Reset() {
+	*x = CertificateInfo{}
+	mi := &file_strongroom_v1_provider_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CertificateInfo) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CertificateInfo) ProtoMessage() {}
+
+func (x *CertificateInfo) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_provider_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CertificateInfo.ProtoReflect.Descriptor instead.
+func (*CertificateInfo) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *CertificateInfo) GetFingerprint() string {
+	if x != nil {
+		return x.Fingerprint
+	}
+	return ""
+}
+
+func (x *CertificateInfo) GetSubject() string {
+	if x != nil {
+		return x.Subject
+	}
+	return ""
+}
+
+func (x *CertificateInfo) GetIssuer() string {
+	if x != nil {
+		return x.Issuer
+	}
+	return ""
+}
+
+func (x *CertificateInfo) GetNotBefore() *timestamppb.Timestamp {
+	if x != nil {
+		return x.NotBefore
+	}
+	return nil
+}
+
+func (x *CertificateInfo) GetNotAfter() *timestamppb.Timestamp {
+	if x != nil {
+		return x.NotAfter
+	}
+	return nil
+}
+
+type InspectKeyServersRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "host:port", 1 to 16.
+	Servers []string `protobuf:"bytes,1,rep,name=servers,proto3" json:"servers,omitempty"`
+	Proxy   string   `protobuf:"bytes,2,opt,name=proxy,proto3" json:"proxy,omitempty"`
+	// 1 to 60; 0 means 5.
+	TimeoutSeconds uint32 `protobuf:"varint,3,opt,name=timeout_seconds,json=timeoutSeconds,proto3" json:"timeout_seconds,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *InspectKeyServersRequest) Reset() {
+	*x = InspectKeyServersRequest{}
+	mi := &file_strongroom_v1_provider_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *InspectKeyServersRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*InspectKeyServersRequest) ProtoMessage() {}
+
+func (x *InspectKeyServersRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_provider_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use InspectKeyServersRequest.ProtoReflect.Descriptor instead.
+func (*InspectKeyServersRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *InspectKeyServersRequest) GetServers() []string {
+	if x != nil {
+		return x.Servers
+	}
+	return nil
+}
+
+func (x *InspectKeyServersRequest) GetProxy() string {
+	if x != nil {
+		return x.Proxy
+	}
+	return ""
+}
+
+func (x *InspectKeyServersRequest) GetTimeoutSeconds() uint32 {
+	if x != nil {
+		return x.TimeoutSeconds
+	}
+	return 0
+}
+
+type InspectKeyServersResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// In the order of the request.
+	Servers       []*KeyServer `protobuf:"bytes,1,rep,name=servers,proto3" json:"servers,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *InspectKeyServersResponse) Reset() {
+	*x = InspectKeyServersResponse{}
+	mi := &file_strongroom_v1_provider_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *InspectKeyServersResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*InspectKeyServersResponse) ProtoMessage() {}
+
+func (x *InspectKeyServersResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_provider_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use InspectKeyServersResponse.ProtoReflect.Descriptor instead.
+func (*InspectKeyServersResponse) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *InspectKeyServersResponse) GetServers() []*KeyServer {
+	if x != nil {
+		return x.Servers
+	}
+	return nil
+}
+
+type AddStandardProviderRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Settings      *StandardSettings      `protobuf:"bytes,2,opt,name=settings,proto3" json:"settings,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AddStandardProviderRequest) Reset() {
+	*x = AddStandardProviderRequest{}
+	mi := &file_strongroom_v1_provider_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AddStandardProviderRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AddStandardProviderRequest) ProtoMessage() {}
+
+func (x *AddStandardProviderRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_provider_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AddStandardProviderRequest.ProtoReflect.Descriptor instead.
+func (*AddStandardProviderRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *AddStandardProviderRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *AddStandardProviderRequest) GetSettings() *StandardSettings {
+	if x != nil {
+		return x.Settings
+	}
+	return nil
+}
+
+type UpdateStandardProviderRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Settings      *StandardSettings      `protobuf:"bytes,2,opt,name=settings,proto3" json:"settings,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UpdateStandardProviderRequest) Reset() {
+	*x = UpdateStandardProviderRequest{}
+	mi := &file_strongroom_v1_provider_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UpdateStandardProviderRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UpdateStandardProviderRequest) ProtoMessage() {}
+
+func (x *UpdateStandardProviderRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_provider_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UpdateStandardProviderRequest.ProtoReflect.Descriptor instead.
+func (*UpdateStandardProviderRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *UpdateStandardProviderRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *UpdateStandardProviderRequest) GetSettings() *StandardSettings {
+	if x != nil {
+		return x.Settings
+	}
+	return nil
+}
+
+// StandardSettings are the settings of a standard provider.
+type StandardSettings struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// In order of preference, 1 to 16; all have the same keys.
+	Servers []*TrustedServer `protobuf:"bytes,1,rep,name=servers,proto3" json:"servers,omitempty"`
+	// Of the credential that the key server gave out; empty for none. Both are
+	// taken if either is set.
+	User     string `protobuf:"bytes,2,opt,name=user,proto3" json:"user,omitempty"`
+	Password []byte `protobuf:"bytes,3,opt,name=password,proto3" json:"password,omitempty"`
+	// "host:port", or "none".
+	Proxy string `protobuf:"bytes,4,opt,name=proxy,proto3" json:"proxy,omitempty"`
+	// 1 to 60.
+	TimeoutSeconds uint32 `protobuf:"varint,5,opt,name=timeout_seconds,json=timeoutSeconds,proto3" json:"timeout_seconds,omitempty"`
+	// How the key server knows this controller: "self-signed" (a new key and
+	// certificate), "controller-ca" (a new key, with a certificate from the
+	// controller's own CA), "csr" (a new key, whose certificate the key server
+	// gives) or "upload" (certificate and private key from the key server). With
+	// "csr" and a certificate, that completes an earlier request.
+	ClientMethod string `protobuf:"bytes,6,opt,name=client_method,json=clientMethod,proto3" json:"client_method,omitempty"`
+	// PEM, the client's own first.
+	ClientCertificate []byte `protobuf:"bytes,7,opt,name=client_certificate,json=clientCertificate,proto3" json:"client_certificate,omitempty"`
+	// PEM, with client_method "upload" only.
+	ClientKey     []byte `protobuf:"bytes,8,opt,name=client_key,json=clientKey,proto3" json:"client_key,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StandardSettings) Reset() {
+	*x = StandardSettings{}
+	mi := &file_strongroom_v1_provider_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StandardSettings) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StandardSettings) ProtoMessage() {}
+
+func (x *StandardSettings) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_provider_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StandardSettings.ProtoReflect.Descriptor instead.
+func (*StandardSettings) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *StandardSettings) GetServers() []*TrustedServer {
+	if x != nil {
+		return x.Servers
+	}
+	return nil
+}
+
+func (x *StandardSettings) GetUser() string {
+	if x != nil {
+		return x.User
+	}
+	return ""
+}
+
+func (x *StandardSettings) GetPassword() []byte {
+	if x != nil {
+		return x.Password
+	}
+	return nil
+}
+
+func (x *StandardSettings) GetProxy() string {
+	if x != nil {
+		return x.Proxy
+	}
+	return ""
+}
+
+func (x *StandardSettings) GetTimeoutSeconds() uint32 {
+	if x != nil {
+		return x.TimeoutSeconds
+	}
+	return 0
+}
+
+func (x *StandardSettings) GetClientMethod() string {
+	if x != nil {
+		return x.ClientMethod
+	}
+	return ""
+}
+
+func (x *StandardSettings) GetClientCertificate() []byte {
+	if x != nil {
+		return x.ClientCertificate
+	}
+	return nil
+}
+
+func (x *StandardSettings) GetClientKey() []byte {
+	if x != nil {
+		return x.ClientKey
+	}
+	return nil
+}
+
+type TrustedServer struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Address string                 `protobuf:"bytes,1,opt,name=address,proto3" json:"address,omitempty"`
+	// The certificate that the server must show: "sha256:" and 64 hexadecimal
+	// digits.
+	Fingerprint   string `protobuf:"bytes,2,opt,name=fingerprint,proto3" json:"fingerprint,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TrustedServer) Reset() {
+	*x = TrustedServer{}
+	mi := &file_strongroom_v1_provider_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TrustedServer) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TrustedServer) ProtoMessage() {}
+
+func (x *TrustedServer) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_provider_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TrustedServer.ProtoReflect.Descriptor instead.
+func (*TrustedServer) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *TrustedServer) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *TrustedServer) GetFingerprint() string {
+	if x != nil {
+		return x.Fingerprint
+	}
+	return ""
+}
+
+type GetClientIdentityRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetClientIdentityRequest) Reset() {
+	*x = GetClientIdentityRequest{}
+	mi := &file_strongroom_v1_provider_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetClientIdentityRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetClientIdentityRequest) ProtoMessage() {}
+
+func (x *GetClientIdentityRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_provider_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetClientIdentityRequest.ProtoReflect.Descriptor instead.
+func (*GetClientIdentityRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *GetClientIdentityRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type ClientIdentity struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Method string                 `protobuf:"bytes,1,opt,name=method,proto3" json:"method,omitempty"`
+	// PEM; empty while a certificate request waits for its first certificate.
+	Certificate []byte `protobuf:"bytes,2,opt,name=certificate,proto3" json:"certificate,omitempty"`
+	// PEM, of a certificate request that waits for its certificate.
+	Request []byte `protobuf:"bytes,3,opt,name=request,proto3" json:"request,omitempty"`
+	// PEM of the CA that the certificate comes from, if it is the controller's.
+	Authority     []byte `protobuf:"bytes,4,opt,name=authority,proto3" json:"authority,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ClientIdentity) Reset() {
+	*x = ClientIdentity{}
+	mi := &file_strongroom_v1_provider_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ClientIdentity) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ClientIdentity) ProtoMessage() {}
+
+func (x *ClientIdentity) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_provider_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ClientIdentity.ProtoReflect.Descriptor instead.
+func (*ClientIdentity) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *ClientIdentity) GetMethod() string {
+	if x != nil {
+		return x.Method
+	}
+	return ""
+}
+
+func (x *ClientIdentity) GetCertificate() []byte {
+	if x != nil {
+		return x.Certificate
+	}
+	return nil
+}
+
+func (x *ClientIdentity) GetRequest() []byte {
+	if x != nil {
+		return x.Request
+	}
+	return nil
+}
+
+func (x *ClientIdentity) GetAuthority() []byte {
+	if x != nil {
+		return x.Authority
+	}
+	return nil
+}
+
+type CheckProviderRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckProviderRequest) Reset() {
+	*x = CheckProviderRequest{}
+	mi := &file_strongroom_v1_provider_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckProviderRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckProviderRequest) ProtoMessage() {}
+
+func (x *CheckProviderRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_provider_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckProviderRequest.ProtoReflect.Descriptor instead.
+func (*CheckProviderRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *CheckProviderRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
 type CreateNativeProviderRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -154,7 +990,7 @@ type CreateNativeProviderRequest struct {
 
 func (x *CreateNativeProviderRequest) Reset() {
 	*x = CreateNativeProviderRequest{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[1]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -166,7 +1002,7 @@ func (x *CreateNativeProviderRequest) String() string {
 func (*CreateNativeProviderRequest) ProtoMessage() {}
 
 func (x *CreateNativeProviderRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[1]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -179,7 +1015,7 @@ func (x *CreateNativeProviderRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateNativeProviderRequest.ProtoReflect.Descriptor instead.
 func (*CreateNativeProviderRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{1}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *CreateNativeProviderRequest) GetName() string {
@@ -204,7 +1040,7 @@ type ListProvidersRequest struct {
 
 func (x *ListProvidersRequest) Reset() {
 	*x = ListProvidersRequest{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[2]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -216,7 +1052,7 @@ func (x *ListProvidersRequest) String() string {
 func (*ListProvidersRequest) ProtoMessage() {}
 
 func (x *ListProvidersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[2]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -229,7 +1065,7 @@ func (x *ListProvidersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListProvidersRequest.ProtoReflect.Descriptor instead.
 func (*ListProvidersRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{2}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{14}
 }
 
 type ListProvidersResponse struct {
@@ -241,7 +1077,7 @@ type ListProvidersResponse struct {
 
 func (x *ListProvidersResponse) Reset() {
 	*x = ListProvidersResponse{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[3]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -253,7 +1089,7 @@ func (x *ListProvidersResponse) String() string {
 func (*ListProvidersResponse) ProtoMessage() {}
 
 func (x *ListProvidersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[3]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -266,7 +1102,7 @@ func (x *ListProvidersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListProvidersResponse.ProtoReflect.Descriptor instead.
 func (*ListProvidersResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{3}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ListProvidersResponse) GetProviders() []*Provider {
@@ -285,7 +1121,7 @@ type GetProviderRequest struct {
 
 func (x *GetProviderRequest) Reset() {
 	*x = GetProviderRequest{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[4]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -297,7 +1133,7 @@ func (x *GetProviderRequest) String() string {
 func (*GetProviderRequest) ProtoMessage() {}
 
 func (x *GetProviderRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[4]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -310,7 +1146,7 @@ func (x *GetProviderRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetProviderRequest.ProtoReflect.Descriptor instead.
 func (*GetProviderRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{4}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *GetProviderRequest) GetName() string {
@@ -331,7 +1167,7 @@ type ExportProviderRequest struct {
 
 func (x *ExportProviderRequest) Reset() {
 	*x = ExportProviderRequest{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[5]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -343,7 +1179,7 @@ func (x *ExportProviderRequest) String() string {
 func (*ExportProviderRequest) ProtoMessage() {}
 
 func (x *ExportProviderRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[5]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -356,7 +1192,7 @@ func (x *ExportProviderRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportProviderRequest.ProtoReflect.Descriptor instead.
 func (*ExportProviderRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{5}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ExportProviderRequest) GetName() string {
@@ -384,7 +1220,7 @@ type ExportProviderResponse struct {
 
 func (x *ExportProviderResponse) Reset() {
 	*x = ExportProviderResponse{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[6]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -396,7 +1232,7 @@ func (x *ExportProviderResponse) String() string {
 func (*ExportProviderResponse) ProtoMessage() {}
 
 func (x *ExportProviderResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[6]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -409,7 +1245,7 @@ func (x *ExportProviderResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportProviderResponse.ProtoReflect.Descriptor instead.
 func (*ExportProviderResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{6}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ExportProviderResponse) GetFileName() string {
@@ -445,7 +1281,7 @@ type ConfirmProviderBackupRequest struct {
 
 func (x *ConfirmProviderBackupRequest) Reset() {
 	*x = ConfirmProviderBackupRequest{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[7]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -457,7 +1293,7 @@ func (x *ConfirmProviderBackupRequest) String() string {
 func (*ConfirmProviderBackupRequest) ProtoMessage() {}
 
 func (x *ConfirmProviderBackupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[7]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -470,7 +1306,7 @@ func (x *ConfirmProviderBackupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfirmProviderBackupRequest.ProtoReflect.Descriptor instead.
 func (*ConfirmProviderBackupRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{7}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ConfirmProviderBackupRequest) GetName() string {
@@ -505,7 +1341,7 @@ type ImportProviderRequest struct {
 
 func (x *ImportProviderRequest) Reset() {
 	*x = ImportProviderRequest{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[8]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -517,7 +1353,7 @@ func (x *ImportProviderRequest) String() string {
 func (*ImportProviderRequest) ProtoMessage() {}
 
 func (x *ImportProviderRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[8]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -530,7 +1366,7 @@ func (x *ImportProviderRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportProviderRequest.ProtoReflect.Descriptor instead.
 func (*ImportProviderRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{8}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ImportProviderRequest) GetP12() []byte {
@@ -569,7 +1405,7 @@ type ImportProviderResponse struct {
 
 func (x *ImportProviderResponse) Reset() {
 	*x = ImportProviderResponse{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[9]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -581,7 +1417,7 @@ func (x *ImportProviderResponse) String() string {
 func (*ImportProviderResponse) ProtoMessage() {}
 
 func (x *ImportProviderResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[9]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -594,7 +1430,7 @@ func (x *ImportProviderResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportProviderResponse.ProtoReflect.Descriptor instead.
 func (*ImportProviderResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{9}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ImportProviderResponse) GetProvider() *Provider {
@@ -641,7 +1477,7 @@ type SetDefaultProviderRequest struct {
 
 func (x *SetDefaultProviderRequest) Reset() {
 	*x = SetDefaultProviderRequest{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[10]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -653,7 +1489,7 @@ func (x *SetDefaultProviderRequest) String() string {
 func (*SetDefaultProviderRequest) ProtoMessage() {}
 
 func (x *SetDefaultProviderRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[10]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -666,7 +1502,7 @@ func (x *SetDefaultProviderRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetDefaultProviderRequest.ProtoReflect.Descriptor instead.
 func (*SetDefaultProviderRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{10}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *SetDefaultProviderRequest) GetName() string {
@@ -684,7 +1520,7 @@ type SetDefaultProviderResponse struct {
 
 func (x *SetDefaultProviderResponse) Reset() {
 	*x = SetDefaultProviderResponse{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[11]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -696,7 +1532,7 @@ func (x *SetDefaultProviderResponse) String() string {
 func (*SetDefaultProviderResponse) ProtoMessage() {}
 
 func (x *SetDefaultProviderResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[11]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -709,7 +1545,7 @@ func (x *SetDefaultProviderResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetDefaultProviderResponse.ProtoReflect.Descriptor instead.
 func (*SetDefaultProviderResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{11}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{23}
 }
 
 type GetProviderUsageRequest struct {
@@ -721,7 +1557,7 @@ type GetProviderUsageRequest struct {
 
 func (x *GetProviderUsageRequest) Reset() {
 	*x = GetProviderUsageRequest{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[12]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -733,7 +1569,7 @@ func (x *GetProviderUsageRequest) String() string {
 func (*GetProviderUsageRequest) ProtoMessage() {}
 
 func (x *GetProviderUsageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[12]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -746,7 +1582,7 @@ func (x *GetProviderUsageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetProviderUsageRequest.ProtoReflect.Descriptor instead.
 func (*GetProviderUsageRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{12}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *GetProviderUsageRequest) GetName() string {
@@ -765,7 +1601,7 @@ type GetProviderUsageResponse struct {
 
 func (x *GetProviderUsageResponse) Reset() {
 	*x = GetProviderUsageResponse{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[13]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -777,7 +1613,7 @@ func (x *GetProviderUsageResponse) String() string {
 func (*GetProviderUsageResponse) ProtoMessage() {}
 
 func (x *GetProviderUsageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[13]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -790,7 +1626,7 @@ func (x *GetProviderUsageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetProviderUsageResponse.ProtoReflect.Descriptor instead.
 func (*GetProviderUsageResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{13}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *GetProviderUsageResponse) GetUsers() []*KeyUser {
@@ -814,7 +1650,7 @@ type KeyUser struct {
 
 func (x *KeyUser) Reset() {
 	*x = KeyUser{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[14]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -826,7 +1662,7 @@ func (x *KeyUser) String() string {
 func (*KeyUser) ProtoMessage() {}
 
 func (x *KeyUser) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[14]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -839,7 +1675,7 @@ func (x *KeyUser) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyUser.ProtoReflect.Descriptor instead.
 func (*KeyUser) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{14}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *KeyUser) GetVm() string {
@@ -881,7 +1717,7 @@ type DeleteProviderRequest struct {
 
 func (x *DeleteProviderRequest) Reset() {
 	*x = DeleteProviderRequest{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[15]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -893,7 +1729,7 @@ func (x *DeleteProviderRequest) String() string {
 func (*DeleteProviderRequest) ProtoMessage() {}
 
 func (x *DeleteProviderRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[15]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -906,7 +1742,7 @@ func (x *DeleteProviderRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteProviderRequest.ProtoReflect.Descriptor instead.
 func (*DeleteProviderRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{15}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *DeleteProviderRequest) GetName() string {
@@ -931,7 +1767,7 @@ type DeleteProviderResponse struct {
 
 func (x *DeleteProviderResponse) Reset() {
 	*x = DeleteProviderResponse{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[16]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -943,7 +1779,7 @@ func (x *DeleteProviderResponse) String() string {
 func (*DeleteProviderResponse) ProtoMessage() {}
 
 func (x *DeleteProviderResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[16]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -956,14 +1792,14 @@ func (x *DeleteProviderResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteProviderResponse.ProtoReflect.Descriptor instead.
 func (*DeleteProviderResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{16}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{28}
 }
 
 var File_strongroom_v1_provider_proto protoreflect.FileDescriptor
 
 const file_strongroom_v1_provider_proto_rawDesc = "" +
 	"\n" +
-	"\x1cstrongroom/v1/provider.proto\x12\rstrongroom.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bstrongroom/v1/options.proto\"\xc1\x02\n" +
+	"\x1cstrongroom/v1/provider.proto\x12\rstrongroom.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bstrongroom/v1/options.proto\"\xfe\x02\n" +
 	"\bProvider\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04type\x18\x02 \x01(\tR\x04type\x12\x15\n" +
@@ -976,7 +1812,67 @@ const file_strongroom_v1_provider_proto_rawDesc = "" +
 	"\acreated\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x127\n" +
 	"\tbacked_up\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\bbackedUp\x12\x15\n" +
 	"\x06in_use\x18\n" +
-	" \x01(\bR\x05inUse\"T\n" +
+	" \x01(\bR\x05inUse\x12;\n" +
+	"\bstandard\x18\v \x01(\v2\x1f.strongroom.v1.StandardProviderR\bstandard\"\xcb\x02\n" +
+	"\x10StandardProvider\x122\n" +
+	"\aservers\x18\x01 \x03(\v2\x18.strongroom.v1.KeyServerR\aservers\x12\x12\n" +
+	"\x04user\x18\x02 \x01(\tR\x04user\x12\x14\n" +
+	"\x05proxy\x18\x03 \x01(\tR\x05proxy\x12'\n" +
+	"\x0ftimeout_seconds\x18\x04 \x01(\rR\x0etimeoutSeconds\x12#\n" +
+	"\rclient_method\x18\x05 \x01(\tR\fclientMethod\x12M\n" +
+	"\x12client_certificate\x18\x06 \x01(\v2\x1e.strongroom.v1.CertificateInfoR\x11clientCertificate\x12<\n" +
+	"\vestablished\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\vestablished\"\xd3\x02\n" +
+	"\tKeyServer\x12\x18\n" +
+	"\aaddress\x18\x01 \x01(\tR\aaddress\x12 \n" +
+	"\vfingerprint\x18\x02 \x01(\tR\vfingerprint\x12\x16\n" +
+	"\x06status\x18\x03 \x01(\tR\x06status\x12\x18\n" +
+	"\aproblem\x18\x04 \x01(\tR\aproblem\x12\x18\n" +
+	"\amessage\x18\x05 \x01(\tR\amessage\x12\x1c\n" +
+	"\tconnected\x18\x06 \x01(\bR\tconnected\x12.\n" +
+	"\x13client_trust_server\x18\a \x01(\bR\x11clientTrustServer\x12.\n" +
+	"\x13server_trust_client\x18\b \x01(\bR\x11serverTrustClient\x12@\n" +
+	"\vcertificate\x18\t \x01(\v2\x1e.strongroom.v1.CertificateInfoR\vcertificate\"\xd9\x01\n" +
+	"\x0fCertificateInfo\x12 \n" +
+	"\vfingerprint\x18\x01 \x01(\tR\vfingerprint\x12\x18\n" +
+	"\asubject\x18\x02 \x01(\tR\asubject\x12\x16\n" +
+	"\x06issuer\x18\x03 \x01(\tR\x06issuer\x129\n" +
+	"\n" +
+	"not_before\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\tnotBefore\x127\n" +
+	"\tnot_after\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\bnotAfter\"s\n" +
+	"\x18InspectKeyServersRequest\x12\x18\n" +
+	"\aservers\x18\x01 \x03(\tR\aservers\x12\x14\n" +
+	"\x05proxy\x18\x02 \x01(\tR\x05proxy\x12'\n" +
+	"\x0ftimeout_seconds\x18\x03 \x01(\rR\x0etimeoutSeconds\"O\n" +
+	"\x19InspectKeyServersResponse\x122\n" +
+	"\aservers\x18\x01 \x03(\v2\x18.strongroom.v1.KeyServerR\aservers\"m\n" +
+	"\x1aAddStandardProviderRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12;\n" +
+	"\bsettings\x18\x02 \x01(\v2\x1f.strongroom.v1.StandardSettingsR\bsettings\"p\n" +
+	"\x1dUpdateStandardProviderRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12;\n" +
+	"\bsettings\x18\x02 \x01(\v2\x1f.strongroom.v1.StandardSettingsR\bsettings\"\xac\x02\n" +
+	"\x10StandardSettings\x126\n" +
+	"\aservers\x18\x01 \x03(\v2\x1c.strongroom.v1.TrustedServerR\aservers\x12\x12\n" +
+	"\x04user\x18\x02 \x01(\tR\x04user\x12\x1a\n" +
+	"\bpassword\x18\x03 \x01(\fR\bpassword\x12\x14\n" +
+	"\x05proxy\x18\x04 \x01(\tR\x05proxy\x12'\n" +
+	"\x0ftimeout_seconds\x18\x05 \x01(\rR\x0etimeoutSeconds\x12#\n" +
+	"\rclient_method\x18\x06 \x01(\tR\fclientMethod\x12-\n" +
+	"\x12client_certificate\x18\a \x01(\fR\x11clientCertificate\x12\x1d\n" +
+	"\n" +
+	"client_key\x18\b \x01(\fR\tclientKey\"K\n" +
+	"\rTrustedServer\x12\x18\n" +
+	"\aaddress\x18\x01 \x01(\tR\aaddress\x12 \n" +
+	"\vfingerprint\x18\x02 \x01(\tR\vfingerprint\".\n" +
+	"\x18GetClientIdentityRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\x82\x01\n" +
+	"\x0eClientIdentity\x12\x16\n" +
+	"\x06method\x18\x01 \x01(\tR\x06method\x12 \n" +
+	"\vcertificate\x18\x02 \x01(\fR\vcertificate\x12\x18\n" +
+	"\arequest\x18\x03 \x01(\fR\arequest\x12\x1c\n" +
+	"\tauthority\x18\x04 \x01(\fR\tauthority\"*\n" +
+	"\x14CheckProviderRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"T\n" +
 	"\x1bCreateNativeProviderRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12!\n" +
 	"\ftpm_required\x18\x02 \x01(\bR\vtpmRequired\"\x16\n" +
@@ -1021,9 +1917,14 @@ const file_strongroom_v1_provider_proto_rawDesc = "" +
 	"\x15DeleteProviderRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05force\x18\x02 \x01(\bR\x05force\"\x18\n" +
-	"\x16DeleteProviderResponse2\xb2\t\n" +
+	"\x16DeleteProviderResponse2\xbb\x0e\n" +
 	"\x0fProviderService\x12\x7f\n" +
-	"\x14CreateNativeProvider\x12*.strongroom.v1.CreateNativeProviderRequest\x1a\x17.strongroom.v1.Provider\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x80\x01\n" +
+	"\x14CreateNativeProvider\x12*.strongroom.v1.CreateNativeProviderRequest\x1a\x17.strongroom.v1.Provider\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x8a\x01\n" +
+	"\x11InspectKeyServers\x12'.strongroom.v1.InspectKeyServersRequest\x1a(.strongroom.v1.InspectKeyServersResponse\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12}\n" +
+	"\x13AddStandardProvider\x12).strongroom.v1.AddStandardProviderRequest\x1a\x17.strongroom.v1.Provider\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x83\x01\n" +
+	"\x16UpdateStandardProvider\x12,.strongroom.v1.UpdateStandardProviderRequest\x1a\x17.strongroom.v1.Provider\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x81\x01\n" +
+	"\x11GetClientIdentity\x12'.strongroom.v1.GetClientIdentityRequest\x1a\x1d.strongroom.v1.ClientIdentity\"$\x8a\xb5\x18 Cryptographer.ReadKeyServersInfo\x12q\n" +
+	"\rCheckProvider\x12#.strongroom.v1.CheckProviderRequest\x1a\x17.strongroom.v1.Provider\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x80\x01\n" +
 	"\rListProviders\x12#.strongroom.v1.ListProvidersRequest\x1a$.strongroom.v1.ListProvidersResponse\"$\x8a\xb5\x18 Cryptographer.ReadKeyServersInfo\x12o\n" +
 	"\vGetProvider\x12!.strongroom.v1.GetProviderRequest\x1a\x17.strongroom.v1.Provider\"$\x8a\xb5\x18 Cryptographer.ReadKeyServersInfo\x12\x81\x01\n" +
 	"\x0eExportProvider\x12$.strongroom.v1.ExportProviderRequest\x1a%.strongroom.v1.ExportProviderResponse\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x81\x01\n" +
@@ -1045,57 +1946,90 @@ func file_strongroom_v1_provider_proto_rawDescGZIP() []byte {
 	return file_strongroom_v1_provider_proto_rawDescData
 }
 
-var file_strongroom_v1_provider_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
+var file_strongroom_v1_provider_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
 var file_strongroom_v1_provider_proto_goTypes = []any{
-	(*Provider)(nil),                     // 0: strongroom.v1.Provider
-	(*CreateNativeProviderRequest)(nil),  // 1: strongroom.v1.CreateNativeProviderRequest
-	(*ListProvidersRequest)(nil),         // 2: strongroom.v1.ListProvidersRequest
-	(*ListProvidersResponse)(nil),        // 3: strongroom.v1.ListProvidersResponse
-	(*GetProviderRequest)(nil),           // 4: strongroom.v1.GetProviderRequest
-	(*ExportProviderRequest)(nil),        // 5: strongroom.v1.ExportProviderRequest
-	(*ExportProviderResponse)(nil),       // 6: strongroom.v1.ExportProviderResponse
-	(*ConfirmProviderBackupRequest)(nil), // 7: strongroom.v1.ConfirmProviderBackupRequest
-	(*ImportProviderRequest)(nil),        // 8: strongroom.v1.ImportProviderRequest
-	(*ImportProviderResponse)(nil),       // 9: strongroom.v1.ImportProviderResponse
-	(*SetDefaultProviderRequest)(nil),    // 10: strongroom.v1.SetDefaultProviderRequest
-	(*SetDefaultProviderResponse)(nil),   // 11: strongroom.v1.SetDefaultProviderResponse
-	(*GetProviderUsageRequest)(nil),      // 12: strongroom.v1.GetProviderUsageRequest
-	(*GetProviderUsageResponse)(nil),     // 13: strongroom.v1.GetProviderUsageResponse
-	(*KeyUser)(nil),                      // 14: strongroom.v1.KeyUser
-	(*DeleteProviderRequest)(nil),        // 15: strongroom.v1.DeleteProviderRequest
-	(*DeleteProviderResponse)(nil),       // 16: strongroom.v1.DeleteProviderResponse
-	(*timestamppb.Timestamp)(nil),        // 17: google.protobuf.Timestamp
+	(*Provider)(nil),                      // 0: strongroom.v1.Provider
+	(*StandardProvider)(nil),              // 1: strongroom.v1.StandardProvider
+	(*KeyServer)(nil),                     // 2: strongroom.v1.KeyServer
+	(*CertificateInfo)(nil),               // 3: strongroom.v1.CertificateInfo
+	(*InspectKeyServersRequest)(nil),      // 4: strongroom.v1.InspectKeyServersRequest
+	(*InspectKeyServersResponse)(nil),     // 5: strongroom.v1.InspectKeyServersResponse
+	(*AddStandardProviderRequest)(nil),    // 6: strongroom.v1.AddStandardProviderRequest
+	(*UpdateStandardProviderRequest)(nil), // 7: strongroom.v1.UpdateStandardProviderRequest
+	(*StandardSettings)(nil),              // 8: strongroom.v1.StandardSettings
+	(*TrustedServer)(nil),                 // 9: strongroom.v1.TrustedServer
+	(*GetClientIdentityRequest)(nil),      // 10: strongroom.v1.GetClientIdentityRequest
+	(*ClientIdentity)(nil),                // 11: strongroom.v1.ClientIdentity
+	(*CheckProviderRequest)(nil),          // 12: strongroom.v1.CheckProviderRequest
+	(*CreateNativeProviderRequest)(nil),   // 13: strongroom.v1.CreateNativeProviderRequest
+	(*ListProvidersRequest)(nil),          // 14: strongroom.v1.ListProvidersRequest
+	(*ListProvidersResponse)(nil),         // 15: strongroom.v1.ListProvidersResponse
+	(*GetProviderRequest)(nil),            // 16: strongroom.v1.GetProviderRequest
+	(*ExportProviderRequest)(nil),         // 17: strongroom.v1.ExportProviderRequest
+	(*ExportProviderResponse)(nil),        // 18: strongroom.v1.ExportProviderResponse
+	(*ConfirmProviderBackupRequest)(nil),  // 19: strongroom.v1.ConfirmProviderBackupRequest
+	(*ImportProviderRequest)(nil),         // 20: strongroom.v1.ImportProviderRequest
+	(*ImportProviderResponse)(nil),        // 21: strongroom.v1.ImportProviderResponse
+	(*SetDefaultProviderRequest)(nil),     // 22: strongroom.v1.SetDefaultProviderRequest
+	(*SetDefaultProviderResponse)(nil),    // 23: strongroom.v1.SetDefaultProviderResponse
+	(*GetProviderUsageRequest)(nil),       // 24: strongroom.v1.GetProviderUsageRequest
+	(*GetProviderUsageResponse)(nil),      // 25: strongroom.v1.GetProviderUsageResponse
+	(*KeyUser)(nil),                       // 26: strongroom.v1.KeyUser
+	(*DeleteProviderRequest)(nil),         // 27: strongroom.v1.DeleteProviderRequest
+	(*DeleteProviderResponse)(nil),        // 28: strongroom.v1.DeleteProviderResponse
+	(*timestamppb.Timestamp)(nil),         // 29: google.protobuf.Timestamp
 }
 var file_strongroom_v1_provider_proto_depIdxs = []int32{
-	17, // 0: strongroom.v1.Provider.created:type_name -> google.protobuf.Timestamp
-	17, // 1: strongroom.v1.Provider.backed_up:type_name -> google.protobuf.Timestamp
-	0,  // 2: strongroom.v1.ListProvidersResponse.providers:type_name -> strongroom.v1.Provider
-	0,  // 3: strongroom.v1.ImportProviderResponse.provider:type_name -> strongroom.v1.Provider
-	17, // 4: strongroom.v1.ImportProviderResponse.exported:type_name -> google.protobuf.Timestamp
-	14, // 5: strongroom.v1.GetProviderUsageResponse.users:type_name -> strongroom.v1.KeyUser
-	1,  // 6: strongroom.v1.ProviderService.CreateNativeProvider:input_type -> strongroom.v1.CreateNativeProviderRequest
-	2,  // 7: strongroom.v1.ProviderService.ListProviders:input_type -> strongroom.v1.ListProvidersRequest
-	4,  // 8: strongroom.v1.ProviderService.GetProvider:input_type -> strongroom.v1.GetProviderRequest
-	5,  // 9: strongroom.v1.ProviderService.ExportProvider:input_type -> strongroom.v1.ExportProviderRequest
-	7,  // 10: strongroom.v1.ProviderService.ConfirmProviderBackup:input_type -> strongroom.v1.ConfirmProviderBackupRequest
-	8,  // 11: strongroom.v1.ProviderService.ImportProvider:input_type -> strongroom.v1.ImportProviderRequest
-	10, // 12: strongroom.v1.ProviderService.SetDefaultProvider:input_type -> strongroom.v1.SetDefaultProviderRequest
-	12, // 13: strongroom.v1.ProviderService.GetProviderUsage:input_type -> strongroom.v1.GetProviderUsageRequest
-	15, // 14: strongroom.v1.ProviderService.DeleteProvider:input_type -> strongroom.v1.DeleteProviderRequest
-	0,  // 15: strongroom.v1.ProviderService.CreateNativeProvider:output_type -> strongroom.v1.Provider
-	3,  // 16: strongroom.v1.ProviderService.ListProviders:output_type -> strongroom.v1.ListProvidersResponse
-	0,  // 17: strongroom.v1.ProviderService.GetProvider:output_type -> strongroom.v1.Provider
-	6,  // 18: strongroom.v1.ProviderService.ExportProvider:output_type -> strongroom.v1.ExportProviderResponse
-	0,  // 19: strongroom.v1.ProviderService.ConfirmProviderBackup:output_type -> strongroom.v1.Provider
-	9,  // 20: strongroom.v1.ProviderService.ImportProvider:output_type -> strongroom.v1.ImportProviderResponse
-	11, // 21: strongroom.v1.ProviderService.SetDefaultProvider:output_type -> strongroom.v1.SetDefaultProviderResponse
-	13, // 22: strongroom.v1.ProviderService.GetProviderUsage:output_type -> strongroom.v1.GetProviderUsageResponse
-	16, // 23: strongroom.v1.ProviderService.DeleteProvider:output_type -> strongroom.v1.DeleteProviderResponse
-	15, // [15:24] is the sub-list for method output_type
-	6,  // [6:15] is the sub-list for method input_type
-	6,  // [6:6] is the sub-list for extension type_name
-	6,  // [6:6] is the sub-list for extension extendee
-	0,  // [0:6] is the sub-list for field type_name
+	29, // 0: strongroom.v1.Provider.created:type_name -> google.protobuf.Timestamp
+	29, // 1: strongroom.v1.Provider.backed_up:type_name -> google.protobuf.Timestamp
+	1,  // 2: strongroom.v1.Provider.standard:type_name -> strongroom.v1.StandardProvider
+	2,  // 3: strongroom.v1.StandardProvider.servers:type_name -> strongroom.v1.KeyServer
+	3,  // 4: strongroom.v1.StandardProvider.client_certificate:type_name -> strongroom.v1.CertificateInfo
+	29, // 5: strongroom.v1.StandardProvider.established:type_name -> google.protobuf.Timestamp
+	3,  // 6: strongroom.v1.KeyServer.certificate:type_name -> strongroom.v1.CertificateInfo
+	29, // 7: strongroom.v1.CertificateInfo.not_before:type_name -> google.protobuf.Timestamp
+	29, // 8: strongroom.v1.CertificateInfo.not_after:type_name -> google.protobuf.Timestamp
+	2,  // 9: strongroom.v1.InspectKeyServersResponse.servers:type_name -> strongroom.v1.KeyServer
+	8,  // 10: strongroom.v1.AddStandardProviderRequest.settings:type_name -> strongroom.v1.StandardSettings
+	8,  // 11: strongroom.v1.UpdateStandardProviderRequest.settings:type_name -> strongroom.v1.StandardSettings
+	9,  // 12: strongroom.v1.StandardSettings.servers:type_name -> strongroom.v1.TrustedServer
+	0,  // 13: strongroom.v1.ListProvidersResponse.providers:type_name -> strongroom.v1.Provider
+	0,  // 14: strongroom.v1.ImportProviderResponse.provider:type_name -> strongroom.v1.Provider
+	29, // 15: strongroom.v1.ImportProviderResponse.exported:type_name -> google.protobuf.Timestamp
+	26, // 16: strongroom.v1.GetProviderUsageResponse.users:type_name -> strongroom.v1.KeyUser
+	13, // 17: strongroom.v1.ProviderService.CreateNativeProvider:input_type -> strongroom.v1.CreateNativeProviderRequest
+	4,  // 18: strongroom.v1.ProviderService.InspectKeyServers:input_type -> strongroom.v1.InspectKeyServersRequest
+	6,  // 19: strongroom.v1.ProviderService.AddStandardProvider:input_type -> strongroom.v1.AddStandardProviderRequest
+	7,  // 20: strongroom.v1.ProviderService.UpdateStandardProvider:input_type -> strongroom.v1.UpdateStandardProviderRequest
+	10, // 21: strongroom.v1.ProviderService.GetClientIdentity:input_type -> strongroom.v1.GetClientIdentityRequest
+	12, // 22: strongroom.v1.ProviderService.CheckProvider:input_type -> strongroom.v1.CheckProviderRequest
+	14, // 23: strongroom.v1.ProviderService.ListProviders:input_type -> strongroom.v1.ListProvidersRequest
+	16, // 24: strongroom.v1.ProviderService.GetProvider:input_type -> strongroom.v1.GetProviderRequest
+	17, // 25: strongroom.v1.ProviderService.ExportProvider:input_type -> strongroom.v1.ExportProviderRequest
+	19, // 26: strongroom.v1.ProviderService.ConfirmProviderBackup:input_type -> strongroom.v1.ConfirmProviderBackupRequest
+	20, // 27: strongroom.v1.ProviderService.ImportProvider:input_type -> strongroom.v1.ImportProviderRequest
+	22, // 28: strongroom.v1.ProviderService.SetDefaultProvider:input_type -> strongroom.v1.SetDefaultProviderRequest
+	24, // 29: strongroom.v1.ProviderService.GetProviderUsage:input_type -> strongroom.v1.GetProviderUsageRequest
+	27, // 30: strongroom.v1.ProviderService.DeleteProvider:input_type -> strongroom.v1.DeleteProviderRequest
+	0,  // 31: strongroom.v1.ProviderService.CreateNativeProvider:output_type -> strongroom.v1.Provider
+	5,  // 32: strongroom.v1.ProviderService.InspectKeyServers:output_type -> strongroom.v1.InspectKeyServersResponse
+	0,  // 33: strongroom.v1.ProviderService.AddStandardProvider:output_type -> strongroom.v1.Provider
+	0,  // 34: strongroom.v1.ProviderService.UpdateStandardProvider:output_type -> strongroom.v1.Provider
+	11, // 35: strongroom.v1.ProviderService.GetClientIdentity:output_type -> strongroom.v1.ClientIdentity
+	0,  // 36: strongroom.v1.ProviderService.CheckProvider:output_type -> strongroom.v1.Provider
+	15, // 37: strongroom.v1.ProviderService.ListProviders:output_type -> strongroom.v1.ListProvidersResponse
+	0,  // 38: strongroom.v1.ProviderService.GetProvider:output_type -> strongroom.v1.Provider
+	18, // 39: strongroom.v1.ProviderService.ExportProvider:output_type -> strongroom.v1.ExportProviderResponse
+	0,  // 40: strongroom.v1.ProviderService.ConfirmProviderBackup:output_type -> strongroom.v1.Provider
+	21, // 41: strongroom.v1.ProviderService.ImportProvider:output_type -> strongroom.v1.ImportProviderResponse
+	23, // 42: strongroom.v1.ProviderService.SetDefaultProvider:output_type -> strongroom.v1.SetDefaultProviderResponse
+	25, // 43: strongroom.v1.ProviderService.GetProviderUsage:output_type -> strongroom.v1.GetProviderUsageResponse
+	28, // 44: strongroom.v1.ProviderService.DeleteProvider:output_type -> strongroom.v1.DeleteProviderResponse
+	31, // [31:45] is the sub-list for method output_type
+	17, // [17:31] is the sub-list for method input_type
+	17, // [17:17] is the sub-list for extension type_name
+	17, // [17:17] is the sub-list for extension extendee
+	0,  // [0:17] is the sub-list for field type_name
 }
 
 func init() { file_strongroom_v1_provider_proto_init() }
@@ -1110,7 +2044,7 @@ func file_strongroom_v1_provider_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_strongroom_v1_provider_proto_rawDesc), len(file_strongroom_v1_provider_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   17,
+			NumMessages:   29,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -36,9 +36,11 @@ type world struct {
 	hosts     []inventory.Host
 	vms       []inventory.VM
 	providers []inventory.Provider
+	now       time.Time
 }
 
-func look(ctx context.Context, inv *inventory.Inventory) (w world, err error) {
+func (l *Log) look(ctx context.Context, inv *inventory.Inventory) (w world, err error) {
+	w.now = l.now()
 	if w.hosts, err = inv.Hosts(ctx, ""); err != nil {
 		return w, err
 	}
@@ -65,7 +67,7 @@ func (w world) conditions(alarmID string) []Condition {
 		}
 	case AlarmProviderNotOnHosts:
 		for _, p := range w.providers {
-			if p.State == inventory.Warning {
+			if p.Type == inventory.Native && p.State == inventory.Warning {
 				out = append(out, Condition{"provider/" + p.Name, map[string]string{
 					"provider": p.Name, "details": strings.TrimSuffix(strings.Join(p.Details, " "), "."),
 				}})
@@ -98,7 +100,42 @@ func (w world) conditions(alarmID string) []Condition {
 			}
 		}
 	}
+	for _, p := range w.providers {
+		if p.Standard != nil {
+			out = append(out, w.keyServerConditions(alarmID, p)...)
+		}
+	}
 	slices.SortFunc(out, func(a, b Condition) int { return strings.Compare(a.Target, b.Target) })
+	return out
+}
+
+// keyServerConditions returns where the alarms on standard providers are true
+// of p.
+func (w world) keyServerConditions(alarmID string, p inventory.Provider) []Condition {
+	var out []Condition
+	add := func(target, server, details string) {
+		out = append(out, Condition{target, map[string]string{"provider": p.Name, "server": server, "details": strings.TrimSuffix(details, ".")}})
+	}
+	target := "provider/" + p.Name
+	switch alarmID {
+	case AlarmProviderNotEstablished:
+		if p.State == inventory.NotEstablished {
+			add(target, "", strings.Join(p.Details, " "))
+		}
+	case AlarmClientCertificate:
+		if ending := p.Standard.Certificate.Ending(w.now); ending != "" {
+			add(target, "", ending)
+		}
+	}
+	for _, s := range p.Standard.Servers {
+		ending := s.Certificate.Ending(w.now)
+		switch {
+		case alarmID == AlarmKeyServer && s.Problem != "":
+			add(target+"/"+s.Address, s.Address, s.Message)
+		case alarmID == AlarmServerCertificate && s.ClientTrustServer && ending != "":
+			add(target+"/"+s.Address, s.Address, ending)
+		}
+	}
 	return out
 }
 
@@ -116,7 +153,7 @@ func some(names []string) string {
 func (l *Log) Evaluate(ctx context.Context, inv *inventory.Inventory) error {
 	l.evaluating.Lock()
 	defer l.evaluating.Unlock()
-	w, err := look(ctx, inv)
+	w, err := l.look(ctx, inv)
 	if err != nil {
 		return errs.Wrap(err, "cannot evaluate alarms")
 	}
@@ -130,7 +167,7 @@ func (l *Log) Evaluate(ctx context.Context, inv *inventory.Inventory) error {
 
 // Health makes all checks now. It changes nothing.
 func (l *Log) Health(ctx context.Context, inv *inventory.Inventory) ([]Check, error) {
-	w, err := look(ctx, inv)
+	w, err := l.look(ctx, inv)
 	if err != nil {
 		return nil, errs.Wrap(err, "cannot check health")
 	}

@@ -53,6 +53,15 @@ const (
 	ProviderFound          = "strongroom.kms.crypto.ProviderFound"
 	NoDefaultProvider      = "strongroom.kms.crypto.NoDefaultProvider"
 	DefaultProviderSet     = "strongroom.kms.crypto.DefaultProviderSet"
+	ProviderNotEstablished = "strongroom.kms.crypto.NotEstablished"
+	ProviderEstablished    = "strongroom.kms.crypto.Established"
+	ProviderUpdated        = "strongroom.kms.Updated"
+	KeyServerFailed        = "strongroom.kms.crypto.Failure"
+	KeyServerRecovered     = "strongroom.kms.crypto.Recovered"
+	ServerCertEnding       = "strongroom.kms.crypto.ServerCertWarning"
+	ServerCertWell         = "strongroom.kms.crypto.ServerCertOK"
+	ClientCertEnding       = "strongroom.kms.crypto.ClientCertWarning"
+	ClientCertWell         = "strongroom.kms.crypto.ClientCertOK"
 
 	CryptoOperation = "strongroom.crypto.Operation"
 	VMCreated       = "strongroom.vm.Created"
@@ -103,6 +112,15 @@ func Types() []Type {
 		{ProviderAllBackedUp, Info, "{target} is backed up"},
 		{ProviderNotOnAllHosts, Warning, "{target} is not on all hosts: {details}"},
 		{ProviderOnAllHosts, Info, "{target} is on all hosts"},
+		{ProviderNotEstablished, Warning, "{target} is not established: {details}"},
+		{ProviderEstablished, Info, "{target} is established"},
+		{ProviderUpdated, Info, "{principal} changed {target}"},
+		{KeyServerFailed, Error, "Key server {server} of {target} cannot be used: {details}"},
+		{KeyServerRecovered, Info, "{target} can be used"},
+		{ServerCertEnding, Warning, "The certificate of key server {server} of {target} {details}"},
+		{ServerCertWell, Info, "{target} has a certificate that is valid for long enough"},
+		{ClientCertEnding, Warning, "The controller's client certificate for {target} {details}"},
+		{ClientCertWell, Info, "{target} knows the controller by a certificate that is valid for long enough"},
 		{ProviderMissing, Error, "{target} is not here, but is needed by {vms}"},
 		{ProviderFound, Info, "{target} is here, or not needed any more"},
 		{NoDefaultProvider, Warning, "There is no default key provider"},
@@ -159,6 +177,11 @@ const (
 	AlarmProviderMissing     = "provider-missing"
 	AlarmVMLocked            = "vm-locked"
 	AlarmHostNotResponding   = "host-not-responding"
+
+	AlarmProviderNotEstablished = "provider-not-established"
+	AlarmKeyServer              = "key-server-failure"
+	AlarmServerCertificate      = "key-server-certificate"
+	AlarmClientCertificate      = "key-client-certificate"
 )
 
 // AlarmTypes returns every sort of alarm.
@@ -183,6 +206,26 @@ func AlarmTypes() []AlarmType {
 			ID: AlarmProviderMissing, Name: "Key Provider Missing", Check: "All key providers that VMs need are here",
 			Raised: ProviderMissing, Cleared: ProviderFound,
 			Hint: "strongroom provider import F.p12",
+		},
+		{
+			ID: AlarmProviderNotEstablished, Name: "Key Provider Establishment", Check: "All standard key providers were seen to give a key",
+			Raised: ProviderNotEstablished, Cleared: ProviderEstablished,
+			Hint: "strongroom provider check {provider}",
+		},
+		{
+			ID: AlarmKeyServer, Name: "Key Management Server Health Status", Check: "All key servers can be used",
+			Raised: KeyServerFailed, Cleared: KeyServerRecovered,
+			Hint: "strongroom provider show {provider}",
+		},
+		{
+			ID: AlarmServerCertificate, Name: "KMS Server Certificate Status", Check: "The key servers' certificates are valid for long enough",
+			Raised: ServerCertEnding, Cleared: ServerCertWell,
+			Hint: "strongroom provider trust {provider}", RepeatHours: 24,
+		},
+		{
+			ID: AlarmClientCertificate, Name: "KMS Client Certificate Status", Check: "The controller's certificates for key servers are valid for long enough",
+			Raised: ClientCertEnding, Cleared: ClientCertWell,
+			Hint: "strongroom provider set-client {provider}", RepeatHours: 24,
 		},
 		{
 			ID: AlarmVMLocked, Name: "Virtual Machine Locked", Check: "All VMs are unlocked",

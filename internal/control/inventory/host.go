@@ -48,6 +48,8 @@ type Host struct {
 	CryptoState HostCryptoState `json:"crypto_state"`
 	Version     string          `json:"version,omitempty"`
 	BootID      string          `json:"boot_id,omitempty"`
+	// Instance is this start of its agent: KEKs in memory are gone with it.
+	Instance string `json:"instance,omitempty"`
 	// Capabilities by vSphere's names: "cryptoSupported", "tpmSupported", ...
 	Capabilities map[string]bool `json:"capabilities,omitempty"`
 	// ParcelPublicKey is the HPKE public key that provider keys are sealed to.

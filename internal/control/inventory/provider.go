@@ -14,17 +14,22 @@ import (
 // ProviderType is the kind of a key provider.
 type ProviderType string
 
-// Native is a provider whose KDK the controller made.
-const Native ProviderType = "native"
+// The kinds.
+const (
+	Native       ProviderType = "native"   // the controller made its KDK
+	StandardType ProviderType = "standard" // a key server keeps its keys
+)
 
 // ProviderState is how far a provider is ready.
 type ProviderState string
 
 // The states of a provider, as vSphere shows them.
 const (
-	NotBackedUp ProviderState = "Not backed up" // unusable before a backup was downloaded
-	Warning     ProviderState = "Warning"       // usable, but not yet on all hosts
-	Active      ProviderState = "Active"        // on all hosts
+	NotBackedUp    ProviderState = "Not backed up"   // native: unusable before a backup was downloaded
+	NotEstablished ProviderState = "Not established" // standard: no key was got from it ever
+	NotConnected   ProviderState = "Not connected"   // standard: none of its servers can be used now
+	Warning        ProviderState = "Warning"         // usable, but not on all hosts, or not for long
+	Active         ProviderState = "Active"          // all is well
 )
 
 // MaxProviders is vSphere's limit of key providers.
@@ -34,7 +39,7 @@ const MaxProviders = 32
 type Provider struct {
 	Name string       `json:"name"` // immutable
 	Type ProviderType `json:"type"`
-	// KeyID is the id of a native provider's KDK, a UUID.
+	// KeyID is the id of a native provider's KDK, a UUID; empty of a standard one.
 	KeyID string `json:"key_id"`
 	// TPMRequired keeps the key off hosts that have no TPM.
 	TPMRequired bool `json:"tpm_required,omitempty"`
@@ -47,6 +52,8 @@ type Provider struct {
 	BackedUpAt time.Time `json:"backed_up_at,omitzero"`
 	// Export is a backup that was made but not confirmed as stored.
 	Export *Export `json:"export,omitempty"`
+	// Standard is set if and only if Type is StandardType.
+	Standard *Standard `json:"standard,omitempty"`
 }
 
 // Export is a backup on its way to the user.
@@ -65,8 +72,8 @@ type providerName struct {
 	KeyID string       `json:"key_id"`
 }
 
-// CreateProvider adds a new provider, not backed up; name, type and key id are
-// set in p.
+// CreateProvider adds a new provider, not backed up; name and type are set in p,
+// and what its type needs.
 func (inv *Inventory) CreateProvider(ctx context.Context, p Provider) (Provider, error) {
 	p.BackedUpAt, p.Default, p.Export = time.Time{}, false, nil
 	_, err := inv.addProvider(ctx, &p)
@@ -145,11 +152,11 @@ func (inv *Inventory) checkNewProvider(ctx context.Context, tx *store.Tx, p Prov
 	if err := CheckName("key provider", p.Name); err != nil {
 		return false, err
 	}
-	if p.Type != Native {
-		return false, errs.New(errs.Invalid, "no key provider type %q", p.Type)
-	}
-	if p.KeyID == "" {
-		return false, errs.New(errs.Invalid, "the key provider has no key id")
+	switch {
+	case p.Type == Native && p.KeyID != "" && p.Standard == nil:
+	case p.Type == StandardType && p.KeyID == "" && p.Standard != nil:
+	default:
+		return false, errs.New(errs.Invalid, "no key provider is of type %q with key id %q", p.Type, p.KeyID)
 	}
 	all, err := inv.providers.In(tx).List(ctx, "")
 	if err != nil {
@@ -159,10 +166,13 @@ func (inv *Inventory) checkNewProvider(ctx context.Context, tx *store.Tx, p Prov
 		switch {
 		case o.Name == p.Name && o.Type == p.Type && o.KeyID == p.KeyID:
 			return true, nil
+		case o.Name == p.Name && o.Type != p.Type:
+			return false, errs.New(errs.Exists, "key provider %s exists already, of type %s", p.Name, o.Type).
+				WithReason("NameCollision").WithHint("strongroom provider ls")
 		case o.Name == p.Name:
 			return false, errs.New(errs.Exists, "key provider %s exists already, with other key material (key id %s, not %s)", p.Name, o.KeyID, p.KeyID).
 				WithReason("NameCollision").WithHint("strongroom provider ls")
-		case o.KeyID == p.KeyID:
+		case o.KeyID == p.KeyID && p.Type == Native:
 			return false, errs.New(errs.Exists, "key %s belongs to key provider %s", p.KeyID, o.Name).WithReason("NameCollision")
 		}
 	}
@@ -230,7 +240,7 @@ func (inv *Inventory) SetDefaultProvider(ctx context.Context, name string) error
 // ProviderForEncryption returns the provider that gives a new key: the one
 // called name, or if name is empty the cluster's default (clusterID may be
 // empty), or the default one. It refuses, with the next command as hint, if
-// there is none or if it was not backed up.
+// there is none or if it was not backed up, or not established.
 func (inv *Inventory) ProviderForEncryption(ctx context.Context, name, clusterID string) (Provider, error) {
 	var p Provider
 	err := inv.db.View(ctx, func(tx *store.Tx) error {
@@ -258,7 +268,11 @@ func (inv *Inventory) ProviderForEncryption(ctx context.Context, name, clusterID
 				return missing(err, "provider", name)
 			}
 		}
-		if p.BackedUpAt.IsZero() {
+		if p.Type == StandardType && p.Standard.Established.IsZero() {
+			return errs.New(errs.InvalidState, "key provider %s is not established: no key was got from its key server yet", p.Name).
+				WithReason("NotEstablished").WithHint("strongroom provider check %s", p.Name)
+		}
+		if p.Type == Native && p.BackedUpAt.IsZero() {
 			return errs.New(errs.InvalidState, "key provider %s is not backed up", p.Name).
 				WithReason("NotBackedUp").WithHint("strongroom provider backup %s --out %s.p12", p.Name, p.Name)
 		}
@@ -371,8 +385,8 @@ func (inv *Inventory) DeleteProvider(ctx context.Context, name string, force boo
 	return errs.Wrap(err, "cannot delete key provider %s", name)
 }
 
-// ComputeState returns what state p is in with these hosts, and why it is not
-// Active.
+// ComputeState returns what state a native provider is in with these hosts, and
+// why it is not Active.
 func ComputeState(p Provider, hosts []Host) (ProviderState, []string) {
 	if p.BackedUpAt.IsZero() {
 		return NotBackedUp, []string{"It cannot be used until its backup was downloaded."}
@@ -405,8 +419,15 @@ func (inv *Inventory) setState(ctx context.Context, tx *store.Tx, p *Provider) e
 	if err != nil {
 		return err
 	}
-	p.State, p.Details = ComputeState(*p, hosts)
+	p.State, p.Details = inv.stateOf(*p, hosts)
 	return nil
+}
+
+func (inv *Inventory) stateOf(p Provider, hosts []Host) (ProviderState, []string) {
+	if p.Type == StandardType {
+		return standardState(p.Standard, inv.now())
+	}
+	return ComputeState(p, hosts)
 }
 
 // StateChange is a provider that has gone from one state to another.
@@ -431,7 +452,7 @@ func (inv *Inventory) RefreshProviderStates(ctx context.Context) ([]StateChange,
 		}
 		for _, p := range all {
 			was, details := p.State, p.Details
-			p.State, p.Details = ComputeState(p, hosts)
+			p.State, p.Details = inv.stateOf(p, hosts)
 			if p.State == was && slices.Equal(p.Details, details) {
 				continue
 			}

@@ -44,6 +44,10 @@ func (c *Credential) Replace(cert *x509.Certificate, key crypto.Signer, ca *x509
 // Leaf returns the certificate in use.
 func (c *Credential) Leaf() *x509.Certificate { return c.current().Leaf }
 
+// Certificate returns certificate and key in use, for a peer that is none of
+// ours and trusts the CA. It must not be changed.
+func (c *Credential) Certificate() *tls.Certificate { return c.current() }
+
 func (c *Credential) current() *tls.Certificate {
 	c.mu.RLock()
 	defer c.mu.RUnlock()

@@ -18,11 +18,15 @@ func newProviderCmd(env *Env) *cobra.Command {
 		`A key provider supplies the keys (KEKs) that wrap the data encryption keys (DEKs)
 of virtual machines. A native provider derives them from one key of its own (the
 KDK), which the hosts of the cluster hold: no key server is needed, and hosts
-work without the controller.
+work without the controller. The keys of a standard provider are made and kept
+by a key management server (KMS), which is asked over KMIP; hosts have them in
+memory only.
 
 A provider cannot be renamed, and its key never changes: to rotate, create a new
 one, make it the default, and rekey the VMs to it.`,
 		newProviderCreateNativeCmd(env), newProviderBackupCmd(env), newProviderImportCmd(env),
+		newProviderAddStandardCmd(env), newProviderTrustCmd(env), newProviderUpdateCmd(env),
+		newProviderSetClientCmd(env), newProviderClientCertCmd(env), newProviderCheckCmd(env),
 		newProviderDefaultCmd(env), newProviderLsCmd(env), newProviderShowCmd(env),
 		newProviderUsageCmd(env), newProviderDeleteCmd(env))
 }
@@ -210,7 +214,9 @@ func newProviderShowCmd(env *Env) *cobra.Command {
 	return &cobra.Command{
 		Use:   "show NAME",
 		Short: "Show one key provider",
-		Long: `Show a key provider, its state, and why it is not Active.
+		Long: `Show a key provider, its state, and why it is not Active. Of a standard one also
+each key server as it was found last: whether it is connected, whether each side
+trusts the other, and how long the certificates are valid.
 
 It changes nothing. Needs the privilege Cryptographer.ReadKeyServersInfo.`,
 		Example:           "  strongroom provider show kp-1",
@@ -232,6 +238,7 @@ It changes nothing. Needs the privilege Cryptographer.ReadKeyServersInfo.`,
 				{"Created", env.when(v.GetCreated())},
 				{"Backed up", env.when(v.GetBackedUp())},
 			}
+			fields = append(fields, env.standardFields(v.GetStandard())...)
 			for _, d := range v.GetDetails() {
 				fields = append(fields, field{"Detail", d})
 			}
@@ -274,10 +281,13 @@ func newProviderDeleteCmd(env *Env) *cobra.Command {
 		Long: `Delete a key provider here and its keys on all hosts. One that registered VMs use
 is refused; with --force it is deleted, and those VMs are locked.
 
-It can be imported again from its backup, and only from that. Keep the backup as
-long as copies of VMs (backups, replicas) may need it; what those are cannot be
-known from here. Better: first rekey all VMs to another provider. If it is the
-default there is no default afterwards.
+A native one can be imported again from its backup, and only from that. Keep the
+backup as long as copies of VMs (backups, replicas) may need it; what those are
+cannot be known from here. Better: first rekey all VMs to another provider. If it
+is the default there is no default afterwards.
+
+A standard one can be deleted whether or not its key server answers, and added
+again under the same name; the keys stay at the key server.
 
 Needs the privilege Cryptographer.ManageKeyServers.`,
 		Example: `  strongroom vm rekey --all --provider kp-2
@@ -292,7 +302,7 @@ Needs the privilege Cryptographer.ManageKeyServers.`,
 				}
 				env.notef("%s", usageText(args[0], usage.GetUsers()))
 			}
-			if err := env.confirm(yes, "Delete provider %s and its keys on all hosts? Its backup must be kept.", args[0]); err != nil {
+			if err := env.confirm(yes, "Delete provider %s and its keys on all hosts? Its backup, or the keys at its key server, must be kept.", args[0]); err != nil {
 				return err
 			}
 			res, err := client.Call(cmd.Context(), c.Provider().DeleteProvider, &strongroomv1.DeleteProviderRequest{Name: args[0], Force: force})

@@ -168,7 +168,7 @@ Recovery passphrases are not carried over. Disks of VMs are refused: use
 "strongroom vm rekey --deep".`,
 		Example: `  strongroom volume rekey disk.luks --key-file old.key --new-key-file new.key
   strongroom volume rekey /dev/sdb1 --key-file old.key --new-key-file new.key --in-place`,
-		Args:    exactArgs("the file"),
+		Args: exactArgs("the file"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if rate > 0 && !v.InPlace {
 				return usageError(cmd, "--rate is for a rekey --in-place")

@@ -9,6 +9,7 @@ import (
 
 	"strongroom/internal/crypto/keymem"
 	"strongroom/internal/crypto/keysafe"
+	"strongroom/internal/crypto/parcel"
 )
 
 // Cache is the KEKs of standard providers that a host was given. They are in
@@ -111,4 +112,10 @@ func (c *Cache) Close() error {
 	}
 	clear(c.keks)
 	return nil
+}
+
+// KEKContext is the context of the key parcel (package parcel) in which the role
+// sender gives the KEK at ref to the role with the id recipient.
+func KEKContext(sender, recipient string, ref keysafe.Ref) string {
+	return parcel.Context{Sender: sender, Recipient: recipient, Provider: ref.Provider, KeyID: "kek:" + ref.KeyID}.String()
 }

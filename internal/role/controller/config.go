@@ -38,6 +38,12 @@ type KMSConfig struct {
 	// right, as a duration such as "5m". From 1s to 24h. Default: 5m. In vSphere
 	// it is vpxd.KMS.remediationInterval.
 	RemediationInterval Duration `toml:"remediation_interval"`
+
+	// StatusInterval is how often the key servers of standard providers are
+	// looked at, as a duration. From 1s to 24h. One that cannot be used is looked
+	// at more often. No key is made or used for it. Default: 5m. In vSphere it is
+	// vpxd.KMS.status.
+	StatusInterval Duration `toml:"status_interval"`
 }
 
 // Duration is a time.Duration in the notation of [time.ParseDuration].
@@ -90,6 +96,12 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	if d := time.Duration(c.KMS.RemediationInterval); d < time.Second || d > 24*time.Hour {
 		return Config{}, fmt.Errorf("kms.remediation_interval %v is not 1s to 24h", d)
+	}
+	if c.KMS.StatusInterval == 0 {
+		c.KMS.StatusInterval = Duration(5 * time.Minute)
+	}
+	if d := time.Duration(c.KMS.StatusInterval); d < time.Second || d > 24*time.Hour {
+		return Config{}, fmt.Errorf("kms.status_interval %v is not 1s to 24h", d)
 	}
 	var err error
 	if c.Advertise, err = daemon.CheckAddresses(c.Listen, c.Advertise); err != nil {

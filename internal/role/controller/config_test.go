@@ -24,6 +24,7 @@ func TestParseConfig(t *testing.T) {
 		"interval too long":  {minimal + "[kms]\nremediation_interval = \"25h\"\n", "1s to 24h"},
 		"negative interval":  {minimal + "[kms]\nremediation_interval = \"-5m\"\n", "1s to 24h"},
 		"no duration":        {minimal + "[kms]\nremediation_interval = \"5\"\n", "missing unit"},
+		"status too often":   {minimal + "[kms]\nstatus_interval = \"1ms\"\n", "status_interval"},
 		"unknown field":      {minimal + "passwort = 1\n", "passwort"},
 		"unknown section":    {minimal + "[kmip]\n", "kmip"},
 		"wrong type":         {"data_dir = 1\n", "integer"},
@@ -48,7 +49,7 @@ func TestParseConfig(t *testing.T) {
 	}
 	want := Config{
 		DataDir: "/var/lib/strongroom", Listen: "192.0.2.1:7443", Advertise: "192.0.2.1:7443", KeyFile: "/var/lib/strongroom/controller.key",
-		KMS: KMSConfig{RemediationInterval: Duration(5 * time.Minute)},
+		KMS: KMSConfig{RemediationInterval: Duration(5 * time.Minute), StatusInterval: Duration(5 * time.Minute)},
 	}
 	got, err := ParseConfig([]byte(minimal))
 	if err != nil {

@@ -3,8 +3,9 @@
 // hosts, and asks hosts over mutual TLS to do what must be done.
 //
 // Invariants: KDKs are in locked memory, in the sealed key store and, as HPKE
-// parcels, on their way to hosts, never elsewhere; a KEK or DEK never comes
-// here; everything that takes long is a task, whose state is in the store before
+// parcels, on their way to hosts, never elsewhere; a KEK of a standard provider is
+// here in passing, in locked memory, between its key server and a parcel for a
+// host; a DEK never comes here; everything that takes long is a task, whose state is in the store before
 // and after each step, so a controller that is killed goes on where it was. A
 // controller that is away stops no VM and, with a native provider, no power-on.
 package controller
@@ -63,7 +64,10 @@ type Controller struct {
 	db         *store.DB
 	credential *pki.Credential
 	agents     *agents
+	servers    *keyServers
 	wake       chan struct{} // buffered by one: remediate soon
+	starved    chan struct{} // buffered by one: a host lacks a KEK
+	look       chan struct{} // buffered by one: check the key servers soon
 
 	// beatLife is how long a host counts as connected without a heartbeat.
 	beatLife time.Duration
@@ -95,7 +99,7 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) (err error) {
 // time; new passwords are hashed as hashing says. The caller closes the
 // controller.
 func open(ctx context.Context, cfg Config, log *slog.Logger, hashing access.Hashing) (_ *Controller, err error) {
-	c := &Controller{cfg: cfg, log: log, wake: make(chan struct{}, 1), beatLife: heartbeatLife}
+	c := &Controller{cfg: cfg, log: log, servers: newKeyServers(), wake: make(chan struct{}, 1), starved: make(chan struct{}, 1), look: make(chan struct{}, 1), beatLife: heartbeatLife}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, c.close())
@@ -122,6 +126,9 @@ func open(ctx context.Context, cfg Config, log *slog.Logger, hashing access.Hash
 		return nil, err
 	}
 	c.agents = newAgents(c.credential, c.ca.Certificate())
+	if err := c.openKeyServers(ctx); err != nil {
+		return nil, err
+	}
 	if err := c.ensureAdministrator(ctx); err != nil {
 		return nil, err
 	}
@@ -150,6 +157,7 @@ func (c *Controller) close() error {
 	if c.agents != nil {
 		c.agents.Close()
 	}
+	c.servers.close()
 	if c.audit != nil {
 		err = c.audit.Close()
 	}
@@ -172,6 +180,8 @@ func (c *Controller) run(ctx context.Context, listener net.Listener) error {
 	group.Go(func() error { return daemon.Serve(ctx, server, listener) })
 	group.Go(func() error { return c.tasks.Run(ctx) })
 	group.Go(func() error { return c.remediate(ctx) })
+	group.Go(func() error { return c.supply(ctx) })
+	group.Go(func() error { return c.watchKeyServers(ctx) })
 	group.Go(func() error { return c.signAudit(ctx) })
 	group.Go(func() error {
 		return c.credential.KeepFresh(ctx, c.ca.Certificate(), renewRetry, c.renew, func(err error) {
@@ -208,9 +218,12 @@ func (c *Controller) signAudit(ctx context.Context) error {
 }
 
 // poke has the hosts put right soon.
-func (c *Controller) poke() {
+func (c *Controller) poke() { ring(c.wake) }
+
+// ring wakes who listens to bell, now or when it next does.
+func ring(bell chan struct{}) {
 	select {
-	case c.wake <- struct{}{}:
+	case bell <- struct{}{}:
 	default:
 	}
 }

@@ -8,8 +8,10 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	strongroomv1 "strongroom/api/strongroom/v1"
+	"strongroom/internal/control/event"
 	"strongroom/internal/control/inventory"
 	"strongroom/internal/control/task"
+	"strongroom/internal/crypto/keysafe"
 )
 
 // stamp is nil for the zero time, which the API leaves out.
@@ -38,6 +40,10 @@ func keyFromAPI(k *strongroomv1.KeyRef) *inventory.KeyRef {
 		return nil
 	}
 	return &inventory.KeyRef{Provider: k.GetProvider(), KeyID: k.GetKeyId()}
+}
+
+func safeRef(k inventory.KeyRef) keysafe.Ref {
+	return keysafe.Ref{Provider: k.Provider, KeyID: k.KeyID}
 }
 
 func heldFromAPI(providers []*strongroomv1.HeldProvider) []inventory.HeldKey {
@@ -138,9 +144,45 @@ func apply(v *inventory.VM, said *strongroomv1.VM) {
 }
 
 func providerToAPI(p inventory.Provider, inUse bool) *strongroomv1.Provider {
-	return &strongroomv1.Provider{
+	out := &strongroomv1.Provider{
 		Name: p.Name, Type: string(p.Type), KeyId: p.KeyID, State: string(p.State), Details: p.Details, IsDefault: p.Default,
 		TpmRequired: p.TPMRequired, Created: stamp(p.Created), BackedUp: stamp(p.BackedUpAt), InUse: inUse,
+	}
+	if s := p.Standard; s != nil {
+		out.Standard = &strongroomv1.StandardProvider{
+			User: s.User, Proxy: s.Proxy, TimeoutSeconds: s.TimeoutSeconds, ClientMethod: s.ClientMethod,
+			ClientCertificate: certificateToAPI(s.Certificate), Established: stamp(s.Established),
+		}
+		for _, server := range s.Servers {
+			out.Standard.Servers = append(out.Standard.Servers, keyServerToAPI(server))
+		}
+	}
+	return out
+}
+
+func keyServerToAPI(s inventory.KeyServer) *strongroomv1.KeyServer {
+	out := &strongroomv1.KeyServer{
+		Address: s.Address, Fingerprint: s.Fingerprint, Status: "gray", Problem: s.Problem, Message: s.Message, Connected: s.Connected,
+		ClientTrustServer: s.ClientTrustServer, ServerTrustClient: s.ServerTrustClient, Certificate: certificateToAPI(s.Certificate),
+	}
+	switch {
+	case !s.Checked:
+	case s.Problem != "":
+		out.Status = string(event.Red)
+	case s.Certificate.Ending(time.Now()) != "":
+		out.Status = string(event.Yellow)
+	default:
+		out.Status = string(event.Green)
+	}
+	return out
+}
+
+func certificateToAPI(c *inventory.Certificate) *strongroomv1.CertificateInfo {
+	if c == nil {
+		return nil
+	}
+	return &strongroomv1.CertificateInfo{
+		Fingerprint: c.Fingerprint, Subject: c.Subject, Issuer: c.Issuer, NotBefore: stamp(c.NotBefore), NotAfter: stamp(c.NotAfter),
 	}
 }
 

@@ -95,7 +95,9 @@ func TestDeepRekeyUnderWay(t *testing.T) {
 	}
 	// To another provider it is another key; without one, that of the rekey.
 	for provider, same := range map[string]bool{"kp-1": false, "": true} {
-		got, err := s.c.rekeyKey(ctx, vm, vm.Disks, provider, true)
+		args := vmArgs{HostID: vm.HostID, Deep: true}
+		err := s.c.chooseRekeyKey(ctx, &args, vm, vm.Disks, provider)
+		got := args.Key
 		if err != nil || *got == first || (*got == inventory.KeyRef{Provider: "kp-2", KeyID: "some/key"}) != same {
 			t.Errorf("with provider %q the key is %v, %v", provider, got, err)
 		}

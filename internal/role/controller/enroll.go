@@ -106,7 +106,7 @@ func (c enroll) Heartbeat(ctx context.Context, req *connect.Request[strongroomv1
 	if len(m.GetVms()) > vmsMax {
 		return nil, errs.New(errs.Invalid, "%d VMs are more than %d", len(m.GetVms()), vmsMax)
 	}
-	if len(m.GetProviders()) > inventory.MaxProviders || len(m.GetBootId()) > factMax {
+	if len(m.GetProviders()) > inventory.MaxProviders || len(m.GetBootId()) > factMax || len(m.GetInstance()) > factMax {
 		return nil, errs.New(errs.Invalid, "the host's providers or boot id are too long")
 	}
 	if _, err := checkFacts(m); err != nil {
@@ -117,11 +117,12 @@ func (c enroll) Heartbeat(ctx context.Context, req *connect.Request[strongroomv1
 		return nil, err
 	}
 	held := heldFromAPI(m.GetProviders())
-	stale := before.State != inventory.Connected || before.Address != m.GetAddress() || before.BootID != m.GetBootId() ||
+	stale := before.State != inventory.Connected || before.Address != m.GetAddress() || before.BootID != m.GetBootId() || before.Instance != m.GetInstance() ||
 		before.Version != m.GetVersion() || !maps.Equal(before.Capabilities, m.GetCapabilities()) || !slices.Equal(before.Held, held)
 	if stale {
 		_, err := c.inv.UpdateHost(ctx, id, func(h *inventory.Host) error {
 			h.Address, h.Version, h.BootID, h.Capabilities, h.Held = m.GetAddress(), m.GetVersion(), m.GetBootId(), m.GetCapabilities(), held
+			h.Instance = m.GetInstance()
 			h.CryptoState = inventory.HostPrepared
 			if len(held) > 0 {
 				h.CryptoState = inventory.HostSafe

@@ -22,6 +22,7 @@ import (
 	"strongroom/client"
 	"strongroom/internal/control/inventory"
 	"strongroom/internal/control/pki"
+	"strongroom/internal/crypto/keysafe"
 	"strongroom/internal/crypto/parcel"
 	"strongroom/internal/daemon"
 	"strongroom/internal/errs"
@@ -42,11 +43,14 @@ type fakeHost struct {
 	enroll    strongroomv1connect.EnrollServiceClient
 	tpm       bool
 
-	mu    sync.Mutex // guards all below
-	held  map[string]string
-	vms   map[string]*strongroomv1.VM // by id
-	calls map[string]int              // by method
-	syncs []*strongroomv1.SyncHostRequest
+	mu   sync.Mutex // guards all below
+	held map[string]string
+	keks map[string]bool // by "provider/key id"
+	// instance is this start of the agent.
+	instance string
+	vms      map[string]*strongroomv1.VM // by id
+	calls    map[string]int              // by method
+	syncs    []*strongroomv1.SyncHostRequest
 	// fault is asked before each call and says how it ends; nil: as it should.
 	fault func(method string, call int) fault
 }
@@ -126,7 +130,7 @@ func (s *site) host(cluster, name string) *fakeHost {
 	h := &fakeHost{
 		t: s.t, id: res.Msg.GetHostId(), name: name, address: l.Addr().String(), recipient: recipient,
 		enroll: s.enrollClient(pki.ClientConfig(cred, s.c.ca.Certificate(), s.c.identity())),
-		held:   map[string]string{}, vms: map[string]*strongroomv1.VM{}, calls: map[string]int{},
+		held:   map[string]string{}, keks: map[string]bool{}, instance: "first", vms: map[string]*strongroomv1.VM{}, calls: map[string]int{},
 	}
 	h.serve(l, cred, s.c.ca.Certificate(), s.c.identity())
 	h.beat()
@@ -166,7 +170,7 @@ func (h *fakeHost) heartbeat() *strongroomv1.HeartbeatRequest {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	req := &strongroomv1.HeartbeatRequest{
-		Address: h.address, Version: "test", BootId: "boot-1", Capabilities: map[string]bool{inventory.CapabilityTPM: h.tpm}, Providers: h.heldNow(),
+		Address: h.address, Version: "test", BootId: "boot-1", Capabilities: map[string]bool{inventory.CapabilityTPM: h.tpm}, Providers: h.heldNow(), Instance: h.instance,
 	}
 	for _, vm := range h.vms {
 		req.Vms = append(req.Vms, proto.CloneOf(vm))
@@ -318,6 +322,23 @@ func (h *fakeHost) SyncHost(_ context.Context, req *connect.Request[strongroomv1
 	}
 	h.held = wanted
 	res := &strongroomv1.SyncHostResponse{Providers: h.heldNow()}
+	keks := map[string]bool{}
+	for _, w := range req.Msg.GetKeks() {
+		ref := keysafe.Ref{Provider: w.GetKey().GetProvider(), KeyID: w.GetKey().GetKeyId()}
+		if len(w.GetParcel()) > 0 {
+			kek, err := h.recipient.Open(w.GetParcel(), keyprovider.KEKContext("controller", h.id, ref))
+			if err != nil {
+				return nil, err
+			}
+			kek.Close()
+			h.keks[ref.String()] = true
+		}
+		if keks[ref.String()] = h.keks[ref.String()]; !keks[ref.String()] {
+			delete(keks, ref.String())
+			res.MissingKeks = append(res.MissingKeks, w.GetKey())
+		}
+	}
+	h.keks = keks
 	for _, d := range req.Msg.GetDatastores() {
 		res.Datastores = append(res.Datastores, &strongroomv1.DatastoreSpace{Name: d.GetName(), Accessible: true, CapacityBytes: 100, FreeBytes: 50})
 	}

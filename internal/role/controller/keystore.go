@@ -17,6 +17,7 @@ import (
 	"strongroom/internal/crypto/vault"
 	"strongroom/internal/errs"
 	"strongroom/internal/keys/keyprovider"
+	"strongroom/internal/keys/keyprovider/standard"
 )
 
 // The controller's sealed key store: docs/spec/vault.md.
@@ -25,11 +26,12 @@ const (
 	vaultContext    = "strongroom/controller-store/v1"
 	secretProviders = "providers"
 	secretAuditKey  = "audit-key"
+	secretServers   = "key-servers"
 	sealContext     = "strongroom/controller-sealed/v1/" // and a name
 )
 
 // keystore holds the native providers with their KDKs, in locked memory and
-// sealed on disk. It also seals small secrets of the control plane (the CA's
+// sealed on disk, and the credentials for key servers. It also seals small secrets of the control plane (the CA's
 // private key). It is safe for concurrent use.
 type keystore struct {
 	key   *keymem.Key
@@ -156,6 +158,67 @@ func (k *keystore) native(name string) (*keyprovider.Native, error) {
 		return nil, errs.New(errs.InvalidState, "provider %s is not a native one", name)
 	}
 	return native, nil
+}
+
+// credentials returns the secrets for a standard provider's key servers, which
+// the caller closes. A provider without any is no error.
+func (k *keystore) credentials(name string) (standard.Credentials, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	all, err := k.allCredentials()
+	if err != nil {
+		return standard.Credentials{}, err
+	}
+	own := all[name]
+	delete(all, name)
+	closeCredentials(all)
+	return own, nil
+}
+
+// setCredentials has change set the secrets for a standard provider; they are
+// durable when it returns. Secrets that change gives are the store's from then
+// on. With a nil change the provider has none any more.
+func (k *keystore) setCredentials(name string, change func(*standard.Credentials) error) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	all, err := k.allCredentials()
+	if err != nil {
+		return err
+	}
+	own := all[name]
+	defer func() { own.Close(); closeCredentials(all) }()
+	delete(all, name)
+	if change != nil {
+		if err := change(&own); err != nil {
+			return err
+		}
+		all[name] = own
+	}
+	blob, err := standard.MarshalCredentials(all)
+	if err != nil {
+		return err
+	}
+	defer blob.Close()
+	return k.vault.Update(map[string]*keymem.Key{secretServers: blob})
+}
+
+func (k *keystore) allCredentials() (map[string]standard.Credentials, error) {
+	blob, err := k.vault.Get(secretServers)
+	if errs.KindOf(err) == errs.NotFound {
+		return map[string]standard.Credentials{}, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer blob.Close()
+	all, err := standard.UnmarshalCredentials(blob)
+	return all, errs.Wrap(err, "cannot read the key store")
+}
+
+func closeCredentials(all map[string]standard.Credentials) {
+	for _, c := range all {
+		c.Close()
+	}
 }
 
 func (k *keystore) save() error {

@@ -352,6 +352,11 @@ func (c *Controller) deleteProvider(ctx context.Context, name string, force bool
 	if err := c.inv.DeleteProvider(ctx, name, force); err != nil {
 		return "", err
 	}
+	if p.Standard != nil {
+		// Its key server is not asked: it may be away for ever.
+		c.servers.put(name, nil)
+		return "none", c.keys.setCredentials(name, nil)
+	}
 	return p.KeyID, c.keys.remove(name)
 }
 
@@ -367,7 +372,7 @@ func (c *Controller) unneededByTasks(ctx context.Context, provider string) error
 		if err := json.Unmarshal(t.Args, &a); err != nil {
 			return errs.New(errs.Corrupt, "arguments of task %s: %w", t.ID, err)
 		}
-		if a.Key != nil && a.Key.Provider == provider {
+		if a.Key != nil && a.Key.Provider == provider || a.NewKeyOf == provider {
 			return errs.New(errs.InvalidState, "cannot delete key provider %s: %s of %s uses it", provider, t.Kind, t.Target).
 				WithReason("ResourceInUse").WithHint("strongroom task wait %s", t.ID)
 		}

@@ -130,27 +130,49 @@ func (c *Controller) refresh(ctx context.Context) error {
 }
 
 // syncHost gives a host its wanted configuration and notes what it has then.
+// KEKs that it lacks are sent later: a key server must not hold this up.
 func (c *Controller) syncHost(ctx context.Context, id string) error {
+	missing, err := c.syncKEKs(ctx, id, nil)
+	if len(missing) > 0 {
+		ring(c.starved)
+	}
+	return err
+}
+
+// syncKEKs is syncHost with the KEKs in got. It returns those that the host
+// still lacks.
+func (c *Controller) syncKEKs(ctx context.Context, id string, got keks) ([]inventory.KeyRef, error) {
 	// One at a time for a host, each with what is wanted when its turn comes:
 	// else an older configuration could overtake a newer one.
 	unlock, err := c.agents.lock(ctx, id)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer unlock()
 	h, err := c.inv.HostByID(ctx, id)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	req, err := c.wanted(ctx, h)
 	if err != nil {
-		return err
+		return nil, err
+	}
+	wanted, err := c.wantedKEKs(ctx, h)
+	if err != nil {
+		return nil, err
+	}
+	if req.Keks, err = parcels(h, wanted, got); err != nil {
+		return nil, err
 	}
 	res, err := callHost(ctx, h, c.agents.of(h).SyncHost, req)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	return c.noteSync(ctx, h, res)
+	var missing []inventory.KeyRef
+	for _, ref := range res.GetMissingKeks() {
+		missing = append(missing, *keyFromAPI(ref))
+	}
+	return missing, c.noteSync(ctx, h, res)
 }
 
 // wanted is the configuration that a host should have.
@@ -164,13 +186,13 @@ func (c *Controller) wanted(ctx context.Context, h inventory.Host) (*strongroomv
 		if p.TPMRequired && !h.Capabilities[inventory.CapabilityTPM] {
 			continue
 		}
-		want := &strongroomv1.WantedProvider{Name: p.Name, KeyId: p.KeyID, TpmRequired: p.TPMRequired, Created: stamp(p.Created)}
-		if !h.Holds(p.Name, p.KeyID) {
+		want := &strongroomv1.WantedProvider{Name: p.Name, KeyId: p.KeyID, TpmRequired: p.TPMRequired, Created: stamp(p.Created), Standard: p.Standard != nil}
+		if p.Standard == nil && !h.Holds(p.Name, p.KeyID) {
 			native, err := c.keys.native(p.Name)
 			if err != nil {
 				return nil, errs.Wrap(err, "cannot give host %s provider %s", h.Name, p.Name)
 			}
-			if want.Parcel, err = native.Seal("controller", h.ID, h.ParcelPublicKey); err != nil {
+			if want.Parcel, err = native.Seal(controllerName, h.ID, h.ParcelPublicKey); err != nil {
 				return nil, err
 			}
 		}

@@ -49,12 +49,16 @@ func (c vms) GetVM(ctx context.Context, req *connect.Request[strongroomv1.GetVMR
 
 // submit starts a task on a VM for the caller.
 func (c *Controller) submit(ctx context.Context, kind, vm string, args vmArgs) (*connect.Response[strongroomv1.Task], error) {
-	if args.Key != nil {
+	if args.Key != nil || args.NewKeyOf != "" {
 		// The provider must not be deleted between its choice and the task that
 		// keeps it from being deleted.
 		c.providersMu.Lock()
 		defer c.providersMu.Unlock()
-		if _, err := c.inv.Provider(ctx, args.Key.Provider); err != nil {
+		provider := args.NewKeyOf
+		if args.Key != nil {
+			provider = args.Key.Provider
+		}
+		if _, err := c.inv.Provider(ctx, provider); err != nil {
 			return nil, err
 		}
 	}
@@ -85,33 +89,40 @@ func answering(h inventory.Host) error {
 	return errs.New(errs.Unavailable, "host %s is %s", h.Name, h.State).WithHint("strongroom host show %s", h.Name)
 }
 
-// newKey names a new KEK of a provider for a VM on a host, which must hold the
-// provider's keys. Naming it makes nothing: a native provider derives it.
-func (c *Controller) newKey(ctx context.Context, provider, hostID string) (*inventory.KeyRef, error) {
-	h, err := c.inv.HostByID(ctx, hostID)
+// chooseKey says in args which new KEK a VM gets, of that provider or of the
+// default one. A native provider's key is named here, which makes nothing: the
+// host, which must hold the provider's keys, derives it. A standard provider's
+// is made by the task.
+func (c *Controller) chooseKey(ctx context.Context, args *vmArgs, provider string) error {
+	h, err := c.inv.HostByID(ctx, args.HostID)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	p, err := c.inv.ProviderForEncryption(ctx, provider, h.ClusterID)
 	if err != nil {
-		return nil, err
+		return err
+	}
+	if p.Standard != nil {
+		args.NewKeyOf = p.Name
+		return nil
 	}
 	if !h.Holds(p.Name, p.KeyID) {
 		if err := c.syncHost(ctx, h.ID); err != nil {
-			return nil, err
+			return err
 		}
-		if h, err = c.inv.HostByID(ctx, hostID); err != nil {
-			return nil, err
+		if h, err = c.inv.HostByID(ctx, args.HostID); err != nil {
+			return err
 		}
 	}
 	if !h.Holds(p.Name, p.KeyID) {
 		err := errs.New(errs.InvalidState, "host %s does not have the keys of provider %s", h.Name, p.Name)
 		if p.TPMRequired {
-			return nil, err.WithHint("the provider is for hosts with a TPM only; use one that is not: strongroom provider ls")
+			return err.WithHint("the provider is for hosts with a TPM only; use one that is not: strongroom provider ls")
 		}
-		return nil, err.WithHint("strongroom provider show %s", p.Name)
+		return err.WithHint("strongroom provider show %s", p.Name)
 	}
-	return &inventory.KeyRef{Provider: p.Name, KeyID: p.KeyID + "/" + uuid.NewString()}, nil
+	args.Key = &inventory.KeyRef{Provider: p.Name, KeyID: p.KeyID + "/" + uuid.NewString()}
+	return nil
 }
 
 func (c vms) CreateVM(ctx context.Context, req *connect.Request[strongroomv1.CreateVMRequest]) (*connect.Response[strongroomv1.Task], error) {
@@ -133,7 +144,7 @@ func (c vms) CreateVM(ctx context.Context, req *connect.Request[strongroomv1.Cre
 	}
 	args := vmArgs{ID: uuid.NewString(), Name: m.GetName(), HostID: h.ID, Datastore: m.GetDatastore(), Settings: m.GetSettings(), NewDisks: m.GetDisks()}
 	if m.GetEncrypt() {
-		if args.Key, err = c.newKey(ctx, m.GetProvider(), h.ID); err != nil {
+		if err := c.chooseKey(ctx, &args, m.GetProvider()); err != nil {
 			return nil, err
 		}
 	}
@@ -218,7 +229,7 @@ func (c vms) EncryptVM(ctx context.Context, req *connect.Request[strongroomv1.En
 	if err := notRekeying(v, chosen); err != nil {
 		return nil, err
 	}
-	if args.Key, err = c.newKey(ctx, req.Msg.GetProvider(), v.HostID); err != nil {
+	if err := c.chooseKey(ctx, &args, req.Msg.GetProvider()); err != nil {
 		return nil, err
 	}
 	if args.Rate, err = rate(req.Msg.GetRate()); err != nil {
@@ -278,18 +289,19 @@ func notRekeying(v inventory.VM, chosen []inventory.Disk) error {
 	return nil
 }
 
-// rekeyKey names the new KEK for a rekey of those disks: that of a deep rekey which
-// goes on, else a new one.
-func (c *Controller) rekeyKey(ctx context.Context, v inventory.VM, chosen []inventory.Disk, provider string, deep bool) (*inventory.KeyRef, error) {
+// chooseRekeyKey says in args which new KEK those disks get: that of a deep rekey
+// which goes on, else a new one.
+func (c *Controller) chooseRekeyKey(ctx context.Context, args *vmArgs, v inventory.VM, chosen []inventory.Disk, provider string) error {
 	for _, d := range chosen {
-		if deep && d.Rekey != nil && (provider == "" || provider == d.Rekey.Key.Provider) {
-			return &d.Rekey.Key, nil
+		if args.Deep && d.Rekey != nil && (provider == "" || provider == d.Rekey.Key.Provider) {
+			args.Key = &d.Rekey.Key
+			return nil
 		}
 	}
 	if provider == "" && v.Key != nil {
 		provider = v.Key.Provider
 	}
-	return c.newKey(ctx, provider, v.HostID)
+	return c.chooseKey(ctx, args, provider)
 }
 
 func (c vms) RekeyVM(ctx context.Context, req *connect.Request[strongroomv1.RekeyVMRequest]) (*connect.Response[strongroomv1.Task], error) {
@@ -309,10 +321,10 @@ func (c vms) RekeyVM(ctx context.Context, req *connect.Request[strongroomv1.Reke
 	if err != nil {
 		return nil, err
 	}
-	if args.Key, err = c.rekeyKey(ctx, v, chosen, m.GetProvider(), m.GetDeep()); err != nil {
+	args.Disks, args.Deep, args.Rate = m.GetDisks(), m.GetDeep(), m.GetRate()
+	if err := c.chooseRekeyKey(ctx, &args, v, chosen, m.GetProvider()); err != nil {
 		return nil, err
 	}
-	args.Disks, args.Deep, args.Rate = m.GetDisks(), m.GetDeep(), m.GetRate()
 	return c.submit(ctx, taskRekey, v.Name, args)
 }
 
@@ -346,6 +358,9 @@ func (c vms) ExportDiskKey(ctx context.Context, req *connect.Request[strongroomv
 	}
 	h, err := c.inv.HostByID(ctx, args.HostID)
 	if err != nil {
+		return nil, err
+	}
+	if err := c.equipVM(ctx, h, args); err != nil {
 		return nil, err
 	}
 	res, err := callHost(ctx, h, c.agents.of(h).ExportDiskKey, &strongroomv1.AgentExportDiskKeyRequest{

@@ -40,10 +40,13 @@ type vmArgs struct {
 	Name   string `json:"name"`
 	HostID string `json:"host_id"`
 
-	Key   *inventory.KeyRef `json:"key,omitempty"`
-	Disks []string          `json:"disks,omitempty"`
-	Deep  bool              `json:"deep,omitempty"`
-	Rate  int64             `json:"rate,omitempty"` // bytes a second that are copied or rewritten while the VM runs; 0: any number
+	Key *inventory.KeyRef `json:"key,omitempty"`
+	// NewKeyOf is the standard provider that the task has make the key: Key is
+	// known after that.
+	NewKeyOf string   `json:"new_key_of,omitempty"`
+	Disks    []string `json:"disks,omitempty"`
+	Deep     bool     `json:"deep,omitempty"`
+	Rate     int64    `json:"rate,omitempty"` // bytes a second that are copied or rewritten while the VM runs; 0: any number
 
 	Hard           bool   `json:"hard,omitempty"`
 	TimeoutSeconds uint32 `json:"timeout_seconds,omitempty"`
@@ -63,8 +66,13 @@ func (c *Controller) taskKinds() []task.Kind {
 	one := func(name, step string, noReturn bool, do vmStep) task.Kind {
 		return task.Kind{Name: name, Steps: []task.StepFuncs{{Name: step, Do: c.step(do), NoReturn: noReturn}}}
 	}
+	newKey := task.StepFuncs{Name: stepNewKey, Do: c.keyStep(c.makeKey), Undo: c.keyStep(c.unmakeKey)}
+	keyed := func(name, step string, do vmStep) task.Kind {
+		return task.Kind{Name: name, Steps: []task.StepFuncs{newKey, {Name: step, Do: c.step(do)}}}
+	}
 	return []task.Kind{
 		{Name: taskCreate, Steps: []task.StepFuncs{
+			newKey,
 			{Name: "create the VM folder", Do: c.step(c.createOnHost), Undo: c.step(c.deleteOnHost)},
 			{Name: "add to the inventory", Do: c.step(c.addCreated)},
 		}},
@@ -74,9 +82,9 @@ func (c *Controller) taskKinds() []task.Kind {
 		}},
 		one(taskPowerOn, "power on", false, c.powerOn),
 		one(taskPowerOff, "power off", false, c.powerOff),
-		one(taskEncrypt, "encrypt disks", false, c.encrypt),
+		keyed(taskEncrypt, "encrypt disks", c.encrypt),
 		one(taskDecrypt, "decrypt disks", false, c.decrypt),
-		one(taskRekey, "rekey disks", false, c.rekey),
+		keyed(taskRekey, "rekey disks", c.rekey),
 		one(taskFill, "fill disks", false, c.fill),
 		one(taskUnlock, "look for keys", false, c.unlock),
 		one(taskUnregister, "unregister", true, c.unregister),
@@ -92,6 +100,13 @@ func (c *Controller) step(do vmStep) func(context.Context, *task.Run) error {
 		if err := r.Args(&a); err != nil {
 			return err
 		}
+		if a.NewKeyOf != "" {
+			var made madeKey
+			if err := r.Data(&made); err != nil {
+				return err
+			}
+			a.Key = made.Key
+		}
 		h, err := c.inv.HostByID(ctx, a.HostID)
 		if err != nil {
 			return err
@@ -99,6 +114,9 @@ func (c *Controller) step(do vmStep) func(context.Context, *task.Run) error {
 		vm, err := do(ctx, r, h, a)
 		if err == nil && vm != nil {
 			err = c.noteVM(ctx, h.ID, vm)
+			if c.servers.any() {
+				c.poke() // a KEK that it needs no more leaves the hosts' memory
+			}
 		}
 		// A host that is busy with the VM may be at work on an earlier call of
 		// this very step, whose connection broke.
@@ -124,6 +142,9 @@ func (c *Controller) conclude(ctx context.Context, t task.Task, a vmArgs, err er
 	last := t.CurrentStep() == t.Steps[len(t.Steps)-1].Name
 	if err == nil && !last && !t.Undoing {
 		return nil
+	}
+	if a.Key == nil && a.NewKeyOf != "" {
+		a.Key = &inventory.KeyRef{Provider: a.NewKeyOf}
 	}
 	entry := audit.Entry{Actor: t.Owner, Action: t.Kind, Object: "/" + t.Target, Outcome: audit.Success, Details: map[string]string{"task": t.ID}}
 	tell := event.New{Principal: t.Owner, Target: t.Target, Args: map[string]string{}}
@@ -220,6 +241,9 @@ func (c *Controller) createOnHost(ctx context.Context, r *task.Run, h inventory.
 	if err := c.syncHost(ctx, h.ID); err != nil {
 		return nil, err
 	}
+	if err := c.equipVM(ctx, h, a); err != nil {
+		return nil, err
+	}
 	return streamHost(ctx, h, c.agents.of(h).CreateVM, &strongroomv1.AgentCreateVMRequest{
 		Id: a.ID, Name: a.Name, Datastore: a.Datastore, Settings: a.Settings, Disks: a.NewDisks, Key: keyToAPI(a.Key),
 	}, progress(ctx, r))
@@ -285,7 +309,19 @@ func (c *Controller) addRegistered(ctx context.Context, r *task.Run, h inventory
 	if err := r.Data(&reg); err != nil {
 		return nil, err
 	}
-	return nil, c.addToInventory(ctx, h, reg.ID)
+	if err := c.addToInventory(ctx, h, reg.ID); err != nil {
+		return nil, err
+	}
+	// It is wanted from now on. Without its keys it is locked, which says why.
+	if err := c.equipVM(ctx, h, vmArgs{ID: reg.ID}); err != nil {
+		c.log.LogAttrs(ctx, slog.LevelWarn, "registered VM lacks its keys", slog.String("vm", reg.ID), slog.Any("err", err))
+		return nil, nil
+	}
+	if v, err := c.inv.VMByID(ctx, reg.ID); err == nil && v.CryptoState == inventory.Locked {
+		_, err = c.lookAgain(ctx, v)
+		return nil, err
+	}
+	return nil, nil
 }
 
 func (c *Controller) unregisterRegistered(ctx context.Context, r *task.Run, h inventory.Host, _ vmArgs) (*strongroomv1.VM, error) {
@@ -298,6 +334,9 @@ func (c *Controller) unregisterRegistered(ctx context.Context, r *task.Run, h in
 }
 
 func (c *Controller) powerOn(ctx context.Context, _ *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {
+	if err := c.equipVM(ctx, h, a); err != nil {
+		return nil, err
+	}
 	res, err := callHost(ctx, h, c.agents.of(h).PowerOnVM, &strongroomv1.AgentPowerOnVMRequest{Id: a.ID})
 	return res.GetVm(), err
 }
@@ -308,23 +347,38 @@ func (c *Controller) powerOff(ctx context.Context, _ *task.Run, h inventory.Host
 }
 
 func (c *Controller) encrypt(ctx context.Context, r *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {
+	if err := c.equipVM(ctx, h, a); err != nil {
+		return nil, err
+	}
 	return streamHost(ctx, h, c.agents.of(h).EncryptVM, &strongroomv1.AgentEncryptVMRequest{Id: a.ID, Disks: a.Disks, Key: keyToAPI(a.Key), Rate: a.Rate}, progress(ctx, r))
 }
 
 func (c *Controller) decrypt(ctx context.Context, r *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {
+	if err := c.equipVM(ctx, h, a); err != nil {
+		return nil, err
+	}
 	return streamHost(ctx, h, c.agents.of(h).DecryptVM, &strongroomv1.AgentDecryptVMRequest{Id: a.ID, Disks: a.Disks, Rate: a.Rate}, progress(ctx, r))
 }
 
 func (c *Controller) rekey(ctx context.Context, r *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {
+	if err := c.equipVM(ctx, h, a); err != nil {
+		return nil, err
+	}
 	return streamHost(ctx, h, c.agents.of(h).RekeyVM, &strongroomv1.AgentRekeyVMRequest{Id: a.ID, Disks: a.Disks, Key: keyToAPI(a.Key), Deep: a.Deep, Rate: a.Rate}, progress(ctx, r))
 }
 
 func (c *Controller) fill(ctx context.Context, r *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {
+	if err := c.equipVM(ctx, h, a); err != nil {
+		return nil, err
+	}
 	return streamHost(ctx, h, c.agents.of(h).FillDisks, &strongroomv1.AgentFillDisksRequest{Id: a.ID, Disks: a.Disks}, progress(ctx, r))
 }
 
 func (c *Controller) unlock(ctx context.Context, _ *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {
 	if err := c.syncHost(ctx, h.ID); err != nil {
+		return nil, err
+	}
+	if err := c.equipVM(ctx, h, a); err != nil {
 		return nil, err
 	}
 	v, err := c.inv.VMByID(ctx, a.ID)
@@ -358,5 +412,6 @@ func (c *Controller) forget(ctx context.Context, id string) error {
 	if err := c.inv.DeleteVM(ctx, id); err != nil {
 		return err
 	}
+	c.poke() // its KEKs of standard providers leave the hosts' memory
 	return c.events.Evaluate(ctx, c.inv)
 }

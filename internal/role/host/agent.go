@@ -69,7 +69,11 @@ func (a *agent) SyncHost(ctx context.Context, req *connect.Request[strongroomv1.
 	if err := h.syncProviders(req.Msg.GetProviders()); err != nil {
 		return nil, err
 	}
-	res := &strongroomv1.SyncHostResponse{Providers: h.held()}
+	missing, err := h.syncKEKs(req.Msg.GetProviders(), req.Msg.GetKeks())
+	if err != nil {
+		return nil, err
+	}
+	res := &strongroomv1.SyncHostResponse{Providers: h.held(), MissingKeks: missing}
 	for _, d := range h.secrets.snapshot().Datastores {
 		space := &strongroomv1.DatastoreSpace{Name: d.Name}
 		var fs unix.Statfs_t
@@ -110,13 +114,16 @@ func (h *Host) syncDatastores(wanted []*strongroomv1.WantedDatastore) error {
 	})
 }
 
-// syncProviders makes the wanted providers the host's, in memory and in the
+// syncProviders makes the wanted native providers the host's, in memory and in the
 // sealed configuration. The keys of others are wiped.
 func (h *Host) syncProviders(wanted []*strongroomv1.WantedProvider) error {
 	set, changed := h.secrets.providers, false
 	keep := map[string]bool{}
 	var failures []error // one bad provider does not keep the others away
 	for _, w := range wanted {
+		if w.GetStandard() {
+			continue // see syncKEKs
+		}
 		keep[w.GetName()] = true
 		if len(w.GetParcel()) == 0 {
 			continue // it is here, the host said so
@@ -163,7 +170,8 @@ func (h *Host) takeOver(w *strongroomv1.WantedProvider) error {
 	return nil
 }
 
-// held returns the providers whose keys the host has.
+// held returns the native providers whose keys the host has, and the standard
+// ones that it knows.
 func (h *Host) held() []*strongroomv1.HeldProvider {
 	var out []*strongroomv1.HeldProvider
 	for _, name := range h.secrets.providers.Names() {
@@ -171,6 +179,9 @@ func (h *Host) held() []*strongroomv1.HeldProvider {
 		if native, ok := p.(*keyprovider.Native); err == nil && ok {
 			out = append(out, &strongroomv1.HeldProvider{Name: name, KeyId: native.Info().KeyID.String()})
 		}
+	}
+	for _, name := range h.secrets.cache.Providers() {
+		out = append(out, &strongroomv1.HeldProvider{Name: name})
 	}
 	return out
 }

@@ -76,7 +76,7 @@ func (h *Host) heartbeat(ctx context.Context) (time.Duration, error) {
 	defer cancel()
 	res, err := h.enroll.Heartbeat(ctx, connect.NewRequest(&strongroomv1.HeartbeatRequest{
 		Address: h.cfg.Advertise, Version: Version, BootId: h.bootID, Capabilities: capabilities(),
-		Providers: h.held(), Vms: h.describeAll(ctx),
+		Providers: h.held(), Vms: h.describeAll(ctx), Instance: h.instance,
 	}))
 	if err != nil {
 		return 0, err

@@ -22,6 +22,7 @@ import (
 	"path/filepath"
 	"sync"
 
+	"github.com/google/uuid"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
@@ -37,11 +38,12 @@ const Version = "0.1.0"
 
 // Host is a running host agent.
 type Host struct {
-	cfg     Config
-	log     *slog.Logger
-	secrets *secrets
-	prober  *qemu.Prober
-	bootID  string
+	cfg      Config
+	log      *slog.Logger
+	secrets  *secrets
+	prober   *qemu.Prober
+	bootID   string
+	instance string // of this start of the agent
 
 	credential *pki.Credential
 	enroll     strongroomv1connect.EnrollServiceClient
@@ -78,7 +80,7 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) error {
 
 	life, end := context.WithCancel(context.WithoutCancel(ctx))
 	h := &Host{
-		cfg: cfg, log: log.With(slog.String("host", s.identity.Name)), secrets: s, prober: qemu.NewProber(""), bootID: readBootID(),
+		cfg: cfg, log: log.With(slog.String("host", s.identity.Name)), secrets: s, prober: qemu.NewProber(""), bootID: readBootID(), instance: uuid.NewString(),
 		machines: map[string]*machine{}, life: life, changed: make(chan struct{}, 1),
 	}
 	defer func() {

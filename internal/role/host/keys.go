@@ -15,7 +15,6 @@ const (
 	reasonProviderUnknown = "KeyStateClusterInvalid"
 	reasonKeyMissing      = "KeyStateMissingInCache"
 	reasonNotPermitted    = "NoPermissionToAccessKeyProvider"
-	reasonUnreachable     = "KeyStateClusterUnreachable"
 )
 
 // kek returns the KEK at ref, which the caller closes, from what this host
@@ -23,6 +22,9 @@ const (
 // to do.
 func (h *Host) kek(ctx context.Context, ref keysafe.Ref) (*keymem.Key, error) {
 	key, err := h.secrets.providers.KEK(ctx, ref)
+	if errors.Is(err, keyprovider.ErrUnknownProvider) {
+		key, err = h.secrets.cache.KEK(ctx, ref)
+	}
 	if err == nil {
 		return key, nil
 	}
@@ -37,8 +39,8 @@ func (h *Host) kek(ctx context.Context, ref keysafe.Ref) (*keymem.Key, error) {
 		return nil, errs.New(errs.Locked, "key %s of provider %s may not be used here: %w", ref.KeyID, ref.Provider, err).
 			WithReason(reasonNotPermitted).WithHint("strongroom provider show %s", ref.Provider)
 	case errors.Is(err, keyprovider.ErrUnavailable):
-		return nil, errs.New(errs.Locked, "key %s of provider %s cannot be had now: %w", ref.KeyID, ref.Provider, err).
-			WithReason(reasonUnreachable).WithHint("strongroom provider show %s", ref.Provider)
+		return nil, errs.New(errs.Locked, "key %s of provider %s is not in this host's memory; the controller sends it when its key server gives it", ref.KeyID, ref.Provider).
+			WithReason(reasonKeyMissing).WithHint("strongroom provider check %s", ref.Provider)
 	}
 	return nil, err
 }

@@ -49,6 +49,9 @@ type identity struct {
 type registry struct {
 	Datastores []datastore  `json:"datastores"`
 	VMs        []registered `json:"vms"`
+	// Standard are the names of standard providers, so that a host that lacks
+	// their keys can say so.
+	Standard []string `json:"standard,omitempty"`
 }
 
 type datastore struct {
@@ -73,6 +76,7 @@ type secrets struct {
 	ca        *x509.Certificate
 	parcel    *parcel.Recipient
 	providers *keyprovider.Set
+	cache     *keyprovider.Cache // of standard providers' KEKs: in memory, never in the vault
 
 	mu       sync.Mutex // guards what follows, and updates of the vault
 	registry registry
@@ -125,7 +129,7 @@ func openSecrets(cfg Config) (_ *secrets, err error) {
 	if err != nil {
 		return nil, errs.Wrap(err, "cannot open the sealed host configuration")
 	}
-	s := &secrets{vault: v, providers: keyprovider.NewSet()}
+	s := &secrets{vault: v, providers: keyprovider.NewSet(), cache: keyprovider.NewCache(nil)}
 	defer func() {
 		if err != nil {
 			s.Close()
@@ -165,6 +169,7 @@ func (s *secrets) unpack() error {
 	if err := s.decode(secretInventory, &s.registry); err != nil && errs.KindOf(err) != errs.NotFound {
 		return err
 	}
+	s.cache = keyprovider.NewCache(s.registry.Standard)
 	parcelKey, err := s.vault.Get(secretParcelKey)
 	if err != nil {
 		return err
@@ -215,6 +220,7 @@ func (s *secrets) Close() {
 		s.parcel.Close()
 	}
 	s.providers.Close()
+	s.cache.Close()
 	s.vault.Close()
 }
 
@@ -247,7 +253,7 @@ func (s *secrets) snapshot() registry {
 }
 
 func (r registry) clone() registry {
-	return registry{Datastores: slices.Clone(r.Datastores), VMs: slices.Clone(r.VMs)}
+	return registry{Datastores: slices.Clone(r.Datastores), VMs: slices.Clone(r.VMs), Standard: slices.Clone(r.Standard)}
 }
 
 // updateRegistry changes the registry and makes it durable, or changes nothing.

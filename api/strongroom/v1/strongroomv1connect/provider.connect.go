@@ -36,6 +36,21 @@ const (
 	// ProviderServiceCreateNativeProviderProcedure is the fully-qualified name of the ProviderService's
 	// CreateNativeProvider RPC.
 	ProviderServiceCreateNativeProviderProcedure = "/strongroom.v1.ProviderService/CreateNativeProvider"
+	// ProviderServiceInspectKeyServersProcedure is the fully-qualified name of the ProviderService's
+	// InspectKeyServers RPC.
+	ProviderServiceInspectKeyServersProcedure = "/strongroom.v1.ProviderService/InspectKeyServers"
+	// ProviderServiceAddStandardProviderProcedure is the fully-qualified name of the ProviderService's
+	// AddStandardProvider RPC.
+	ProviderServiceAddStandardProviderProcedure = "/strongroom.v1.ProviderService/AddStandardProvider"
+	// ProviderServiceUpdateStandardProviderProcedure is the fully-qualified name of the
+	// ProviderService's UpdateStandardProvider RPC.
+	ProviderServiceUpdateStandardProviderProcedure = "/strongroom.v1.ProviderService/UpdateStandardProvider"
+	// ProviderServiceGetClientIdentityProcedure is the fully-qualified name of the ProviderService's
+	// GetClientIdentity RPC.
+	ProviderServiceGetClientIdentityProcedure = "/strongroom.v1.ProviderService/GetClientIdentity"
+	// ProviderServiceCheckProviderProcedure is the fully-qualified name of the ProviderService's
+	// CheckProvider RPC.
+	ProviderServiceCheckProviderProcedure = "/strongroom.v1.ProviderService/CheckProvider"
 	// ProviderServiceListProvidersProcedure is the fully-qualified name of the ProviderService's
 	// ListProviders RPC.
 	ProviderServiceListProvidersProcedure = "/strongroom.v1.ProviderService/ListProviders"
@@ -67,6 +82,22 @@ type ProviderServiceClient interface {
 	// CreateNativeProvider makes a provider with a new KDK. It cannot be used
 	// before its backup was downloaded.
 	CreateNativeProvider(context.Context, *connect.Request[v1.CreateNativeProviderRequest]) (*connect.Response[v1.Provider], error)
+	// InspectKeyServers connects to key servers and returns what certificates
+	// they show, for a person to confirm. It sends no credential.
+	InspectKeyServers(context.Context, *connect.Request[v1.InspectKeyServersRequest]) (*connect.Response[v1.InspectKeyServersResponse], error)
+	// AddStandardProvider adds a provider whose keys a key server keeps. It does
+	// not connect: CheckProvider does, and before that succeeded the provider
+	// gives no new keys.
+	AddStandardProvider(context.Context, *connect.Request[v1.AddStandardProviderRequest]) (*connect.Response[v1.Provider], error)
+	// UpdateStandardProvider changes how a provider's key servers are reached,
+	// trusted, and told who we are. What is not set stays.
+	UpdateStandardProvider(context.Context, *connect.Request[v1.UpdateStandardProviderRequest]) (*connect.Response[v1.Provider], error)
+	// GetClientIdentity returns what the key server's administrator needs to
+	// trust this controller. It holds no private key.
+	GetClientIdentity(context.Context, *connect.Request[v1.GetClientIdentityRequest]) (*connect.Response[v1.ClientIdentity], error)
+	// CheckProvider looks at a standard provider's servers now, and makes, gets
+	// and destroys a key.
+	CheckProvider(context.Context, *connect.Request[v1.CheckProviderRequest]) (*connect.Response[v1.Provider], error)
 	ListProviders(context.Context, *connect.Request[v1.ListProvidersRequest]) (*connect.Response[v1.ListProvidersResponse], error)
 	GetProvider(context.Context, *connect.Request[v1.GetProviderRequest]) (*connect.Response[v1.Provider], error)
 	// ExportProvider returns a native provider's backup, a .p12 file. The
@@ -105,6 +136,36 @@ func NewProviderServiceClient(httpClient connect.HTTPClient, baseURL string, opt
 			httpClient,
 			baseURL+ProviderServiceCreateNativeProviderProcedure,
 			connect.WithSchema(providerServiceMethods.ByName("CreateNativeProvider")),
+			connect.WithClientOptions(opts...),
+		),
+		inspectKeyServers: connect.NewClient[v1.InspectKeyServersRequest, v1.InspectKeyServersResponse](
+			httpClient,
+			baseURL+ProviderServiceInspectKeyServersProcedure,
+			connect.WithSchema(providerServiceMethods.ByName("InspectKeyServers")),
+			connect.WithClientOptions(opts...),
+		),
+		addStandardProvider: connect.NewClient[v1.AddStandardProviderRequest, v1.Provider](
+			httpClient,
+			baseURL+ProviderServiceAddStandardProviderProcedure,
+			connect.WithSchema(providerServiceMethods.ByName("AddStandardProvider")),
+			connect.WithClientOptions(opts...),
+		),
+		updateStandardProvider: connect.NewClient[v1.UpdateStandardProviderRequest, v1.Provider](
+			httpClient,
+			baseURL+ProviderServiceUpdateStandardProviderProcedure,
+			connect.WithSchema(providerServiceMethods.ByName("UpdateStandardProvider")),
+			connect.WithClientOptions(opts...),
+		),
+		getClientIdentity: connect.NewClient[v1.GetClientIdentityRequest, v1.ClientIdentity](
+			httpClient,
+			baseURL+ProviderServiceGetClientIdentityProcedure,
+			connect.WithSchema(providerServiceMethods.ByName("GetClientIdentity")),
+			connect.WithClientOptions(opts...),
+		),
+		checkProvider: connect.NewClient[v1.CheckProviderRequest, v1.Provider](
+			httpClient,
+			baseURL+ProviderServiceCheckProviderProcedure,
+			connect.WithSchema(providerServiceMethods.ByName("CheckProvider")),
 			connect.WithClientOptions(opts...),
 		),
 		listProviders: connect.NewClient[v1.ListProvidersRequest, v1.ListProvidersResponse](
@@ -160,20 +221,50 @@ func NewProviderServiceClient(httpClient connect.HTTPClient, baseURL string, opt
 
 // providerServiceClient implements ProviderServiceClient.
 type providerServiceClient struct {
-	createNativeProvider  *connect.Client[v1.CreateNativeProviderRequest, v1.Provider]
-	listProviders         *connect.Client[v1.ListProvidersRequest, v1.ListProvidersResponse]
-	getProvider           *connect.Client[v1.GetProviderRequest, v1.Provider]
-	exportProvider        *connect.Client[v1.ExportProviderRequest, v1.ExportProviderResponse]
-	confirmProviderBackup *connect.Client[v1.ConfirmProviderBackupRequest, v1.Provider]
-	importProvider        *connect.Client[v1.ImportProviderRequest, v1.ImportProviderResponse]
-	setDefaultProvider    *connect.Client[v1.SetDefaultProviderRequest, v1.SetDefaultProviderResponse]
-	getProviderUsage      *connect.Client[v1.GetProviderUsageRequest, v1.GetProviderUsageResponse]
-	deleteProvider        *connect.Client[v1.DeleteProviderRequest, v1.DeleteProviderResponse]
+	createNativeProvider   *connect.Client[v1.CreateNativeProviderRequest, v1.Provider]
+	inspectKeyServers      *connect.Client[v1.InspectKeyServersRequest, v1.InspectKeyServersResponse]
+	addStandardProvider    *connect.Client[v1.AddStandardProviderRequest, v1.Provider]
+	updateStandardProvider *connect.Client[v1.UpdateStandardProviderRequest, v1.Provider]
+	getClientIdentity      *connect.Client[v1.GetClientIdentityRequest, v1.ClientIdentity]
+	checkProvider          *connect.Client[v1.CheckProviderRequest, v1.Provider]
+	listProviders          *connect.Client[v1.ListProvidersRequest, v1.ListProvidersResponse]
+	getProvider            *connect.Client[v1.GetProviderRequest, v1.Provider]
+	exportProvider         *connect.Client[v1.ExportProviderRequest, v1.ExportProviderResponse]
+	confirmProviderBackup  *connect.Client[v1.ConfirmProviderBackupRequest, v1.Provider]
+	importProvider         *connect.Client[v1.ImportProviderRequest, v1.ImportProviderResponse]
+	setDefaultProvider     *connect.Client[v1.SetDefaultProviderRequest, v1.SetDefaultProviderResponse]
+	getProviderUsage       *connect.Client[v1.GetProviderUsageRequest, v1.GetProviderUsageResponse]
+	deleteProvider         *connect.Client[v1.DeleteProviderRequest, v1.DeleteProviderResponse]
 }
 
 // CreateNativeProvider calls strongroom.v1.ProviderService.CreateNativeProvider.
 func (c *providerServiceClient) CreateNativeProvider(ctx context.Context, req *connect.Request[v1.CreateNativeProviderRequest]) (*connect.Response[v1.Provider], error) {
 	return c.createNativeProvider.CallUnary(ctx, req)
+}
+
+// InspectKeyServers calls strongroom.v1.ProviderService.InspectKeyServers.
+func (c *providerServiceClient) InspectKeyServers(ctx context.Context, req *connect.Request[v1.InspectKeyServersRequest]) (*connect.Response[v1.InspectKeyServersResponse], error) {
+	return c.inspectKeyServers.CallUnary(ctx, req)
+}
+
+// AddStandardProvider calls strongroom.v1.ProviderService.AddStandardProvider.
+func (c *providerServiceClient) AddStandardProvider(ctx context.Context, req *connect.Request[v1.AddStandardProviderRequest]) (*connect.Response[v1.Provider], error) {
+	return c.addStandardProvider.CallUnary(ctx, req)
+}
+
+// UpdateStandardProvider calls strongroom.v1.ProviderService.UpdateStandardProvider.
+func (c *providerServiceClient) UpdateStandardProvider(ctx context.Context, req *connect.Request[v1.UpdateStandardProviderRequest]) (*connect.Response[v1.Provider], error) {
+	return c.updateStandardProvider.CallUnary(ctx, req)
+}
+
+// GetClientIdentity calls strongroom.v1.ProviderService.GetClientIdentity.
+func (c *providerServiceClient) GetClientIdentity(ctx context.Context, req *connect.Request[v1.GetClientIdentityRequest]) (*connect.Response[v1.ClientIdentity], error) {
+	return c.getClientIdentity.CallUnary(ctx, req)
+}
+
+// CheckProvider calls strongroom.v1.ProviderService.CheckProvider.
+func (c *providerServiceClient) CheckProvider(ctx context.Context, req *connect.Request[v1.CheckProviderRequest]) (*connect.Response[v1.Provider], error) {
+	return c.checkProvider.CallUnary(ctx, req)
 }
 
 // ListProviders calls strongroom.v1.ProviderService.ListProviders.
@@ -221,6 +312,22 @@ type ProviderServiceHandler interface {
 	// CreateNativeProvider makes a provider with a new KDK. It cannot be used
 	// before its backup was downloaded.
 	CreateNativeProvider(context.Context, *connect.Request[v1.CreateNativeProviderRequest]) (*connect.Response[v1.Provider], error)
+	// InspectKeyServers connects to key servers and returns what certificates
+	// they show, for a person to confirm. It sends no credential.
+	InspectKeyServers(context.Context, *connect.Request[v1.InspectKeyServersRequest]) (*connect.Response[v1.InspectKeyServersResponse], error)
+	// AddStandardProvider adds a provider whose keys a key server keeps. It does
+	// not connect: CheckProvider does, and before that succeeded the provider
+	// gives no new keys.
+	AddStandardProvider(context.Context, *connect.Request[v1.AddStandardProviderRequest]) (*connect.Response[v1.Provider], error)
+	// UpdateStandardProvider changes how a provider's key servers are reached,
+	// trusted, and told who we are. What is not set stays.
+	UpdateStandardProvider(context.Context, *connect.Request[v1.UpdateStandardProviderRequest]) (*connect.Response[v1.Provider], error)
+	// GetClientIdentity returns what the key server's administrator needs to
+	// trust this controller. It holds no private key.
+	GetClientIdentity(context.Context, *connect.Request[v1.GetClientIdentityRequest]) (*connect.Response[v1.ClientIdentity], error)
+	// CheckProvider looks at a standard provider's servers now, and makes, gets
+	// and destroys a key.
+	CheckProvider(context.Context, *connect.Request[v1.CheckProviderRequest]) (*connect.Response[v1.Provider], error)
 	ListProviders(context.Context, *connect.Request[v1.ListProvidersRequest]) (*connect.Response[v1.ListProvidersResponse], error)
 	GetProvider(context.Context, *connect.Request[v1.GetProviderRequest]) (*connect.Response[v1.Provider], error)
 	// ExportProvider returns a native provider's backup, a .p12 file. The
@@ -255,6 +362,36 @@ func NewProviderServiceHandler(svc ProviderServiceHandler, opts ...connect.Handl
 		ProviderServiceCreateNativeProviderProcedure,
 		svc.CreateNativeProvider,
 		connect.WithSchema(providerServiceMethods.ByName("CreateNativeProvider")),
+		connect.WithHandlerOptions(opts...),
+	)
+	providerServiceInspectKeyServersHandler := connect.NewUnaryHandler(
+		ProviderServiceInspectKeyServersProcedure,
+		svc.InspectKeyServers,
+		connect.WithSchema(providerServiceMethods.ByName("InspectKeyServers")),
+		connect.WithHandlerOptions(opts...),
+	)
+	providerServiceAddStandardProviderHandler := connect.NewUnaryHandler(
+		ProviderServiceAddStandardProviderProcedure,
+		svc.AddStandardProvider,
+		connect.WithSchema(providerServiceMethods.ByName("AddStandardProvider")),
+		connect.WithHandlerOptions(opts...),
+	)
+	providerServiceUpdateStandardProviderHandler := connect.NewUnaryHandler(
+		ProviderServiceUpdateStandardProviderProcedure,
+		svc.UpdateStandardProvider,
+		connect.WithSchema(providerServiceMethods.ByName("UpdateStandardProvider")),
+		connect.WithHandlerOptions(opts...),
+	)
+	providerServiceGetClientIdentityHandler := connect.NewUnaryHandler(
+		ProviderServiceGetClientIdentityProcedure,
+		svc.GetClientIdentity,
+		connect.WithSchema(providerServiceMethods.ByName("GetClientIdentity")),
+		connect.WithHandlerOptions(opts...),
+	)
+	providerServiceCheckProviderHandler := connect.NewUnaryHandler(
+		ProviderServiceCheckProviderProcedure,
+		svc.CheckProvider,
+		connect.WithSchema(providerServiceMethods.ByName("CheckProvider")),
 		connect.WithHandlerOptions(opts...),
 	)
 	providerServiceListProvidersHandler := connect.NewUnaryHandler(
@@ -309,6 +446,16 @@ func NewProviderServiceHandler(svc ProviderServiceHandler, opts ...connect.Handl
 		switch r.URL.Path {
 		case ProviderServiceCreateNativeProviderProcedure:
 			providerServiceCreateNativeProviderHandler.ServeHTTP(w, r)
+		case ProviderServiceInspectKeyServersProcedure:
+			providerServiceInspectKeyServersHandler.ServeHTTP(w, r)
+		case ProviderServiceAddStandardProviderProcedure:
+			providerServiceAddStandardProviderHandler.ServeHTTP(w, r)
+		case ProviderServiceUpdateStandardProviderProcedure:
+			providerServiceUpdateStandardProviderHandler.ServeHTTP(w, r)
+		case ProviderServiceGetClientIdentityProcedure:
+			providerServiceGetClientIdentityHandler.ServeHTTP(w, r)
+		case ProviderServiceCheckProviderProcedure:
+			providerServiceCheckProviderHandler.ServeHTTP(w, r)
 		case ProviderServiceListProvidersProcedure:
 			providerServiceListProvidersHandler.ServeHTTP(w, r)
 		case ProviderServiceGetProviderProcedure:
@@ -336,6 +483,26 @@ type UnimplementedProviderServiceHandler struct{}
 
 func (UnimplementedProviderServiceHandler) CreateNativeProvider(context.Context, *connect.Request[v1.CreateNativeProviderRequest]) (*connect.Response[v1.Provider], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.ProviderService.CreateNativeProvider is not implemented"))
+}
+
+func (UnimplementedProviderServiceHandler) InspectKeyServers(context.Context, *connect.Request[v1.InspectKeyServersRequest]) (*connect.Response[v1.InspectKeyServersResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.ProviderService.InspectKeyServers is not implemented"))
+}
+
+func (UnimplementedProviderServiceHandler) AddStandardProvider(context.Context, *connect.Request[v1.AddStandardProviderRequest]) (*connect.Response[v1.Provider], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.ProviderService.AddStandardProvider is not implemented"))
+}
+
+func (UnimplementedProviderServiceHandler) UpdateStandardProvider(context.Context, *connect.Request[v1.UpdateStandardProviderRequest]) (*connect.Response[v1.Provider], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.ProviderService.UpdateStandardProvider is not implemented"))
+}
+
+func (UnimplementedProviderServiceHandler) GetClientIdentity(context.Context, *connect.Request[v1.GetClientIdentityRequest]) (*connect.Response[v1.ClientIdentity], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.ProviderService.GetClientIdentity is not implemented"))
+}
+
+func (UnimplementedProviderServiceHandler) CheckProvider(context.Context, *connect.Request[v1.CheckProviderRequest]) (*connect.Response[v1.Provider], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.ProviderService.CheckProvider is not implemented"))
 }
 
 func (UnimplementedProviderServiceHandler) ListProviders(context.Context, *connect.Request[v1.ListProvidersRequest]) (*connect.Response[v1.ListProvidersResponse], error) {

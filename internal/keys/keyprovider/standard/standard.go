@@ -47,13 +47,15 @@ type Config struct {
 	// none, Authorities must be set.
 	Pins        []kmipclient.Fingerprint
 	Authorities *x509.CertPool
-	Certificate tls.Certificate // ours
-	User        string          // empty: no user name and password
-	Password    *keymem.Key     // cloned; may be nil
-	Proxy       string          // "host:port"; empty for none
-	LegacySuite bool            // as in kmipclient.Config
-	Timeout     time.Duration   // 0: [DefaultTimeout]
-	Retry       time.Duration   // how long a server that failed is passed over; 0: kmipclient's default
+	// Certificate returns ours, with its key, at each handshake; nil if there is
+	// none.
+	Certificate func() *tls.Certificate
+	User        string        // empty: no user name and password
+	Password    *keymem.Key   // cloned; may be nil
+	Proxy       string        // "host:port"; empty for none
+	LegacySuite bool          // as in kmipclient.Config
+	Timeout     time.Duration // 0: [DefaultTimeout]
+	Retry       time.Duration // how long a server that failed is passed over; 0: kmipclient's default
 }
 
 // Provider is a standard provider. Make it with [New] and close it.
@@ -84,9 +86,9 @@ func New(c Config) (_ *Provider, err error) {
 	if len(c.Pins) == 0 && c.Authorities != nil {
 		config = &tls.Config{RootCAs: c.Authorities}
 	}
-	if len(c.Certificate.Certificate) > 0 {
+	if c.Certificate != nil {
 		// Sent whatever authorities the server names: it may not name any.
-		config.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &c.Certificate, nil }
+		config.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return c.Certificate(), nil }
 	}
 	p := &Provider{name: c.Name, servers: c.Servers}
 	p.life, p.end = context.WithCancel(context.Background())

@@ -29,7 +29,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 func open(t *testing.T, ca *testca.Authority, client tls.Certificate, servers ...string) *Provider {
 	t.Helper()
 	p, err := New(Config{
-		Name: "kms-1", Servers: servers, Authorities: ca.Pool(), Certificate: client, Timeout: 30 * time.Second, Retry: time.Nanosecond,
+		Name: "kms-1", Servers: servers, Authorities: ca.Pool(), Certificate: func() *tls.Certificate { return &client }, Timeout: 30 * time.Second, Retry: time.Nanosecond,
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -264,7 +264,11 @@ func TestUnavailable(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer guess.Close()
-	p, err := New(Config{Name: "kms-1", Servers: []string{server.Addr}, Authorities: ca.Pool(), Certificate: ca.Client(t, "controller"), User: "app", Password: guess})
+	client := ca.Client(t, "controller")
+	p, err := New(Config{
+		Name: "kms-1", Servers: []string{server.Addr}, Authorities: ca.Pool(), User: "app", Password: guess,
+		Certificate: func() *tls.Certificate { return &client },
+	})
 	if err != nil {
 		t.Fatal(err)
 	}

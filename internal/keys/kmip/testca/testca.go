@@ -31,7 +31,7 @@ func New(t testing.TB) *Authority {
 	key := newKey(t)
 	template := &x509.Certificate{
 		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "test authority"},
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(100 * 24 * time.Hour),
 		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
 	}
 	return &Authority{cert: sign(t, template, template, key, key), key: key}
@@ -74,7 +74,7 @@ func (a *Authority) PEM() []byte {
 // Server returns a certificate for 127.0.0.1 and localhost.
 func (a *Authority) Server(t testing.TB) tls.Certificate {
 	t.Helper()
-	return a.issue(t, "server", time.Now().Add(time.Hour))
+	return a.issue(t, "server", time.Now().Add(90*24*time.Hour))
 }
 
 // Client returns a certificate of a client called name.

@@ -1,0 +1,147 @@
+package controller
+
+import (
+	"context"
+	"encoding/json"
+	"log/slog"
+	"slices"
+
+	"github.com/google/uuid"
+
+	strongroomv1 "strongroom/api/strongroom/v1"
+	"strongroom/internal/control/inventory"
+	"strongroom/internal/control/task"
+	"strongroom/internal/errs"
+	"strongroom/internal/keys/keyprovider/standard"
+)
+
+// stepNewKey is the step in which a task has a standard provider make a key; of
+// other providers there is nothing to make.
+const stepNewKey = "make the key"
+
+// madeKey is the data of a task that makes a key. The object's id is stored
+// before the key server is asked, so that whatever happens the key is found
+// again by it.
+type madeKey struct {
+	Object string            `json:"object"` // UUID
+	Key    *inventory.KeyRef `json:"key,omitempty"`
+}
+
+// keyStep is step for the work on a key that the task makes; a task that makes
+// none does and tells nothing.
+func (c *Controller) keyStep(do vmStep) func(context.Context, *task.Run) error {
+	return func(ctx context.Context, r *task.Run) error {
+		var a vmArgs
+		if err := r.Args(&a); err != nil || a.NewKeyOf == "" {
+			return err
+		}
+		return c.step(do)(ctx, r)
+	}
+}
+
+func (c *Controller) makeKey(ctx context.Context, r *task.Run, _ inventory.Host, a vmArgs) (*strongroomv1.VM, error) {
+	if a.Key != nil {
+		return nil, nil
+	}
+	var made madeKey
+	if err := r.Data(&made); err != nil {
+		return nil, err
+	}
+	if made.Object == "" {
+		made.Object = uuid.NewString()
+		if err := r.SetData(ctx, made); err != nil {
+			return nil, err
+		}
+	}
+	object, err := uuid.Parse(made.Object)
+	if err != nil {
+		return nil, errs.New(errs.Corrupt, "data of task %s: %w", r.Task().ID, err)
+	}
+	p, err := c.servers.get(a.NewKeyOf)
+	if err != nil {
+		return nil, keyError("make a key", a.NewKeyOf, "", err)
+	}
+	ref, kek, err := p.NewKEK(ctx, object)
+	if err != nil {
+		return nil, keyError("make a key", a.NewKeyOf, "", err)
+	}
+	kek.Close() // got again when a host is sure to be there for it
+	made.Key = &inventory.KeyRef{Provider: ref.Provider, KeyID: ref.KeyID}
+	if err := r.SetData(ctx, made); err != nil {
+		return nil, err
+	}
+	if err := p.Label(ctx, ref, standard.Labels{Identifier: a.ID, Component: "Virtual Machine", Name: a.Name}); err != nil {
+		c.log.LogAttrs(ctx, slog.LevelInfo, "the key server takes no labels for its key", slog.String("key", ref.String()), slog.Any("err", err))
+	}
+	return nil, nil
+}
+
+// unmakeKey destroys the key of a task that failed, unless something uses it or
+// might: better a key too many at the key server than one too few.
+func (c *Controller) unmakeKey(ctx context.Context, r *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {
+	var made madeKey
+	if err := r.Data(&made); err != nil || made.Object == "" {
+		return nil, err
+	}
+	if made.Key != nil {
+		if used, err := c.mayUse(ctx, h, a.ID, *made.Key); used || err != nil {
+			c.log.LogAttrs(ctx, slog.LevelInfo, "the key of a failed task is kept: it may be in use", slog.String("task", r.Task().ID),
+				slog.String("provider", made.Key.Provider), slog.String("key", made.Key.KeyID), slog.Any("err", err))
+			return nil, nil
+		}
+	}
+	object, err := uuid.Parse(made.Object)
+	if err != nil {
+		return nil, errs.New(errs.Corrupt, "data of task %s: %w", r.Task().ID, err)
+	}
+	p, err := c.servers.get(a.NewKeyOf)
+	if err == nil {
+		err = p.Discard(ctx, object)
+	}
+	if err != nil {
+		return nil, keyError("destroy the key that was made for nothing, of the name strongroom-"+made.Object+",", a.NewKeyOf, "", err)
+	}
+	return nil, nil
+}
+
+// mayUse reports whether a VM uses a key, or cannot be said not to.
+func (c *Controller) mayUse(ctx context.Context, h inventory.Host, vm string, key inventory.KeyRef) (bool, error) {
+	users, err := c.inv.Usage(ctx, key.Provider, key.KeyID)
+	if err != nil || len(users) > 0 {
+		return true, err
+	}
+	res, err := callHost(ctx, h, c.agents.of(h).GetVM, &strongroomv1.AgentGetVMRequest{Id: vm})
+	if errs.KindOf(err) == errs.NotFound {
+		return false, nil // it came to no VM, or to none that was kept
+	}
+	if err != nil {
+		return true, err
+	}
+	said := res.GetVm()
+	is := func(k *strongroomv1.KeyRef) bool { return k.GetProvider() == key.Provider && k.GetKeyId() == key.KeyID }
+	unknown := func(d *strongroomv1.Disk) bool {
+		return d.GetEncrypted() && d.GetKey() == nil || is(d.GetKey()) || is(d.GetRekey().GetKey())
+	}
+	return is(said.GetKey()) || slices.ContainsFunc(said.GetDisks(), unknown), nil
+}
+
+// keysOfTasks returns the keys that tasks on VMs of a cluster have had made and
+// may be about to use: no VM tells of that need yet.
+func (c *Controller) keysOfTasks(ctx context.Context, clusterID string) ([]inventory.KeyRef, error) {
+	active, err := c.tasks.List(ctx, 0, true)
+	if err != nil {
+		return nil, err
+	}
+	var keys []inventory.KeyRef
+	for _, t := range active {
+		var made madeKey
+		var a vmArgs
+		if len(t.Data) == 0 || json.Unmarshal(t.Data, &made) != nil || made.Key == nil || json.Unmarshal(t.Args, &a) != nil {
+			continue // of another kind of task
+		}
+		if h, err := c.inv.HostByID(ctx, a.HostID); err == nil && h.ClusterID == clusterID {
+			keys = append(keys, *made.Key)
+		}
+	}
+	return keys, nil
+}
