@@ -14,8 +14,12 @@ import (
 	"strongroom/internal/crypto/xts"
 )
 
-// ZoneDefault is how much of a volume is rewritten at once by default, in bytes.
-const ZoneDefault = 4 << 20
+const (
+	// zoneBusy is how much of a volume is rewritten at once while it is in use, in
+	// bytes, and zoneIdle what that grows to while nobody waits for it.
+	zoneBusy = 4 << 20
+	zoneIdle = 12 << 20
+)
 
 // zoneMax bounds the memory that a rekey takes, and how long requests wait.
 const zoneMax = 64 << 20
@@ -37,10 +41,11 @@ type RekeyOptions struct {
 	PassphraseCost luks.Argon2id
 	// Rate bounds how fast data are rewritten; nil: it is not bounded.
 	Rate *Rate
-	// Zone is how much is rewritten at once, in bytes; 0: [ZoneDefault]. It is
-	// rounded to whole blocks and bounded by the space for the journal, which is
-	// decided when a rekey begins: under 16 MiB with the default data offset. A
-	// larger zone is faster and lets requests wait longer.
+	// Zone is how much is rewritten at once, in bytes; 0: 4 MiB while the volume is
+	// in use or the rate is bounded, else up to 12 MiB. It is rounded to whole
+	// blocks and bounded by the space for the journal, which is decided when a rekey
+	// begins: under 16 MiB with the default data offset. A larger zone is faster and
+	// lets requests wait longer.
 	Zone int64
 	// Progress, if not nil, is called after each zone with the bytes done and the
 	// bytes to do, holes included; the latter grow with the volume. It may use the
@@ -106,6 +111,7 @@ func (v *Volume) rekey(ctx context.Context, opts RekeyOptions) error {
 			return err
 		}
 		pace.zone(n)
+		r.resize(n, pace)
 		if opts.Progress != nil {
 			size := v.Size()
 			opts.Progress(min(v.boundary.Load(), size), size)
@@ -124,7 +130,9 @@ type rekey struct {
 	storage watchedStorage
 	header  *luks.Header // as it is on the storage
 	journal luks.Area
-	zone    int64  // bytes
+	zone    int64 // bytes that are rewritten at once, from zoneMin to zoneMax
+	zoneMin int64
+	zoneMax int64
 	dataEnd int64  // where the storage below is not known to be a hole up to; looking is slow on tmpfs
 	old     []byte // ciphertext of a zone under the old key
 	buf     []byte // what is encrypted at once
@@ -209,20 +217,41 @@ func (r *rekey) begin(opts RekeyOptions) (finished bool, err error) {
 
 	r.journal = state.Journal
 	unit := v.rekeyUnit()
-	if opts.Zone <= 0 {
-		opts.Zone = ZoneDefault
-	}
-	r.zone = max(min(opts.Zone, r.journal.Size)/unit*unit, unit)
-	if r.zone > r.journal.Size {
+	if unit > r.journal.Size {
 		return false, fmt.Errorf("%w: the journal of %d bytes holds no block of %d", luks.ErrNoSpace, r.journal.Size, unit)
 	}
-	r.old = make([]byte, min(r.zone, max(v.Size(), unit)))
+	bound := func(zone int64) int64 { return max(min(zone, r.journal.Size)/unit*unit, unit) }
+	r.zoneMin, r.zoneMax = bound(opts.Zone), bound(opts.Zone)
+	if opts.Zone <= 0 {
+		r.zoneMin, r.zoneMax = bound(zoneBusy), bound(zoneIdle)
+	}
+	r.zone = r.zoneMin
 	r.buf = make([]byte, bufferSize)
 	return false, nil
 }
 
 // rekeyUnit is what zone and journal are a multiple of, in bytes.
 func (v *Volume) rekeyUnit() int64 { return int64(max(v.blockSize, 4096)) }
+
+// journalMax is how long a journal should be, in bytes.
+func (v *Volume) journalMax(opts RekeyOptions) int64 {
+	zone := min(opts.Zone, zoneMax)
+	if zone <= 0 && opts.NewPassphrase == nil { // else there must be room for its keyslot
+		zone = zoneIdle
+	}
+	return max(zone, zoneBusy, v.rekeyUnit())
+}
+
+// resize chooses how much is rewritten at once, after a zone of which n bytes
+// were.
+func (r *rekey) resize(n int64, p *pace) {
+	switch {
+	case p.rest > 0 || p.rate.PerSecond() > 0:
+		r.zone = r.zoneMin
+	case n > 0:
+		r.zone = min(2*r.zone, r.zoneMax)
+	}
+}
 
 // initialise writes the state INIT with NewDEK, and takes that into use. A header
 // that is there already is from a call whose commit failed.
@@ -238,7 +267,7 @@ func (r *rekey) initialise(opts RekeyOptions, state luks.Reencryption, underWay 
 			}
 		}
 		if err := r.header.BeginReencryption(luks.ReencryptionOptions{
-			OldDEK: v.dek, NewDEK: opts.NewDEK, Safe: opts.NewSafe, JournalMin: v.rekeyUnit(), JournalMax: max(ZoneDefault, v.rekeyUnit(), min(opts.Zone, zoneMax)),
+			OldDEK: v.dek, NewDEK: opts.NewDEK, Safe: opts.NewSafe, JournalMin: v.rekeyUnit(), JournalMax: v.journalMax(opts),
 		}); err != nil {
 			return err
 		}

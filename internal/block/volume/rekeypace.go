@@ -78,7 +78,7 @@ type pace struct {
 
 	began   time.Time     // of the zone in work
 	entered uint64        // requests on the volume when it began
-	rest    time.Duration // what the guest is due for the last zone
+	rest    time.Duration // what the guest is due for the last zone; 0: it was idle
 	rested  time.Time     // when the header was last left alone
 }
 

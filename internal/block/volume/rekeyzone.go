@@ -40,11 +40,14 @@ func (r *rekey) step() (int64, error) {
 // move moves the boundary from start over the next n bytes, or less.
 func (r *rekey) move(start, n int64) (rewritten int64, err error) {
 	v := r.v
-	if n > int64(len(r.old)) {
+	if n > r.zone {
 		if e := r.extentAt(start); e.Hole && e.Length >= n {
 			return 0, r.pass(start + n)
 		}
-		n = int64(len(r.old)) // it was written to
+		n = r.zone // it was written to
+	}
+	if n > int64(cap(r.old)) {
+		r.old = make([]byte, n)
 	}
 	old := r.old[:n]
 	if _, err := v.dev.ReadAt(old, v.segment.Offset+start); err != nil {
@@ -58,7 +61,7 @@ func (r *rekey) move(start, n int64) (rewritten int64, err error) {
 
 // next returns how much may be done at start: a zone, or a hole that is longer.
 func (r *rekey) next(start int64) int64 {
-	left, zone := r.v.Size()-start, int64(len(r.old))
+	left, zone := r.v.Size()-start, r.zone
 	if start < r.dataEnd {
 		return min(zone, left)
 	}
