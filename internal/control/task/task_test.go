@@ -497,3 +497,95 @@ func TestOldTasksAreDeleted(t *testing.T) {
 		t.Errorf("List of two: %+v, %v", two, err)
 	}
 }
+
+// TestLocks: tasks of one target run side by side if they share no lock, and each
+// gives up its own at its end.
+func TestLocks(t *testing.T) {
+	t.Parallel()
+	ctx := deadline(t)
+	release := make(chan struct{})
+	e := task.NewEngine(task.Config{DB: open(t), Kinds: []task.Kind{{Name: "wait", Steps: []task.StepFuncs{{
+		Name: "wait",
+		Do: func(ctx context.Context, r *task.Run) error {
+			select {
+			case <-release:
+				return nil
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		},
+	}}}}})
+	start(t, e)
+	submit := func(locks ...string) (task.Task, error) {
+		return e.Submit(ctx, task.Request{Kind: "wait", Target: "vm/web-1", Locks: locks})
+	}
+	disks, err1 := submit("vm/web-1/disks")
+	power, err2 := submit("vm/web-1")
+	if err1 != nil || err2 != nil {
+		t.Fatal(err1, err2)
+	}
+	for _, c := range []struct {
+		locks []string
+		by    task.Task
+	}{{[]string{"vm/web-1/disks"}, disks}, {[]string{"vm/web-1"}, power}, {[]string{"vm/web-1/disks", "vm/web-1"}, disks}, {nil, power}} {
+		if _, err := submit(c.locks...); errs.KindOf(err) != errs.InvalidState || !strings.Contains(err.Error(), c.by.ID) {
+			t.Errorf("with locks %q: %v, want it to name task %s", c.locks, err, c.by.ID)
+		}
+	}
+	close(release)
+	for _, id := range []string{disks.ID, power.ID} {
+		if got, err := e.Wait(ctx, id); err != nil || got.State != task.Success {
+			t.Errorf("task %+v, %v", got, err)
+		}
+	}
+	if _, err := submit("vm/web-1", "vm/web-1/disks"); err != nil {
+		t.Errorf("after both have ended: %v", err)
+	}
+}
+
+// TestRemaining: progress tells how long the step takes yet, once there is a speed,
+// also if the step began in the middle.
+func TestRemaining(t *testing.T) {
+	t.Parallel()
+	ctx := deadline(t)
+	db := open(t)
+	var seen []task.Progress
+	e := task.NewEngine(task.Config{DB: db, Kinds: []task.Kind{{Name: "copy", Steps: []task.StepFuncs{{
+		Name: "copy",
+		Do: func(ctx context.Context, r *task.Run) error {
+			for _, done := range []int64{1 << 40, 1<<40 + 1, 1 << 41} {
+				r.Progress(ctx, done, done, "bytes") // complete: stored at once
+				got, err := store.NewTable[task.Task](db, "task", 1).Get(ctx, r.Task().ID)
+				if err != nil {
+					return err
+				}
+				seen = append(seen, *got.Progress)
+			}
+			r.Progress(ctx, 0, 1<<50, "bytes")
+			for {
+				r.Progress(ctx, 1, 1<<50, "bytes") // stored when it is due
+				got, err := store.NewTable[task.Task](db, "task", 1).Get(ctx, r.Task().ID)
+				if err != nil {
+					return err
+				}
+				if got.Progress.Total == 1<<50 && got.Progress.Done == 1 {
+					seen = append(seen, *got.Progress)
+					return nil
+				}
+			}
+		},
+	}}}}})
+	start(t, e)
+	submitted, err := e.Submit(ctx, task.Request{Kind: "copy", Target: "x"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := e.Wait(ctx, submitted.ID); err != nil || got.State != task.Success {
+		t.Fatalf("task %+v, %v", got, err)
+	}
+	for i, p := range seen {
+		if known := p.Remaining > 0; known != (i == 3) {
+			t.Errorf("progress %+v", p)
+		}
+	}
+}
