@@ -5,8 +5,8 @@
 // ours, the same without encryption, qemu-storage-daemon serving a LUKS image,
 // and nbdkit's luks filter; and once more a server that does nothing, to show
 // where the load generators themselves end. All images are on a tmpfs. Medians
-// are reported. Then it measures the cipher beside OpenSSL and a loop in C, and
-// times how soon a controller and a VM are there, with the binary that
+// are reported. Then it measures the cipher beside OpenSSL and a loop in C, rekeys
+// volumes on a disk beside cryptsetup, and times how soon a controller and a VM are there, with the binary that
 // $STRONGROOM names.
 //
 // Loads come from two generators: one of our own, one thread, over NBD
@@ -38,6 +38,7 @@ type options struct {
 	size     int64         // of each image, in bytes
 	dir      string        // a tmpfs
 	out      string        // where the tables go; a .json beside it
+	disk     string        // a folder on a disk
 	only     *regexp.Regexp
 }
 
@@ -61,8 +62,9 @@ func run(ctx context.Context, args []string) error {
 	flags.DurationVar(&o.duration, "duration", 600*time.Millisecond, "of one measurement")
 	flags.Int64Var(&o.size, "size", 256<<20, "of each image, in bytes; a multiple of 1 MiB")
 	flags.StringVar(&o.dir, "dir", "/dev/shm", "a tmpfs with room for four images")
+	flags.StringVar(&o.disk, "disk", ".", "a folder on a disk with room for three images")
 	flags.StringVar(&o.out, "out", filepath.FromSlash("docs/reference/performance.md"), "where the tables go")
-	flags.StringVar(&only, "only", "", "measure only what matches: a regular expression on `SERVER/GENERATOR/LOAD` and on 'cipher' and 'starts'")
+	flags.StringVar(&only, "only", "", "measure only what matches: a regular expression on `SERVER/GENERATOR/LOAD` and on 'cipher', 'rekey' and 'starts'")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
@@ -81,6 +83,11 @@ func run(ctx context.Context, args []string) error {
 	if o.only.MatchString("cipher") {
 		if r.Cipher, err = measureCipher(ctx, o, binary); err != nil {
 			return fmt.Errorf("cannot measure the cipher: %w", err)
+		}
+	}
+	if o.only.MatchString("rekey") {
+		if r.Rekey, err = measureRekey(ctx, o); err != nil {
+			return fmt.Errorf("cannot measure a deep rekey: %w", err)
 		}
 	}
 	if o.only.MatchString("starts") {

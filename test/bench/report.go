@@ -49,6 +49,7 @@ type report struct {
 	Size     int64             `json:"size"`
 	Results  []result          `json:"results"`
 	Cipher   []cipherSpeed     `json:"cipher,omitempty"`
+	Rekey    []rekeySpeed      `json:"rekey,omitempty"`
 	Starts   []start           `json:"starts,omitempty"`
 }
 
@@ -149,6 +150,7 @@ func newReport(ctx context.Context, o options) (*report, error) {
 		"qemu-storage-daemon": {"qemu-storage-daemon", "--version"},
 		"nbdkit":              {"nbdkit", "--version"},
 		"fio":                 {"fio", "--version"},
+		"cryptsetup":          {"cryptsetup", "--version"},
 		"Linux":               {"uname", "-r"},
 		"strongroom":          {"git", "describe", "--always", "--dirty"},
 	} {
@@ -271,6 +273,14 @@ servers. Ours uses one thread for load; where it used that wholly, it was the li
 	if len(r.Cipher) > 0 {
 		b.WriteString("\n## The cipher\n\nXTS-AES-256 on sectors of 512 bytes, each with its own tweak, on one core, by processor time. OpenSSL has one sector in\na call, whatever its size. The C loop is test/bench/xts_vaes512.c.\n\n")
 		cipherTable(&b, r.Cipher)
+	}
+	if len(r.Rekey) > 0 {
+		fmt.Fprintf(&b, "\n## Deep rekey\n\nOf a full disk of %d MiB on a disk, in MiB/s. A journal makes each byte written twice, so that half of the disk's speed is its bound.\n\n", r.Size>>20)
+		rows := [][]string{{"work", "MiB/s", "of the disk's write speed"}}
+		for _, s := range r.Rekey {
+			rows = append(rows, []string{s.What, fmt.Sprintf("%.0f", s.MiBPerSecond), fmt.Sprintf("%.2f", s.OfDisk)})
+		}
+		table(&b, rows)
 	}
 	if len(r.Starts) > 0 {
 		b.WriteString("\n## Starts\n\n")
