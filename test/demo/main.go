@@ -67,8 +67,8 @@ func run(ctx context.Context, binary string, keep bool) (err error) {
 		{"A native key provider, unusable before its backup", d.provider},
 		{"A VM with an encrypted disk boots and writes files", d.firstBoot},
 		{"Shallow rekey to a second provider while the guest writes", d.liveRekey},
+		{"Deep rekey while the guest writes: the old DEK opens nothing any more", d.deepRekey},
 		{"Host killed and started again with the controller down", d.crash},
-		{"Deep rekey: the old DEK opens nothing any more", d.deepRekey},
 		{"A copy of the VM on a second installation", d.elsewhere},
 	}
 	for i, s := range steps {

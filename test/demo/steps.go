@@ -269,7 +269,36 @@ func (d *demo) liveRekey(ctx context.Context) error {
 	return nil
 }
 
-// crash is step 5: the guest still writes.
+// deepRekey is step 5: the guest still writes.
+func (d *demo) deepRekey(ctx context.Context) error {
+	old, err := d.keys.dek(ctx, d.disk())
+	if err != nil {
+		return err
+	}
+	defer old.Close()
+	if ok, err := opens(d.disk(), old); err != nil || !ok {
+		return fmt.Errorf("the DEK does not open the disk before the rekey: %v", err)
+	}
+	before, err := d.console.await(ctx, guest.Note, "churn", "churned")
+	if err != nil {
+		return err
+	}
+	if _, err := d.controller.Must(ctx, "vm", "rekey", "web-1", "--deep"); err != nil {
+		return err
+	}
+	after, err := d.console.await(ctx, guest.Note, "churn", "churned")
+	if err != nil {
+		return err
+	}
+	d.say("the whole disk was rewritten under a new DEK while the guest wrote (%s before, %s after)", before.Text, after.Text)
+	if ok, err := opens(d.disk(), old); err != nil || ok {
+		return fmt.Errorf("the old DEK still opens the disk (error %v)", err)
+	}
+	d.say("the old DEK no longer opens the disk, the new one does")
+	return d.scan(ctx, d.disk())
+}
+
+// crash is step 6: the guest still writes.
 func (d *demo) crash(ctx context.Context) error {
 	c := d.controller
 	if err := c.Stop(); err != nil {
@@ -318,27 +347,7 @@ func (d *demo) crash(ctx context.Context) error {
 	return powered(ctx, c, "web-1", "poweredOff")
 }
 
-// deepRekey is step 6, first half.
-func (d *demo) deepRekey(ctx context.Context) error {
-	old, err := d.keys.dek(ctx, d.disk())
-	if err != nil {
-		return err
-	}
-	defer old.Close()
-	if ok, err := opens(d.disk(), old); err != nil || !ok {
-		return fmt.Errorf("the DEK does not open the disk before the rekey: %v", err)
-	}
-	if _, err := d.controller.Must(ctx, "vm", "rekey", "web-1", "--deep"); err != nil {
-		return err
-	}
-	if ok, err := opens(d.disk(), old); err != nil || ok {
-		return fmt.Errorf("the old DEK still opens the disk (error %v)", err)
-	}
-	d.say("the old DEK no longer opens the disk, the new one does")
-	return d.scan(ctx, d.disk())
-}
-
-// elsewhere is step 6, second half: a fresh controller and host get a copy of
+// elsewhere is step 7: a fresh controller and host get a copy of
 // the VM folder.
 func (d *demo) elsewhere(ctx context.Context) error {
 	c, err := d.lab.StartController(ctx, "controller-2")
