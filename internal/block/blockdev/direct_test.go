@@ -22,7 +22,6 @@ func TestDirect(t *testing.T) {
 	f := open(t, path, blockdev.FileOptions{Direct: true})
 	fd, err := f.Dup()
 	check(t, err)
-	defer fd.Close()
 	flags, err := unix.FcntlInt(fd.Fd(), unix.F_GETFL, 0)
 	check(t, err)
 	if flags&unix.O_DIRECT == 0 {
@@ -40,6 +39,18 @@ func TestDirect(t *testing.T) {
 		t.Errorf("%d pages are in the page cache", n)
 	}
 	check(t, f.Close())
+
+	// Who gets the descriptor keeps to the alignment, too.
+	passed, err := blockdev.NewFile(fd, blockdev.FileOptions{})
+	check(t, err)
+	p := make([]byte, 5)
+	_, err = passed.ReadAt(p, 777)
+	check(t, err)
+	if string(p) != "direc" {
+		t.Errorf("read through the descriptor: %q", p)
+	}
+	check(t, passed.Close())
+
 	got, err := os.ReadFile(path)
 	check(t, err)
 	if !bytes.Equal(got[777:777+len(want)], want) || !bytes.Equal(got[:777], make([]byte, 777)) {

@@ -26,7 +26,8 @@ type FileOptions struct {
 	Unlocked bool
 	// Direct goes past the page cache (O_DIRECT): the host keeps no second copy of
 	// what a guest caches itself. It returns [ErrNoDirect] where the file system or
-	// the size of the file does not allow it.
+	// the size of the file does not allow it. A descriptor that is open for it
+	// already stays so.
 	Direct bool
 	// NoFollow refuses a symbolic link in place of the file, for a folder that
 	// may have come from elsewhere.
@@ -161,6 +162,7 @@ func (f *File) setUp() error {
 	if flags&unix.O_APPEND != 0 {
 		return errors.New("it is open for appending, so that every write would go to its end")
 	}
+	f.opts.Direct = f.opts.Direct || flags&unix.O_DIRECT != 0
 	if err := f.setUpDirect(); err != nil {
 		return err
 	}

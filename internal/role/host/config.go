@@ -48,6 +48,10 @@ type Config struct {
 	// whoever steals the host. Default: "host.key" in DataDir. It may lie on
 	// another medium.
 	KeyFile string `toml:"key_file"`
+
+	// DirectIO makes VMs' disks be read and written past the host's page cache
+	// (O_DIRECT). Default: through it. A VM follows it from its next power on.
+	DirectIO bool `toml:"direct_io"`
 }
 
 // LoadConfig reads and checks the configuration file at path.

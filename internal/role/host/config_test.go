@@ -21,6 +21,7 @@ listen       = "0.0.0.0:8444"
 advertise    = "esx-1.example.com:8444"
 local_socket = "/run/strongroom/host.sock"
 key_file     = "/media/key/host.key"
+direct_io    = true
 `
 
 func TestConfigExample(t *testing.T) {
@@ -32,6 +33,7 @@ func TestConfigExample(t *testing.T) {
 	want := Config{
 		DataDir: "/var/lib/strongroom/host", RunDir: "/run/strongroom/host", Listen: "0.0.0.0:8444",
 		Advertise: "esx-1.example.com:8444", LocalSocket: "/run/strongroom/host.sock", KeyFile: "/media/key/host.key",
+		DirectIO: true,
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Error(diff)

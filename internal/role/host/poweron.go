@@ -182,7 +182,15 @@ func (h *Host) addDisk(ctx context.Context, volumes *volumeproc.Process, dir str
 		defer next.Close()
 	}
 	// A folder from elsewhere must not make us open anything but its own files.
-	file, err := os.OpenFile(path, os.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	flags := os.O_RDWR | unix.O_NOFOLLOW | unix.O_NONBLOCK
+	if h.cfg.DirectIO {
+		flags |= unix.O_DIRECT // the volume process sees it by the descriptor
+	}
+	file, err := os.OpenFile(path, flags, 0)
+	if h.cfg.DirectIO && errors.Is(err, unix.EINVAL) {
+		return errs.New(errs.Invalid, "the file system of %s does no direct I/O", path).
+			WithHint("set direct_io = false in the host's configuration, or move the VM to another datastore")
+	}
 	if err != nil {
 		return err
 	}

@@ -275,6 +275,23 @@ func checkProcess(t *testing.T, pid int, dir string) {
 	}
 }
 
+// TestDirect: a descriptor that is open for direct I/O is read and written with the
+// alignment that this takes, which the sandbox lets the process ask for.
+func TestDirect(t *testing.T) {
+	t.Parallel()
+	ctx := t.Context()
+	dir := runDir(t)
+	p := start(t, volumeproc.Config{VM: "web-1", RunDir: dir})
+	path, dek, _, _ := newVolume(t)
+	file, err := os.OpenFile(path, os.O_RDWR|unix.O_DIRECT, 0)
+	check(t, err)
+	check(t, p.AddDisk(ctx, volumectl.Disk{Name: "disk-0", Format: volumectl.LUKS, SizeMin: diskSize}, file, dek, nil))
+	check(t, file.Close())
+	run(t, "qemu-io", "-f", "raw", "-c", "write -P 1 0 1M", "-c", "write -P 2 512 512", "-c", "write -P 3 70000 100", "-c", "flush",
+		"-c", "read -P 1 0 512", "-c", "read -P 2 512 512", "-c", "read -P 1 1k 67k", "-c", "read -P 3 70000 100", uri(dir, "disk-0"))
+	check(t, p.Flush(ctx, "disk-0"))
+}
+
 func TestRefusals(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()

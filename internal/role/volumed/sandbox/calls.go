@@ -31,6 +31,9 @@ func calls(pid uint32) []rule {
 			unix.F_OFD_SETLK, unix.F_OFD_GETLK, unix.F_ADD_SEALS, unix.F_GET_SEALS)},
 		// Of block devices.
 		rule{unix.SYS_IOCTL, allow, oneOf(1, unix.BLKSSZGET)},
+		// How a disk wants direct I/O to be aligned; without a name, so of a
+		// descriptor.
+		rule{unix.SYS_STATX, allow, [][]condition{{is(1, 0), condition{argument: 1, upper: true, mask: ^uint32(0)}, is(2, unix.AT_EMPTY_PATH)}}},
 		// Names of mappings.
 		rule{unix.SYS_PRCTL, allow, oneOf(0, unix.PR_SET_VMA)},
 		rule{unix.SYS_SETSOCKOPT, allow, oneOf(1, unix.SOL_SOCKET)},

@@ -19,6 +19,7 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -149,6 +150,10 @@ func works(args []string) error {
 	try("punch", unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, 0, 4096))
 	_, err = unix.Seek(fd, 0, unix.SEEK_DATA)
 	try("seek data", err)
+	var st unix.Statx_t
+	if _, _, errno := unix.Syscall6(unix.SYS_STATX, uintptr(fd), 0, unix.AT_EMPTY_PATH, unix.STATX_DIOALIGN, uintptr(unsafe.Pointer(&st)), 0); errno != 0 && errno != unix.EFAULT { // before Linux 6.11
+		try("statx of a descriptor", errno)
+	}
 	try("flock", unix.Flock(fd, unix.LOCK_SH|unix.LOCK_NB))
 	try("lock", unix.FcntlFlock(uintptr(fd), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_RDLCK, Len: 1}))
 	memory, err := unix.MemfdCreate("guest", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)

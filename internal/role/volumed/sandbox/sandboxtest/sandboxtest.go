@@ -44,6 +44,9 @@ func Attempts(own int) []Attempt {
 	return []Attempt{
 		ofPath("open a file", func(path string) error { _, err := os.Open(path); return err }),
 		ofPath("create a file", func(string) error { return os.WriteFile("/tmp/strongroom-sandbox", nil, 0o600) }),
+		ofPath("statx", func(path string) error {
+			return unix.Statx(unix.AT_FDCWD, path, unix.AT_EMPTY_PATH, unix.STATX_BASIC_STATS, new(unix.Statx_t))
+		}),
 		ofPath("stat", func(path string) error { return unix.Stat(path, new(unix.Stat_t)) }),
 		ofPath("list a folder", func(string) error { _, err := os.ReadDir("/proc"); return err }),
 		ofPath("read a link", func(string) error { _, err := os.Readlink("/proc/self/exe"); return err }),
