@@ -95,7 +95,6 @@ func TestFullDatastore(t *testing.T) {
 		after  bool
 	}{
 		{"encrypt", []string{"vm", "encrypt", "web-1"}, false, true},
-		{"deep rekey", []string{"vm", "rekey", "web-1", "--deep"}, true, true},
 		{"decrypt", []string{"vm", "decrypt", "web-1", "--yes"}, true, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -104,6 +103,35 @@ func TestFullDatastore(t *testing.T) {
 			unchanged(t, c.before)
 			free()
 			s.ok(t, c.args...)
+			unchanged(t, c.after)
+			if c.after { // it works in place, and needs room for a journal
+				free := fill(t, s.store, 8<<20)
+				s.ok(t, "vm", "rekey", "web-1", "--deep")
+				unchanged(t, true)
+				free()
+			}
+		})
+	}
+	// While the VM runs, its disk works on.
+	for _, c := range []struct {
+		name   string
+		args   []string
+		before bool
+		after  bool
+	}{
+		{"encrypt live", []string{"vm", "encrypt", "web-1"}, false, true},
+		{"decrypt live", []string{"vm", "decrypt", "web-1", "--yes"}, true, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s.ok(t, "vm", "power-on", "web-1")
+			free := fill(t, s.store, 8<<20)
+			s.refused(t, noSpace, c.args...)
+			s.ok(t, "vm", "power-off", "web-1", "--hard")
+			unchanged(t, c.before)
+			free()
+			s.ok(t, "vm", "power-on", "web-1")
+			s.ok(t, c.args...)
+			s.ok(t, "vm", "power-off", "web-1", "--hard")
 			unchanged(t, c.after)
 		})
 	}

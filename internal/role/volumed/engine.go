@@ -387,9 +387,14 @@ func classify(err error) error {
 		{mirror.ErrParted, errs.InvalidState},
 		{context.Canceled, errs.Canceled},
 	} {
-		if errors.Is(err, c.is) {
-			return errs.New(c.kind, "%w", err)
+		if !errors.Is(err, c.is) {
+			continue
 		}
+		out := errs.New(c.kind, "%w", err)
+		if c.kind == errs.NoSpace {
+			return out.WithHint("free space on the datastore, then repeat the command")
+		}
+		return out
 	}
 	return err
 }
