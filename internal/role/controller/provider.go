@@ -121,6 +121,9 @@ func (c providers) ExportProvider(ctx context.Context, req *connect.Request[stro
 	if err != nil {
 		return nil, err
 	}
+	if p.Standard != nil {
+		return nil, errs.New(errs.InvalidState, "key provider %s is a standard one: its key server has the keys, and is to back them up", p.Name)
+	}
 	native, err := c.keys.native(p.Name)
 	if err != nil {
 		return nil, err

@@ -254,6 +254,9 @@ func TestStandardOutage(t *testing.T) {
 		t.Errorf("power-on with a KMS that lost the key: %v (%v, %s)", err, errs.KindOf(err), errs.ReasonOf(err))
 	}
 
+	_, err = client.Call(t.Context(), s.admin.Provider().ExportProvider, &strongroomv1.ExportProviderRequest{Name: "kms-1"})
+	wantKind(t, err, errs.InvalidState) // there is nothing to back up here
+
 	// In use, it is guarded; by force it goes, whatever its server does.
 	_, err = client.Call(t.Context(), s.admin.Provider().DeleteProvider, &strongroomv1.DeleteProviderRequest{Name: "kms-1"})
 	wantKind(t, err, errs.InvalidState)
