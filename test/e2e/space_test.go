@@ -135,6 +135,23 @@ func TestFullDatastore(t *testing.T) {
 			unchanged(t, c.after)
 		})
 	}
+	t.Run("deep rekey", func(t *testing.T) { // in place, it needs room for its journal only
+		s.ok(t, "vm", "encrypt", "web-1")
+		deep := []string{"vm", "rekey", "web-1", "--deep"}
+		free := fill(t, s.store, 0)
+		s.refused(t, noSpace, deep...)
+		unchanged(t, true)
+		if s.show(t, "web-1").Disks[0].Rekey != nil {
+			t.Error("a rekey is under way")
+		}
+		free()
+		free = fill(t, s.store, 8<<20)
+		s.ok(t, deep...)
+		unchanged(t, true)
+		free()
+		s.ok(t, "vm", "decrypt", "web-1", "--yes")
+		unchanged(t, false)
+	})
 	t.Run("nothing left", func(t *testing.T) {
 		s.ok(t, "vm", "encrypt", "web-1")
 		free := fill(t, s.store, 0)

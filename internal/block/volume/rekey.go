@@ -107,6 +107,10 @@ func (v *Volume) rekey(ctx context.Context, opts RekeyOptions) error {
 			return err
 		}
 		n, err := r.step()
+		if errors.Is(err, blockdev.ErrNoSpace) && r.zone > r.zoneMin && v.lost.Load() == nil {
+			r.zone, r.zoneMax = r.zoneMin, r.zoneMin // the journal does not fit the storage
+			continue
+		}
 		if err != nil {
 			return err
 		}
