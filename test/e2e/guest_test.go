@@ -238,6 +238,9 @@ func TestDiskInterface(t *testing.T) {
 			s.killVolumes(t)
 			c.writes(t)
 		}
+		if over == "nbd" { // its guest could not see it
+			s.refused(t, refusal{1, "over NBD", "strongroom vm power-off nbd"}, "disk", "resize", over, "disk-0", "--size", "128M")
+		}
 		s.ok(t, "vm", "power-off", over)
 		c.await(t, guest.Note, "churn", "blocks read as written last")
 		c.await(t, guest.Done, "", "")

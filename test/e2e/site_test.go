@@ -178,10 +178,10 @@ func (s *site) task(t *testing.T, id string) taskState {
 }
 
 type diskState struct {
-	Name, File, UUID, Interface string
-	Encrypted                   bool
-	Key                         struct{ Provider, KeyID string }
-	Rekey                       *struct {
+	Name, File, UUID, Interface, SizeBytes string
+	Encrypted                              bool
+	Key                                    struct{ Provider, KeyID string }
+	Rekey                                  *struct {
 		Key                   struct{ Provider, KeyID string }
 		DoneBytes, TotalBytes string
 	}

@@ -1304,6 +1304,66 @@ func (x *AgentFillDisksRequest) GetDisks() []string {
 	return nil
 }
 
+type AgentResizeDiskRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Disk          string                 `protobuf:"bytes,2,opt,name=disk,proto3" json:"disk,omitempty"`
+	SizeBytes     int64                  `protobuf:"varint,3,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AgentResizeDiskRequest) Reset() {
+	*x = AgentResizeDiskRequest{}
+	mi := &file_strongroom_v1_agent_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AgentResizeDiskRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AgentResizeDiskRequest) ProtoMessage() {}
+
+func (x *AgentResizeDiskRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_agent_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AgentResizeDiskRequest.ProtoReflect.Descriptor instead.
+func (*AgentResizeDiskRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *AgentResizeDiskRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *AgentResizeDiskRequest) GetDisk() string {
+	if x != nil {
+		return x.Disk
+	}
+	return ""
+}
+
+func (x *AgentResizeDiskRequest) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
 type AgentExportDiskKeyRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -1316,7 +1376,7 @@ type AgentExportDiskKeyRequest struct {
 
 func (x *AgentExportDiskKeyRequest) Reset() {
 	*x = AgentExportDiskKeyRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[19]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1328,7 +1388,7 @@ func (x *AgentExportDiskKeyRequest) String() string {
 func (*AgentExportDiskKeyRequest) ProtoMessage() {}
 
 func (x *AgentExportDiskKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[19]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1341,7 +1401,7 @@ func (x *AgentExportDiskKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentExportDiskKeyRequest.ProtoReflect.Descriptor instead.
 func (*AgentExportDiskKeyRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *AgentExportDiskKeyRequest) GetId() string {
@@ -1374,7 +1434,7 @@ type AgentPowerOnVMRequest struct {
 
 func (x *AgentPowerOnVMRequest) Reset() {
 	*x = AgentPowerOnVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[20]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1386,7 +1446,7 @@ func (x *AgentPowerOnVMRequest) String() string {
 func (*AgentPowerOnVMRequest) ProtoMessage() {}
 
 func (x *AgentPowerOnVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[20]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1399,7 +1459,7 @@ func (x *AgentPowerOnVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentPowerOnVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentPowerOnVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *AgentPowerOnVMRequest) GetId() string {
@@ -1420,7 +1480,7 @@ type AgentPowerOffVMRequest struct {
 
 func (x *AgentPowerOffVMRequest) Reset() {
 	*x = AgentPowerOffVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[21]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1432,7 +1492,7 @@ func (x *AgentPowerOffVMRequest) String() string {
 func (*AgentPowerOffVMRequest) ProtoMessage() {}
 
 func (x *AgentPowerOffVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[21]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1445,7 +1505,7 @@ func (x *AgentPowerOffVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentPowerOffVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentPowerOffVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *AgentPowerOffVMRequest) GetId() string {
@@ -1480,7 +1540,7 @@ type AgentRegisterVMRequest struct {
 
 func (x *AgentRegisterVMRequest) Reset() {
 	*x = AgentRegisterVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[22]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1492,7 +1552,7 @@ func (x *AgentRegisterVMRequest) String() string {
 func (*AgentRegisterVMRequest) ProtoMessage() {}
 
 func (x *AgentRegisterVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[22]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1505,7 +1565,7 @@ func (x *AgentRegisterVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentRegisterVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentRegisterVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *AgentRegisterVMRequest) GetDatastore() string {
@@ -1538,7 +1598,7 @@ type AgentUnregisterVMRequest struct {
 
 func (x *AgentUnregisterVMRequest) Reset() {
 	*x = AgentUnregisterVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[23]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1550,7 +1610,7 @@ func (x *AgentUnregisterVMRequest) String() string {
 func (*AgentUnregisterVMRequest) ProtoMessage() {}
 
 func (x *AgentUnregisterVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[23]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1563,7 +1623,7 @@ func (x *AgentUnregisterVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentUnregisterVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentUnregisterVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *AgentUnregisterVMRequest) GetId() string {
@@ -1581,7 +1641,7 @@ type AgentUnregisterVMResponse struct {
 
 func (x *AgentUnregisterVMResponse) Reset() {
 	*x = AgentUnregisterVMResponse{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[24]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1593,7 +1653,7 @@ func (x *AgentUnregisterVMResponse) String() string {
 func (*AgentUnregisterVMResponse) ProtoMessage() {}
 
 func (x *AgentUnregisterVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[24]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1606,7 +1666,7 @@ func (x *AgentUnregisterVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentUnregisterVMResponse.ProtoReflect.Descriptor instead.
 func (*AgentUnregisterVMResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 type AgentDeleteVMRequest struct {
@@ -1618,7 +1678,7 @@ type AgentDeleteVMRequest struct {
 
 func (x *AgentDeleteVMRequest) Reset() {
 	*x = AgentDeleteVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[25]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1630,7 +1690,7 @@ func (x *AgentDeleteVMRequest) String() string {
 func (*AgentDeleteVMRequest) ProtoMessage() {}
 
 func (x *AgentDeleteVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[25]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1643,7 +1703,7 @@ func (x *AgentDeleteVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentDeleteVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentDeleteVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *AgentDeleteVMRequest) GetId() string {
@@ -1661,7 +1721,7 @@ type AgentDeleteVMResponse struct {
 
 func (x *AgentDeleteVMResponse) Reset() {
 	*x = AgentDeleteVMResponse{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[26]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1673,7 +1733,7 @@ func (x *AgentDeleteVMResponse) String() string {
 func (*AgentDeleteVMResponse) ProtoMessage() {}
 
 func (x *AgentDeleteVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[26]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1686,7 +1746,7 @@ func (x *AgentDeleteVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentDeleteVMResponse.ProtoReflect.Descriptor instead.
 func (*AgentDeleteVMResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 type AgentGetVMRequest struct {
@@ -1698,7 +1758,7 @@ type AgentGetVMRequest struct {
 
 func (x *AgentGetVMRequest) Reset() {
 	*x = AgentGetVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[27]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1710,7 +1770,7 @@ func (x *AgentGetVMRequest) String() string {
 func (*AgentGetVMRequest) ProtoMessage() {}
 
 func (x *AgentGetVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[27]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1723,7 +1783,7 @@ func (x *AgentGetVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentGetVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentGetVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *AgentGetVMRequest) GetId() string {
@@ -1742,7 +1802,7 @@ type AgentVMResponse struct {
 
 func (x *AgentVMResponse) Reset() {
 	*x = AgentVMResponse{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[28]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1754,7 +1814,7 @@ func (x *AgentVMResponse) String() string {
 func (*AgentVMResponse) ProtoMessage() {}
 
 func (x *AgentVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[28]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1767,7 +1827,7 @@ func (x *AgentVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentVMResponse.ProtoReflect.Descriptor instead.
 func (*AgentVMResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *AgentVMResponse) GetVm() *VM {
@@ -1886,7 +1946,12 @@ const file_strongroom_v1_agent_proto_rawDesc = "" +
 	"\x04rate\x18\x05 \x01(\x03R\x04rate\"=\n" +
 	"\x15AgentFillDisksRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
-	"\x05disks\x18\x02 \x03(\tR\x05disks\"q\n" +
+	"\x05disks\x18\x02 \x03(\tR\x05disks\"[\n" +
+	"\x16AgentResizeDiskRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04disk\x18\x02 \x01(\tR\x04disk\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x03 \x01(\x03R\tsizeBytes\"q\n" +
 	"\x19AgentExportDiskKeyRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04disk\x18\x02 \x01(\tR\x04disk\x120\n" +
@@ -1914,8 +1979,7 @@ const file_strongroom_v1_agent_proto_rawDesc = "" +
 	"\rEnrollService\x12E\n" +
 	"\x04Join\x12\x1a.strongroom.v1.JoinRequest\x1a\x1b.strongroom.v1.JoinResponse\"\x04\x90\xb5\x18\x01\x12X\n" +
 	"\tHeartbeat\x12\x1f.strongroom.v1.HeartbeatRequest\x1a .strongroom.v1.HeartbeatResponse\"\b\xa2\xb5\x18\x04host\x12m\n" +
-	"\x10RenewCertificate\x12&.strongroom.v1.RenewCertificateRequest\x1a'.strongroom.v1.RenewCertificateResponse\"\b\xa2\xb5\x18\x04host2\xa7\n" +
-	"\n" +
+	"\x10RenewCertificate\x12&.strongroom.v1.RenewCertificateRequest\x1a'.strongroom.v1.RenewCertificateResponse\"\b\xa2\xb5\x18\x04host2\x8c\v\n" +
 	"\fAgentService\x12[\n" +
 	"\bSyncHost\x12\x1e.strongroom.v1.SyncHostRequest\x1a\x1f.strongroom.v1.SyncHostResponse\"\x0e\xa2\xb5\x18\n" +
 	"controller\x12_\n" +
@@ -1928,7 +1992,10 @@ const file_strongroom_v1_agent_proto_rawDesc = "" +
 	"\aRekeyVM\x12\".strongroom.v1.AgentRekeyVMRequest\x1a\x1c.strongroom.v1.AgentProgress\"\x0e\xa2\xb5\x18\n" +
 	"controller0\x01\x12a\n" +
 	"\tFillDisks\x12$.strongroom.v1.AgentFillDisksRequest\x1a\x1c.strongroom.v1.AgentProgress\"\x0e\xa2\xb5\x18\n" +
-	"controller0\x01\x12o\n" +
+	"controller0\x01\x12c\n" +
+	"\n" +
+	"ResizeDisk\x12%.strongroom.v1.AgentResizeDiskRequest\x1a\x1e.strongroom.v1.AgentVMResponse\"\x0e\xa2\xb5\x18\n" +
+	"controller\x12o\n" +
 	"\rExportDiskKey\x12(.strongroom.v1.AgentExportDiskKeyRequest\x1a$.strongroom.v1.ExportDiskKeyResponse\"\x0e\xa2\xb5\x18\n" +
 	"controller\x12a\n" +
 	"\tPowerOnVM\x12$.strongroom.v1.AgentPowerOnVMRequest\x1a\x1e.strongroom.v1.AgentVMResponse\"\x0e\xa2\xb5\x18\n" +
@@ -1958,7 +2025,7 @@ func file_strongroom_v1_agent_proto_rawDescGZIP() []byte {
 	return file_strongroom_v1_agent_proto_rawDescData
 }
 
-var file_strongroom_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
+var file_strongroom_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
 var file_strongroom_v1_agent_proto_goTypes = []any{
 	(*JoinRequest)(nil),               // 0: strongroom.v1.JoinRequest
 	(*JoinResponse)(nil),              // 1: strongroom.v1.JoinResponse
@@ -1979,45 +2046,46 @@ var file_strongroom_v1_agent_proto_goTypes = []any{
 	(*AgentDecryptVMRequest)(nil),     // 16: strongroom.v1.AgentDecryptVMRequest
 	(*AgentRekeyVMRequest)(nil),       // 17: strongroom.v1.AgentRekeyVMRequest
 	(*AgentFillDisksRequest)(nil),     // 18: strongroom.v1.AgentFillDisksRequest
-	(*AgentExportDiskKeyRequest)(nil), // 19: strongroom.v1.AgentExportDiskKeyRequest
-	(*AgentPowerOnVMRequest)(nil),     // 20: strongroom.v1.AgentPowerOnVMRequest
-	(*AgentPowerOffVMRequest)(nil),    // 21: strongroom.v1.AgentPowerOffVMRequest
-	(*AgentRegisterVMRequest)(nil),    // 22: strongroom.v1.AgentRegisterVMRequest
-	(*AgentUnregisterVMRequest)(nil),  // 23: strongroom.v1.AgentUnregisterVMRequest
-	(*AgentUnregisterVMResponse)(nil), // 24: strongroom.v1.AgentUnregisterVMResponse
-	(*AgentDeleteVMRequest)(nil),      // 25: strongroom.v1.AgentDeleteVMRequest
-	(*AgentDeleteVMResponse)(nil),     // 26: strongroom.v1.AgentDeleteVMResponse
-	(*AgentGetVMRequest)(nil),         // 27: strongroom.v1.AgentGetVMRequest
-	(*AgentVMResponse)(nil),           // 28: strongroom.v1.AgentVMResponse
-	nil,                               // 29: strongroom.v1.JoinRequest.CapabilitiesEntry
-	nil,                               // 30: strongroom.v1.HeartbeatRequest.CapabilitiesEntry
-	(*VM)(nil),                        // 31: strongroom.v1.VM
-	(*KeyRef)(nil),                    // 32: strongroom.v1.KeyRef
-	(*timestamppb.Timestamp)(nil),     // 33: google.protobuf.Timestamp
-	(*VMSettings)(nil),                // 34: strongroom.v1.VMSettings
-	(*NewDisk)(nil),                   // 35: strongroom.v1.NewDisk
-	(*ExportDiskKeyResponse)(nil),     // 36: strongroom.v1.ExportDiskKeyResponse
+	(*AgentResizeDiskRequest)(nil),    // 19: strongroom.v1.AgentResizeDiskRequest
+	(*AgentExportDiskKeyRequest)(nil), // 20: strongroom.v1.AgentExportDiskKeyRequest
+	(*AgentPowerOnVMRequest)(nil),     // 21: strongroom.v1.AgentPowerOnVMRequest
+	(*AgentPowerOffVMRequest)(nil),    // 22: strongroom.v1.AgentPowerOffVMRequest
+	(*AgentRegisterVMRequest)(nil),    // 23: strongroom.v1.AgentRegisterVMRequest
+	(*AgentUnregisterVMRequest)(nil),  // 24: strongroom.v1.AgentUnregisterVMRequest
+	(*AgentUnregisterVMResponse)(nil), // 25: strongroom.v1.AgentUnregisterVMResponse
+	(*AgentDeleteVMRequest)(nil),      // 26: strongroom.v1.AgentDeleteVMRequest
+	(*AgentDeleteVMResponse)(nil),     // 27: strongroom.v1.AgentDeleteVMResponse
+	(*AgentGetVMRequest)(nil),         // 28: strongroom.v1.AgentGetVMRequest
+	(*AgentVMResponse)(nil),           // 29: strongroom.v1.AgentVMResponse
+	nil,                               // 30: strongroom.v1.JoinRequest.CapabilitiesEntry
+	nil,                               // 31: strongroom.v1.HeartbeatRequest.CapabilitiesEntry
+	(*VM)(nil),                        // 32: strongroom.v1.VM
+	(*KeyRef)(nil),                    // 33: strongroom.v1.KeyRef
+	(*timestamppb.Timestamp)(nil),     // 34: google.protobuf.Timestamp
+	(*VMSettings)(nil),                // 35: strongroom.v1.VMSettings
+	(*NewDisk)(nil),                   // 36: strongroom.v1.NewDisk
+	(*ExportDiskKeyResponse)(nil),     // 37: strongroom.v1.ExportDiskKeyResponse
 }
 var file_strongroom_v1_agent_proto_depIdxs = []int32{
-	29, // 0: strongroom.v1.JoinRequest.capabilities:type_name -> strongroom.v1.JoinRequest.CapabilitiesEntry
-	30, // 1: strongroom.v1.HeartbeatRequest.capabilities:type_name -> strongroom.v1.HeartbeatRequest.CapabilitiesEntry
+	30, // 0: strongroom.v1.JoinRequest.capabilities:type_name -> strongroom.v1.JoinRequest.CapabilitiesEntry
+	31, // 1: strongroom.v1.HeartbeatRequest.capabilities:type_name -> strongroom.v1.HeartbeatRequest.CapabilitiesEntry
 	3,  // 2: strongroom.v1.HeartbeatRequest.providers:type_name -> strongroom.v1.HeldProvider
-	31, // 3: strongroom.v1.HeartbeatRequest.vms:type_name -> strongroom.v1.VM
+	32, // 3: strongroom.v1.HeartbeatRequest.vms:type_name -> strongroom.v1.VM
 	9,  // 4: strongroom.v1.SyncHostRequest.providers:type_name -> strongroom.v1.WantedProvider
 	10, // 5: strongroom.v1.SyncHostRequest.datastores:type_name -> strongroom.v1.WantedDatastore
 	8,  // 6: strongroom.v1.SyncHostRequest.keks:type_name -> strongroom.v1.WantedKEK
-	32, // 7: strongroom.v1.WantedKEK.key:type_name -> strongroom.v1.KeyRef
-	33, // 8: strongroom.v1.WantedProvider.created:type_name -> google.protobuf.Timestamp
+	33, // 7: strongroom.v1.WantedKEK.key:type_name -> strongroom.v1.KeyRef
+	34, // 8: strongroom.v1.WantedProvider.created:type_name -> google.protobuf.Timestamp
 	3,  // 9: strongroom.v1.SyncHostResponse.providers:type_name -> strongroom.v1.HeldProvider
 	12, // 10: strongroom.v1.SyncHostResponse.datastores:type_name -> strongroom.v1.DatastoreSpace
-	32, // 11: strongroom.v1.SyncHostResponse.missing_keks:type_name -> strongroom.v1.KeyRef
-	31, // 12: strongroom.v1.AgentProgress.result:type_name -> strongroom.v1.VM
-	34, // 13: strongroom.v1.AgentCreateVMRequest.settings:type_name -> strongroom.v1.VMSettings
-	35, // 14: strongroom.v1.AgentCreateVMRequest.disks:type_name -> strongroom.v1.NewDisk
-	32, // 15: strongroom.v1.AgentCreateVMRequest.key:type_name -> strongroom.v1.KeyRef
-	32, // 16: strongroom.v1.AgentEncryptVMRequest.key:type_name -> strongroom.v1.KeyRef
-	32, // 17: strongroom.v1.AgentRekeyVMRequest.key:type_name -> strongroom.v1.KeyRef
-	31, // 18: strongroom.v1.AgentVMResponse.vm:type_name -> strongroom.v1.VM
+	33, // 11: strongroom.v1.SyncHostResponse.missing_keks:type_name -> strongroom.v1.KeyRef
+	32, // 12: strongroom.v1.AgentProgress.result:type_name -> strongroom.v1.VM
+	35, // 13: strongroom.v1.AgentCreateVMRequest.settings:type_name -> strongroom.v1.VMSettings
+	36, // 14: strongroom.v1.AgentCreateVMRequest.disks:type_name -> strongroom.v1.NewDisk
+	33, // 15: strongroom.v1.AgentCreateVMRequest.key:type_name -> strongroom.v1.KeyRef
+	33, // 16: strongroom.v1.AgentEncryptVMRequest.key:type_name -> strongroom.v1.KeyRef
+	33, // 17: strongroom.v1.AgentRekeyVMRequest.key:type_name -> strongroom.v1.KeyRef
+	32, // 18: strongroom.v1.AgentVMResponse.vm:type_name -> strongroom.v1.VM
 	0,  // 19: strongroom.v1.EnrollService.Join:input_type -> strongroom.v1.JoinRequest
 	2,  // 20: strongroom.v1.EnrollService.Heartbeat:input_type -> strongroom.v1.HeartbeatRequest
 	5,  // 21: strongroom.v1.EnrollService.RenewCertificate:input_type -> strongroom.v1.RenewCertificateRequest
@@ -2027,31 +2095,33 @@ var file_strongroom_v1_agent_proto_depIdxs = []int32{
 	16, // 25: strongroom.v1.AgentService.DecryptVM:input_type -> strongroom.v1.AgentDecryptVMRequest
 	17, // 26: strongroom.v1.AgentService.RekeyVM:input_type -> strongroom.v1.AgentRekeyVMRequest
 	18, // 27: strongroom.v1.AgentService.FillDisks:input_type -> strongroom.v1.AgentFillDisksRequest
-	19, // 28: strongroom.v1.AgentService.ExportDiskKey:input_type -> strongroom.v1.AgentExportDiskKeyRequest
-	20, // 29: strongroom.v1.AgentService.PowerOnVM:input_type -> strongroom.v1.AgentPowerOnVMRequest
-	21, // 30: strongroom.v1.AgentService.PowerOffVM:input_type -> strongroom.v1.AgentPowerOffVMRequest
-	22, // 31: strongroom.v1.AgentService.RegisterVM:input_type -> strongroom.v1.AgentRegisterVMRequest
-	23, // 32: strongroom.v1.AgentService.UnregisterVM:input_type -> strongroom.v1.AgentUnregisterVMRequest
-	25, // 33: strongroom.v1.AgentService.DeleteVM:input_type -> strongroom.v1.AgentDeleteVMRequest
-	27, // 34: strongroom.v1.AgentService.GetVM:input_type -> strongroom.v1.AgentGetVMRequest
-	1,  // 35: strongroom.v1.EnrollService.Join:output_type -> strongroom.v1.JoinResponse
-	4,  // 36: strongroom.v1.EnrollService.Heartbeat:output_type -> strongroom.v1.HeartbeatResponse
-	6,  // 37: strongroom.v1.EnrollService.RenewCertificate:output_type -> strongroom.v1.RenewCertificateResponse
-	11, // 38: strongroom.v1.AgentService.SyncHost:output_type -> strongroom.v1.SyncHostResponse
-	13, // 39: strongroom.v1.AgentService.CreateVM:output_type -> strongroom.v1.AgentProgress
-	13, // 40: strongroom.v1.AgentService.EncryptVM:output_type -> strongroom.v1.AgentProgress
-	13, // 41: strongroom.v1.AgentService.DecryptVM:output_type -> strongroom.v1.AgentProgress
-	13, // 42: strongroom.v1.AgentService.RekeyVM:output_type -> strongroom.v1.AgentProgress
-	13, // 43: strongroom.v1.AgentService.FillDisks:output_type -> strongroom.v1.AgentProgress
-	36, // 44: strongroom.v1.AgentService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
-	28, // 45: strongroom.v1.AgentService.PowerOnVM:output_type -> strongroom.v1.AgentVMResponse
-	28, // 46: strongroom.v1.AgentService.PowerOffVM:output_type -> strongroom.v1.AgentVMResponse
-	28, // 47: strongroom.v1.AgentService.RegisterVM:output_type -> strongroom.v1.AgentVMResponse
-	24, // 48: strongroom.v1.AgentService.UnregisterVM:output_type -> strongroom.v1.AgentUnregisterVMResponse
-	26, // 49: strongroom.v1.AgentService.DeleteVM:output_type -> strongroom.v1.AgentDeleteVMResponse
-	28, // 50: strongroom.v1.AgentService.GetVM:output_type -> strongroom.v1.AgentVMResponse
-	35, // [35:51] is the sub-list for method output_type
-	19, // [19:35] is the sub-list for method input_type
+	19, // 28: strongroom.v1.AgentService.ResizeDisk:input_type -> strongroom.v1.AgentResizeDiskRequest
+	20, // 29: strongroom.v1.AgentService.ExportDiskKey:input_type -> strongroom.v1.AgentExportDiskKeyRequest
+	21, // 30: strongroom.v1.AgentService.PowerOnVM:input_type -> strongroom.v1.AgentPowerOnVMRequest
+	22, // 31: strongroom.v1.AgentService.PowerOffVM:input_type -> strongroom.v1.AgentPowerOffVMRequest
+	23, // 32: strongroom.v1.AgentService.RegisterVM:input_type -> strongroom.v1.AgentRegisterVMRequest
+	24, // 33: strongroom.v1.AgentService.UnregisterVM:input_type -> strongroom.v1.AgentUnregisterVMRequest
+	26, // 34: strongroom.v1.AgentService.DeleteVM:input_type -> strongroom.v1.AgentDeleteVMRequest
+	28, // 35: strongroom.v1.AgentService.GetVM:input_type -> strongroom.v1.AgentGetVMRequest
+	1,  // 36: strongroom.v1.EnrollService.Join:output_type -> strongroom.v1.JoinResponse
+	4,  // 37: strongroom.v1.EnrollService.Heartbeat:output_type -> strongroom.v1.HeartbeatResponse
+	6,  // 38: strongroom.v1.EnrollService.RenewCertificate:output_type -> strongroom.v1.RenewCertificateResponse
+	11, // 39: strongroom.v1.AgentService.SyncHost:output_type -> strongroom.v1.SyncHostResponse
+	13, // 40: strongroom.v1.AgentService.CreateVM:output_type -> strongroom.v1.AgentProgress
+	13, // 41: strongroom.v1.AgentService.EncryptVM:output_type -> strongroom.v1.AgentProgress
+	13, // 42: strongroom.v1.AgentService.DecryptVM:output_type -> strongroom.v1.AgentProgress
+	13, // 43: strongroom.v1.AgentService.RekeyVM:output_type -> strongroom.v1.AgentProgress
+	13, // 44: strongroom.v1.AgentService.FillDisks:output_type -> strongroom.v1.AgentProgress
+	29, // 45: strongroom.v1.AgentService.ResizeDisk:output_type -> strongroom.v1.AgentVMResponse
+	37, // 46: strongroom.v1.AgentService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
+	29, // 47: strongroom.v1.AgentService.PowerOnVM:output_type -> strongroom.v1.AgentVMResponse
+	29, // 48: strongroom.v1.AgentService.PowerOffVM:output_type -> strongroom.v1.AgentVMResponse
+	29, // 49: strongroom.v1.AgentService.RegisterVM:output_type -> strongroom.v1.AgentVMResponse
+	25, // 50: strongroom.v1.AgentService.UnregisterVM:output_type -> strongroom.v1.AgentUnregisterVMResponse
+	27, // 51: strongroom.v1.AgentService.DeleteVM:output_type -> strongroom.v1.AgentDeleteVMResponse
+	29, // 52: strongroom.v1.AgentService.GetVM:output_type -> strongroom.v1.AgentVMResponse
+	36, // [36:53] is the sub-list for method output_type
+	19, // [19:36] is the sub-list for method input_type
 	19, // [19:19] is the sub-list for extension type_name
 	19, // [19:19] is the sub-list for extension extendee
 	0,  // [0:19] is the sub-list for field type_name
@@ -2070,7 +2140,7 @@ func file_strongroom_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_strongroom_v1_agent_proto_rawDesc), len(file_strongroom_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   31,
+			NumMessages:   32,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

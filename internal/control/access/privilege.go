@@ -34,6 +34,7 @@ func privileges() map[Privilege]string {
 		"Cryptographer.RegisterVM":             "Register an encrypted VM, or unlock it.",
 
 		"VirtualMachine.Config.AddNewDisk":            "Add a disk to a VM.",
+		"VirtualMachine.Config.DiskExtend":            "Make a VM's disk larger.",
 		"VirtualMachine.Config.RemoveDisk":            "Remove a disk from a VM.",
 		"VirtualMachine.Config.Settings":              "Change a VM's settings.",
 		"VirtualMachine.Interact.ConsoleInteract":     "Use a VM's console.",

@@ -76,6 +76,7 @@ const (
 	VMRekeyFailed   = "strongroom.vm.crypto.RekeyFail"
 	VMNoDiskSpace   = "strongroom.vm.crypto.NoDiskSpace"
 	VMDisksFilled   = "strongroom.vm.crypto.DisksFilled"
+	VMDiskResized   = "strongroom.vm.DiskResized"
 	DiskKeyExported = "strongroom.vm.crypto.DiskKeyExported"
 	VMLocked        = "strongroom.vm.Crypto.VMLocked.KeyMissingOnHost"
 	VMUnlocked      = "strongroom.vm.Crypto.VMUnlocked"
@@ -139,6 +140,7 @@ func Types() []Type {
 		{VMRekeyFailed, Error, "{target} could not be rekeyed: {error}"},
 		{VMNoDiskSpace, Error, "{target}: no room on datastore {datastore} to write its disks"},
 		{VMDisksFilled, Info, "Thin disks of {target} were filled: dm-crypt may open them"},
+		{VMDiskResized, Info, "A disk of {target} was made larger"},
 		{DiskKeyExported, Warning, "{principal} exported the key of {disk} of {target}; whoever has it reads every copy of the disk"},
 		{VMLocked, Error, "{target} is locked: {reason}"},
 		{VMUnlocked, Info, "{target} is unlocked"},

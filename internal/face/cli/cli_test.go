@@ -145,6 +145,7 @@ func TestCalls(t *testing.T) {
 		{"vm encrypt --all", []string{"Encrypt plain-1\x1b[31m []"}},
 		{"vm rekey --all --provider kp-2 --no-wait", []string{"Rekey web-1 kp-2 false", "Rekey web-2 kp-2 false"}},
 		{"vm rekey a b --deep", []string{"Rekey a  true", "Rekey b  true"}},
+		{"disk resize a disk-0 --size 2G", []string{"Resize a disk-0 2147483648"}},
 		{"disk fill a", []string{"Fill a []"}},
 		{"disk fill a disk-0 disk-1", []string{"Fill a [disk-0 disk-1]"}},
 		{"vm rekey a --deep --rate 100M", []string{"Rekey a  true at 104857600"}},

@@ -17,11 +17,44 @@ import (
 
 func newDiskCmd(env *Env) *cobra.Command {
 	return newGroup("disk", "Disks of virtual machines",
-		`One disk of a VM: the way to its data without Strongroom, by its key.
+		`One disk of a VM: its size, and the way to its data without Strongroom, by its key.
 
 While the controller is away, export-key works with a host's local socket:
 --server unix:/PATH.`,
-		newDiskExportKeyCmd(env), newDiskFillCmd(env))
+		newDiskResizeCmd(env), newDiskExportKeyCmd(env), newDiskFillCmd(env))
+}
+
+func newDiskResizeCmd(env *Env) *cobra.Command {
+	var (
+		wait waitFlags
+		size sizeValue
+	)
+	cmd := &cobra.Command{
+		Use:   "resize VM DISK",
+		Short: "Make a disk larger",
+		Long: `Make a disk larger, in any power state. A guest that runs sees it at once if it
+reaches the disk over vhost-user ("strongroom vm show"); one on NBD must be powered
+off. What is new reads as zeros and takes no space until it is written. Then grow
+the partition and the file system in the guest.
+
+It cannot be undone: a disk does not shrink. Needs the privilege
+VirtualMachine.Config.DiskExtend.`,
+		Example: "  strongroom disk resize web-1 disk-0 --size 20G",
+		Args:    exactArgs("the VM's name", "the disk's"),
+		RunE: env.withClient("resize the disk", func(cmd *cobra.Command, c *client.Client, args []string) error {
+			return env.runTasks(cmd.Context(), c, wait, verb{
+				infinitive: "resize " + args[1] + " of", participle: "resized",
+				start: func(ctx context.Context, name string) (*strongroomv1.Task, error) {
+					return client.Call(ctx, c.VM().ResizeDisk, &strongroomv1.ResizeDiskRequest{Name: name, Disk: args[1], SizeBytes: int64(size)})
+				},
+			}, args[:1])
+		}),
+	}
+	wait.add(cmd)
+	cmd.ValidArgsFunction = env.completeFirst(vmNames)
+	cmd.Flags().Var(&size, "size", "its new size, such as 20G")
+	must(cmd.MarkFlagRequired("size"))
+	return cmd
 }
 
 func newDiskExportKeyCmd(env *Env) *cobra.Command {

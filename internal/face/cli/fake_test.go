@@ -232,6 +232,10 @@ func (c *controller) FillDisks(_ context.Context, r *connect.Request[strongroomv
 	return c.task("Fill", r.Msg.GetName(), r.Msg.GetDisks())
 }
 
+func (c *controller) ResizeDisk(_ context.Context, r *connect.Request[strongroomv1.ResizeDiskRequest]) (*connect.Response[strongroomv1.Task], error) {
+	return c.task("Resize", r.Msg.GetName(), fmt.Sprint(r.Msg.GetDisk(), " ", r.Msg.GetSizeBytes()))
+}
+
 // exportedDEK is the key of every disk.
 var exportedDEK = bytes.Repeat([]byte{0xd5}, 64)
 

@@ -344,6 +344,25 @@ func (c vms) FillDisks(ctx context.Context, req *connect.Request[strongroomv1.Fi
 	return c.submit(ctx, taskFill, v.Name, args)
 }
 
+func (c vms) ResizeDisk(ctx context.Context, req *connect.Request[strongroomv1.ResizeDiskRequest]) (*connect.Response[strongroomv1.Task], error) {
+	v, args, err := c.on(ctx, req.Msg.GetName())
+	if err != nil {
+		return nil, err
+	}
+	disk, size := req.Msg.GetDisk(), req.Msg.GetSizeBytes()
+	i := slices.IndexFunc(v.Disks, func(d inventory.Disk) bool { return d.Name == disk })
+	switch {
+	case i < 0:
+		return nil, errs.New(errs.NotFound, "VM %s has no disk %q", v.Name, disk).WithHint("strongroom vm show %s", v.Name)
+	case size%512 != 0:
+		return nil, errs.New(errs.Invalid, "%d bytes are not a multiple of 512", size)
+	case size < v.Disks[i].SizeBytes:
+		return nil, errs.New(errs.Invalid, "a disk cannot shrink: %s has %d bytes, more than %d", disk, v.Disks[i].SizeBytes, size)
+	}
+	args.Disks, args.Size = []string{disk}, size
+	return c.submit(ctx, taskResize, v.Name, args)
+}
+
 // ExportDiskKey passes a user's public key to the host and the answer back. The
 // key in it is for the user alone; it is not handed out if that cannot be
 // recorded.

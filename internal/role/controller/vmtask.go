@@ -23,6 +23,7 @@ const (
 	taskDecrypt    = "vm.decrypt"
 	taskRekey      = "vm.rekey"
 	taskFill       = "disk.fill"
+	taskResize     = "disk.resize"
 	taskRegister   = "vm.register"
 	taskUnregister = "vm.unregister"
 	taskDelete     = "vm.delete"
@@ -47,6 +48,7 @@ type vmArgs struct {
 	Disks    []string `json:"disks,omitempty"`
 	Deep     bool     `json:"deep,omitempty"`
 	Rate     int64    `json:"rate,omitempty"` // bytes a second that are copied or rewritten while the VM runs; 0: any number
+	Size     int64    `json:"size,omitempty"` // of a disk that is resized, in bytes
 
 	Hard           bool   `json:"hard,omitempty"`
 	TimeoutSeconds uint32 `json:"timeout_seconds,omitempty"`
@@ -86,6 +88,7 @@ func (c *Controller) taskKinds() []task.Kind {
 		one(taskDecrypt, "decrypt disks", false, c.decrypt),
 		keyed(taskRekey, "rekey disks", c.rekey),
 		one(taskFill, "fill disks", false, c.fill),
+		one(taskResize, "resize the disk", false, c.resize),
 		one(taskUnlock, "look for keys", false, c.unlock),
 		one(taskUnregister, "unregister", true, c.unregister),
 		one(taskDelete, "delete", true, c.delete),
@@ -216,6 +219,8 @@ func doneEvent(kind string) string {
 		return event.VMRekeyed
 	case taskFill:
 		return event.VMDisksFilled
+	case taskResize:
+		return event.VMDiskResized
 	}
 	return ""
 }
@@ -372,6 +377,11 @@ func (c *Controller) fill(ctx context.Context, r *task.Run, h inventory.Host, a 
 		return nil, err
 	}
 	return streamHost(ctx, h, c.agents.of(h).FillDisks, &strongroomv1.AgentFillDisksRequest{Id: a.ID, Disks: a.Disks}, progress(ctx, r))
+}
+
+func (c *Controller) resize(ctx context.Context, _ *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {
+	res, err := callHost(ctx, h, c.agents.of(h).ResizeDisk, &strongroomv1.AgentResizeDiskRequest{Id: a.ID, Disk: a.Disks[0], SizeBytes: a.Size})
+	return res.GetVm(), err
 }
 
 func (c *Controller) unlock(ctx context.Context, _ *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {

@@ -253,6 +253,10 @@ func (a *agent) FillDisks(ctx context.Context, req *connect.Request[strongroomv1
 	})
 }
 
+func (a *agent) ResizeDisk(ctx context.Context, req *connect.Request[strongroomv1.AgentResizeDiskRequest]) (*connect.Response[strongroomv1.AgentVMResponse], error) {
+	return a.answer(ctx, req.Msg.GetId(), a.host.resizeDisk(ctx, req.Msg.GetId(), req.Msg.GetDisk(), req.Msg.GetSizeBytes()))
+}
+
 func (a *agent) ExportDiskKey(ctx context.Context, req *connect.Request[strongroomv1.AgentExportDiskKeyRequest]) (*connect.Response[strongroomv1.ExportDiskKeyResponse], error) {
 	res, err := a.host.exportDiskKey(ctx, req.Msg.GetId(), req.Msg.GetDisk(), req.Msg.GetRecipientPublicKey())
 	if err != nil {

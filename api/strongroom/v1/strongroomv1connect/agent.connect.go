@@ -54,6 +54,8 @@ const (
 	AgentServiceRekeyVMProcedure = "/strongroom.v1.AgentService/RekeyVM"
 	// AgentServiceFillDisksProcedure is the fully-qualified name of the AgentService's FillDisks RPC.
 	AgentServiceFillDisksProcedure = "/strongroom.v1.AgentService/FillDisks"
+	// AgentServiceResizeDiskProcedure is the fully-qualified name of the AgentService's ResizeDisk RPC.
+	AgentServiceResizeDiskProcedure = "/strongroom.v1.AgentService/ResizeDisk"
 	// AgentServiceExportDiskKeyProcedure is the fully-qualified name of the AgentService's
 	// ExportDiskKey RPC.
 	AgentServiceExportDiskKeyProcedure = "/strongroom.v1.AgentService/ExportDiskKey"
@@ -212,6 +214,7 @@ type AgentServiceClient interface {
 	DecryptVM(context.Context, *connect.Request[v1.AgentDecryptVMRequest]) (*connect.ServerStreamForClient[v1.AgentProgress], error)
 	RekeyVM(context.Context, *connect.Request[v1.AgentRekeyVMRequest]) (*connect.ServerStreamForClient[v1.AgentProgress], error)
 	FillDisks(context.Context, *connect.Request[v1.AgentFillDisksRequest]) (*connect.ServerStreamForClient[v1.AgentProgress], error)
+	ResizeDisk(context.Context, *connect.Request[v1.AgentResizeDiskRequest]) (*connect.Response[v1.AgentVMResponse], error)
 	ExportDiskKey(context.Context, *connect.Request[v1.AgentExportDiskKeyRequest]) (*connect.Response[v1.ExportDiskKeyResponse], error)
 	PowerOnVM(context.Context, *connect.Request[v1.AgentPowerOnVMRequest]) (*connect.Response[v1.AgentVMResponse], error)
 	PowerOffVM(context.Context, *connect.Request[v1.AgentPowerOffVMRequest]) (*connect.Response[v1.AgentVMResponse], error)
@@ -268,6 +271,12 @@ func NewAgentServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 			connect.WithSchema(agentServiceMethods.ByName("FillDisks")),
 			connect.WithClientOptions(opts...),
 		),
+		resizeDisk: connect.NewClient[v1.AgentResizeDiskRequest, v1.AgentVMResponse](
+			httpClient,
+			baseURL+AgentServiceResizeDiskProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("ResizeDisk")),
+			connect.WithClientOptions(opts...),
+		),
 		exportDiskKey: connect.NewClient[v1.AgentExportDiskKeyRequest, v1.ExportDiskKeyResponse](
 			httpClient,
 			baseURL+AgentServiceExportDiskKeyProcedure,
@@ -321,6 +330,7 @@ type agentServiceClient struct {
 	decryptVM     *connect.Client[v1.AgentDecryptVMRequest, v1.AgentProgress]
 	rekeyVM       *connect.Client[v1.AgentRekeyVMRequest, v1.AgentProgress]
 	fillDisks     *connect.Client[v1.AgentFillDisksRequest, v1.AgentProgress]
+	resizeDisk    *connect.Client[v1.AgentResizeDiskRequest, v1.AgentVMResponse]
 	exportDiskKey *connect.Client[v1.AgentExportDiskKeyRequest, v1.ExportDiskKeyResponse]
 	powerOnVM     *connect.Client[v1.AgentPowerOnVMRequest, v1.AgentVMResponse]
 	powerOffVM    *connect.Client[v1.AgentPowerOffVMRequest, v1.AgentVMResponse]
@@ -358,6 +368,11 @@ func (c *agentServiceClient) RekeyVM(ctx context.Context, req *connect.Request[v
 // FillDisks calls strongroom.v1.AgentService.FillDisks.
 func (c *agentServiceClient) FillDisks(ctx context.Context, req *connect.Request[v1.AgentFillDisksRequest]) (*connect.ServerStreamForClient[v1.AgentProgress], error) {
 	return c.fillDisks.CallServerStream(ctx, req)
+}
+
+// ResizeDisk calls strongroom.v1.AgentService.ResizeDisk.
+func (c *agentServiceClient) ResizeDisk(ctx context.Context, req *connect.Request[v1.AgentResizeDiskRequest]) (*connect.Response[v1.AgentVMResponse], error) {
+	return c.resizeDisk.CallUnary(ctx, req)
 }
 
 // ExportDiskKey calls strongroom.v1.AgentService.ExportDiskKey.
@@ -405,6 +420,7 @@ type AgentServiceHandler interface {
 	DecryptVM(context.Context, *connect.Request[v1.AgentDecryptVMRequest], *connect.ServerStream[v1.AgentProgress]) error
 	RekeyVM(context.Context, *connect.Request[v1.AgentRekeyVMRequest], *connect.ServerStream[v1.AgentProgress]) error
 	FillDisks(context.Context, *connect.Request[v1.AgentFillDisksRequest], *connect.ServerStream[v1.AgentProgress]) error
+	ResizeDisk(context.Context, *connect.Request[v1.AgentResizeDiskRequest]) (*connect.Response[v1.AgentVMResponse], error)
 	ExportDiskKey(context.Context, *connect.Request[v1.AgentExportDiskKeyRequest]) (*connect.Response[v1.ExportDiskKeyResponse], error)
 	PowerOnVM(context.Context, *connect.Request[v1.AgentPowerOnVMRequest]) (*connect.Response[v1.AgentVMResponse], error)
 	PowerOffVM(context.Context, *connect.Request[v1.AgentPowerOffVMRequest]) (*connect.Response[v1.AgentVMResponse], error)
@@ -455,6 +471,12 @@ func NewAgentServiceHandler(svc AgentServiceHandler, opts ...connect.HandlerOpti
 		AgentServiceFillDisksProcedure,
 		svc.FillDisks,
 		connect.WithSchema(agentServiceMethods.ByName("FillDisks")),
+		connect.WithHandlerOptions(opts...),
+	)
+	agentServiceResizeDiskHandler := connect.NewUnaryHandler(
+		AgentServiceResizeDiskProcedure,
+		svc.ResizeDisk,
+		connect.WithSchema(agentServiceMethods.ByName("ResizeDisk")),
 		connect.WithHandlerOptions(opts...),
 	)
 	agentServiceExportDiskKeyHandler := connect.NewUnaryHandler(
@@ -513,6 +535,8 @@ func NewAgentServiceHandler(svc AgentServiceHandler, opts ...connect.HandlerOpti
 			agentServiceRekeyVMHandler.ServeHTTP(w, r)
 		case AgentServiceFillDisksProcedure:
 			agentServiceFillDisksHandler.ServeHTTP(w, r)
+		case AgentServiceResizeDiskProcedure:
+			agentServiceResizeDiskHandler.ServeHTTP(w, r)
 		case AgentServiceExportDiskKeyProcedure:
 			agentServiceExportDiskKeyHandler.ServeHTTP(w, r)
 		case AgentServicePowerOnVMProcedure:
@@ -558,6 +582,10 @@ func (UnimplementedAgentServiceHandler) RekeyVM(context.Context, *connect.Reques
 
 func (UnimplementedAgentServiceHandler) FillDisks(context.Context, *connect.Request[v1.AgentFillDisksRequest], *connect.ServerStream[v1.AgentProgress]) error {
 	return connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.AgentService.FillDisks is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) ResizeDisk(context.Context, *connect.Request[v1.AgentResizeDiskRequest]) (*connect.Response[v1.AgentVMResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.AgentService.ResizeDisk is not implemented"))
 }
 
 func (UnimplementedAgentServiceHandler) ExportDiskKey(context.Context, *connect.Request[v1.AgentExportDiskKeyRequest]) (*connect.Response[v1.ExportDiskKeyResponse], error) {

@@ -51,6 +51,8 @@ const (
 	VMServiceRekeyVMProcedure = "/strongroom.v1.VMService/RekeyVM"
 	// VMServiceFillDisksProcedure is the fully-qualified name of the VMService's FillDisks RPC.
 	VMServiceFillDisksProcedure = "/strongroom.v1.VMService/FillDisks"
+	// VMServiceResizeDiskProcedure is the fully-qualified name of the VMService's ResizeDisk RPC.
+	VMServiceResizeDiskProcedure = "/strongroom.v1.VMService/ResizeDisk"
 	// VMServiceExportDiskKeyProcedure is the fully-qualified name of the VMService's ExportDiskKey RPC.
 	VMServiceExportDiskKeyProcedure = "/strongroom.v1.VMService/ExportDiskKey"
 	// VMServiceRegisterVMProcedure is the fully-qualified name of the VMService's RegisterVM RPC.
@@ -80,6 +82,9 @@ type VMServiceClient interface {
 	// FillDisks makes thin disks of a VM that is powered off safe for dm-crypt:
 	// zeros are written to all of their sectors that were never written.
 	FillDisks(context.Context, *connect.Request[v1.FillDisksRequest]) (*connect.Response[v1.Task], error)
+	// ResizeDisk makes a disk of a VM larger, in any power state; a guest that
+	// runs sees it at once, if it reaches the disk over vhost-user.
+	ResizeDisk(context.Context, *connect.Request[v1.ResizeDiskRequest]) (*connect.Response[v1.Task], error)
 	// ExportDiskKey hands out the key of an encrypted disk, in any power state: who
 	// has it opens the disk with plain cryptsetup or dm-crypt, and every copy of
 	// it, for as long as the disk is not rekeyed deeply. A host serves it on its
@@ -160,6 +165,12 @@ func NewVMServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...c
 			connect.WithSchema(vMServiceMethods.ByName("FillDisks")),
 			connect.WithClientOptions(opts...),
 		),
+		resizeDisk: connect.NewClient[v1.ResizeDiskRequest, v1.Task](
+			httpClient,
+			baseURL+VMServiceResizeDiskProcedure,
+			connect.WithSchema(vMServiceMethods.ByName("ResizeDisk")),
+			connect.WithClientOptions(opts...),
+		),
 		exportDiskKey: connect.NewClient[v1.ExportDiskKeyRequest, v1.ExportDiskKeyResponse](
 			httpClient,
 			baseURL+VMServiceExportDiskKeyProcedure,
@@ -204,6 +215,7 @@ type vMServiceClient struct {
 	decryptVM     *connect.Client[v1.DecryptVMRequest, v1.Task]
 	rekeyVM       *connect.Client[v1.RekeyVMRequest, v1.Task]
 	fillDisks     *connect.Client[v1.FillDisksRequest, v1.Task]
+	resizeDisk    *connect.Client[v1.ResizeDiskRequest, v1.Task]
 	exportDiskKey *connect.Client[v1.ExportDiskKeyRequest, v1.ExportDiskKeyResponse]
 	registerVM    *connect.Client[v1.RegisterVMRequest, v1.Task]
 	unregisterVM  *connect.Client[v1.UnregisterVMRequest, v1.Task]
@@ -256,6 +268,11 @@ func (c *vMServiceClient) FillDisks(ctx context.Context, req *connect.Request[v1
 	return c.fillDisks.CallUnary(ctx, req)
 }
 
+// ResizeDisk calls strongroom.v1.VMService.ResizeDisk.
+func (c *vMServiceClient) ResizeDisk(ctx context.Context, req *connect.Request[v1.ResizeDiskRequest]) (*connect.Response[v1.Task], error) {
+	return c.resizeDisk.CallUnary(ctx, req)
+}
+
 // ExportDiskKey calls strongroom.v1.VMService.ExportDiskKey.
 func (c *vMServiceClient) ExportDiskKey(ctx context.Context, req *connect.Request[v1.ExportDiskKeyRequest]) (*connect.Response[v1.ExportDiskKeyResponse], error) {
 	return c.exportDiskKey.CallUnary(ctx, req)
@@ -298,6 +315,9 @@ type VMServiceHandler interface {
 	// FillDisks makes thin disks of a VM that is powered off safe for dm-crypt:
 	// zeros are written to all of their sectors that were never written.
 	FillDisks(context.Context, *connect.Request[v1.FillDisksRequest]) (*connect.Response[v1.Task], error)
+	// ResizeDisk makes a disk of a VM larger, in any power state; a guest that
+	// runs sees it at once, if it reaches the disk over vhost-user.
+	ResizeDisk(context.Context, *connect.Request[v1.ResizeDiskRequest]) (*connect.Response[v1.Task], error)
 	// ExportDiskKey hands out the key of an encrypted disk, in any power state: who
 	// has it opens the disk with plain cryptsetup or dm-crypt, and every copy of
 	// it, for as long as the disk is not rekeyed deeply. A host serves it on its
@@ -374,6 +394,12 @@ func NewVMServiceHandler(svc VMServiceHandler, opts ...connect.HandlerOption) (s
 		connect.WithSchema(vMServiceMethods.ByName("FillDisks")),
 		connect.WithHandlerOptions(opts...),
 	)
+	vMServiceResizeDiskHandler := connect.NewUnaryHandler(
+		VMServiceResizeDiskProcedure,
+		svc.ResizeDisk,
+		connect.WithSchema(vMServiceMethods.ByName("ResizeDisk")),
+		connect.WithHandlerOptions(opts...),
+	)
 	vMServiceExportDiskKeyHandler := connect.NewUnaryHandler(
 		VMServiceExportDiskKeyProcedure,
 		svc.ExportDiskKey,
@@ -424,6 +450,8 @@ func NewVMServiceHandler(svc VMServiceHandler, opts ...connect.HandlerOption) (s
 			vMServiceRekeyVMHandler.ServeHTTP(w, r)
 		case VMServiceFillDisksProcedure:
 			vMServiceFillDisksHandler.ServeHTTP(w, r)
+		case VMServiceResizeDiskProcedure:
+			vMServiceResizeDiskHandler.ServeHTTP(w, r)
 		case VMServiceExportDiskKeyProcedure:
 			vMServiceExportDiskKeyHandler.ServeHTTP(w, r)
 		case VMServiceRegisterVMProcedure:
@@ -477,6 +505,10 @@ func (UnimplementedVMServiceHandler) RekeyVM(context.Context, *connect.Request[v
 
 func (UnimplementedVMServiceHandler) FillDisks(context.Context, *connect.Request[v1.FillDisksRequest]) (*connect.Response[v1.Task], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.VMService.FillDisks is not implemented"))
+}
+
+func (UnimplementedVMServiceHandler) ResizeDisk(context.Context, *connect.Request[v1.ResizeDiskRequest]) (*connect.Response[v1.Task], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.VMService.ResizeDisk is not implemented"))
 }
 
 func (UnimplementedVMServiceHandler) ExportDiskKey(context.Context, *connect.Request[v1.ExportDiskKeyRequest]) (*connect.Response[v1.ExportDiskKeyResponse], error) {
