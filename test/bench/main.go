@@ -6,7 +6,8 @@
 // and nbdkit's luks filter; and once more a server that does nothing, to show
 // where the load generators themselves end. All images are on a tmpfs. Medians
 // are reported. Then it measures the cipher beside OpenSSL and a loop in C, rekeys
-// volumes on a disk beside cryptsetup, and times how soon a controller and a VM are there, with the binary that
+// volumes on a disk beside cryptsetup, times how soon a controller and a VM are
+// there, and loads our key management server beside PyKMIP, with the binary that
 // $STRONGROOM names.
 //
 // Loads come from two generators: one of our own, one thread, over NBD
@@ -64,7 +65,7 @@ func run(ctx context.Context, args []string) error {
 	flags.StringVar(&o.dir, "dir", "/dev/shm", "a tmpfs with room for four images")
 	flags.StringVar(&o.disk, "disk", ".", "a folder on a disk with room for three images")
 	flags.StringVar(&o.out, "out", filepath.FromSlash("docs/reference/performance.md"), "where the tables go")
-	flags.StringVar(&only, "only", "", "measure only what matches: a regular expression on `SERVER/GENERATOR/LOAD` and on 'cipher', 'rekey' and 'starts'")
+	flags.StringVar(&only, "only", "", "measure only what matches: a regular expression on `SERVER/GENERATOR/LOAD` and on 'cipher', 'rekey', 'starts' and 'kms'")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
@@ -93,6 +94,11 @@ func run(ctx context.Context, args []string) error {
 	if o.only.MatchString("starts") {
 		if r.Starts, err = measureStarts(ctx, o, binary); err != nil {
 			return fmt.Errorf("cannot measure starts: %w", err)
+		}
+	}
+	if o.only.MatchString("kms") {
+		if r.KMS, err = measureKMS(ctx, o, binary); err != nil {
+			return fmt.Errorf("cannot measure key management servers: %w", err)
 		}
 	}
 	if only != "" {

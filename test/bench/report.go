@@ -51,6 +51,7 @@ type report struct {
 	Cipher   []cipherSpeed     `json:"cipher,omitempty"`
 	Rekey    []rekeySpeed      `json:"rekey,omitempty"`
 	Starts   []start           `json:"starts,omitempty"`
+	KMS      []kmsSpeed        `json:"kms,omitempty"`
 }
 
 // measure runs everything.
@@ -290,12 +291,28 @@ servers. Ours uses one thread for load; where it used that wholly, it was the li
 		}
 		table(&b, rows)
 	}
+	if len(r.KMS) > 0 {
+		b.WriteString("\n## Key management servers\n\nKMIP over mutual TLS from one client process on the same machine; keys are on disk when they are acknowledged. 1000 keys with names\nwere there before, and those made meanwhile.\n\n")
+		rows := [][]string{{"load", "connections", "server", "a second", "p50, ms", "p99, ms"}}
+		for _, s := range r.KMS {
+			rows = append(rows, []string{s.Load, fmt.Sprint(s.Connections), s.Server, rate(s.PerSecond), fmt.Sprintf("%.2f", s.P50), fmt.Sprintf("%.2f", s.P99)})
+		}
+		table(&b, rows)
+	}
 	b.WriteString("\n## Commands\n\n```\n")
 	for _, c := range r.Commands {
 		b.WriteString(c + "\n")
 	}
 	b.WriteString("fio " + strings.Join(fioArguments("$DIR/....sock", "randread", load{bytes: 4096, depth: 32}, r.Size, 0)[:8], " ") + " ...\n```\n")
 	return b.String()
+}
+
+// rate writes a number of operations a second.
+func rate(n float64) string {
+	if n < 10 {
+		return fmt.Sprintf("%.1f", n)
+	}
+	return fmt.Sprintf("%.0f", n)
 }
 
 func (r *report) rounds() int {
