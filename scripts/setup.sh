@@ -36,6 +36,7 @@ swtpm_setup          swtpm-tools         TPM with an EK certificate, in tests
 nbdkit               nbdkit              NBD peer in tests and benchmarks
 nbdinfo              libnbd-bin          NBD peer in tests
 nbdcopy              libnbd-bin          NBD peer in tests
+nbdfuse              libnbd-bin          NBD peer in tests
 nbdsh                python3-libnbd      NBD peer in tests
 cryptsetup           cryptsetup-bin      LUKS2 peer in tests
 dmsetup              dmsetup             dm-crypt inside test guests

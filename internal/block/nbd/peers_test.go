@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"strongroom/internal/block/blockdev"
+	"strongroom/internal/block/blockdev/blockdevtest"
 	"strongroom/internal/block/nbd"
 )
 
@@ -48,6 +49,47 @@ func contents(t *testing.T, dev blockdev.Device) []byte {
 		t.Fatal(err)
 	}
 	return b
+}
+
+// TestNbdfuse has libnbd show an export as a file, and copies from it and to it.
+func TestNbdfuse(t *testing.T) {
+	t.Parallel()
+	if f, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0); err != nil {
+		t.Log("/dev/fuse cannot be opened: nbdfuse is not tested")
+		return
+	} else {
+		f.Close()
+	}
+	mem, want := sparse(t)
+	_, path := start(t, config(), nbd.Export{Name: "disk", Device: mem})
+	dir, copied := t.TempDir(), filepath.Join(t.TempDir(), "copy")
+	file := filepath.Join(dir, "disk")
+	cmd := exec.CommandContext(testContext(t), "nbdfuse", file, uri(path, "disk"))
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	check(t, cmd.Start())
+	t.Cleanup(func() { _ = exec.Command("fusermount3", "-u", "-z", dir).Run() }) // for a test that fails midway
+	blockdevtest.Eventually(t, "nbdfuse to show the export", func() bool {
+		st, err := os.Stat(file)
+		return err == nil && st.Size() == int64(len(want))
+	})
+	tool(t, "cp", file, copied)
+	got, err := os.ReadFile(copied)
+	check(t, err)
+	changed := pattern(1 << 20)
+	check(t, os.WriteFile(copied, changed, 0o600))
+	tool(t, "dd", "if="+copied, "of="+file, "bs=64k", "seek=32", "conv=notrunc,fsync", "status=none")
+	tool(t, "fusermount3", "-u", dir)
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("nbdfuse: %v\n%s", err, out.String())
+	}
+	if !bytes.Equal(got, want) {
+		t.Error("nbdfuse has read other data")
+	}
+	copy(want[2<<20:], changed)
+	if !bytes.Equal(contents(t, mem), want) {
+		t.Error("nbdfuse has written other data")
+	}
 }
 
 func TestNbdinfo(t *testing.T) {
