@@ -16,9 +16,7 @@ func BenchmarkRead(b *testing.B) { benchmark(b, unix.Pread) }
 func BenchmarkWrite(b *testing.B) { benchmark(b, unix.Pwrite) }
 
 func benchmark(b *testing.B, request func(fd int, p []byte, off int64) (int, error)) {
-	if !haveFUSE(b) {
-		return
-	}
+	needFUSE(b)
 	_, path := show(b, blockdev.NewMemory(64<<20, 512), blockfuse.Options{})
 	fd := openFile(b, path, unix.O_RDWR)
 	defer unix.Close(fd)

@@ -14,9 +14,7 @@ import (
 // TestFio writes blocks of 4 to 64 KiB in parallel and verifies them, for which
 // QEMU 7.2's FUSE export of a raw image returns other data than were written.
 func TestFio(t *testing.T) {
-	if !haveFUSE(t) {
-		return
-	}
+	needFUSE(t)
 	t.Parallel()
 	v := newVolume(t, 64<<20, 4096, true)
 	_, path := show(t, v, blockfuse.Options{})
@@ -34,9 +32,8 @@ func TestFio(t *testing.T) {
 // TestLoop puts a loop device on the file, makes file systems on it and checks
 // them.
 func TestLoop(t *testing.T) {
-	if !haveFUSE(t) || !isRoot(t) {
-		return
-	}
+	needFUSE(t)
+	needRoot(t)
 	t.Parallel()
 	v := newVolume(t, 512<<20, 4096, true)
 	_, path := show(t, v, blockfuse.Options{})
@@ -76,9 +73,7 @@ func TestLoop(t *testing.T) {
 
 // TestQEMU copies a sparse volume with QEMU: what was never written stays a hole.
 func TestQEMU(t *testing.T) {
-	if !haveFUSE(t) {
-		return
-	}
+	needFUSE(t)
 	t.Parallel()
 	v := newVolume(t, 64<<20, 512, true)
 	_, path := show(t, v, blockfuse.Options{})

@@ -21,9 +21,7 @@ type fixed struct{ blockdev.Extenter }
 
 // TestDevice runs the conformance suite on the mounted file.
 func TestDevice(t *testing.T) {
-	if !haveFUSE(t) {
-		return
-	}
+	needFUSE(t)
 	for name, make := range map[string]func(t testing.TB, size int64) blockdev.Device{
 		"Volume":  func(t testing.TB, size int64) blockdev.Device { return newVolume(t, size, 4096, true) },
 		"NoHoles": func(_ testing.TB, size int64) blockdev.Device { return plain{blockdev.NewMemory(size, 512)} },
@@ -60,9 +58,7 @@ type plain struct{ blockdev.Device }
 
 // TestEnds reads and writes across the end, which is where it is.
 func TestEnds(t *testing.T) {
-	if !haveFUSE(t) {
-		return
-	}
+	needFUSE(t)
 	t.Parallel()
 	dev := blockdev.NewMemory(1<<20, 512)
 	_, path := show(t, dev, blockfuse.Options{})
@@ -111,9 +107,7 @@ func TestEnds(t *testing.T) {
 
 // TestSeek looks for holes as qemu-img and cp do.
 func TestSeek(t *testing.T) {
-	if !haveFUSE(t) {
-		return
-	}
+	needFUSE(t)
 	t.Parallel()
 	v := newVolume(t, 8<<20, 4096, true)
 	_, path := show(t, v, blockfuse.Options{})
@@ -147,9 +141,7 @@ func TestSeek(t *testing.T) {
 
 // TestPunch: zeros are there afterwards, also where a discard does nothing.
 func TestPunch(t *testing.T) {
-	if !haveFUSE(t) {
-		return
-	}
+	needFUSE(t)
 	t.Parallel()
 	for _, discards := range []bool{false, true} {
 		v := newVolume(t, 1<<20, 4096, discards)
@@ -170,9 +162,7 @@ func TestPunch(t *testing.T) {
 
 // TestSync counts the flushes that reach the device.
 func TestSync(t *testing.T) {
-	if !haveFUSE(t) {
-		return
-	}
+	needFUSE(t)
 	t.Parallel()
 	dev := faultdev.New(blockdev.NewMemory(1<<20, 512), nil)
 	_, path := show(t, dev, blockfuse.Options{})
@@ -204,9 +194,7 @@ func TestSync(t *testing.T) {
 // TestFailures has the device fail, and go away: each request gets its error at
 // once, and the file works on after a failure that passes.
 func TestFailures(t *testing.T) {
-	if !haveFUSE(t) {
-		return
-	}
+	needFUSE(t)
 	t.Parallel()
 	dev := faultdev.New(blockdev.NewMemory(1<<20, 512), nil)
 	m, path := show(t, dev, blockfuse.Options{})
@@ -244,9 +232,7 @@ func TestFailures(t *testing.T) {
 
 // TestFull tells a full storage apart from a broken one.
 func TestFull(t *testing.T) {
-	if !haveFUSE(t) {
-		return
-	}
+	needFUSE(t)
 	t.Parallel()
 	_, path := show(t, full{blockdev.NewMemory(1<<20, 512)}, blockfuse.Options{})
 	fd := openFile(t, path, unix.O_RDWR)
@@ -260,9 +246,7 @@ type full struct{ blockdev.Device }
 func (full) WriteAt([]byte, int64) (int, error) { return 0, blockdev.ErrNoSpace }
 
 func TestReadOnly(t *testing.T) {
-	if !haveFUSE(t) {
-		return
-	}
+	needFUSE(t)
 	t.Parallel()
 	dev := blockdev.NewMemory(1<<20, 512)
 	_, path := show(t, dev, blockfuse.Options{ReadOnly: true})
@@ -284,9 +268,8 @@ func TestReadOnly(t *testing.T) {
 // TestOthers has another user try to open the file, in a folder that is open to
 // all.
 func TestOthers(t *testing.T) {
-	if !haveFUSE(t) || !isRoot(t) {
-		return
-	}
+	needFUSE(t)
+	needRoot(t)
 	t.Parallel()
 	dir, err := os.MkdirTemp("", "blockfuse")
 	check(t, err)

@@ -52,22 +52,22 @@ func serve(path string) error {
 // deadline is how long a test waits for what must happen.
 const deadline = time.Minute
 
-// haveFUSE reports whether this machine can mount at all.
-func haveFUSE(t testing.TB) bool {
-	if f, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0); err == nil {
-		f.Close()
-		return true
+// needFUSE fails a test where nothing can be mounted, which a machine that runs
+// the tests must be able to do.
+func needFUSE(t testing.TB) {
+	t.Helper()
+	f, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0)
+	if err != nil {
+		t.Fatalf("the fuse module of the kernel is needed: %v", err)
 	}
-	t.Log("/dev/fuse cannot be opened: mounts are not tested")
-	return false
+	f.Close()
 }
 
-func isRoot(t testing.TB) bool {
-	if os.Geteuid() == 0 {
-		return true
+func needRoot(t testing.TB) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("loop devices and mounting by oneself need root")
 	}
-	t.Log("not root: not tested")
-	return false
 }
 
 // show mounts dev until the test ends, and returns the file's path.

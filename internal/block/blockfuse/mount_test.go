@@ -20,9 +20,7 @@ import (
 // TestMountPoint: a missing file is made and removed, an empty one is used and
 // stays, all else is refused and stays too.
 func TestMountPoint(t *testing.T) {
-	if !haveFUSE(t) {
-		return
-	}
+	needFUSE(t)
 	t.Parallel()
 	dir := t.TempDir()
 	dev := blockdev.NewMemory(1<<20, 512)
@@ -78,9 +76,8 @@ func TestMountPoint(t *testing.T) {
 // TestUnmountBusy: a file that is open is waited for; at the end of patience its
 // users get errors.
 func TestUnmountBusy(t *testing.T) {
-	if !haveFUSE(t) || !isRoot(t) {
-		return
-	}
+	needFUSE(t)
+	needRoot(t)
 	t.Parallel()
 	dev := blockdev.NewMemory(1<<20, 512)
 	m, path := show(t, dev, blockfuse.Options{})
@@ -141,9 +138,8 @@ func startServer(t *testing.T, cmd *exec.Cmd, path string) server {
 // TestKill kills the process that serves the file. Its users get errors at once,
 // and the next one clears the mount away.
 func TestKill(t *testing.T) {
-	if !haveFUSE(t) || !isRoot(t) {
-		return
-	}
+	needFUSE(t)
+	needRoot(t)
 	t.Parallel()
 	path := filepath.Join(t.TempDir(), "disk")
 	s := startServer(t, exec.Command(os.Args[0]), path)
@@ -174,9 +170,8 @@ func TestKill(t *testing.T) {
 // itself in a mount name space of its own, where /dev/fuse is open to all, which udev does
 // elsewhere.
 func TestUnprivileged(t *testing.T) {
-	if !haveFUSE(t) || !isRoot(t) {
-		return
-	}
+	needFUSE(t)
+	needRoot(t)
 	t.Parallel()
 	const nobody, variable = 65534, "STRONGROOM_TEST_UNPRIVILEGED_DIR"
 	dir := os.Getenv(variable)
