@@ -12,6 +12,7 @@ package vault
 
 import (
 	"bytes"
+	"crypto/ed25519"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -147,6 +148,27 @@ func (v *Vault) stored(content *keymem.Key) bool {
 	}
 	defer now.Close()
 	return now.Equal(content)
+}
+
+// SigningKey returns the Ed25519 key of that name, which is made and stored at the
+// first call. It must not be called for one name at the same time.
+func (v *Vault) SigningKey(name string) (ed25519.PrivateKey, error) {
+	seed, err := v.Get(name)
+	if errs.KindOf(err) == errs.NotFound {
+		if seed, err = keymem.Random(ed25519.SeedSize); err == nil {
+			err = v.Update(map[string]*keymem.Key{name: seed})
+		}
+	}
+	if seed != nil {
+		defer seed.Close()
+	}
+	if err != nil {
+		return nil, err
+	}
+	if seed.Len() != ed25519.SeedSize {
+		return nil, fmt.Errorf("%w: %s is no signing key", ErrCorrupt, name)
+	}
+	return ed25519.NewKeyFromSeed(seed.Bytes()), nil
 }
 
 // Close wipes the vault from memory. It is idempotent and never fails.

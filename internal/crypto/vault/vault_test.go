@@ -188,3 +188,34 @@ func FuzzDecode(f *testing.F) {
 		}
 	})
 }
+
+func TestSigningKey(t *testing.T) {
+	t.Parallel()
+	path, key := filepath.Join(t.TempDir(), "v"), random(t, sealed.KeySize)
+	v, err := New(path, key, "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer v.Close()
+	first, err := v.SigningKey("audit")
+	if err != nil {
+		t.Fatal(err)
+	}
+	again, err := Open(path, key, "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer again.Close()
+	if same, err := again.SigningKey("audit"); err != nil || !same.Equal(first) {
+		t.Errorf("after the vault was opened again the key is another, %v", err)
+	}
+	if other, err := again.SigningKey("other"); err != nil || other.Equal(first) {
+		t.Errorf("two names have one key, %v", err)
+	}
+	if err := again.Update(map[string]*keymem.Key{"short": random(t, 16)}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := again.SigningKey("short"); !errors.Is(err, ErrCorrupt) {
+		t.Errorf("what is no signing key: error %v", err)
+	}
+}

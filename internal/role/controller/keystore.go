@@ -1,11 +1,8 @@
 package controller
 
 import (
-	"bytes"
 	"crypto"
-	"crypto/ed25519"
 	"errors"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -231,43 +228,14 @@ func (k *keystore) save() error {
 }
 
 // auditSigner returns the key that signs the audit log, made at the first start.
-func (k *keystore) auditSigner() (crypto.Signer, error) {
-	seed, err := k.vault.Get(secretAuditKey)
-	if errs.KindOf(err) == errs.NotFound {
-		if seed, err = keymem.Random(ed25519.SeedSize); err == nil {
-			err = k.vault.Update(map[string]*keymem.Key{secretAuditKey: seed})
-		}
-	}
-	if err != nil {
-		return nil, err
-	}
-	defer seed.Close()
-	return ed25519.NewKeyFromSeed(seed.Bytes()), nil
-}
+func (k *keystore) auditSigner() (crypto.Signer, error) { return k.vault.SigningKey(secretAuditKey) }
 
 // Seal implements [pki.Sealer].
 func (k *keystore) Seal(name string, plaintext []byte) ([]byte, error) {
-	var out bytes.Buffer
-	w, err := sealed.NewWriter(&out, k.key, sealContext+name)
-	if err != nil {
-		return nil, err
-	}
-	if _, err := w.Write(plaintext); err != nil {
-		w.Abort()
-		return nil, err
-	}
-	if err := w.Close(); err != nil {
-		return nil, err
-	}
-	return out.Bytes(), nil
+	return sealed.Seal(k.key, sealContext+name, plaintext)
 }
 
 // Open implements [pki.Sealer].
 func (k *keystore) Open(name string, text []byte) ([]byte, error) {
-	r, err := sealed.NewReader(bytes.NewReader(text), int64(len(text)), k.key, sealContext+name)
-	if err != nil {
-		return nil, err
-	}
-	defer r.Close()
-	return io.ReadAll(r)
+	return sealed.Open(k.key, sealContext+name, text)
 }

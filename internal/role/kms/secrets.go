@@ -1,12 +1,9 @@
 package kms
 
 import (
-	"bytes"
 	"context"
 	"crypto"
-	"crypto/ed25519"
 	"errors"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -110,43 +107,14 @@ func (s *secrets) Close() {
 }
 
 // auditSigner returns the key that signs the audit log, made at the first start.
-func (s *secrets) auditSigner() (crypto.Signer, error) {
-	seed, err := s.vault.Get(secretAuditKey)
-	if errs.KindOf(err) == errs.NotFound {
-		if seed, err = keymem.Random(ed25519.SeedSize); err == nil {
-			err = s.vault.Update(map[string]*keymem.Key{secretAuditKey: seed})
-		}
-	}
-	if err != nil {
-		return nil, err
-	}
-	defer seed.Close()
-	return ed25519.NewKeyFromSeed(seed.Bytes()), nil
-}
+func (s *secrets) auditSigner() (crypto.Signer, error) { return s.vault.SigningKey(secretAuditKey) }
 
 // Seal implements [pki.Sealer].
 func (s *secrets) Seal(name string, plaintext []byte) ([]byte, error) {
-	var out bytes.Buffer
-	w, err := sealed.NewWriter(&out, s.root, sealContext+name)
-	if err != nil {
-		return nil, err
-	}
-	if _, err := w.Write(plaintext); err != nil {
-		w.Abort()
-		return nil, err
-	}
-	if err := w.Close(); err != nil {
-		return nil, err
-	}
-	return out.Bytes(), nil
+	return sealed.Seal(s.root, sealContext+name, plaintext)
 }
 
 // Open implements [pki.Sealer].
 func (s *secrets) Open(name string, text []byte) ([]byte, error) {
-	r, err := sealed.NewReader(bytes.NewReader(text), int64(len(text)), s.root, sealContext+name)
-	if err != nil {
-		return nil, err
-	}
-	defer r.Close()
-	return io.ReadAll(r)
+	return sealed.Open(s.root, sealContext+name, text)
 }

@@ -1,0 +1,30 @@
+package sealed
+
+import (
+	"bytes"
+	"testing"
+)
+
+func TestSealBytes(t *testing.T) {
+	t.Parallel()
+	key, other := randomKey(t, KeySize), randomKey(t, KeySize)
+	for _, plaintext := range [][]byte{nil, []byte("text"), bytes.Repeat([]byte("x"), 200_000)} {
+		text, err := Seal(key, "test", plaintext)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, err := Open(key, "test", text); err != nil || !bytes.Equal(got, plaintext) {
+			t.Errorf("%d bytes: %d come back, %v", len(plaintext), len(got), err)
+		}
+		if _, err := Open(other, "test", text); err == nil {
+			t.Error("another key opens it")
+		}
+		if _, err := Open(key, "another", text); err == nil {
+			t.Error("it opens in another context")
+		}
+		text[len(text)-1] ^= 1
+		if got, err := Open(key, "test", text); err == nil || got != nil {
+			t.Errorf("of a changed text %d bytes are returned, %v", len(got), err)
+		}
+	}
+}
