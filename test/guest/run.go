@@ -70,7 +70,8 @@ func Run(ctx context.Context, m Machine) (console string, err error) {
 	}
 	args := []string{
 		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
-		"-accel", "tcg", "-cpu", "max", "-m", strconv.Itoa(m.Memory),
+		// Without room for a second CPU, QEMU before 8.1 leaves memory barriers out.
+		"-accel", "tcg", "-cpu", "max", "-smp", "1,maxcpus=2", "-m", strconv.Itoa(m.Memory),
 		"-kernel", m.Image.Kernel, "-initrd", m.Image.Initrd, "-append", m.Image.Append,
 		"-serial", "stdio",
 	}
