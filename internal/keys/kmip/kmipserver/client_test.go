@@ -26,6 +26,12 @@ func (l *ledger) observe(_ context.Context, e Event) error {
 	return l.fail
 }
 
+func (l *ledger) failing(err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.fail = err
+}
+
 // last returns the newest event and forgets all.
 func (l *ledger) last(t *testing.T, want int) Event {
 	t.Helper()
@@ -40,9 +46,7 @@ func (l *ledger) last(t *testing.T, want int) Event {
 
 func TestPolicyAndEvents(t *testing.T) {
 	t.Parallel()
-	b := newBench(t, Limits{})
 	saw := &ledger{}
-	b.server.observe = saw.observe
 	policies := map[string]*Policy{
 		"all":      nil,
 		"reader":   {Operations: []kmip.Operation{kmip.OperationGet}},
@@ -50,7 +54,7 @@ func TestPolicyAndEvents(t *testing.T) {
 		"aes-256":  {KeyTypes: []KeyType{{Algorithm: kmip.CryptographicAlgorithmAES, Bits: 256}}},
 		"any-hmac": {KeyTypes: []KeyType{{Algorithm: kmip.CryptographicAlgorithmHMACSHA256}}},
 	}
-	b.server.authenticate = func(_ context.Context, state tls.ConnectionState, _ []kmip.Credential) (Client, error) {
+	authenticate := func(_ context.Context, state tls.ConnectionState, _ []kmip.Credential) (Client, error) {
 		name := state.PeerCertificates[0].Subject.CommonName
 		p, ok := policies[name]
 		if !ok {
@@ -58,6 +62,10 @@ func TestPolicyAndEvents(t *testing.T) {
 		}
 		return Client{Account: "one", Name: "application:" + name, Policy: p}, nil
 	}
+	b := newBench(t, Limits{}, func(s *Server) {
+		s.observe, s.authenticate = saw.observe, authenticate
+		s.log = slog.New(slog.DiscardHandler) // it tells of what cannot be recorded
+	})
 	ask := func(name string, p kmip.OperationPayload) kmip.ResponseBatchItem {
 		t.Helper()
 		m := kmip.NewRequestMessage(kmip.V1_4, p)
@@ -93,8 +101,7 @@ func TestPolicyAndEvents(t *testing.T) {
 	}
 
 	t.Log("what cannot be recorded is not answered")
-	saw.fail = errors.New("disk full")
-	b.server.log = slog.New(slog.DiscardHandler)
+	saw.failing(errors.New("disk full"))
 	m := kmip.NewRequestMessage(kmip.V1_4, get)
 	if got := b.dial(t, "all").send(&m).BatchItem[0]; got.ResultReason != kmip.ResultReasonGeneralFailure || got.ResponsePayload != nil {
 		t.Errorf("an answer without a record: %+v", got)

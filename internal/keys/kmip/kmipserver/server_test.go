@@ -38,7 +38,8 @@ func byCommonName(_ context.Context, state tls.ConnectionState, _ []kmip.Credent
 	return Client{Account: state.PeerCertificates[0].Subject.CommonName}, nil
 }
 
-func newBench(t testing.TB, limits Limits) *bench {
+// newBench starts a server, after change was made to it.
+func newBench(t testing.TB, limits Limits, change ...func(*Server)) *bench {
 	t.Helper()
 	b := &bench{ca: testca.New(t)}
 	b.clock.Store(time.Now().Unix())
@@ -52,6 +53,9 @@ func newBench(t testing.TB, limits Limits) *bench {
 	})
 	if err != nil {
 		t.Fatal(err)
+	}
+	for _, f := range change {
+		f(b.server)
 	}
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
