@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"sync"
 	"syscall"
 	"time"
@@ -137,7 +138,11 @@ func boot(binary, dir string, accel Accel, timeout time.Duration, args ...string
 	}
 	defer messages.Close()
 	cmd.Stdout, cmd.Stderr = messages, messages
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	// A guest that hangs must not outlive us and spin. The signal is sent when the
+	// thread ends that started it.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL}
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
 	if err := cmd.Start(); err != nil {
 		return err
 	}

@@ -21,7 +21,14 @@ import (
 	"strongroom/internal/machine/qemu"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+// TestMain lets the test binary be a process that probes until it is killed.
+func TestMain(m *testing.M) {
+	if len(os.Args) == 3 && os.Args[1] == "probe" {
+		_ = qemu.TryWith(os.Args[2])
+		os.Exit(1)
+	}
+	goleak.VerifyTestMain(m)
+}
 
 // config returns a small machine that boots nothing.
 func config(t *testing.T) qemu.Config {
@@ -355,6 +362,42 @@ func TestProbe(t *testing.T) {
 	if err := broken.VhostUser(); err == nil {
 		t.Error("vhost-user works with a broken QEMU")
 	}
+}
+
+// TestProbeEndsWithUs: a guest that hangs in the probe does not outlive a process
+// that is killed meanwhile.
+func TestProbeEndsWithUs(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	hang, pidFile := filepath.Join(dir, "qemu"), filepath.Join(dir, "pid")
+	if err := os.WriteFile(hang, []byte("#!/bin/sh\necho $$ >"+pidFile+".new && mv "+pidFile+".new "+pidFile+"\nexec sleep 300\n"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	prober := exec.Command(os.Args[0], "probe", hang)
+	if err := prober.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer prober.Wait()
+	defer prober.Process.Kill()
+	await := func(what string, done func() bool) {
+		t.Helper()
+		for deadline := time.Now().Add(time.Minute); !done(); time.Sleep(5 * time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatalf("waited too long for %s", what)
+			}
+		}
+	}
+	var pid int
+	await("the probe to start its guest", func() bool {
+		text, err := os.ReadFile(pidFile)
+		if err != nil {
+			return false
+		}
+		_, err = fmt.Sscan(string(text), &pid)
+		return err == nil
+	})
+	prober.Process.Kill()
+	await("the guest to end with it", func() bool { return unix.Kill(pid, 0) == unix.ESRCH })
 }
 
 // BenchmarkStart measures a power-on against QEMU's own start: the same
