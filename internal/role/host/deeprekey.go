@@ -111,11 +111,7 @@ func (h *Host) deepRekeyRunning(ctx context.Context, m *machine, running *runnin
 // online returns a VM that runs, as its folder tells of it.
 func (h *Host) online(m *machine) (*offline, error) {
 	reg, _ := m.state()
-	dir, err := h.folder(reg)
-	if err != nil {
-		return nil, err
-	}
-	vm, err := readVM(reg, dir)
+	dir, vm, err := h.read(reg)
 	if err != nil {
 		return nil, err
 	}

@@ -21,15 +21,19 @@ import (
 	"strongroom/internal/machine/recrypt"
 )
 
+// read returns the folder of a VM and what it says.
+func (h *Host) read(reg registered) (dir string, vm *bundle.VM, err error) {
+	if dir, err = h.folder(reg); err == nil {
+		vm, err = readVM(reg, dir)
+	}
+	return dir, vm, err
+}
+
 // describe returns what a user wants to know of a VM, read from its folder. It
 // works while the VM runs, and tells as locked a VM whose key cannot be had.
 func (h *Host) describe(ctx context.Context, m *machine) (*strongroomv1.VM, error) {
 	reg, on := m.state()
-	dir, err := h.folder(reg)
-	if err != nil {
-		return nil, err
-	}
-	vm, err := readVM(reg, dir)
+	dir, vm, err := h.read(reg)
 	if err != nil {
 		return nil, err
 	}

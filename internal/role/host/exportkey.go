@@ -31,11 +31,7 @@ func (h *Host) exportDiskKey(ctx context.Context, what, disk string, public []by
 	}
 	defer release()
 	reg, on := m.state()
-	dir, err := h.folder(reg)
-	if err != nil {
-		return nil, err
-	}
-	vm, err := readVM(reg, dir)
+	dir, vm, err := h.read(reg)
 	if err != nil {
 		return nil, err
 	}
