@@ -43,17 +43,7 @@ type export struct {
 	left    chan struct{} // closed when removed and without users
 }
 
-// join makes c a user of e. It reports false if e was removed.
-func (e *export) join(c *conn) bool {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if e.removed {
-		return false
-	}
-	e.users[c] = struct{}{}
-	return true
-}
-
+// leave undoes [Server.join].
 func (e *export) leave(c *conn) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -119,7 +109,7 @@ func (s *Server) AddExport(e Export) error {
 func (s *Server) RemoveExport(ctx context.Context, name string) error {
 	s.mu.Lock()
 	e, ok := s.exports[name]
-	delete(s.exports, name)
+	delete(s.exports, name) // from here on nobody joins it
 	s.mu.Unlock()
 	if !ok {
 		return fmt.Errorf("cannot remove export %q: %w", name, ErrNotFound)
@@ -145,11 +135,27 @@ func (s *Server) RemoveExport(ctx context.Context, name string) error {
 	return nil
 }
 
-// find returns the export of that name, or nil.
-func (s *Server) find(name string) *export {
+// join makes c a user of the export of that name and returns it, or nil if there
+// is none. Whoever is told anything of an export has joined it before, so that a
+// removal waits for them.
+func (s *Server) join(name string, c *conn) *export {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.exports[name]
+	e := s.exports[name]
+	if e == nil {
+		return nil
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.users[c] = struct{}{}
+	return e
+}
+
+// has tells whether there is an export of that name.
+func (s *Server) has(name string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.exports[name] != nil
 }
 
 // list returns all exports by name.

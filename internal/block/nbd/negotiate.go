@@ -18,8 +18,8 @@ var errAborted = errors.New("client left during the negotiation")
 // export. It reads exactly what it needs, so that nothing of the transmission
 // phase is lost in a buffer.
 type negotiation struct {
-	server   *Server
-	sock     net.Conn
+	conn     *conn
+	sock     net.Conn    // the connection's, or TLS on it
 	identify *tls.Config // nil: the client is known
 	tls      *tls.Conn   // sock, once the client has begun TLS
 	data     []byte      // space for one option's data
@@ -33,7 +33,7 @@ type negotiation struct {
 
 // outcome is what was agreed upon.
 type outcome struct {
-	export      *export
+	export      *export   // which the connection has joined
 	tls         *tls.Conn // what to use in place of the socket; nil: the socket itself
 	structured  bool
 	blockStatus bool
@@ -41,12 +41,12 @@ type outcome struct {
 
 // negotiate runs the fixed newstyle handshake. It returns errAborted if the
 // client said good-bye. With identify, the client must begin TLS first.
-func negotiate(ctx context.Context, s *Server, sock net.Conn, identify *tls.Config) (outcome, error) {
-	n := &negotiation{server: s, sock: sock, identify: identify, data: make([]byte, maxOptionLength)}
+func negotiate(ctx context.Context, c *conn, identify *tls.Config) (outcome, error) {
+	n := &negotiation{conn: c, sock: c.sock, identify: identify, data: make([]byte, maxOptionLength)}
 	out := be.AppendUint64(nil, magicInit)
 	out = be.AppendUint64(out, magicOption)
 	out = be.AppendUint16(out, handshakeFixedNewstyle|handshakeNoZeroes)
-	if _, err := sock.Write(out); err != nil {
+	if _, err := n.sock.Write(out); err != nil {
 		return outcome{}, err
 	}
 	flags, err := n.read(4)
@@ -166,7 +166,7 @@ func (n *negotiation) unidentified(ctx context.Context, opt uint32, data []byte)
 
 // exportName is the oldest way to choose an export: it cannot report an error.
 func (n *negotiation) exportName(name string) (*export, error) {
-	e := n.server.find(name)
+	e := n.conn.server.join(name, n.conn)
 	if e == nil {
 		return nil, fmt.Errorf("unknown export %.64q", name)
 	}
@@ -175,15 +175,18 @@ func (n *negotiation) exportName(name string) (*export, error) {
 	if !n.noZeroes {
 		out = append(out, make([]byte, 124)...)
 	}
-	_, err := n.sock.Write(out)
-	return e, err
+	if _, err := n.sock.Write(out); err != nil {
+		e.leave(n.conn)
+		return nil, err
+	}
+	return e, nil
 }
 
 func (n *negotiation) list(data []byte) error {
 	if len(data) != 0 {
 		return n.fail(optList, repErrInvalid, "LIST has no data")
 	}
-	for _, e := range n.server.list() {
+	for _, e := range n.conn.server.list() {
 		item := be.AppendUint32(nil, uint32(len(e.Name)))
 		item = append(item, e.Name...)
 		item = append(item, e.Description...)
@@ -208,16 +211,24 @@ func (n *negotiation) info(opt uint32, data []byte) (*export, error) {
 	if d.bad || len(d.data) != 0 {
 		return nil, n.fail(opt, repErrInvalid, "malformed option")
 	}
-	e := n.server.find(name)
+	e := n.conn.server.join(name, n.conn)
 	if e == nil {
 		return nil, n.fail(opt, repErrUnknown, "unknown export")
 	}
+	if err := n.describe(opt, e, wanted); err != nil || opt == optInfo {
+		e.leave(n.conn)
+		return nil, err
+	}
+	return e, nil
+}
 
+// describe answers INFO and GO for e.
+func (n *negotiation) describe(opt uint32, e *export, wanted []uint16) error {
 	item := be.AppendUint16(nil, infoExport)
 	item = be.AppendUint64(item, uint64(e.Device.Size()))
 	item = be.AppendUint16(item, e.flags(n.structured))
 	if err := n.reply(opt, repInfo, item...); err != nil {
-		return nil, err
+		return err
 	}
 	minimum, preferred, maximum := e.blockSizes()
 	item = be.AppendUint16(item[:0], infoBlockSize)
@@ -225,7 +236,7 @@ func (n *negotiation) info(opt uint32, data []byte) (*export, error) {
 	item = be.AppendUint32(item, preferred)
 	item = be.AppendUint32(item, maximum)
 	if err := n.reply(opt, repInfo, item...); err != nil {
-		return nil, err
+		return err
 	}
 	texts := []struct {
 		item uint16
@@ -236,16 +247,10 @@ func (n *negotiation) info(opt uint32, data []byte) (*export, error) {
 			continue
 		}
 		if err := n.reply(opt, repInfo, append(be.AppendUint16(nil, t.item), t.text...)...); err != nil {
-			return nil, err
+			return err
 		}
 	}
-	if err := n.reply(opt, repAck); err != nil {
-		return nil, err
-	}
-	if opt == optInfo {
-		return nil, nil
-	}
-	return e, nil
+	return n.reply(opt, repAck)
 }
 
 // metaContext answers LIST_META_CONTEXT and SET_META_CONTEXT. The one context
@@ -271,7 +276,7 @@ func (n *negotiation) metaContext(opt uint32, data []byte) error {
 	if d.bad || len(d.data) != 0 {
 		return n.fail(opt, repErrInvalid, "malformed option")
 	}
-	if n.server.find(name) == nil {
+	if !n.conn.server.has(name) {
 		return n.fail(opt, repErrUnknown, "unknown export")
 	}
 	if opt == optSetMetaContext {

@@ -203,13 +203,14 @@ func (s *Server) serveConn(ctx context.Context, sock net.Conn, identify *tls.Con
 	if err := sock.SetDeadline(time.Now().Add(s.config.HandshakeTimeout)); err != nil {
 		return err
 	}
-	agreed, err := negotiate(ctx, s, sock, identify)
+	agreed, err := negotiate(ctx, c, identify)
 	switch {
 	case errors.Is(err, errAborted), err != nil && c.stopping.Load():
 		return nil
 	case err != nil:
 		return fmt.Errorf("cannot negotiate with an NBD client: %w", err)
 	}
+	defer agreed.export.leave(c)
 	if agreed.tls != nil {
 		defer agreed.tls.Close()
 	}
@@ -217,10 +218,6 @@ func (s *Server) serveConn(ctx context.Context, sock net.Conn, identify *tls.Con
 		return err
 	}
 	s.settle(c)
-	if !agreed.export.join(c) {
-		return nil
-	}
-	defer agreed.export.leave(c)
 	if err := c.serve(agreed); err != nil && !c.stopping.Load() {
 		return fmt.Errorf("export %q: %w", agreed.export.Name, err)
 	}
