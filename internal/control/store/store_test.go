@@ -386,7 +386,7 @@ func TestLease(t *testing.T) {
 	}
 	// The watch sees it vanish when nobody renews.
 	gone := errors.New("gone")
-	wctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	wctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	if err := tbl.Watch(wctx, "", 0, func(c store.Change[thing]) error {
 		if c.Op == store.Deleted && c.Key == "host" {

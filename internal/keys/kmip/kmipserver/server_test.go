@@ -289,10 +289,9 @@ func (s *session) closed() time.Duration {
 
 func TestDeadlinesAndConnectionLimit(t *testing.T) {
 	t.Parallel()
-	b := newBench(t, Limits{Connections: 2, Handshake: 200 * time.Millisecond, Idle: 300 * time.Millisecond, Request: 200 * time.Millisecond})
 
 	t.Log("a peer that never starts its handshake")
-	raw, err := net.Dial("tcp", b.addr)
+	raw, err := net.Dial("tcp", newBench(t, Limits{Handshake: 200 * time.Millisecond}).addr)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -302,12 +301,14 @@ func TestDeadlinesAndConnectionLimit(t *testing.T) {
 		t.Fatalf("the handshake deadline did not close the connection: %v", err)
 	}
 	t.Log("a client that asks nothing, and one that never ends its request")
+	b := newBench(t, Limits{Idle: 300 * time.Millisecond, Request: 200 * time.Millisecond})
 	b.dial(t, "idle").closed()
 	slow := b.dial(t, "slow")
 	slow.Write([]byte{0x42, 0x00, 0x78})
 	slow.closed()
 
 	t.Log("a third connection")
+	b = newBench(t, Limits{Connections: 2})
 	one, two := b.dial(t, "one"), b.dial(t, "two")
 	over, err := net.Dial("tcp", b.addr)
 	if err != nil {
