@@ -82,17 +82,25 @@ func (c Config) withDefaults() (Config, error) {
 	orElse(&c.Listen, "0.0.0.0:5696")
 	orElse(&c.KeyFile, filepath.Join(c.DataDir, "kms.key"))
 	orElse(&c.LocalSocket, filepath.Join(c.DataDir, "kms.sock"))
-	for name, path := range map[string]string{"data_dir": c.DataDir, "key_file": c.KeyFile, "local_socket": c.LocalSocket} {
-		if !filepath.IsAbs(path) {
-			return Config{}, fmt.Errorf("%s %q is not an absolute path", name, path)
+	for _, s := range []struct{ name, path string }{
+		{"data_dir", c.DataDir}, {"key_file", c.KeyFile}, {"local_socket", c.LocalSocket},
+	} {
+		if !filepath.IsAbs(s.path) {
+			return Config{}, fmt.Errorf("%s %q is not an absolute path", s.name, s.path)
 		}
 	}
-	for name, limit := range map[string]*int{"max_connections": &c.MaxConnections, "max_connections_per_address": &c.MaxConnectionsPerAddress} {
-		if *limit == 0 {
-			*limit = map[string]int{"max_connections": 512, "max_connections_per_address": 256}[name]
+	for _, s := range []struct {
+		name  string
+		limit *int
+		usual int
+	}{
+		{"max_connections", &c.MaxConnections, 512}, {"max_connections_per_address", &c.MaxConnectionsPerAddress, 256},
+	} {
+		if *s.limit == 0 {
+			*s.limit = s.usual
 		}
-		if *limit < 1 || *limit > 65536 {
-			return Config{}, fmt.Errorf("%s %d is not 1 to 65536", name, *limit)
+		if *s.limit < 1 || *s.limit > 65536 {
+			return Config{}, fmt.Errorf("%s %d is not 1 to 65536", s.name, *s.limit)
 		}
 	}
 	if c.MaxRequestsPerSecond < 0 {
