@@ -44,6 +44,21 @@ func (c *console) await(ctx context.Context, kind guest.Kind, step, text string)
 	}
 }
 
+// later is await for what the guest says from now on. What it said before is
+// passed over, if no step failed.
+func (c *console) later(ctx context.Context, kind guest.Kind, step, text string) (guest.Event, error) {
+	events, err := c.events()
+	if err != nil {
+		return guest.Event{}, err
+	}
+	for ; c.seen < len(events); c.seen++ {
+		if e := events[c.seen]; e.Kind == guest.Fail || e.Kind == guest.Failed {
+			break // await tells
+		}
+	}
+	return c.await(ctx, kind, step, text)
+}
+
 func (c *console) events() ([]guest.Event, error) {
 	f, err := os.Open(c.path)
 	if os.IsNotExist(err) {

@@ -3,6 +3,8 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -12,7 +14,9 @@ import (
 	"strongroom/internal/block/volume"
 	"strongroom/internal/crypto/keymem"
 	"strongroom/internal/keys/keyprovider"
+	"strongroom/internal/keys/keyprovider/standard"
 	"strongroom/test/keyscan"
+	"strongroom/test/lab"
 )
 
 // password protects the demonstration's backups.
@@ -41,6 +45,30 @@ func (k *keys) addBackup(path string) error {
 		return err
 	}
 	return k.providers.Add(native)
+}
+
+// addKeyServer takes in the standard provider of that name, with the credentials
+// that the key server gave out.
+func (k *keys) addKeyServer(name string, server *lab.KMS) error {
+	pair, err := tls.LoadX509KeyPair(server.File("client.pem"), server.File("client.key"))
+	if err != nil {
+		return err
+	}
+	ca, err := os.ReadFile(server.File("ca.pem"))
+	if err != nil {
+		return err
+	}
+	authorities := x509.NewCertPool()
+	if !authorities.AppendCertsFromPEM(ca) {
+		return fmt.Errorf("%s holds no certificate", server.File("ca.pem"))
+	}
+	p, err := standard.New(standard.Config{
+		Name: name, Servers: []string{server.Address}, Authorities: authorities, Certificate: func() *tls.Certificate { return &pair },
+	})
+	if err != nil {
+		return err
+	}
+	return k.providers.Add(p)
 }
 
 // dek returns the DEK of an encrypted disk.
@@ -75,7 +103,11 @@ func (k *keys) scanner(ctx context.Context, disks ...string) (*keyscan.Scanner, 
 		if err != nil {
 			return nil, err
 		}
-		kdk, err := p.(*keyprovider.Native).KDK()
+		native, ok := p.(*keyprovider.Native)
+		if !ok {
+			continue // it has no KDK
+		}
+		kdk, err := native.KDK()
 		if err != nil {
 			return nil, err
 		}

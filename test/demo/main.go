@@ -1,7 +1,8 @@
 // Command demo shows the main job on real QEMU guests: an encrypted VM from its
-// first boot through rekeys, crashes and a move to another installation. It
-// does everything by the strongroom binary, as an operator would, and ends with
-// an error at the first claim that is not true.
+// first boot through rekeys, crashes, a move to another installation, and the
+// loss and return of a key server. It does everything by the strongroom binary,
+// as an operator would, and ends with an error at the first claim that is not
+// true.
 //
 // It is run by `make demo`. $STRONGROOM is the binary; KEEP=1 leaves the system
 // running.
@@ -70,6 +71,9 @@ func run(ctx context.Context, binary string, keep bool) (err error) {
 		{"Deep rekey while the guest writes: the old DEK opens nothing any more", d.deepRekey},
 		{"Host killed and started again with the controller down", d.crash},
 		{"A copy of the VM on a second installation", d.elsewhere},
+		{"A key server (KMS) in the loop, and killed: the VM goes on", d.keyServerDies},
+		{"The host restarts without the KMS, then the KMS returns", d.keyServerReturns},
+		{"Away from the KMS while the guest writes", d.leaveKeyServer},
 	}
 	for i, s := range steps {
 		fmt.Printf("\n%d. %s\n", i+1, s.title)
@@ -93,6 +97,7 @@ type demo struct {
 	keys       *keys
 	console    *console
 	second     *lab.Host
+	kms        *lab.KMS
 }
 
 // say prints one readable line.

@@ -209,7 +209,10 @@ func (d *demo) scan(ctx context.Context, disks ...string) error {
 	}
 	// The kernel image with the guest's program is not data of the guest, and
 	// knows the marker; all else is looked at.
-	boot := []string{filepath.Join(d.store, "boot")}
+	boot, err := filepath.Glob(filepath.Join(d.lab.Dir, "*", "boot"))
+	if err != nil {
+		return err
+	}
 	found, read, err := s.Tree(d.lab.Dir, 10, boot...)
 	if err != nil {
 		return err

@@ -1,15 +1,11 @@
 package e2e
 
 import (
-	"context"
 	"crypto/x509"
 	"encoding/pem"
-	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -360,49 +356,19 @@ func TestStandardProviderPyKMIP(t *testing.T) {
 func TestStandardProviderOwnKMS(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, newLab(t), "")
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	server, err := s.lab.StartKMS("kms")
 	must(t, err)
-	address := l.Addr().String()
-	must(t, l.Close())
-	dir := filepath.Join(s.lab.Dir, "kms")
-	file := func(name string) string { return filepath.Join(dir, name) }
-	var server *exec.Cmd
-	kill := func() {
-		if server != nil {
-			_ = server.Process.Kill()
-			_ = server.Wait()
-		}
-		server = nil
-	}
-	t.Cleanup(kill)
-	start := func() {
-		server = exec.CommandContext(context.WithoutCancel(t.Context()), binary, "kms", "dev", "--dir", dir, "--listen", address)
-		server.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-		must(t, server.Start())
-		await(t, "the KMS to listen", func() bool {
-			conn, err := net.Dial("tcp", address)
-			if err == nil {
-				conn.Close()
-			}
-			return err == nil
-		})
-	}
-	start()
-	await(t, "the client's key", func() bool { _, err := os.Stat(file("client.key")); return err == nil })
-	r := s.refused(t, refusal{2, "must be confirmed", "--trust-fingerprint sha256:"}, "provider", "add-standard", "kms-1", "--server", address)
-	_, pin, _ := strings.Cut(r.Stderr, "--trust-fingerprint ")
-	s.ok(t, "provider", "add-standard", "kms-1", "--server", address, "--trust-fingerprint", strings.TrimSpace(pin),
-		"--client-method", "upload", "--client-cert", file("client.pem"), "--client-key", file("client.key"))
+	must(t, server.AddProvider(t.Context(), s.controller, "kms-1"))
 	if p := s.showProvider(t, "kms-1"); p.State != "Active" {
 		t.Fatalf("the provider is %q: %v", p.State, p.Details)
 	}
 	s.ok(t, encryptedVM("web-1", "--provider", "kms-1")...)
 	// Power is cut at the host and the KMS; both come back, and nobody helps.
-	kill()
+	server.Kill()
 	must(t, s.host.Crash())
 	must(t, s.host.Start())
 	await(t, "web-1 to be locked", func() bool { return s.show(t, "web-1").CryptoState == "locked" })
-	start()
+	must(t, server.Start())
 	await(t, "web-1 to be unlocked", func() bool { return s.show(t, "web-1").CryptoState == "unlocked" })
 	s.ok(t, "vm", "power-on", "web-1")
 	s.ok(t, "vm", "power-off", "web-1", "--hard")

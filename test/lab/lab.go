@@ -1,4 +1,4 @@
-// Package lab runs real Strongroom processes (controllers, hosts, the CLI) in
+// Package lab runs real Strongroom processes (controllers, hosts, key servers, the CLI) in
 // folders of their own, on loopback, for the end-to-end tests and the
 // demonstration. It works only through the binary and its files, as an operator
 // does.
@@ -26,7 +26,7 @@ import (
 // other tests.
 const startTimeout = 60 * time.Second
 
-// Lab is a folder with controllers and hosts. Its path must be short, because a
+// Lab is a folder with controllers, hosts and key servers. Its path must be short, because a
 // unix socket's path has at most 107 bytes. Close ends all processes; the
 // folder stays.
 type Lab struct {
@@ -383,6 +383,61 @@ func processRuns(pid int) bool {
 	}
 	_, rest, _ := bytes.Cut(stat, []byte(") "))
 	return len(rest) > 0 && rest[0] != 'Z'
+}
+
+// KMS is the product's own key management server, `strongroom kms dev`.
+type KMS struct {
+	*Process
+	Name    string
+	Address string // of its KMIP port
+	lab     *Lab
+	dir     string
+}
+
+// StartKMS makes a key server with a first application and starts it.
+func (l *Lab) StartKMS(name string) (*KMS, error) {
+	port, err := freePort()
+	if err != nil {
+		return nil, err
+	}
+	k := &KMS{Name: name, Address: "127.0.0.1:" + port, lab: l, dir: filepath.Join(l.Dir, name)}
+	if err := l.makeDir(k.dir); err != nil {
+		return nil, err
+	}
+	return k, k.Start()
+}
+
+// Start starts the key server again after it was stopped or killed.
+func (k *KMS) Start() error {
+	p, err := k.lab.start(k.Name, "kms", "dev", "--dir", k.dir, "--listen", k.Address)
+	if err != nil {
+		return err
+	}
+	k.Process = p
+	return p.wait("listening on "+k.Address, func() bool {
+		_, err := os.Stat(k.File("client.pem")) // written last
+		return err == nil && listening("tcp", k.Address)
+	})
+}
+
+// File is the path of a file in the key server's folder: ca.pem, client.pem or
+// client.key.
+func (k *KMS) File(name string) string { return filepath.Join(k.dir, name) }
+
+// AddProvider makes the key server a standard provider of c. It does as an
+// operator who compares what c sees with what he knows of the server.
+func (k *KMS) AddProvider(ctx context.Context, c *Controller, name string) error {
+	r, err := c.CLI(ctx, "provider", "add-standard", name, "--server", k.Address)
+	if err != nil {
+		return err
+	}
+	_, pin, shown := strings.Cut(r.Stderr, "--trust-fingerprint ")
+	if !shown || r.Code != 2 {
+		return fmt.Errorf("a server's certificate was not shown to be confirmed: exit code %d\n%s%s", r.Code, r.Stdout, r.Stderr)
+	}
+	_, err = c.Must(ctx, "provider", "add-standard", name, "--server", k.Address, "--trust-fingerprint", strings.TrimSpace(pin),
+		"--client-method", "upload", "--client-cert", k.File("client.pem"), "--client-key", k.File("client.key"))
+	return err
 }
 
 // WaitFor calls check until it says true, at most two minutes.
