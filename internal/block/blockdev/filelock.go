@@ -7,25 +7,24 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"strongroom/internal/filelock"
 )
+
+// HeaderRetry is how often somebody who waits for a header lock looks again. One
+// who takes it again and again leaves it free for longer, once in a while.
+const HeaderRetry = 5 * time.Millisecond
 
 // QEMU's image locking (block/file-posix.c): a user of an image puts a shared
 // lock on byte 100+i for every permission i that it uses, and on byte 200+i for
 // every permission that it does not let others have, then looks for locks of
 // others that conflict.
-// HeaderRetry is how often somebody who waits for a header lock looks again. One
-// who takes it again and again leaves it free for longer, once in a while.
-const HeaderRetry = 5 * time.Millisecond
-
 const (
 	lockUses   = 100
 	lockDenies = 200
 	lockEnd    = 300
 	lockPermOf = 1 // the permission "write"
 	headerWait = 10 * time.Second
-	// inUseWait outlasts a lock that was given up: a process that is being
-	// started holds a copy of every descriptor from its fork to its exec.
-	inUseWait = 250 * time.Millisecond
 )
 
 // lock takes both locks of a File (see there), or none.
@@ -34,12 +33,7 @@ func (f *File) lock() error {
 		return nil
 	}
 	if !f.isBlock {
-		err := f.lockInUse()
-		for deadline := time.Now().Add(inUseWait); errors.Is(err, ErrInUse) && time.Now().Before(deadline); {
-			time.Sleep(HeaderRetry)
-			err = f.lockInUse()
-		}
-		if err != nil {
+		if err := filelock.Settle(ErrInUse, f.lockInUse); err != nil {
 			return err
 		}
 	}

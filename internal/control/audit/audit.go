@@ -29,6 +29,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"strongroom/internal/errs"
+	"strongroom/internal/filelock"
 )
 
 // Sync says when records are forced to disk.
@@ -169,9 +170,9 @@ func lockDir(dir string) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	if err := filelock.Take(f); err != nil {
 		f.Close()
-		return nil, errs.New(errs.InvalidState, "in use by another process")
+		return nil, errs.New(errs.InvalidState, "%w", err)
 	}
 	return f, nil
 }

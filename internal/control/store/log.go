@@ -2,15 +2,14 @@ package store
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
 
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
-	"golang.org/x/sys/unix"
+
+	"strongroom/internal/filelock"
 )
 
 // lockDir takes an exclusive lock on dir and returns its release.
@@ -19,12 +18,9 @@ func lockDir(dir string) (unlock func(), err error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	if err := filelock.Take(f); err != nil {
 		f.Close()
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, errors.New("in use by another process")
-		}
-		return nil, fmt.Errorf("cannot lock: %w", err)
+		return nil, err
 	}
 	return func() { f.Close() }, nil
 }

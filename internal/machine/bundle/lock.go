@@ -6,21 +6,16 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"time"
 
 	"golang.org/x/sys/unix"
 
 	"strongroom/internal/errs"
+	"strongroom/internal/filelock"
 )
 
 const (
 	lockName = ".lock"
 	noFollow = unix.O_NOFOLLOW
-
-	// lockWait outlasts a lock that was given up: a process that is being
-	// started holds a copy of every descriptor from its fork to its exec.
-	lockWait  = 250 * time.Millisecond
-	lockRetry = 5 * time.Millisecond
 )
 
 // Lock is held by the host that runs or changes the VM in a folder, so that no
@@ -41,14 +36,9 @@ func Acquire(dir string) (*Lock, error) {
 	if err != nil {
 		return nil, fmt.Errorf("cannot lock VM folder %s: %w", dir, err)
 	}
-	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-	for deadline := time.Now().Add(lockWait); errors.Is(err, unix.EWOULDBLOCK) && time.Now().Before(deadline); {
-		time.Sleep(lockRetry)
-		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-	}
-	if err != nil {
+	if err := filelock.Take(f); err != nil {
 		f.Close()
-		if errors.Is(err, unix.EWOULDBLOCK) {
+		if errors.Is(err, filelock.ErrHeld) {
 			return nil, errs.New(errs.InvalidState, "VM folder %s is in use by another host or process", dir)
 		}
 		return nil, fmt.Errorf("cannot lock VM folder %s: %w", dir, err)

@@ -24,12 +24,12 @@ import (
 
 	"github.com/google/uuid"
 	"golang.org/x/sync/errgroup"
-	"golang.org/x/sys/unix"
 
 	"strongroom/api/strongroom/v1/strongroomv1connect"
 	"strongroom/internal/control/pki"
 	"strongroom/internal/daemon"
 	"strongroom/internal/errs"
+	"strongroom/internal/filelock"
 	"strongroom/internal/machine/qemu"
 )
 
@@ -135,9 +135,12 @@ func onlyOne(path string) (unlock func(), err error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	if err := filelock.Take(f); err != nil {
 		f.Close()
-		return nil, errs.New(errs.InvalidState, "cannot start host: another one runs with %s", path)
+		if errors.Is(err, filelock.ErrHeld) {
+			return nil, errs.New(errs.InvalidState, "cannot start host: another one runs with %s", path)
+		}
+		return nil, err
 	}
 	return func() { f.Close() }, nil
 }
