@@ -15,6 +15,7 @@ import (
 	"strongroom/internal/block/blockdev/faultdev"
 	"strongroom/internal/block/luks"
 	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/keysafe"
 )
 
 const (
@@ -96,7 +97,7 @@ func TestCommitFaults(t *testing.T) {
 		before := append([]byte(nil), original...)
 		damages[state](before)
 		for _, mode := range faultdev.Modes() {
-			for op := range 5 { // the fifth is never reached
+			for op := range 7 { // the seventh is never reached
 				// The same Header tries again with something else, and fails too.
 				for again := 0; again < 4; again++ {
 					name := fmt.Sprintf("%s: operation %d %v, then operation %d torn", state, op, mode, again)
@@ -110,7 +111,7 @@ func TestCommitFaults(t *testing.T) {
 					dev := faultdev.New(memory(t, before), &faultdev.Fault{Op: op, Mode: mode})
 					err = h.Commit(dev)
 					if dev.Injected() == faultdev.None {
-						if err != nil || op != 4 {
+						if err != nil || op != 6 {
 							t.Fatalf("%s: commit without a fault, of %d operations: %v", name, op, err)
 						}
 						checkPowerLoss(t, dev, rng, name, 2)
@@ -121,6 +122,9 @@ func TestCommitFaults(t *testing.T) {
 					}
 					checkPowerLoss(t, dev, rng, name, 1, 2)
 					recommit(t, dev.Contents(), dek)
+					if again == 0 {
+						reread(t, rng, before, faultdev.Fault{Op: op, Mode: mode}, second, third)
+					}
 
 					if err := h.SetSafe(third); err != nil {
 						t.Fatal(err)
@@ -156,6 +160,33 @@ func checkPowerLoss(t *testing.T, dev *faultdev.Device, rng *rand.Rand, name str
 		if len(h.Damaged()) == 0 && !bytes.Equal(b[4096:headerSize], b[headerSize+4096:2*headerSize]) {
 			t.Fatalf("%s: two different copies, and neither is reported", name)
 		}
+	}
+}
+
+// reread lets a commit fail; another process reads what the first one wrote, as it
+// is in the kernel's memory, and loses power at any operation of its own commit.
+func reread(t *testing.T, rng *rand.Rand, before []byte, fault faultdev.Fault, second, third *keysafe.Safe) {
+	t.Helper()
+	for op, reached := 0, true; reached; op++ {
+		name := fmt.Sprintf("operation %d %v, read again, power loss at operation %d", fault.Op, fault.Mode, op)
+		dev := faultdev.New(memory(t, before), &fault)
+		for i, f := range []*keysafe.Safe{second, third} {
+			if i == 1 {
+				dev.Inject(&faultdev.Fault{Op: op, Mode: faultdev.Done, Dead: true})
+			}
+			h, err := luks.Read(dev.Contents(), smallDisk)
+			if err != nil {
+				t.Fatalf("%s: %v", name, err)
+			}
+			if err := h.SetSafe(f); err != nil {
+				t.Fatal(err)
+			}
+			if err := h.Commit(dev); err != nil && !errors.Is(err, faultdev.ErrInjected) {
+				t.Fatalf("%s: %v", name, err)
+			}
+		}
+		reached = dev.Injected() != faultdev.None
+		checkPowerLoss(t, dev, rng, name, 1, 2, 3)
 	}
 }
 
@@ -223,9 +254,9 @@ func TestCryptsetupAgreesOnTornHeaders(t *testing.T) {
 		mode faultdev.Mode
 		want uint64 // generation
 	}{
-		{"torn primary", 0, faultdev.Torn, 1},
-		{"primary only", 2, faultdev.Undone, 2},
-		{"torn secondary", 2, faultdev.Torn, 2},
+		{"torn primary", 2, faultdev.Torn, 1},
+		{"primary only", 4, faultdev.Undone, 2},
+		{"torn secondary", 4, faultdev.Torn, 2},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()

@@ -100,6 +100,7 @@ type Header struct {
 	doc    object  // the JSON metadata, with everything that others put there
 	meta   *metadata
 	damage [2]error // by Copy; what is wrong with it on the storage, or nil
+	unsure []byte   // the copy that the next commit relies on, if it was only read: it may not be durable
 }
 
 // New makes the header of a new volume. Nothing is written until

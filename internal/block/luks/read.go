@@ -35,6 +35,7 @@ func Read(r io.ReaderAt, size int64) (*Header, error) {
 
 // candidate is a header copy as it was found.
 type candidate struct {
+	raw  []byte
 	bin  binaryHeader
 	salt salt
 	doc  object
@@ -81,6 +82,9 @@ func read(r io.ReaderAt, size int64) (*Header, error) {
 		return nil, fmt.Errorf("%w: primary copy: %w; secondary copy: %w", ErrCorrupt, primary.err, secondary.err)
 	}
 	h.bin, h.doc, h.meta = chosen.bin, chosen.doc, chosen.meta
+	if h.unsure = secondary.raw; h.damage[Secondary] != nil {
+		h.unsure = primary.raw
+	}
 
 	for i, s := range h.meta.segments {
 		if s.offset > size || s.size != dynamicSize && s.size > size-s.offset {
@@ -117,7 +121,7 @@ func readCopy(r io.ReaderAt, size int64, c Copy, off int64) candidate {
 	if err := readFull(r, b[binarySize:], off+binarySize); err != nil {
 		return candidate{err: err}
 	}
-	var found candidate
+	found := candidate{raw: b}
 	if found.bin, found.salt, found.doc, err = decodeCopy(b, c); err != nil {
 		return candidate{err: err}
 	}
