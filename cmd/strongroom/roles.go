@@ -6,6 +6,7 @@ import (
 
 	"strongroom/internal/block/luks"
 	"strongroom/internal/block/volume"
+	"strongroom/internal/crypto/keymem"
 	"strongroom/internal/crypto/xts/xtsbench"
 	"strongroom/internal/face/cli"
 	"strongroom/internal/role/localvolume"
@@ -26,6 +27,7 @@ func newRoles() cli.Roles {
 		RekeyVolume:   rekeyVolume,
 		DecryptVolume: decryptVolume,
 		FillVolume:    fillVolume,
+		AdoptVolume:   adoptVolume,
 		VerifyAudit:   verifyAudit,
 		Benchmark:     benchmark,
 	}
@@ -91,6 +93,19 @@ func decryptVolume(ctx context.Context, v cli.VolumeDecrypt, progress func(done,
 
 func fillVolume(ctx context.Context, v cli.VolumeFill, progress func(done, total int64)) error {
 	return localvolume.Fill(ctx, localvolume.FillOptions{File: v.File, KeyFile: v.KeyFile, Progress: progress})
+}
+
+func adoptVolume(ctx context.Context, v cli.VolumeAdopt, passphrase []byte, progress func(done, total int64)) (cli.VolumeInfo, error) {
+	secret, err := keymem.Take(passphrase)
+	if err != nil {
+		return cli.VolumeInfo{}, err
+	}
+	defer secret.Close()
+	info, err := localvolume.Adopt(ctx, localvolume.AdoptOptions{File: v.File, Out: v.Out, KeyFile: v.KeyFile, Passphrase: secret, Progress: progress})
+	if err != nil {
+		return cli.VolumeInfo{}, err
+	}
+	return volumeInfo(v.Out, info), nil
 }
 
 func benchmark(ctx context.Context, each time.Duration) ([]cli.Measurement, error) {

@@ -221,9 +221,11 @@ func badImages(t *testing.T, s *site) {
 	whole := s.patternImage(t, "whole", "qcow2", size, []area{{0, 4096, 1}})
 	secret := s.writeFile(t, "secret.raw", strings.Repeat("secret of the host ", 4096))
 	images := filepath.Join(s.store, "images")
+	right, wrong := s.writeFile(t, "right.pass", "secret"), s.writeFile(t, "wrong.pass", "Secret")
 	for _, args := range [][]string{
 		{"create", "-f", "qcow2", "-F", "qcow2", "-b", filepath.Join(s.store, whole), filepath.Join(images, "backed.qcow2")},
 		{"create", "-f", "qcow2", "-F", "raw", "-b", secret, filepath.Join(images, "stealing.qcow2")},
+		{"create", "-f", "luks", "--object", "secret,id=s,file=" + right, "-o", "key-secret=s,iter-time=10", filepath.Join(images, "foreign.luks"), "1M"},
 		{"create", "-f", "qcow2", "-o", "data_file=" + filepath.Join(images, "data"), filepath.Join(images, "split.qcow2"), "1M"},
 	} {
 		if out, err := exec.Command("qemu-img", args...).CombinedOutput(); err != nil {
@@ -252,7 +254,10 @@ func badImages(t *testing.T, s *site) {
 		{"format=raw,image=images/none", refusal{3, "images/none", ""}},
 		{"format=qcow2,image=images/none", refusal{3, "images/none", ""}},
 		{"format=raw,image=images/folder", refusal{2, "disk-0", ""}},
-		{"format=vmdk,image=" + whole, refusal{2, "neither raw nor qcow2", ""}},
+		{"format=vmdk,image=" + whole, refusal{2, "neither raw, qcow2 nor luks", ""}},
+		{"format=luks,image=images/foreign.luks,passphrase-file=" + wrong, refusal{4, "opens no keyslot", "--test-passphrase"}},
+		{"format=luks,image=" + whole + ",passphrase-file=" + right, refusal{2, "not a LUKS volume", ""}},
+		{"format=luks,image=images/foreign.luks,passphrase-file=" + right, refusal{}},
 		{"image=" + whole, refusal{2, "image and format go together", ""}},
 		{"format=qcow2,size=1M,image=" + whole, refusal{}}, // as large as the image
 	} {

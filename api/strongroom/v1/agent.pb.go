@@ -965,7 +965,10 @@ type AgentCreateVMRequest struct {
 	Settings  *VMSettings `protobuf:"bytes,4,opt,name=settings,proto3" json:"settings,omitempty"`
 	Disks     []*NewDisk  `protobuf:"bytes,5,rep,name=disks,proto3" json:"disks,omitempty"`
 	// The KEK for the encrypted disks; unset: all disks are plain.
-	Key           *KeyRef `protobuf:"bytes,6,opt,name=key,proto3" json:"key,omitempty"`
+	Key *KeyRef `protobuf:"bytes,6,opt,name=key,proto3" json:"key,omitempty"`
+	// The passphrases of LUKS images, as key parcels for the host, by the number of
+	// the disk. Those in disks are empty.
+	Passphrases   map[uint32][]byte `protobuf:"bytes,7,rep,name=passphrases,proto3" json:"passphrases,omitempty" protobuf_key:"varint,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1038,6 +1041,13 @@ func (x *AgentCreateVMRequest) GetDisks() []*NewDisk {
 func (x *AgentCreateVMRequest) GetKey() *KeyRef {
 	if x != nil {
 		return x.Key
+	}
+	return nil
+}
+
+func (x *AgentCreateVMRequest) GetPassphrases() map[uint32][]byte {
+	if x != nil {
+		return x.Passphrases
 	}
 	return nil
 }
@@ -1921,14 +1931,18 @@ const file_strongroom_v1_agent_proto_rawDesc = "" +
 	"\x04done\x18\x02 \x01(\x03R\x04done\x12\x14\n" +
 	"\x05total\x18\x03 \x01(\x03R\x05total\x12)\n" +
 	"\x06result\x18\x04 \x01(\v2\x11.strongroom.v1.VMR\x06result\x12\x12\n" +
-	"\x04unit\x18\x05 \x01(\tR\x04unit\"\xe6\x01\n" +
+	"\x04unit\x18\x05 \x01(\tR\x04unit\"\xfe\x02\n" +
 	"\x14AgentCreateVMRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1c\n" +
 	"\tdatastore\x18\x03 \x01(\tR\tdatastore\x125\n" +
 	"\bsettings\x18\x04 \x01(\v2\x19.strongroom.v1.VMSettingsR\bsettings\x12,\n" +
 	"\x05disks\x18\x05 \x03(\v2\x16.strongroom.v1.NewDiskR\x05disks\x12'\n" +
-	"\x03key\x18\x06 \x01(\v2\x15.strongroom.v1.KeyRefR\x03key\"z\n" +
+	"\x03key\x18\x06 \x01(\v2\x15.strongroom.v1.KeyRefR\x03key\x12V\n" +
+	"\vpassphrases\x18\a \x03(\v24.strongroom.v1.AgentCreateVMRequest.PassphrasesEntryR\vpassphrases\x1a>\n" +
+	"\x10PassphrasesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\rR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\fR\x05value:\x028\x01\"z\n" +
 	"\x15AgentEncryptVMRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05disks\x18\x02 \x03(\tR\x05disks\x12'\n" +
@@ -2025,7 +2039,7 @@ func file_strongroom_v1_agent_proto_rawDescGZIP() []byte {
 	return file_strongroom_v1_agent_proto_rawDescData
 }
 
-var file_strongroom_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
+var file_strongroom_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 33)
 var file_strongroom_v1_agent_proto_goTypes = []any{
 	(*JoinRequest)(nil),               // 0: strongroom.v1.JoinRequest
 	(*JoinResponse)(nil),              // 1: strongroom.v1.JoinResponse
@@ -2059,72 +2073,74 @@ var file_strongroom_v1_agent_proto_goTypes = []any{
 	(*AgentVMResponse)(nil),           // 29: strongroom.v1.AgentVMResponse
 	nil,                               // 30: strongroom.v1.JoinRequest.CapabilitiesEntry
 	nil,                               // 31: strongroom.v1.HeartbeatRequest.CapabilitiesEntry
-	(*VM)(nil),                        // 32: strongroom.v1.VM
-	(*KeyRef)(nil),                    // 33: strongroom.v1.KeyRef
-	(*timestamppb.Timestamp)(nil),     // 34: google.protobuf.Timestamp
-	(*VMSettings)(nil),                // 35: strongroom.v1.VMSettings
-	(*NewDisk)(nil),                   // 36: strongroom.v1.NewDisk
-	(*ExportDiskKeyResponse)(nil),     // 37: strongroom.v1.ExportDiskKeyResponse
+	nil,                               // 32: strongroom.v1.AgentCreateVMRequest.PassphrasesEntry
+	(*VM)(nil),                        // 33: strongroom.v1.VM
+	(*KeyRef)(nil),                    // 34: strongroom.v1.KeyRef
+	(*timestamppb.Timestamp)(nil),     // 35: google.protobuf.Timestamp
+	(*VMSettings)(nil),                // 36: strongroom.v1.VMSettings
+	(*NewDisk)(nil),                   // 37: strongroom.v1.NewDisk
+	(*ExportDiskKeyResponse)(nil),     // 38: strongroom.v1.ExportDiskKeyResponse
 }
 var file_strongroom_v1_agent_proto_depIdxs = []int32{
 	30, // 0: strongroom.v1.JoinRequest.capabilities:type_name -> strongroom.v1.JoinRequest.CapabilitiesEntry
 	31, // 1: strongroom.v1.HeartbeatRequest.capabilities:type_name -> strongroom.v1.HeartbeatRequest.CapabilitiesEntry
 	3,  // 2: strongroom.v1.HeartbeatRequest.providers:type_name -> strongroom.v1.HeldProvider
-	32, // 3: strongroom.v1.HeartbeatRequest.vms:type_name -> strongroom.v1.VM
+	33, // 3: strongroom.v1.HeartbeatRequest.vms:type_name -> strongroom.v1.VM
 	9,  // 4: strongroom.v1.SyncHostRequest.providers:type_name -> strongroom.v1.WantedProvider
 	10, // 5: strongroom.v1.SyncHostRequest.datastores:type_name -> strongroom.v1.WantedDatastore
 	8,  // 6: strongroom.v1.SyncHostRequest.keks:type_name -> strongroom.v1.WantedKEK
-	33, // 7: strongroom.v1.WantedKEK.key:type_name -> strongroom.v1.KeyRef
-	34, // 8: strongroom.v1.WantedProvider.created:type_name -> google.protobuf.Timestamp
+	34, // 7: strongroom.v1.WantedKEK.key:type_name -> strongroom.v1.KeyRef
+	35, // 8: strongroom.v1.WantedProvider.created:type_name -> google.protobuf.Timestamp
 	3,  // 9: strongroom.v1.SyncHostResponse.providers:type_name -> strongroom.v1.HeldProvider
 	12, // 10: strongroom.v1.SyncHostResponse.datastores:type_name -> strongroom.v1.DatastoreSpace
-	33, // 11: strongroom.v1.SyncHostResponse.missing_keks:type_name -> strongroom.v1.KeyRef
-	32, // 12: strongroom.v1.AgentProgress.result:type_name -> strongroom.v1.VM
-	35, // 13: strongroom.v1.AgentCreateVMRequest.settings:type_name -> strongroom.v1.VMSettings
-	36, // 14: strongroom.v1.AgentCreateVMRequest.disks:type_name -> strongroom.v1.NewDisk
-	33, // 15: strongroom.v1.AgentCreateVMRequest.key:type_name -> strongroom.v1.KeyRef
-	33, // 16: strongroom.v1.AgentEncryptVMRequest.key:type_name -> strongroom.v1.KeyRef
-	33, // 17: strongroom.v1.AgentRekeyVMRequest.key:type_name -> strongroom.v1.KeyRef
-	32, // 18: strongroom.v1.AgentVMResponse.vm:type_name -> strongroom.v1.VM
-	0,  // 19: strongroom.v1.EnrollService.Join:input_type -> strongroom.v1.JoinRequest
-	2,  // 20: strongroom.v1.EnrollService.Heartbeat:input_type -> strongroom.v1.HeartbeatRequest
-	5,  // 21: strongroom.v1.EnrollService.RenewCertificate:input_type -> strongroom.v1.RenewCertificateRequest
-	7,  // 22: strongroom.v1.AgentService.SyncHost:input_type -> strongroom.v1.SyncHostRequest
-	14, // 23: strongroom.v1.AgentService.CreateVM:input_type -> strongroom.v1.AgentCreateVMRequest
-	15, // 24: strongroom.v1.AgentService.EncryptVM:input_type -> strongroom.v1.AgentEncryptVMRequest
-	16, // 25: strongroom.v1.AgentService.DecryptVM:input_type -> strongroom.v1.AgentDecryptVMRequest
-	17, // 26: strongroom.v1.AgentService.RekeyVM:input_type -> strongroom.v1.AgentRekeyVMRequest
-	18, // 27: strongroom.v1.AgentService.FillDisks:input_type -> strongroom.v1.AgentFillDisksRequest
-	19, // 28: strongroom.v1.AgentService.ResizeDisk:input_type -> strongroom.v1.AgentResizeDiskRequest
-	20, // 29: strongroom.v1.AgentService.ExportDiskKey:input_type -> strongroom.v1.AgentExportDiskKeyRequest
-	21, // 30: strongroom.v1.AgentService.PowerOnVM:input_type -> strongroom.v1.AgentPowerOnVMRequest
-	22, // 31: strongroom.v1.AgentService.PowerOffVM:input_type -> strongroom.v1.AgentPowerOffVMRequest
-	23, // 32: strongroom.v1.AgentService.RegisterVM:input_type -> strongroom.v1.AgentRegisterVMRequest
-	24, // 33: strongroom.v1.AgentService.UnregisterVM:input_type -> strongroom.v1.AgentUnregisterVMRequest
-	26, // 34: strongroom.v1.AgentService.DeleteVM:input_type -> strongroom.v1.AgentDeleteVMRequest
-	28, // 35: strongroom.v1.AgentService.GetVM:input_type -> strongroom.v1.AgentGetVMRequest
-	1,  // 36: strongroom.v1.EnrollService.Join:output_type -> strongroom.v1.JoinResponse
-	4,  // 37: strongroom.v1.EnrollService.Heartbeat:output_type -> strongroom.v1.HeartbeatResponse
-	6,  // 38: strongroom.v1.EnrollService.RenewCertificate:output_type -> strongroom.v1.RenewCertificateResponse
-	11, // 39: strongroom.v1.AgentService.SyncHost:output_type -> strongroom.v1.SyncHostResponse
-	13, // 40: strongroom.v1.AgentService.CreateVM:output_type -> strongroom.v1.AgentProgress
-	13, // 41: strongroom.v1.AgentService.EncryptVM:output_type -> strongroom.v1.AgentProgress
-	13, // 42: strongroom.v1.AgentService.DecryptVM:output_type -> strongroom.v1.AgentProgress
-	13, // 43: strongroom.v1.AgentService.RekeyVM:output_type -> strongroom.v1.AgentProgress
-	13, // 44: strongroom.v1.AgentService.FillDisks:output_type -> strongroom.v1.AgentProgress
-	29, // 45: strongroom.v1.AgentService.ResizeDisk:output_type -> strongroom.v1.AgentVMResponse
-	37, // 46: strongroom.v1.AgentService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
-	29, // 47: strongroom.v1.AgentService.PowerOnVM:output_type -> strongroom.v1.AgentVMResponse
-	29, // 48: strongroom.v1.AgentService.PowerOffVM:output_type -> strongroom.v1.AgentVMResponse
-	29, // 49: strongroom.v1.AgentService.RegisterVM:output_type -> strongroom.v1.AgentVMResponse
-	25, // 50: strongroom.v1.AgentService.UnregisterVM:output_type -> strongroom.v1.AgentUnregisterVMResponse
-	27, // 51: strongroom.v1.AgentService.DeleteVM:output_type -> strongroom.v1.AgentDeleteVMResponse
-	29, // 52: strongroom.v1.AgentService.GetVM:output_type -> strongroom.v1.AgentVMResponse
-	36, // [36:53] is the sub-list for method output_type
-	19, // [19:36] is the sub-list for method input_type
-	19, // [19:19] is the sub-list for extension type_name
-	19, // [19:19] is the sub-list for extension extendee
-	0,  // [0:19] is the sub-list for field type_name
+	34, // 11: strongroom.v1.SyncHostResponse.missing_keks:type_name -> strongroom.v1.KeyRef
+	33, // 12: strongroom.v1.AgentProgress.result:type_name -> strongroom.v1.VM
+	36, // 13: strongroom.v1.AgentCreateVMRequest.settings:type_name -> strongroom.v1.VMSettings
+	37, // 14: strongroom.v1.AgentCreateVMRequest.disks:type_name -> strongroom.v1.NewDisk
+	34, // 15: strongroom.v1.AgentCreateVMRequest.key:type_name -> strongroom.v1.KeyRef
+	32, // 16: strongroom.v1.AgentCreateVMRequest.passphrases:type_name -> strongroom.v1.AgentCreateVMRequest.PassphrasesEntry
+	34, // 17: strongroom.v1.AgentEncryptVMRequest.key:type_name -> strongroom.v1.KeyRef
+	34, // 18: strongroom.v1.AgentRekeyVMRequest.key:type_name -> strongroom.v1.KeyRef
+	33, // 19: strongroom.v1.AgentVMResponse.vm:type_name -> strongroom.v1.VM
+	0,  // 20: strongroom.v1.EnrollService.Join:input_type -> strongroom.v1.JoinRequest
+	2,  // 21: strongroom.v1.EnrollService.Heartbeat:input_type -> strongroom.v1.HeartbeatRequest
+	5,  // 22: strongroom.v1.EnrollService.RenewCertificate:input_type -> strongroom.v1.RenewCertificateRequest
+	7,  // 23: strongroom.v1.AgentService.SyncHost:input_type -> strongroom.v1.SyncHostRequest
+	14, // 24: strongroom.v1.AgentService.CreateVM:input_type -> strongroom.v1.AgentCreateVMRequest
+	15, // 25: strongroom.v1.AgentService.EncryptVM:input_type -> strongroom.v1.AgentEncryptVMRequest
+	16, // 26: strongroom.v1.AgentService.DecryptVM:input_type -> strongroom.v1.AgentDecryptVMRequest
+	17, // 27: strongroom.v1.AgentService.RekeyVM:input_type -> strongroom.v1.AgentRekeyVMRequest
+	18, // 28: strongroom.v1.AgentService.FillDisks:input_type -> strongroom.v1.AgentFillDisksRequest
+	19, // 29: strongroom.v1.AgentService.ResizeDisk:input_type -> strongroom.v1.AgentResizeDiskRequest
+	20, // 30: strongroom.v1.AgentService.ExportDiskKey:input_type -> strongroom.v1.AgentExportDiskKeyRequest
+	21, // 31: strongroom.v1.AgentService.PowerOnVM:input_type -> strongroom.v1.AgentPowerOnVMRequest
+	22, // 32: strongroom.v1.AgentService.PowerOffVM:input_type -> strongroom.v1.AgentPowerOffVMRequest
+	23, // 33: strongroom.v1.AgentService.RegisterVM:input_type -> strongroom.v1.AgentRegisterVMRequest
+	24, // 34: strongroom.v1.AgentService.UnregisterVM:input_type -> strongroom.v1.AgentUnregisterVMRequest
+	26, // 35: strongroom.v1.AgentService.DeleteVM:input_type -> strongroom.v1.AgentDeleteVMRequest
+	28, // 36: strongroom.v1.AgentService.GetVM:input_type -> strongroom.v1.AgentGetVMRequest
+	1,  // 37: strongroom.v1.EnrollService.Join:output_type -> strongroom.v1.JoinResponse
+	4,  // 38: strongroom.v1.EnrollService.Heartbeat:output_type -> strongroom.v1.HeartbeatResponse
+	6,  // 39: strongroom.v1.EnrollService.RenewCertificate:output_type -> strongroom.v1.RenewCertificateResponse
+	11, // 40: strongroom.v1.AgentService.SyncHost:output_type -> strongroom.v1.SyncHostResponse
+	13, // 41: strongroom.v1.AgentService.CreateVM:output_type -> strongroom.v1.AgentProgress
+	13, // 42: strongroom.v1.AgentService.EncryptVM:output_type -> strongroom.v1.AgentProgress
+	13, // 43: strongroom.v1.AgentService.DecryptVM:output_type -> strongroom.v1.AgentProgress
+	13, // 44: strongroom.v1.AgentService.RekeyVM:output_type -> strongroom.v1.AgentProgress
+	13, // 45: strongroom.v1.AgentService.FillDisks:output_type -> strongroom.v1.AgentProgress
+	29, // 46: strongroom.v1.AgentService.ResizeDisk:output_type -> strongroom.v1.AgentVMResponse
+	38, // 47: strongroom.v1.AgentService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
+	29, // 48: strongroom.v1.AgentService.PowerOnVM:output_type -> strongroom.v1.AgentVMResponse
+	29, // 49: strongroom.v1.AgentService.PowerOffVM:output_type -> strongroom.v1.AgentVMResponse
+	29, // 50: strongroom.v1.AgentService.RegisterVM:output_type -> strongroom.v1.AgentVMResponse
+	25, // 51: strongroom.v1.AgentService.UnregisterVM:output_type -> strongroom.v1.AgentUnregisterVMResponse
+	27, // 52: strongroom.v1.AgentService.DeleteVM:output_type -> strongroom.v1.AgentDeleteVMResponse
+	29, // 53: strongroom.v1.AgentService.GetVM:output_type -> strongroom.v1.AgentVMResponse
+	37, // [37:54] is the sub-list for method output_type
+	20, // [20:37] is the sub-list for method input_type
+	20, // [20:20] is the sub-list for extension type_name
+	20, // [20:20] is the sub-list for extension extendee
+	0,  // [0:20] is the sub-list for field type_name
 }
 
 func init() { file_strongroom_v1_agent_proto_init() }
@@ -2140,7 +2156,7 @@ func file_strongroom_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_strongroom_v1_agent_proto_rawDesc), len(file_strongroom_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   32,
+			NumMessages:   33,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

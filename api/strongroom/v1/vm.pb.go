@@ -547,13 +547,19 @@ type NewDisk struct {
 	SizeBytes int64 `protobuf:"varint,1,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
 	// An image on the datastore, relative to its root, to copy from.
 	Image string `protobuf:"bytes,2,opt,name=image,proto3" json:"image,omitempty"`
-	// "raw" or "qcow2"; needed with image.
+	// "raw", "qcow2" or "luks"; needed with image. A LUKS1 or LUKS2 image is taken
+	// over with its encryption: the disk has its volume key, under the VM's KEK, and
+	// none of its passphrases.
 	ImageFormat string `protobuf:"bytes,3,opt,name=image_format,json=imageFormat,proto3" json:"image_format,omitempty"`
 	// Leave this disk plain although the VM is encrypted.
 	Plain bool `protobuf:"varint,4,opt,name=plain,proto3" json:"plain,omitempty"`
 	// Leave zeros of the image out of an encrypted disk. It takes less space, and
 	// needs FillDisks before dm-crypt opens it.
-	Thin          bool `protobuf:"varint,5,opt,name=thin,proto3" json:"thin,omitempty"`
+	Thin bool `protobuf:"varint,5,opt,name=thin,proto3" json:"thin,omitempty"`
+	// What opens a LUKS image: a passphrase, or the content of a key file; 1 to
+	// 65536 bytes. The controller keeps it only sealed for the host, for as long as
+	// the task lives.
+	Passphrase    []byte `protobuf:"bytes,6,opt,name=passphrase,proto3" json:"passphrase,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -621,6 +627,13 @@ func (x *NewDisk) GetThin() bool {
 		return x.Thin
 	}
 	return false
+}
+
+func (x *NewDisk) GetPassphrase() []byte {
+	if x != nil {
+		return x.Passphrase
+	}
+	return nil
 }
 
 type CreateVMRequest struct {
@@ -1792,14 +1805,17 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"\x06initrd\x18\x05 \x01(\tR\x06initrd\x12\x16\n" +
 	"\x06append\x18\x06 \x01(\tR\x06append\x12\x18\n" +
 	"\anetwork\x18\a \x01(\tR\anetwork\x12%\n" +
-	"\x0edisk_interface\x18\b \x01(\tR\rdiskInterface\"\x8b\x01\n" +
+	"\x0edisk_interface\x18\b \x01(\tR\rdiskInterface\"\xab\x01\n" +
 	"\aNewDisk\x12\x1d\n" +
 	"\n" +
 	"size_bytes\x18\x01 \x01(\x03R\tsizeBytes\x12\x14\n" +
 	"\x05image\x18\x02 \x01(\tR\x05image\x12!\n" +
 	"\fimage_format\x18\x03 \x01(\tR\vimageFormat\x12\x14\n" +
 	"\x05plain\x18\x04 \x01(\bR\x05plain\x12\x12\n" +
-	"\x04thin\x18\x05 \x01(\bR\x04thin\"\xf2\x01\n" +
+	"\x04thin\x18\x05 \x01(\bR\x04thin\x12\x1e\n" +
+	"\n" +
+	"passphrase\x18\x06 \x01(\fR\n" +
+	"passphrase\"\xf2\x01\n" +
 	"\x0fCreateVMRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
 	"\tdatastore\x18\x02 \x01(\tR\tdatastore\x12\x12\n" +

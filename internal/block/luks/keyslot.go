@@ -1,6 +1,7 @@
 package luks
 
 import (
+	"context"
 	"crypto/rand"
 	"errors"
 	"fmt"
@@ -142,7 +143,7 @@ func (h *Header) UnlockPassphrase(r io.ReaderAt, passphrase *keymem.Key) (*keyme
 	if state, err := h.meta.reencryption(); err == nil {
 		owners = []digest{state.oldKey}
 	}
-	dek, err := h.unlockPassphrase(r, passphrase, owners)
+	dek, err := h.unlockPassphrase(context.Background(), r, passphrase, owners)
 	if err != nil {
 		return nil, fmt.Errorf("cannot unlock LUKS2 volume %s: %w", h.bin.uuid, err)
 	}
@@ -156,19 +157,22 @@ func (h *Header) UnlockNextPassphrase(r io.ReaderAt, passphrase *keymem.Key) (*k
 	if err != nil {
 		return nil, fmt.Errorf("cannot unlock the next key of LUKS2 volume %s: %w", h.bin.uuid, err)
 	}
-	dek, err := h.unlockPassphrase(r, passphrase, []digest{state.newKey})
+	dek, err := h.unlockPassphrase(context.Background(), r, passphrase, []digest{state.newKey})
 	if err != nil {
 		return nil, fmt.Errorf("cannot unlock the next key of LUKS2 volume %s: %w", h.bin.uuid, err)
 	}
 	return dek, nil
 }
 
-// unlockPassphrase looks at the keyslots of the owners.
-func (h *Header) unlockPassphrase(r io.ReaderAt, passphrase *keymem.Key, owners []digest) (*keymem.Key, error) {
+// unlockPassphrase looks at the keyslots of the owners, and at ctx between them.
+func (h *Header) unlockPassphrase(ctx context.Context, r io.ReaderAt, passphrase *keymem.Key, owners []digest) (*keymem.Key, error) {
 	result := ErrNoPassphrase
 	for _, k := range h.meta.keyslots {
 		if k.kind != keyslotType || !opens(k, owners) {
 			continue
+		}
+		if err := context.Cause(ctx); err != nil {
+			return nil, err
 		}
 		dek, err := k.open(r, passphrase)
 		if errors.Is(err, ErrUnsupported) {
@@ -233,8 +237,15 @@ func (k keyslot) open(r io.ReaderAt, passphrase *keymem.Key) (*keymem.Key, error
 		return nil, err
 	}
 	defer areaKey.Close()
+	return openArea(r, k.area.offset, areaKey, k.keySize, splitHash)
+}
+
+// openArea returns the key of keySize bytes that a keyslot area at an offset
+// holds: the volume key, if areaKey is right. The caller has checked keySize.
+func openArea(r io.ReaderAt, offset int64, areaKey *keymem.Key, keySize int, splitHash string) (*keymem.Key, error) {
+	split := afStripes * keySize
 	sealed := make([]byte, roundUp(split))
-	if err := readFull(r, sealed, k.area.offset); err != nil {
+	if err := readFull(r, sealed, offset); err != nil {
 		return nil, err
 	}
 	material, err := keymem.New(len(sealed))
@@ -249,7 +260,7 @@ func (k keyslot) open(r io.ReaderAt, passphrase *keymem.Key) (*keymem.Key, error
 	defer cipher.Close()
 	cipher.Decrypt(material.Bytes(), sealed, 0, keyslotSector)
 
-	dek, err := keymem.New(k.keySize)
+	dek, err := keymem.New(keySize)
 	if err != nil {
 		return nil, err
 	}

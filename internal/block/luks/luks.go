@@ -46,7 +46,7 @@ var (
 	ErrWrongKey = errors.New("key does not belong to the volume")
 	// ErrUnsupported: the header is sound, and asks for something that this
 	// package does not do.
-	ErrUnsupported = errors.New("LUKS2 feature is not supported")
+	ErrUnsupported = errors.New("LUKS feature is not supported")
 	// ErrNoSpace: the header or its keyslot area is full.
 	ErrNoSpace = errors.New("no space left in the LUKS header")
 )

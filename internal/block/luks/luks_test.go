@@ -34,6 +34,21 @@ func newImage(t *testing.T, size int64) image {
 	return image{f}
 }
 
+// openImage opens a file that another program made, and returns its size.
+func openImage(t *testing.T, name string) (*os.File, int64) {
+	t.Helper()
+	f, err := os.Open(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	info, err := f.Stat()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return f, info.Size()
+}
+
 func (f image) read() (*luks.Header, error) {
 	info, err := f.Stat()
 	if err != nil {
@@ -52,7 +67,7 @@ func randomKey(t *testing.T, n int) *keymem.Key {
 	return k
 }
 
-func newKey(t *testing.T, secret string) *keymem.Key {
+func newKey(t testing.TB, secret string) *keymem.Key {
 	t.Helper()
 	k, err := keymem.Take([]byte(secret))
 	if err != nil {

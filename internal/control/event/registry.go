@@ -65,6 +65,7 @@ const (
 
 	CryptoOperation = "strongroom.crypto.Operation"
 	VMCreated       = "strongroom.vm.Created"
+	VMLUKSAdopted   = "strongroom.vm.crypto.LUKSAdopted"
 	VMRegistered    = "strongroom.vm.Registered"
 	VMUnregistered  = "strongroom.vm.Unregistered"
 	VMDeleted       = "strongroom.vm.Deleted"
@@ -129,6 +130,7 @@ func Types() []Type {
 
 		{CryptoOperation, Info, "{principal}: {operation} of {target} with key {key_id} of {provider}"},
 		{VMCreated, Info, "{principal} created {target}"},
+		{VMLUKSAdopted, Warning, "Disks of {target} have the volume keys of LUKS images; whoever opened those reads every copy of the disks, until: strongroom vm rekey {vm} --deep"},
 		{VMRegistered, Info, "{principal} registered {target}"},
 		{VMUnregistered, Info, "{principal} unregistered {target}"},
 		{VMDeleted, Info, "{principal} deleted {target}"},

@@ -83,6 +83,20 @@ func (c DiskContext) String() string {
 	return fmt.Sprintf("sender=\"host\" recipient=\"user\" vm=%q disk=%q", c.VM, c.UUID)
 }
 
+// ImageContext is that of a parcel with the passphrase of an image, from which
+// a host makes a disk of a VM.
+type ImageContext struct {
+	Recipient string // the id of the host
+	VM        string // the id of the VM that is made
+	Disk      int    // which of its disks
+}
+
+// String returns a form from which all fields can be told apart, and which no
+// other context has.
+func (c ImageContext) String() string {
+	return fmt.Sprintf("sender=\"controller\" recipient=%q vm=%q image=%d", c.Recipient, c.VM, c.Disk)
+}
+
 // Recipient is a role's key pair. It must be closed.
 type Recipient struct {
 	public []byte

@@ -30,6 +30,8 @@ type Roles struct {
 	RekeyVolume   func(ctx context.Context, v VolumeRekey, progress func(done, total int64)) error
 	DecryptVolume func(ctx context.Context, v VolumeDecrypt, progress func(done, total int64)) error
 	FillVolume    func(ctx context.Context, v VolumeFill, progress func(done, total int64)) error
+	// AdoptVolume wipes the passphrase.
+	AdoptVolume func(ctx context.Context, v VolumeAdopt, passphrase []byte, progress func(done, total int64)) (VolumeInfo, error)
 
 	// VerifyAudit checks an audit log without its controller.
 	VerifyAudit func(ctx context.Context, v AuditVerify) (AuditReport, error)
@@ -94,6 +96,13 @@ type VolumeDecrypt struct {
 type VolumeFill struct {
 	File    string
 	KeyFile string
+}
+
+// VolumeAdopt says which LUKS volume of another program becomes a volume.
+type VolumeAdopt struct {
+	File    string
+	Out     string // the new volume
+	KeyFile string // where its key is written
 }
 
 // VolumeInfo is what a volume's header tells without a key.

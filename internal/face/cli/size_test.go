@@ -62,13 +62,16 @@ func FuzzParseSize(f *testing.F) {
 }
 
 func FuzzParseDisk(f *testing.F) {
-	for _, s := range []string{"10G", "size=1G,plain", "image=a/b.qcow2,format=qcow2,size=2G", "plain", "image=a", "=", ","} {
+	for _, s := range []string{"10G", "size=1G,plain", "image=a/b.qcow2,format=qcow2,size=2G", "plain", "image=a", "=", ",", "image=a,format=luks,passphrase-file=-", "image=a,format=luks,key-file=k"} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
-		d, err := parseDisk(s)
+		d, from, err := parseDisk(s)
 		if err != nil {
 			return
+		}
+		if from != (passphraseFrom{}) && (d.GetImageFormat() != formatLUKS || from.file != "" && from.keyFile != "") {
+			t.Fatalf("%q is %v with %v", s, d, from)
 		}
 		if d.GetSizeBytes() < 0 || d.GetImage() == "" && d.GetImageFormat() != "" {
 			t.Fatalf("%q is %v", s, d)

@@ -172,6 +172,43 @@ func (env *Env) passwordFile(file string) ([]byte, error) {
 	return pw, nil
 }
 
+// passphraseFrom says where a passphrase of a LUKS volume is: at most one is
+// set; neither: it is typed.
+type passphraseFrom struct {
+	file    string // whose first line it is; "-" is standard input
+	keyFile string // whose whole content it is
+}
+
+// keyFileMax is the longest key file of a LUKS volume, in bytes.
+const keyFileMax = 64 << 10
+
+// passphrase returns the passphrase of a LUKS volume. The caller wipes it.
+func (env *Env) passphrase(prompt string, from passphraseFrom) ([]byte, error) {
+	if from.keyFile == "" {
+		if from.file == "" && !env.Interactive {
+			return nil, errs.New(errs.Invalid, "the passphrase of the LUKS volume is needed, and there is no terminal to ask").
+				WithHint("name a passphrase-file or a key-file")
+		}
+		return env.password(prompt, from.file, false)
+	}
+	f, err := os.Open(from.keyFile)
+	if err != nil {
+		return nil, errs.New(errs.Invalid, "cannot read the key file: %w", err)
+	}
+	defer f.Close()
+	buf := make([]byte, keyFileMax+1) // fixed: growing would leave copies
+	n, err := io.ReadFull(f, buf)
+	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
+		clear(buf)
+		return nil, errs.New(errs.Invalid, "cannot read the key file: %w", err)
+	}
+	if n == 0 || n > keyFileMax {
+		clear(buf)
+		return nil, errs.New(errs.Invalid, "key file %s must have 1 to %d bytes", from.keyFile, keyFileMax)
+	}
+	return buf[:n], nil
+}
+
 // resultf prints a line that is the result itself, also with --quiet.
 func (env *Env) resultf(format string, args ...any) {
 	fmt.Fprintln(env.Stdout, printable(fmt.Sprintf(format, args...)))

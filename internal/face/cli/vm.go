@@ -41,9 +41,15 @@ With --encrypt its disks are encrypted from the first byte, under a new key of
 the provider named, or of the default one.
 
 A disk is SIZE, or a list of KEY=VALUE: size, image (a path on the datastore),
-format (of the image: raw or qcow2), plain (leave this disk unencrypted), thin (an
-encrypted disk leaves out the zeros of its image: smaller, but it needs
+format (of the image: raw, qcow2 or luks), plain (leave this disk unencrypted),
+thin (an encrypted disk leaves out the zeros of its image: smaller, but it needs
 "strongroom disk fill" before anything but Strongroom may open it).
+
+A LUKS1 or LUKS2 image is taken over as it is encrypted: the disk has the image's
+volume key, wrapped under the VM's key, and none of its passphrases. The image is
+opened with passphrase-file (the first line; - is standard input) or key-file (all
+bytes), both files of this machine; without them the passphrase is asked for.
+Who had the passphrase had the volume key: run "strongroom vm rekey --deep" after.
 
 The guest reaches its disks over vhost-user, which is fast because the volume
 process works on the guest's memory, or over NBD, where QEMU passes the data on.
@@ -54,16 +60,30 @@ It can be undone with "strongroom vm delete". Needs the privilege
 VirtualMachine.Inventory.Create.`,
 		Example: `  strongroom vm create web-1 --datastore ds-1 --disk 10G --encrypt
   strongroom vm create db-1 --datastore ds-1 --encrypt --provider kp-2 \
-    --disk image=images/debian.qcow2,format=qcow2,size=20G --disk 100G`,
+    --disk image=images/debian.qcow2,format=qcow2,size=20G --disk 100G
+  strongroom vm create mail-1 --datastore ds-1 --encrypt \
+    --disk image=images/mail.luks,format=luks,passphrase-file=mail.pass`,
 		Args: exactArgs("the VM's name"),
 		RunE: env.withClient("create the VM", func(cmd *cobra.Command, c *client.Client, args []string) error {
 			req.Name = args[0]
+			adopted := false
 			for _, text := range disks {
-				d, err := parseDisk(text)
+				d, from, err := parseDisk(text)
 				if err != nil {
 					return err
 				}
 				req.Disks = append(req.Disks, d)
+				if d.GetImageFormat() != formatLUKS {
+					continue
+				}
+				if d.Passphrase, err = env.passphrase("Passphrase of "+d.GetImage(), from); err != nil {
+					return err
+				}
+				defer clear(d.Passphrase)
+				adopted = true
+			}
+			if adopted && !req.GetEncrypt() {
+				return usageError(cmd, "a LUKS image needs --encrypt")
 			}
 			mib, rest := int64(memory)>>20, int64(memory)&(1<<20-1)
 			if rest != 0 || mib > 1<<22 {
@@ -73,12 +93,16 @@ VirtualMachine.Inventory.Create.`,
 			if req.GetProvider() != "" && !req.GetEncrypt() {
 				return usageError(cmd, "--provider needs --encrypt")
 			}
-			return env.runTasks(cmd.Context(), c, wait, verb{
+			err := env.runTasks(cmd.Context(), c, wait, verb{
 				infinitive: "create VM", participle: "created",
 				start: func(ctx context.Context, _ string) (*strongroomv1.Task, error) {
 					return client.Call(ctx, c.VM().CreateVM, req)
 				},
 			}, args)
+			if err == nil && adopted {
+				env.notef("whoever had a passphrase of the LUKS image can still read the disk; to end that: strongroom vm rekey %s --deep", args[0])
+			}
+			return err
 		}),
 	}
 	wait.add(cmd)
@@ -103,13 +127,21 @@ VirtualMachine.Inventory.Create.`,
 	return cmd
 }
 
-// parseDisk parses the value of --disk.
-func parseDisk(text string) (*strongroomv1.NewDisk, error) {
+// formatLUKS is the format of an image that is opened by a passphrase.
+const formatLUKS = "luks"
+
+// parseDisk parses the value of --disk. The second result says where the
+// passphrase of a LUKS image is.
+func parseDisk(text string) (*strongroomv1.NewDisk, passphraseFrom, error) {
 	d := &strongroomv1.NewDisk{}
+	var from passphraseFrom
+	fail := func(format string, args ...any) (*strongroomv1.NewDisk, passphraseFrom, error) {
+		return nil, passphraseFrom{}, errs.New(errs.Invalid, "disk %q: "+format, append([]any{text}, args...)...)
+	}
 	if !strings.Contains(text, "=") && text != "plain" {
 		size, err := parseSize(text)
 		d.SizeBytes = size
-		return d, errs.Wrap(err, "disk %q", text)
+		return d, from, errs.Wrap(err, "disk %q", text)
 	}
 	for part := range strings.SplitSeq(text, ",") {
 		key, value, _ := strings.Cut(part, "=")
@@ -121,6 +153,10 @@ func parseDisk(text string) (*strongroomv1.NewDisk, error) {
 			d.Image = value
 		case "format":
 			d.ImageFormat = value
+		case "passphrase-file":
+			from.file = value
+		case "key-file":
+			from.keyFile = value
 		case "plain":
 			if value != "" {
 				err = errs.New(errs.Invalid, "plain takes no value")
@@ -132,21 +168,28 @@ func parseDisk(text string) (*strongroomv1.NewDisk, error) {
 			}
 			d.Thin = true
 		default:
-			err = errs.New(errs.Invalid, "it has no %q; want size, image, format, plain, thin", key)
+			err = errs.New(errs.Invalid, "it has no %q; want size, image, format, plain, thin, passphrase-file, key-file", key)
 		}
 		if err != nil {
-			return nil, errs.Wrap(err, "disk %q", text)
+			return nil, passphraseFrom{}, errs.Wrap(err, "disk %q", text)
 		}
 	}
+	isLUKS := d.GetImageFormat() == formatLUKS
 	switch {
 	case d.GetImage() == "" && d.GetSizeBytes() == 0:
-		return nil, errs.New(errs.Invalid, "disk %q: it needs a size or an image", text)
+		return fail("it needs a size or an image")
 	case d.GetThin() && (d.GetImage() == "" || d.GetPlain()):
-		return nil, errs.New(errs.Invalid, "disk %q: thin is for an image that becomes an encrypted disk", text)
+		return fail("thin is for an image that becomes an encrypted disk")
 	case (d.GetImage() == "") != (d.GetImageFormat() == ""):
-		return nil, errs.New(errs.Invalid, "disk %q: image and format go together", text)
+		return fail("image and format go together")
+	case !isLUKS && from != passphraseFrom{}:
+		return fail("passphrase-file and key-file are for format=luks")
+	case isLUKS && (d.GetPlain() || d.GetThin()):
+		return fail("a LUKS image becomes an encrypted disk as it is: neither plain nor thin")
+	case from.file != "" && from.keyFile != "":
+		return fail("passphrase-file or key-file, not both")
 	}
-	return d, nil
+	return d, from, nil
 }
 
 func newVMLsCmd(env *Env) *cobra.Command {

@@ -16,7 +16,8 @@ recovery, for measuring, and for someone else's QEMU. No server is needed.
 A key file holds the 64 raw bytes of the volume's data encryption key, and must
 be readable by its owner only. Keep it on media that is encrypted or in memory.`,
 		newVolumeFormatCmd(env, roles), newVolumeInfoCmd(env, roles), newVolumeServeCmd(env, roles),
-		newVolumeRekeyCmd(env, roles), newVolumeDecryptCmd(env, roles), newVolumeFillCmd(env, roles))
+		newVolumeRekeyCmd(env, roles), newVolumeDecryptCmd(env, roles), newVolumeFillCmd(env, roles),
+		newVolumeAdoptCmd(env, roles))
 }
 
 func newVolumeFormatCmd(env *Env, roles Roles) *cobra.Command {
@@ -245,6 +246,50 @@ reads as does not change; interrupted, run it again.`,
 		},
 	}
 	addKeyFile(cmd, &v.KeyFile, "key-file", "`file` with its key, 64 raw bytes")
+	return cmd
+}
+
+func newVolumeAdoptCmd(env *Env, roles Roles) *cobra.Command {
+	var (
+		v    VolumeAdopt
+		from passphraseFrom
+	)
+	cmd := &cobra.Command{
+		Use:   "adopt FILE",
+		Short: "Make a volume of another program's LUKS volume",
+		Long: `Copy a LUKS1 or LUKS2 volume that cryptsetup or QEMU made to a new volume, still
+encrypted as it is, and write its key to a new key file. FILE is not changed; it
+must be encrypted with aes-xts-plain64 and a key of 512 bits. Without a flag that
+says where it is, the passphrase is asked for.
+
+The new volume has none of FILE's passphrases. Who had one could have the key:
+afterwards run "strongroom volume rekey". For a disk of a VM there is "strongroom
+vm create --disk format=luks,...".`,
+		Example: `  strongroom volume adopt old.luks --out disk.luks --key-file disk.key --passphrase-file old.pass`,
+		Args:    exactArgs("the file"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			v.File = args[0]
+			passphrase, err := env.passphrase("Passphrase of "+v.File, from)
+			if err != nil {
+				return err
+			}
+			show := newProgress(env)
+			info, err := roles.AdoptVolume(cmd.Context(), v, passphrase, func(done, total int64) { show.bytes(v.File, "copying", done, total) })
+			show.end(v.File, err != nil)
+			show.close()
+			if err != nil {
+				return errs.Wrap(err, "cannot adopt %s", v.File)
+			}
+			return env.printDone(info, "%s made: %s, UUID %s", info.File, formatSize(info.SizeBytes), info.UUID)
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&v.Out, "out", "", "the `file` of the new volume")
+	addKeyFile(cmd, &v.KeyFile, "key-file", "the `file` to write its key to, 64 raw bytes")
+	f.StringVar(&from.file, "passphrase-file", "", "`file` whose first line is FILE's passphrase; - is standard input")
+	f.StringVar(&from.keyFile, "passphrase-key-file", "", "FILE's key `file`, all of it, as cryptsetup --key-file")
+	cmd.MarkFlagsMutuallyExclusive("passphrase-file", "passphrase-key-file")
+	must(cmd.MarkFlagRequired("out"))
 	return cmd
 }
 

@@ -100,7 +100,26 @@ func freshSpec(size int64, ref keysafe.Ref) volumeSpec {
 	return volumeSpec{size: size, sectorSize: sectorSize, uuid: uuid.NewString(), allowDiscards: true, ref: ref, generation: 1}
 }
 
-func newVolume(ctx context.Context, folder Folder, name string, spec volumeSpec, keks KEKs) (_ *volume.Volume, err error) {
+func newVolume(ctx context.Context, folder Folder, name string, spec volumeSpec, keks KEKs) (*volume.Volume, error) {
+	dek, err := keymem.Random(keysafe.DEKSize)
+	if err != nil {
+		return nil, err
+	}
+	defer dek.Close()
+	file, err := format(ctx, folder, name, spec, dek, keks)
+	if err != nil {
+		return nil, err
+	}
+	vol, err := volume.Open(file, dek, volume.Options{})
+	if err != nil {
+		return nil, errors.Join(err, file.Close(), folder.Remove(name+Unfinished))
+	}
+	return vol, nil
+}
+
+// format makes a volume with that DEK in a new file of that name plus
+// [Unfinished], and returns the file.
+func format(ctx context.Context, folder Folder, name string, spec volumeSpec, dek *keymem.Key, keks KEKs) (_ blockdev.Resizer, err error) {
 	if spec.size <= 0 || spec.size%int64(spec.sectorSize) != 0 {
 		return nil, errs.New(errs.Invalid, "a disk of %d bytes is not one of whole sectors of %d bytes", spec.size, spec.sectorSize)
 	}
@@ -112,11 +131,6 @@ func newVolume(ctx context.Context, folder Folder, name string, spec volumeSpec,
 		return nil, err
 	}
 	defer kek.Close()
-	dek, err := keymem.Random(keysafe.DEKSize)
-	if err != nil {
-		return nil, err
-	}
-	defer dek.Close()
 	safe, err := keysafe.Wrap(kek, dek, spec.ref, volume.Owner(spec.uuid), spec.generation)
 	if err != nil {
 		return nil, err
@@ -136,7 +150,7 @@ func newVolume(ctx context.Context, folder Folder, name string, spec volumeSpec,
 	if err != nil {
 		return nil, err
 	}
-	return volume.Open(file, dek, volume.Options{})
+	return file, nil
 }
 
 // OpenVolume opens the encrypted disk in file name by the key safe in its

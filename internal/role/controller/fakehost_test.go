@@ -51,6 +51,7 @@ type fakeHost struct {
 	vms      map[string]*strongroomv1.VM // by id
 	calls    map[string]int              // by method
 	syncs    []*strongroomv1.SyncHostRequest
+	created  *strongroomv1.AgentCreateVMRequest // the last one
 	// fault is asked before each call and says how it ends; nil: as it should.
 	fault func(method string, call int) fault
 }
@@ -402,6 +403,7 @@ func (h *fakeHost) work(out *connect.ServerStream[strongroomv1.AgentProgress], i
 func (h *fakeHost) CreateVM(_ context.Context, req *connect.Request[strongroomv1.AgentCreateVMRequest], out *connect.ServerStream[strongroomv1.AgentProgress]) error {
 	m := req.Msg
 	h.change(func() {
+		h.created = m
 		if h.vms[m.GetId()] == nil {
 			h.vms[m.GetId()] = h.newVM(m.GetId(), m.GetName(), m.GetDatastore(), m.GetKey(), len(m.GetDisks()))
 		}

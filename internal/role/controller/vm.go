@@ -2,6 +2,7 @@ package controller
 
 import (
 	"context"
+	"errors"
 	"slices"
 
 	"connectrpc.com/connect"
@@ -12,6 +13,8 @@ import (
 	"strongroom/internal/control/event"
 	"strongroom/internal/control/inventory"
 	"strongroom/internal/control/task"
+	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/parcel"
 	"strongroom/internal/errs"
 )
 
@@ -148,7 +151,44 @@ func (c vms) CreateVM(ctx context.Context, req *connect.Request[strongroomv1.Cre
 			return nil, err
 		}
 	}
+	if args.Passphrases, err = sealPassphrases(h, args.ID, m.GetDisks()); err != nil {
+		return nil, err
+	}
 	return c.submit(ctx, taskCreate, args.Name, args)
+}
+
+// passphraseMax is the longest passphrase, in bytes: people use random files.
+const passphraseMax = 64 << 10
+
+// sealPassphrases takes the passphrases of LUKS images out of a request for the
+// VM with that id, and returns them in parcels for the host: the task is stored.
+func sealPassphrases(h inventory.Host, vm string, disks []*strongroomv1.NewDisk) (map[uint32][]byte, error) {
+	var sealed map[uint32][]byte
+	for i, d := range disks {
+		isLUKS, n := d.GetImageFormat() == "luks", len(d.GetPassphrase())
+		switch {
+		case isLUKS && (n == 0 || n > passphraseMax):
+			return nil, errs.New(errs.Invalid, "disk-%d: a LUKS image needs its passphrase, of 1 to %d bytes", i, passphraseMax)
+		case !isLUKS && n > 0:
+			return nil, errs.New(errs.Invalid, "disk-%d: a passphrase is for an image of format luks", i)
+		case !isLUKS:
+			continue
+		}
+		passphrase, err := keymem.Take(d.GetPassphrase()) // wipes it
+		if err != nil {
+			return nil, err
+		}
+		d.Passphrase = nil
+		parcel, err := parcel.Seal(h.ParcelPublicKey, parcel.ImageContext{Recipient: h.ID, VM: vm, Disk: i}.String(), passphrase)
+		if err := errors.Join(err, passphrase.Close()); err != nil {
+			return nil, err
+		}
+		if sealed == nil {
+			sealed = map[uint32][]byte{}
+		}
+		sealed[uint32(i)] = parcel
+	}
+	return sealed, nil
 }
 
 // place returns the host of that name, or any that answers, which has the

@@ -57,6 +57,9 @@ type vmArgs struct {
 	Folder    string                   `json:"folder,omitempty"`
 	Settings  *strongroomv1.VMSettings `json:"settings,omitempty"`
 	NewDisks  []*strongroomv1.NewDisk  `json:"new_disks,omitempty"`
+	// Passphrases are those of LUKS images, by the number of the disk, in parcels
+	// that only the host opens.
+	Passphrases map[uint32][]byte `json:"passphrases,omitempty"`
 }
 
 // vmStep is the work of a step: it does it on the host and returns the VM as the
@@ -170,6 +173,9 @@ func (c *Controller) conclude(ctx context.Context, t task.Task, a vmArgs, err er
 	}
 	if tell.Type != "" && (err != nil || !t.Undoing) {
 		c.post(ctx, tell)
+		if err == nil && len(a.Passphrases) > 0 {
+			c.post(ctx, event.New{Type: event.VMLUKSAdopted, Principal: t.Owner, Target: t.Target, Args: map[string]string{"vm": a.Name}})
+		}
 	}
 	if _, auditErr := c.audit.Append(entry); auditErr != nil {
 		c.log.LogAttrs(ctx, slog.LevelError, "audit record not written", slog.String("task", t.ID), slog.Any("err", auditErr))
@@ -250,7 +256,7 @@ func (c *Controller) createOnHost(ctx context.Context, r *task.Run, h inventory.
 		return nil, err
 	}
 	return streamHost(ctx, h, c.agents.of(h).CreateVM, &strongroomv1.AgentCreateVMRequest{
-		Id: a.ID, Name: a.Name, Datastore: a.Datastore, Settings: a.Settings, Disks: a.NewDisks, Key: keyToAPI(a.Key),
+		Id: a.ID, Name: a.Name, Datastore: a.Datastore, Settings: a.Settings, Disks: a.NewDisks, Key: keyToAPI(a.Key), Passphrases: a.Passphrases,
 	}, progress(ctx, r))
 }
 

@@ -14,7 +14,9 @@ import (
 	"strongroom/client"
 	"strongroom/internal/control/event"
 	"strongroom/internal/control/inventory"
+	"strongroom/internal/crypto/parcel"
 	"strongroom/internal/errs"
+	"strongroom/test/keyscan"
 )
 
 // ready is a site with one host and a provider kp-1 that is active and default.
@@ -102,6 +104,58 @@ func TestLostAnswers(t *testing.T) {
 		if done[action+" success"] != 1 {
 			t.Errorf("%d audit records of %s, want one: %v", done[action+" success"], action, done)
 		}
+	}
+}
+
+// TestPassphraseIsSealed: what is stored of a LUKS image's passphrase opens on
+// the host that makes the disk, and nowhere else.
+func TestPassphraseIsSealed(t *testing.T) {
+	t.Parallel()
+	s, h := ready(t)
+	const secret = "correct horse battery staple"
+	disk := func(format, passphrase string) *strongroomv1.NewDisk {
+		return &strongroomv1.NewDisk{Image: "a.luks", ImageFormat: format, Passphrase: []byte(passphrase)}
+	}
+	create := func(d *strongroomv1.NewDisk) (*strongroomv1.Task, error) {
+		return client.Call(t.Context(), s.admin.VM().CreateVM, &strongroomv1.CreateVMRequest{
+			Name: "web-1", Datastore: "lab", Encrypt: true, Disks: []*strongroomv1.NewDisk{{SizeBytes: 1 << 20}, d},
+		})
+	}
+	for name, d := range map[string]*strongroomv1.NewDisk{
+		"none": disk("luks", ""), "too long": disk("luks", strings.Repeat("x", 64<<10+1)), "for a raw image": disk("raw", secret),
+	} {
+		if _, err := create(d); errs.KindOf(err) != errs.Invalid {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	h.failing("CreateVM", 1, fault{refuse: errs.New(errs.NoSpace, "no room")})
+	if _, err := s.ended(must[strongroomv1.Task](t)(create(disk("luks", secret)))); errs.KindOf(err) != errs.NoSpace {
+		t.Fatal(err)
+	}
+	if n := s.events(event.VMLUKSAdopted, "vm/web-1"); n != 0 {
+		t.Error("told of a disk that was not made")
+	}
+	if _, err := s.ended(must[strongroomv1.Task](t)(create(disk("luks", secret)))); err != nil {
+		t.Fatal(err)
+	}
+	if n := s.events(event.VMLUKSAdopted, "vm/web-1"); n != 1 {
+		t.Errorf("%d events that the image's key is known elsewhere", n)
+	}
+	h.mu.Lock()
+	got := h.created
+	h.mu.Unlock()
+	opened, err := h.recipient.Open(got.GetPassphrases()[1], parcel.ImageContext{Recipient: h.id, VM: got.GetId(), Disk: 1}.String())
+	if err != nil || len(got.GetPassphrases()) != 1 {
+		t.Fatalf("%d parcels, %v", len(got.GetPassphrases()), err)
+	}
+	defer opened.Close()
+	if string(opened.Bytes()) != secret || len(got.GetDisks()[1].GetPassphrase()) != 0 {
+		t.Error("the host got another passphrase, or got it in the clear")
+	}
+	scan := new(keyscan.Scanner)
+	scan.AddMarker("passphrase", []byte(secret))
+	if found, read, err := scan.Tree(s.cfg.DataDir, 10); err != nil || len(found) > 0 || read < 1<<16 {
+		t.Errorf("found %v in %d bytes of the controller's files, %v", found, read, err)
 	}
 }
 

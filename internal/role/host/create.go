@@ -14,8 +14,11 @@ import (
 
 	strongroomv1 "strongroom/api/strongroom/v1"
 	"strongroom/internal/block/blockdev"
+	"strongroom/internal/block/luks"
 	"strongroom/internal/block/volume"
+	"strongroom/internal/crypto/keymem"
 	"strongroom/internal/crypto/keysafe"
+	"strongroom/internal/crypto/parcel"
 	"strongroom/internal/errs"
 	"strongroom/internal/machine/bundle"
 	"strongroom/internal/machine/image"
@@ -117,7 +120,7 @@ func (h *Host) fillFolder(ctx context.Context, root, dir string, vm *bundle.VM, 
 			d.Format = bundle.FormatLUKS
 		}
 		d.File = bundle.DiskFile(name, d.Format)
-		src, err := openSource(root, want)
+		src, err := h.openSource(ctx, root, req, i)
 		if err != nil {
 			return errs.Wrap(err, "cannot make %s", name)
 		}
@@ -139,6 +142,10 @@ func (h *Host) fillFolder(ctx context.Context, root, dir string, vm *bundle.VM, 
 
 // makeDisk makes one disk, durable and under its final name.
 func (h *Host) makeDisk(ctx context.Context, folder recrypt.Dir, d bundle.Disk, src *source, ref keysafe.Ref, r report) (err error) {
+	progress := func(done, total int64) { r("copying "+d.Name, done, total, unitBytes) }
+	if src.luks != nil {
+		return recrypt.Adopt(ctx, folder, d.File, d.SizeBytes, src.raw, src.luks.Segment, src.dek, ref, h.kek, progress)
+	}
 	var disk blockdev.Device
 	if d.Format == bundle.FormatLUKS {
 		disk, err = recrypt.NewVolume(ctx, folder, d.File, d.SizeBytes, src.thin, ref, h.kek)
@@ -148,7 +155,7 @@ func (h *Host) makeDisk(ctx context.Context, folder recrypt.Dir, d bundle.Disk, 
 	if err != nil {
 		return err
 	}
-	err = src.copyTo(ctx, disk, func(done, total int64) { r("copying "+d.Name, done, total, unitBytes) })
+	err = src.copyTo(ctx, disk, progress)
 	if err == nil {
 		err = disk.Flush()
 	}
@@ -173,12 +180,15 @@ func newPlain(folder recrypt.Dir, name string, size int64) (blockdev.Device, err
 type source struct {
 	size  int64           // bytes, a multiple of the sector size
 	thin  bool            // zeros are left out of an encrypted disk
-	raw   blockdev.Device // of a raw image
+	raw   blockdev.Device // of a raw or a LUKS image
 	qcow2 string          // path of a qcow2 image
+	luks  *luks.Foreign   // of a LUKS image
+	dek   *keymem.Key     // of a LUKS image
 }
 
-// openSource finds a disk's image on the datastore whose root is given.
-func openSource(root string, want *strongroomv1.NewDisk) (*source, error) {
+// openSource finds the image of disk i on the datastore whose root is given.
+func (h *Host) openSource(ctx context.Context, root string, req *strongroomv1.AgentCreateVMRequest, i int) (*source, error) {
+	want := req.GetDisks()[i]
 	if want.GetImage() == "" {
 		return &source{}, nil
 	}
@@ -194,6 +204,16 @@ func openSource(root string, want *strongroomv1.NewDisk) (*source, error) {
 		}
 		size := (dev.Size() + bundle.SectorSize - 1) / bundle.SectorSize * bundle.SectorSize
 		return &source{size: size, thin: want.GetThin(), raw: dev}, nil
+	case "luks":
+		if req.GetKey() == nil || want.GetPlain() || want.GetThin() {
+			return nil, errs.New(errs.Invalid, "a LUKS image becomes an encrypted disk, which has what the image has").WithHint("strongroom vm create --encrypt")
+		}
+		passphrase, err := h.secrets.parcel.Open(req.GetPassphrases()[uint32(i)], parcel.ImageContext{Recipient: h.secrets.identity.HostID, VM: req.GetId(), Disk: i}.String())
+		if err != nil {
+			return nil, err
+		}
+		defer passphrase.Close()
+		return h.openLUKS(ctx, path, want.GetImage(), passphrase)
 	case "qcow2":
 		size, err := image.VirtualSize(path)
 		if err != nil {
@@ -201,7 +221,7 @@ func openSource(root string, want *strongroomv1.NewDisk) (*source, error) {
 		}
 		return &source{size: size, thin: want.GetThin(), qcow2: path}, nil
 	}
-	return nil, errs.New(errs.Invalid, "image format %.32q is neither raw nor qcow2", want.GetImageFormat())
+	return nil, errs.New(errs.Invalid, "image format %.32q is neither raw, qcow2 nor luks", want.GetImageFormat())
 }
 
 func imageError(name string, err error) error {
@@ -247,8 +267,9 @@ func (s *source) copyTo(ctx context.Context, disk blockdev.Device, progress func
 	return nil
 }
 
-// Close releases the image. It is idempotent.
+// Close releases the image and its key. It is idempotent.
 func (s *source) Close() error {
+	s.dek.Close()
 	if s.raw != nil {
 		return s.raw.Close()
 	}

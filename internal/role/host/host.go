@@ -55,6 +55,8 @@ type Host struct {
 	life     context.Context
 	watchers sync.WaitGroup
 	changed  chan struct{} // buffered by one: something to tell the controller
+
+	unlocking chan struct{} // buffered by one: whoever derives a key from a passphrase
 }
 
 // Run runs the host agent until ctx ends. VMs live on.
@@ -81,7 +83,7 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) error {
 	life, end := context.WithCancel(context.WithoutCancel(ctx))
 	h := &Host{
 		cfg: cfg, log: log.With(slog.String("host", s.identity.Name)), secrets: s, prober: qemu.NewProber(""), bootID: readBootID(), instance: uuid.NewString(),
-		machines: map[string]*machine{}, life: life, changed: make(chan struct{}, 1),
+		machines: map[string]*machine{}, life: life, changed: make(chan struct{}, 1), unlocking: make(chan struct{}, 1),
 	}
 	defer func() {
 		end()

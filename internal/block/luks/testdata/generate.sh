@@ -42,8 +42,11 @@ format "$work/reencrypt" --type luks2 --pbkdf argon2id $fast --offset 8192
 cryptsetup reencrypt --batch-mode --init-only --key-file "$work/passphrase" --pbkdf argon2id $fast "$work/reencrypt"
 keep reencrypt 32768
 
-# Another cipher; another version.
+# LUKS1 with one keyslot, whose area is kept too.
+head -c 64 /dev/urandom >luks1.key
+format "$work/luks1" --type luks1 --key-size 512 --hash sha256 --pbkdf-force-iterations 1000 --volume-key-file luks1.key
+keep luks1 262144
+
+# Another cipher.
 format "$work/cbc" --type luks2 --pbkdf argon2id $fast --cipher aes-cbc-essiv:sha256 --key-size 256 --offset 568
 keep cbc 32768
-format "$work/luks1" --type luks1 --pbkdf-force-iterations 1000
-keep luks1 4096
