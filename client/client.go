@@ -166,6 +166,11 @@ func (c *Client) KMS() strongroomv1connect.KMSServiceClient {
 	return strongroomv1connect.NewKMSServiceClient(c.http, c.base, c.options...)
 }
 
+// KMSRoot returns the client of a key management server's root key.
+func (c *Client) KMSRoot() strongroomv1connect.KMSRootServiceClient {
+	return strongroomv1connect.NewKMSRootServiceClient(c.http, c.base, c.options...)
+}
+
 // Task returns the client of TaskService.
 func (c *Client) Task() strongroomv1connect.TaskServiceClient {
 	return strongroomv1connect.NewTaskServiceClient(c.http, c.base, c.options...)

@@ -44,10 +44,10 @@ var ErrCorrupt = errors.New("vault is damaged")
 // Vault is an open vault. It must be closed, which wipes it from memory.
 type Vault struct {
 	path, context string
-	key           *keymem.Key
 	write         func(path string, key *keymem.Key, context string, data *keymem.Key) error // sealed.WriteFile
 
-	mu      sync.RWMutex // guards secrets
+	mu      sync.RWMutex // guards key and secrets
+	key     *keymem.Key
 	secrets map[string]*keymem.Key
 }
 
@@ -85,7 +85,7 @@ func newVault(path string, key *keymem.Key, context string, secrets map[string]*
 		closeAll(secrets)
 		return nil, err
 	}
-	return &Vault{path: path, context: context, key: own, write: sealed.WriteFile, secrets: secrets}, nil
+	return &Vault{path: path, context: context, write: sealed.WriteFile, key: own, secrets: secrets}, nil
 }
 
 // Get returns a copy of the secret of that name, which the caller closes. It
@@ -148,6 +148,37 @@ func (v *Vault) stored(content *keymem.Key) bool {
 	}
 	defer now.Close()
 	return now.Equal(content)
+}
+
+// Rekey seals the vault under another key, of which it takes a copy, and returns
+// when the file is durable. On an error the file is sealed under the old key or
+// under the new one, as a whole, and the vault goes on with the key that the file
+// has. Repeating the call is safe.
+func (v *Vault) Rekey(key *keymem.Key) error {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	content, err := encode(v.secrets)
+	if err != nil {
+		return fmt.Errorf("cannot seal vault %s anew: %w", v.path, err)
+	}
+	defer content.Close()
+	own, err := key.Clone()
+	if err != nil {
+		return err
+	}
+	err = v.write(v.path, own, v.context, content)
+	former := v.key
+	v.key = own
+	if err != nil && !v.stored(content) {
+		v.key = former
+		own.Close()
+		return fmt.Errorf("cannot seal vault %s anew: %w", v.path, err)
+	}
+	former.Close()
+	if err != nil {
+		return fmt.Errorf("cannot make it durable that vault %s is sealed anew: %w", v.path, err)
+	}
+	return nil
 }
 
 // SigningKey returns the Ed25519 key of that name, which is made and stored at the

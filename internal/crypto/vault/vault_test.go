@@ -165,6 +165,65 @@ func TestUpdateNotDurable(t *testing.T) {
 	}
 }
 
+// TestRekey seals a vault under another key: the old one opens it no more, and
+// updates go on. A failure leaves it under the key that the file has.
+func TestRekey(t *testing.T) {
+	t.Parallel()
+	path, old := filepath.Join(t.TempDir(), "v"), random(t, sealed.KeySize)
+	v, err := New(path, old, "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer v.Close()
+	a := random(t, 32)
+	if err := v.Update(map[string]*keymem.Key{"a": a}); err != nil {
+		t.Fatal(err)
+	}
+	opens := func(key *keymem.Key) error {
+		again, err := Open(path, key, "test")
+		if err == nil {
+			defer again.Close()
+			var got *keymem.Key
+			if got, err = again.Get("a"); err == nil {
+				got.Close()
+			}
+		}
+		return err
+	}
+	failure, next := errors.New("the folder cannot be synced"), random(t, sealed.KeySize)
+	v.write = func(string, *keymem.Key, string, *keymem.Key) error { return failure }
+	if err := v.Rekey(next); !errors.Is(err, failure) {
+		t.Errorf("error %v", err)
+	}
+	if err := opens(old); err != nil {
+		t.Errorf("after a failure: %v", err)
+	}
+	v.write = func(path string, key *keymem.Key, context string, data *keymem.Key) error {
+		return errors.Join(sealed.WriteFile(path, key, context, data), failure)
+	}
+	if err := v.Rekey(next); !errors.Is(err, failure) {
+		t.Errorf("error %v", err)
+	}
+	v.write = sealed.WriteFile
+	if err := v.Update(map[string]*keymem.Key{"b": a}); err != nil { // under the key that the file has
+		t.Fatal(err)
+	}
+	if err := opens(next); err != nil {
+		t.Errorf("after what was not durable: %v", err)
+	}
+	for _, key := range []*keymem.Key{next, random(t, sealed.KeySize)} {
+		if err := v.Rekey(key); err != nil {
+			t.Fatal(err)
+		}
+		if err := opens(key); err != nil {
+			t.Errorf("the new key: %v", err)
+		}
+		if err := opens(old); !errors.Is(err, sealed.ErrWrongKey) {
+			t.Errorf("the old key: %v", err)
+		}
+	}
+}
+
 func FuzzDecode(f *testing.F) {
 	f.Add([]byte(magic + "\x00\x00\x00\x01\x00\x00"))
 	f.Add([]byte(magic + "\x00\x00\x00\x01\x00\x02\x01a\x00\x00\x00\x01x\x01b\x00\x00\x00\x02yz"))

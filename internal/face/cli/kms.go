@@ -17,7 +17,7 @@ credentials; applications of one group share keys.
 
 Its administration is on a local socket, for root and the user that it runs as:
 --server unix:/PATH, by default kms.sock in its data folder.`,
-		newKMSRunCmd(roles), newKMSDevCmd(roles), newKMSShowCmd(env), newKMSGroupCmd(env), newKMSAppCmd(env), newKMSCredentialCmd(env))
+		newKMSRunCmd(roles), newKMSDevCmd(roles), newKMSShowCmd(env), newKMSUnsealCmd(env), newKMSRootCmd(env), newKMSGroupCmd(env), newKMSAppCmd(env), newKMSCredentialCmd(env))
 }
 
 func newKMSRunCmd(roles Roles) *cobra.Command {
@@ -29,7 +29,10 @@ func newKMSRunCmd(roles Roles) *cobra.Command {
 root key, certificate authority and database.
 
 What it keeps is lost without its root key and its vault (kms.key and kms.vault):
-back both up, apart from each other.`,
+back both up, apart from each other.
+
+If its root key comes from people ("strongroom kms root"), it is sealed when it
+starts: it serves nothing until "strongroom kms unseal".`,
 		Example: "  strongroom kms run --config /etc/strongroom/kms.toml",
 		Args:    noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {

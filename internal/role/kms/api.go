@@ -35,26 +35,39 @@ const (
 // api serves the administration of a KMS on its local socket.
 type api struct {
 	strongroomv1connect.UnimplementedKMSServiceHandler
+	strongroomv1connect.UnimplementedKMSRootServiceHandler
 	strongroomv1connect.UnimplementedSessionServiceHandler
 	k *KMS
 }
 
 func (k *KMS) localServer() (*http.Server, error) {
-	rules, err := rule.Of(strongroomv1connect.KMSServiceName)
+	rules, err := rule.Of(strongroomv1connect.KMSServiceName, strongroomv1connect.KMSRootServiceName)
 	if err != nil {
 		return nil, err
 	}
-	options := []connect.HandlerOption{connect.WithInterceptors(k.recorded(rules)), connect.WithReadMaxBytes(requestMax)}
+	return newLocalServer(&api{k: k}, k.recorded(rules)), nil
+}
+
+// localAPI is what the local socket serves.
+type localAPI interface {
+	strongroomv1connect.KMSServiceHandler
+	strongroomv1connect.KMSRootServiceHandler
+	strongroomv1connect.SessionServiceHandler
+}
+
+func newLocalServer(a localAPI, interceptor connect.Interceptor) *http.Server {
+	options := []connect.HandlerOption{connect.WithInterceptors(interceptor), connect.WithReadMaxBytes(requestMax)}
 	mux := http.NewServeMux()
-	mux.Handle(strongroomv1connect.NewKMSServiceHandler(&api{k: k}, options...))
-	mux.Handle(strongroomv1connect.NewSessionServiceHandler(&api{k: k}, options...))
+	mux.Handle(strongroomv1connect.NewKMSServiceHandler(a, options...))
+	mux.Handle(strongroomv1connect.NewKMSRootServiceHandler(a, options...))
+	mux.Handle(strongroomv1connect.NewSessionServiceHandler(a, options...))
 	// What belongs to a controller is refused with a hint.
 	mux.Handle(strongroomv1connect.NewProviderServiceHandler(strongroomv1connect.UnimplementedProviderServiceHandler{}, options...))
 	mux.Handle(strongroomv1connect.NewVMServiceHandler(strongroomv1connect.UnimplementedVMServiceHandler{}, options...))
 	mux.Handle(strongroomv1connect.NewHostServiceHandler(strongroomv1connect.UnimplementedHostServiceHandler{}, options...))
 	mux.Handle(strongroomv1connect.NewClusterServiceHandler(strongroomv1connect.UnimplementedClusterServiceHandler{}, options...))
 	mux.Handle(strongroomv1connect.NewAccessServiceHandler(strongroomv1connect.UnimplementedAccessServiceHandler{}, options...))
-	return &http.Server{Handler: mux, ReadHeaderTimeout: daemon.HeaderTimeout, MaxHeaderBytes: daemon.HeaderMax}, nil
+	return &http.Server{Handler: mux, ReadHeaderTimeout: daemon.HeaderTimeout, MaxHeaderBytes: daemon.HeaderMax}
 }
 
 // recorded puts calls that change something on record, durably, before they are

@@ -30,6 +30,7 @@ import (
 	"strongroom/internal/daemon"
 	"strongroom/internal/errs"
 	"strongroom/internal/keys/kmip/kmipserver"
+	"strongroom/internal/keys/rootkey"
 	"strongroom/internal/role/kms/objectstore"
 )
 
@@ -51,6 +52,7 @@ type KMS struct {
 	cfg Config
 	log *slog.Logger
 
+	lock        *rootkey.Lock
 	db          *store.DB
 	secrets     *secrets
 	audit       *audit.Log
@@ -78,7 +80,14 @@ func RunReady(ctx context.Context, cfg Config, log *slog.Logger, ready func(*KMS
 	if err := daemon.Harden(); err != nil {
 		return err
 	}
-	k, err := open(ctx, cfg, log)
+	u, err := unlock(ctx, cfg, log)
+	if ctx.Err() != nil && errors.Is(err, context.Canceled) {
+		return nil // it was sealed until the end
+	}
+	if err != nil {
+		return err
+	}
+	k, err := open(ctx, cfg, u, log)
 	if err != nil {
 		return err
 	}
@@ -86,25 +95,26 @@ func RunReady(ctx context.Context, cfg Config, log *slog.Logger, ready func(*KMS
 	return k.run(ctx, ready)
 }
 
-// open opens what a KMS has in its data folder, or makes it the first time. The
-// caller closes the KMS.
-func open(ctx context.Context, cfg Config, log *slog.Logger) (_ *KMS, err error) {
-	k := &KMS{cfg: cfg, log: log, metrics: newMetrics()}
+// open opens what a KMS has in its data folder, or makes it the first time, and
+// takes u over. The caller closes the KMS.
+func open(ctx context.Context, cfg Config, u *unlocked, log *slog.Logger) (_ *KMS, err error) {
+	defer u.root.Close()
+	k := &KMS{cfg: cfg, log: log, lock: u.lock, metrics: newMetrics()}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, k.close())
 		}
 	}()
-	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
-		return nil, err
-	}
 	if k.db, err = store.Open(ctx, store.Config{Dir: filepath.Join(cfg.DataDir, "store"), Log: log, QuotaBytes: quotaBytes}); err != nil {
 		return nil, err
 	}
-	if k.secrets, err = openSecrets(ctx, cfg, k.db); err != nil {
+	if k.secrets, err = openSecrets(ctx, cfg, u.root, k.db); err != nil {
 		return nil, err
 	}
 	if err := k.openAudit(); err != nil {
+		return nil, err
+	}
+	if err := k.recordUnsealed(u); err != nil {
 		return nil, err
 	}
 	if err := k.openIdentity(); err != nil {
@@ -148,6 +158,7 @@ func (k *KMS) close() error {
 	if k.secrets != nil {
 		k.secrets.Close()
 	}
+	k.lock.Close()
 	if k.db != nil {
 		err = errors.Join(err, k.db.Close())
 	}
