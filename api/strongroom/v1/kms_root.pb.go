@@ -226,6 +226,7 @@ type SetKMSRootRequest struct {
 	//	*SetKMSRootRequest_KeyFile
 	//	*SetKMSRootRequest_Passphrase
 	//	*SetKMSRootRequest_Shares
+	//	*SetKMSRootRequest_Tpm
 	Source        isSetKMSRootRequest_Source `protobuf_oneof:"source"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -295,6 +296,15 @@ func (x *SetKMSRootRequest) GetShares() *KMSRootShares {
 	return nil
 }
 
+func (x *SetKMSRootRequest) GetTpm() *KMSRootTPM {
+	if x != nil {
+		if x, ok := x.Source.(*SetKMSRootRequest_Tpm); ok {
+			return x.Tpm
+		}
+	}
+	return nil
+}
+
 type isSetKMSRootRequest_Source interface {
 	isSetKMSRootRequest_Source()
 }
@@ -311,11 +321,17 @@ type SetKMSRootRequest_Shares struct {
 	Shares *KMSRootShares `protobuf:"bytes,3,opt,name=shares,proto3,oneof"`
 }
 
+type SetKMSRootRequest_Tpm struct {
+	Tpm *KMSRootTPM `protobuf:"bytes,4,opt,name=tpm,proto3,oneof"`
+}
+
 func (*SetKMSRootRequest_KeyFile) isSetKMSRootRequest_Source() {}
 
 func (*SetKMSRootRequest_Passphrase) isSetKMSRootRequest_Source() {}
 
 func (*SetKMSRootRequest_Shares) isSetKMSRootRequest_Source() {}
+
+func (*SetKMSRootRequest_Tpm) isSetKMSRootRequest_Source() {}
 
 type KMSRootKeyFile struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -461,6 +477,61 @@ func (x *KMSRootShares) GetCount() uint32 {
 	return 0
 }
 
+type KMSRootTPM struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The device of a TPM 2.0 on the server, "/dev/tpmrm0", or "unix:/PATH" of an
+	// emulator.
+	Device string `protobuf:"bytes,1,opt,name=device,proto3" json:"device,omitempty"`
+	// The PCRs that must have their present values, 0 to 23, at least one.
+	Pcrs          []uint32 `protobuf:"varint,2,rep,packed,name=pcrs,proto3" json:"pcrs,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KMSRootTPM) Reset() {
+	*x = KMSRootTPM{}
+	mi := &file_strongroom_v1_kms_root_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KMSRootTPM) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KMSRootTPM) ProtoMessage() {}
+
+func (x *KMSRootTPM) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_kms_root_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KMSRootTPM.ProtoReflect.Descriptor instead.
+func (*KMSRootTPM) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_kms_root_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *KMSRootTPM) GetDevice() string {
+	if x != nil {
+		return x.Device
+	}
+	return ""
+}
+
+func (x *KMSRootTPM) GetPcrs() []uint32 {
+	if x != nil {
+		return x.Pcrs
+	}
+	return nil
+}
+
 type SetKMSRootResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The texts of the shares, which are kept nowhere.
@@ -471,7 +542,7 @@ type SetKMSRootResponse struct {
 
 func (x *SetKMSRootResponse) Reset() {
 	*x = SetKMSRootResponse{}
-	mi := &file_strongroom_v1_kms_root_proto_msgTypes[8]
+	mi := &file_strongroom_v1_kms_root_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -483,7 +554,7 @@ func (x *SetKMSRootResponse) String() string {
 func (*SetKMSRootResponse) ProtoMessage() {}
 
 func (x *SetKMSRootResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_root_proto_msgTypes[8]
+	mi := &file_strongroom_v1_kms_root_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -496,7 +567,7 @@ func (x *SetKMSRootResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetKMSRootResponse.ProtoReflect.Descriptor instead.
 func (*SetKMSRootResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_root_proto_rawDescGZIP(), []int{8}
+	return file_strongroom_v1_kms_root_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *SetKMSRootResponse) GetShares() [][]byte {
@@ -517,7 +588,7 @@ type ConfirmKMSRootRequest struct {
 
 func (x *ConfirmKMSRootRequest) Reset() {
 	*x = ConfirmKMSRootRequest{}
-	mi := &file_strongroom_v1_kms_root_proto_msgTypes[9]
+	mi := &file_strongroom_v1_kms_root_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -529,7 +600,7 @@ func (x *ConfirmKMSRootRequest) String() string {
 func (*ConfirmKMSRootRequest) ProtoMessage() {}
 
 func (x *ConfirmKMSRootRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_root_proto_msgTypes[9]
+	mi := &file_strongroom_v1_kms_root_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -542,7 +613,7 @@ func (x *ConfirmKMSRootRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfirmKMSRootRequest.ProtoReflect.Descriptor instead.
 func (*ConfirmKMSRootRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_root_proto_rawDescGZIP(), []int{9}
+	return file_strongroom_v1_kms_root_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ConfirmKMSRootRequest) GetSecrets() [][]byte {
@@ -566,13 +637,14 @@ const file_strongroom_v1_kms_root_proto_rawDesc = "" +
 	"\vdescription\x18\x01 \x01(\tR\vdescription\x12\x16\n" +
 	"\x06people\x18\x02 \x01(\rR\x06people\"*\n" +
 	"\x10UnsealKMSRequest\x12\x16\n" +
-	"\x06secret\x18\x01 \x01(\fR\x06secret\"\xd5\x01\n" +
+	"\x06secret\x18\x01 \x01(\fR\x06secret\"\x84\x02\n" +
 	"\x11SetKMSRootRequest\x12:\n" +
 	"\bkey_file\x18\x01 \x01(\v2\x1d.strongroom.v1.KMSRootKeyFileH\x00R\akeyFile\x12B\n" +
 	"\n" +
 	"passphrase\x18\x02 \x01(\v2 .strongroom.v1.KMSRootPassphraseH\x00R\n" +
 	"passphrase\x126\n" +
-	"\x06shares\x18\x03 \x01(\v2\x1c.strongroom.v1.KMSRootSharesH\x00R\x06sharesB\b\n" +
+	"\x06shares\x18\x03 \x01(\v2\x1c.strongroom.v1.KMSRootSharesH\x00R\x06shares\x12-\n" +
+	"\x03tpm\x18\x04 \x01(\v2\x19.strongroom.v1.KMSRootTPMH\x00R\x03tpmB\b\n" +
 	"\x06source\"$\n" +
 	"\x0eKMSRootKeyFile\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\"3\n" +
@@ -582,7 +654,11 @@ const file_strongroom_v1_kms_root_proto_rawDesc = "" +
 	"passphrase\"C\n" +
 	"\rKMSRootShares\x12\x1c\n" +
 	"\tthreshold\x18\x01 \x01(\rR\tthreshold\x12\x14\n" +
-	"\x05count\x18\x02 \x01(\rR\x05count\",\n" +
+	"\x05count\x18\x02 \x01(\rR\x05count\"8\n" +
+	"\n" +
+	"KMSRootTPM\x12\x16\n" +
+	"\x06device\x18\x01 \x01(\tR\x06device\x12\x12\n" +
+	"\x04pcrs\x18\x02 \x03(\rR\x04pcrs\",\n" +
 	"\x12SetKMSRootResponse\x12\x16\n" +
 	"\x06shares\x18\x01 \x03(\fR\x06shares\"1\n" +
 	"\x15ConfirmKMSRootRequest\x12\x18\n" +
@@ -607,7 +683,7 @@ func file_strongroom_v1_kms_root_proto_rawDescGZIP() []byte {
 	return file_strongroom_v1_kms_root_proto_rawDescData
 }
 
-var file_strongroom_v1_kms_root_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
+var file_strongroom_v1_kms_root_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
 var file_strongroom_v1_kms_root_proto_goTypes = []any{
 	(*GetKMSSealRequest)(nil),     // 0: strongroom.v1.GetKMSSealRequest
 	(*KMSSeal)(nil),               // 1: strongroom.v1.KMSSeal
@@ -617,27 +693,29 @@ var file_strongroom_v1_kms_root_proto_goTypes = []any{
 	(*KMSRootKeyFile)(nil),        // 5: strongroom.v1.KMSRootKeyFile
 	(*KMSRootPassphrase)(nil),     // 6: strongroom.v1.KMSRootPassphrase
 	(*KMSRootShares)(nil),         // 7: strongroom.v1.KMSRootShares
-	(*SetKMSRootResponse)(nil),    // 8: strongroom.v1.SetKMSRootResponse
-	(*ConfirmKMSRootRequest)(nil), // 9: strongroom.v1.ConfirmKMSRootRequest
+	(*KMSRootTPM)(nil),            // 8: strongroom.v1.KMSRootTPM
+	(*SetKMSRootResponse)(nil),    // 9: strongroom.v1.SetKMSRootResponse
+	(*ConfirmKMSRootRequest)(nil), // 10: strongroom.v1.ConfirmKMSRootRequest
 }
 var file_strongroom_v1_kms_root_proto_depIdxs = []int32{
-	2, // 0: strongroom.v1.KMSSeal.sources:type_name -> strongroom.v1.KMSRootSource
-	5, // 1: strongroom.v1.SetKMSRootRequest.key_file:type_name -> strongroom.v1.KMSRootKeyFile
-	6, // 2: strongroom.v1.SetKMSRootRequest.passphrase:type_name -> strongroom.v1.KMSRootPassphrase
-	7, // 3: strongroom.v1.SetKMSRootRequest.shares:type_name -> strongroom.v1.KMSRootShares
-	0, // 4: strongroom.v1.KMSRootService.GetKMSSeal:input_type -> strongroom.v1.GetKMSSealRequest
-	3, // 5: strongroom.v1.KMSRootService.UnsealKMS:input_type -> strongroom.v1.UnsealKMSRequest
-	4, // 6: strongroom.v1.KMSRootService.SetKMSRoot:input_type -> strongroom.v1.SetKMSRootRequest
-	9, // 7: strongroom.v1.KMSRootService.ConfirmKMSRoot:input_type -> strongroom.v1.ConfirmKMSRootRequest
-	1, // 8: strongroom.v1.KMSRootService.GetKMSSeal:output_type -> strongroom.v1.KMSSeal
-	1, // 9: strongroom.v1.KMSRootService.UnsealKMS:output_type -> strongroom.v1.KMSSeal
-	8, // 10: strongroom.v1.KMSRootService.SetKMSRoot:output_type -> strongroom.v1.SetKMSRootResponse
-	1, // 11: strongroom.v1.KMSRootService.ConfirmKMSRoot:output_type -> strongroom.v1.KMSSeal
-	8, // [8:12] is the sub-list for method output_type
-	4, // [4:8] is the sub-list for method input_type
-	4, // [4:4] is the sub-list for extension type_name
-	4, // [4:4] is the sub-list for extension extendee
-	0, // [0:4] is the sub-list for field type_name
+	2,  // 0: strongroom.v1.KMSSeal.sources:type_name -> strongroom.v1.KMSRootSource
+	5,  // 1: strongroom.v1.SetKMSRootRequest.key_file:type_name -> strongroom.v1.KMSRootKeyFile
+	6,  // 2: strongroom.v1.SetKMSRootRequest.passphrase:type_name -> strongroom.v1.KMSRootPassphrase
+	7,  // 3: strongroom.v1.SetKMSRootRequest.shares:type_name -> strongroom.v1.KMSRootShares
+	8,  // 4: strongroom.v1.SetKMSRootRequest.tpm:type_name -> strongroom.v1.KMSRootTPM
+	0,  // 5: strongroom.v1.KMSRootService.GetKMSSeal:input_type -> strongroom.v1.GetKMSSealRequest
+	3,  // 6: strongroom.v1.KMSRootService.UnsealKMS:input_type -> strongroom.v1.UnsealKMSRequest
+	4,  // 7: strongroom.v1.KMSRootService.SetKMSRoot:input_type -> strongroom.v1.SetKMSRootRequest
+	10, // 8: strongroom.v1.KMSRootService.ConfirmKMSRoot:input_type -> strongroom.v1.ConfirmKMSRootRequest
+	1,  // 9: strongroom.v1.KMSRootService.GetKMSSeal:output_type -> strongroom.v1.KMSSeal
+	1,  // 10: strongroom.v1.KMSRootService.UnsealKMS:output_type -> strongroom.v1.KMSSeal
+	9,  // 11: strongroom.v1.KMSRootService.SetKMSRoot:output_type -> strongroom.v1.SetKMSRootResponse
+	1,  // 12: strongroom.v1.KMSRootService.ConfirmKMSRoot:output_type -> strongroom.v1.KMSSeal
+	9,  // [9:13] is the sub-list for method output_type
+	5,  // [5:9] is the sub-list for method input_type
+	5,  // [5:5] is the sub-list for extension type_name
+	5,  // [5:5] is the sub-list for extension extendee
+	0,  // [0:5] is the sub-list for field type_name
 }
 
 func init() { file_strongroom_v1_kms_root_proto_init() }
@@ -650,6 +728,7 @@ func file_strongroom_v1_kms_root_proto_init() {
 		(*SetKMSRootRequest_KeyFile)(nil),
 		(*SetKMSRootRequest_Passphrase)(nil),
 		(*SetKMSRootRequest_Shares)(nil),
+		(*SetKMSRootRequest_Tpm)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -657,7 +736,7 @@ func file_strongroom_v1_kms_root_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_strongroom_v1_kms_root_proto_rawDesc), len(file_strongroom_v1_kms_root_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   10,
+			NumMessages:   11,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

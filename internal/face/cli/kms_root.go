@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
 	"time"
@@ -111,7 +112,7 @@ func waitServing(ctx context.Context, c *client.Client) error {
 func newKMSRootCmd(env *Env) *cobra.Command {
 	return newGroup("root", "Where the root key of a key management server comes from",
 		`The root key opens the server's vault, and with it every key. It comes from a key
-file (at first), a passphrase, or shares that several people hold.
+file (at first), a passphrase, shares that several people hold, or a TPM.
 
 A change makes a new root key: the old key file, passphrase or shares do not open
 the vault any more. Copies of the vault from before they open as they did.`,
@@ -149,7 +150,7 @@ func newKMSRootSetCmd(env *Env) *cobra.Command {
 under a new root key after the new source has proved that it opens; then the old
 source is retired. Interrupted at any point, the server opens by the old source or
 by the new one: it tells which.`,
-		newKMSRootSetKeyFileCmd(env), newKMSRootSetPassphraseCmd(env), newKMSRootSetSharesCmd(env))
+		newKMSRootSetKeyFileCmd(env), newKMSRootSetPassphraseCmd(env), newKMSRootSetSharesCmd(env), newKMSRootSetTPMCmd(env))
 }
 
 // setRoot makes both steps of a change; secrets makes the second's of the
@@ -249,6 +250,36 @@ The files are read again and tried before the old source is retired.`,
 	cmd.Flags().Uint32Var(&req.Count, "shares", 3, "how many shares there are, at most 32")
 	cmd.Flags().StringVar(&out, "out", ".", "the `folder` for the files share-1, share-2, ...")
 	must(cmd.MarkFlagDirname("out"))
+	return cmd
+}
+
+func newKMSRootSetTPMCmd(env *Env) *cobra.Command {
+	var device string
+	var pcrs []uint
+	cmd := &cobra.Command{
+		Use:   "tpm",
+		Short: "Seal the root key to the server's TPM",
+		Long: `Seal a new root key to a TPM 2.0 of the server. It opens by itself, on this machine
+only, and only while the chosen PCRs have the values that they have now: PCR 7, the
+default, changes with the state and keys of Secure Boot, 0 and 2 with the firmware,
+4 and 11 with what is booted.
+
+Before such a change take another source for a while. When the TPM or the machine
+is lost, so are all keys: keep a backup.`,
+		Example: `  strongroom kms root set tpm
+  strongroom kms root set tpm --device /dev/tpmrm0 --pcrs 0,2,7`,
+		Args: noArgs,
+		RunE: env.withClient("change the root key's source", func(cmd *cobra.Command, c *client.Client, _ []string) error {
+			t := &strongroomv1.KMSRootTPM{Device: device}
+			for _, n := range pcrs {
+				t.Pcrs = append(t.Pcrs, uint32(min(n, math.MaxUint32)))
+			}
+			req := &strongroomv1.SetKMSRootRequest{Source: &strongroomv1.SetKMSRootRequest_Tpm{Tpm: t}}
+			return env.setRoot(cmd.Context(), c, req, func(*strongroomv1.SetKMSRootResponse) ([][]byte, error) { return nil, nil })
+		}),
+	}
+	cmd.Flags().StringVar(&device, "device", "/dev/tpmrm0", "the TPM's `device` on the server, or unix:/PATH of an emulator")
+	cmd.Flags().UintSliceVar(&pcrs, "pcrs", []uint{7}, "the PCRs that must not change, 0 to 23")
 	return cmd
 }
 

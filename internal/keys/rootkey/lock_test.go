@@ -14,6 +14,7 @@ import (
 	"strongroom/internal/crypto/sealed"
 	"strongroom/internal/crypto/shamir"
 	"strongroom/internal/errs"
+	"strongroom/test/swtpm"
 )
 
 // cheap is Argon2id as tests can pay it.
@@ -112,6 +113,10 @@ func ways(s *safe) []way {
 			}
 			return texts
 		}},
+		{"TPM", func(root *keymem.Key) (Source, []shamir.Share, error) {
+			src, err := NewTPM(context.Background(), "unix:"+swtpm.Start(s.t).Socket(), []int{7}, root)
+			return src, nil, err
+		}, nothing},
 	}
 }
 
@@ -414,9 +419,35 @@ func TestVector(t *testing.T) {
 	}
 }
 
+// TestLostTPM: a vault whose TPM is gone does not open, and the reason is told.
+func TestLostTPM(t *testing.T) {
+	t.Parallel()
+	s, emulator := newSafe(t), swtpm.Start(t)
+	if _, err := s.lock.Begin(func(root *keymem.Key) (Source, []shamir.Share, error) {
+		src, err := NewTPM(t.Context(), "unix:"+emulator.Socket(), []int{7}, root)
+		return src, nil, err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.lock.Confirm(t.Context(), nil, s.reseal); err != nil {
+		t.Fatal(err)
+	}
+	emulator.Reboot()
+	s.load()
+	if err := s.open(nil); err != nil {
+		t.Errorf("after a boot: %v", err)
+	}
+	emulator.Stop()
+	s.load()
+	if err := s.open(nil); errs.KindOf(err) != errs.Unavailable {
+		t.Errorf("without its TPM: %v", err)
+	}
+}
+
 func FuzzDecode(f *testing.F) {
 	f.Add([]byte(vectorFile))
 	f.Add([]byte(`{"version":1,"sources":[{"keyFile":{"path":"/k"}},{"shares":{"set":"00000000","threshold":2,"count":3,"wrapped":"AA=="}}]}`))
+	f.Add([]byte(`{"version":1,"sources":[{"tpm":{"device":"/dev/tpmrm0","sealed":{"pcrs":[7],"parent":"AA==","public":"AA==","private":"AA=="},"wrapped":"AA=="}}]}`))
 	f.Add([]byte(`{"version":1,"sources":[{}]}`))
 	f.Add([]byte(`{"version":1,"sources":[{"keyFile":{"path":"/k"}}]}x`))
 	f.Fuzz(func(t *testing.T, text []byte) {

@@ -1,5 +1,5 @@
 // Package rootkey says where the root key of a vault comes from: a key file, a
-// passphrase, or shares that several people hold (docs/spec/root-key.md). A
+// passphrase, shares that several people hold, or a TPM (docs/spec/root-key.md). A
 // [Source] is one such way; a [Lock] is what one vault has, through changes.
 //
 // The package knows no role: whoever has a vault (package vault) can have a Lock
@@ -46,6 +46,7 @@ type Source struct {
 	KeyFile    *KeyFile    `json:"keyFile,omitempty"`
 	Passphrase *Passphrase `json:"passphrase,omitempty"`
 	Shares     *Shares     `json:"shares,omitempty"`
+	TPM        *TPM        `json:"tpm,omitempty"`
 }
 
 // Given is what people gave to open a source. Its owner closes it.
@@ -101,14 +102,17 @@ func (s Source) String() string {
 		return "passphrase"
 	case s.Shares != nil:
 		return fmt.Sprintf("%d of %d shares", s.Shares.Threshold, s.Shares.Count)
+	case s.TPM != nil:
+		return fmt.Sprintf("TPM %s, PCRs %v", s.TPM.Device, s.TPM.Sealed.PCRs)
 	}
 	return "none"
 }
 
 // Open returns the root key, which the caller closes. given must hold what the
 // source needs, and stays the caller's. It returns an error of kind
-// [errs.Denied] for a wrong passphrase or wrong shares.
-func (s Source) Open(_ context.Context, given Given) (*keymem.Key, error) {
+// [errs.Denied] for a wrong passphrase or wrong shares; those of a TPM are
+// [tpm.Unseal]'s.
+func (s Source) Open(ctx context.Context, given Given) (*keymem.Key, error) {
 	switch {
 	case s.KeyFile != nil:
 		return keyfile.Read(s.KeyFile.Path, Size)
@@ -116,6 +120,8 @@ func (s Source) Open(_ context.Context, given Given) (*keymem.Key, error) {
 		return s.Passphrase.open(given.Passphrase)
 	case s.Shares != nil:
 		return s.Shares.open(given.Shares)
+	case s.TPM != nil:
+		return s.TPM.open(ctx)
 	}
 	return nil, errs.New(errs.Corrupt, "the root key has no source")
 }
@@ -149,6 +155,10 @@ func (s Source) check() error {
 	if s.Shares != nil {
 		parts++
 		err = s.Shares.check()
+	}
+	if s.TPM != nil {
+		parts++
+		err = s.TPM.check()
 	}
 	if parts != 1 {
 		return fmt.Errorf("a source of %d kinds", parts)

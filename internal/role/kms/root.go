@@ -18,6 +18,7 @@ import (
 	"strongroom/internal/crypto/shamir"
 	"strongroom/internal/errs"
 	"strongroom/internal/keys/rootkey"
+	"strongroom/internal/keys/tpm"
 )
 
 // rootName is the root file: docs/spec/root-key.md.
@@ -132,8 +133,8 @@ func (a *api) UnsealKMS(context.Context, *connect.Request[strongroomv1.UnsealKMS
 	return nil, errs.New(errs.InvalidState, "the KMS is not sealed")
 }
 
-func (a *api) SetKMSRoot(_ context.Context, req *connect.Request[strongroomv1.SetKMSRootRequest]) (*connect.Response[strongroomv1.SetKMSRootResponse], error) {
-	begin, err := beginOf(req.Msg)
+func (a *api) SetKMSRoot(ctx context.Context, req *connect.Request[strongroomv1.SetKMSRootRequest]) (*connect.Response[strongroomv1.SetKMSRootResponse], error) {
+	begin, err := beginOf(ctx, req.Msg)
 	if err != nil {
 		return nil, err
 	}
@@ -155,7 +156,7 @@ func (a *api) SetKMSRoot(_ context.Context, req *connect.Request[strongroomv1.Se
 }
 
 // beginOf returns what makes the source that a request asks for.
-func beginOf(m *strongroomv1.SetKMSRootRequest) (func(root *keymem.Key) (rootkey.Source, []shamir.Share, error), error) {
+func beginOf(ctx context.Context, m *strongroomv1.SetKMSRootRequest) (func(root *keymem.Key) (rootkey.Source, []shamir.Share, error), error) {
 	switch s := m.GetSource().(type) {
 	case *strongroomv1.SetKMSRootRequest_KeyFile:
 		return func(root *keymem.Key) (rootkey.Source, []shamir.Share, error) {
@@ -175,6 +176,15 @@ func beginOf(m *strongroomv1.SetKMSRootRequest) (func(root *keymem.Key) (rootkey
 	case *strongroomv1.SetKMSRootRequest_Shares:
 		return func(root *keymem.Key) (rootkey.Source, []shamir.Share, error) {
 			return rootkey.NewShares(int(s.Shares.GetThreshold()), int(s.Shares.GetCount()), root)
+		}, nil
+	case *strongroomv1.SetKMSRootRequest_Tpm:
+		var pcrs []int
+		for _, n := range s.Tpm.GetPcrs() {
+			pcrs = append(pcrs, int(min(n, tpm.PCRMax+1))) // too large stays so
+		}
+		return func(root *keymem.Key) (rootkey.Source, []shamir.Share, error) {
+			source, err := rootkey.NewTPM(ctx, s.Tpm.GetDevice(), pcrs, root)
+			return source, nil, err
 		}, nil
 	}
 	return nil, errs.New(errs.Invalid, "the request names no source of a root key")
