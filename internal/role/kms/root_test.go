@@ -15,6 +15,7 @@ import (
 	"strongroom/client"
 	"strongroom/internal/control/audit"
 	"strongroom/internal/errs"
+	"strongroom/test/swtpm"
 )
 
 // waiting is a KMS of a test that may be sealed.
@@ -122,8 +123,8 @@ func (w *waiting) health() int {
 	return status
 }
 
-// TestSealed takes a KMS from a key file to a passphrase, to shares and back:
-// each time it is sealed after a start, says so, serves nothing else, and serves
+// TestSealed takes a KMS from a key file to a passphrase, to shares, back and to a TPM:
+// while people have the key it is sealed after a start, says so, serves nothing else, and serves
 // as before when people gave what it needs.
 func TestSealed(t *testing.T) {
 	t.Parallel()
@@ -229,6 +230,17 @@ func TestSealed(t *testing.T) {
 
 	w = startSealed(t, dir)
 	works()
+	emulator := swtpm.Start(t)
+	set(&strongroomv1.SetKMSRootRequest{Source: &strongroomv1.SetKMSRootRequest_Tpm{Tpm: &strongroomv1.KMSRootTPM{Device: "unix:" + emulator.Socket(), Pcrs: []uint32{7}}}},
+		func([][]byte) [][]byte { return nil })
+	if _, err := os.Lstat(keyFile); !os.IsNotExist(err) {
+		t.Errorf("the key file is still there: %v", err)
+	}
+	w.stop()
+
+	emulator.Reboot()
+	w = startSealed(t, dir)
+	works()
 	w.stop()
 
 	public, err := os.ReadFile(filepath.Join(dir, auditKeyName))
@@ -252,10 +264,10 @@ func TestSealed(t *testing.T) {
 		t.Fatal(err)
 	}
 	// Each time that it was unsealed twice is on record too.
-	if want := []string{audit.Denied, audit.Success, audit.Failed, audit.Success, audit.Failed, audit.Failed}; !slices.Equal(unsealed, want) {
+	if want := []string{audit.Denied, audit.Success, audit.Failed, audit.Success, audit.Failed, audit.Failed, audit.Failed}; !slices.Equal(unsealed, want) {
 		t.Errorf("on record is %q, want %q", unsealed, want)
 	}
-	if want := []string{audit.Failed, audit.Success, audit.Success, audit.Success}; !slices.Equal(changed, want) {
+	if want := []string{audit.Failed, audit.Success, audit.Success, audit.Success, audit.Success}; !slices.Equal(changed, want) {
 		t.Errorf("on record is %q, want %q", changed, want)
 	}
 }
