@@ -39,9 +39,8 @@ func (e *TPM) Socket() string { return filepath.Join(e.dir, "s") }
 
 func (e *TPM) start() {
 	e.t.Helper()
-	control := filepath.Join(e.dir, "c")
 	e.cmd = exec.Command("swtpm", "socket", "--tpm2", "--tpmstate", "dir="+e.dir+",mode=0600", "--server", "type=unixio,path="+e.Socket()+",mode=0600",
-		"--ctrl", "type=unixio,path="+control+",mode=0600", "--flags", "not-need-init,startup-clear")
+		"--ctrl", "type=unixio,path="+filepath.Join(e.dir, "c")+",mode=0600", "--flags", "not-need-init,startup-clear")
 	out := &bytes.Buffer{}
 	e.cmd.Stdout, e.cmd.Stderr = out, out
 	if err := e.cmd.Start(); err != nil {
@@ -49,12 +48,10 @@ func (e *TPM) start() {
 	}
 	deadline := time.Now().Add(time.Minute)
 	for {
-		conn, err := net.Dial("unix", control)
+		conn, err := net.Dial("unix", e.Socket())
 		if err == nil {
 			conn.Close()
-			if _, err = os.Stat(e.Socket()); err == nil {
-				return
-			}
+			return
 		}
 		if time.Now().After(deadline) {
 			e.t.Fatalf("swtpm does not answer: %v", err)
