@@ -1706,6 +1706,285 @@ func (x *KeyUser) GetHost() string {
 	return ""
 }
 
+type ListOrphanKeysRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Only keys that nothing has needed for so long; 0 means 30 days, and less
+	// than one day is refused.
+	OlderThanSeconds int64 `protobuf:"varint,2,opt,name=older_than_seconds,json=olderThanSeconds,proto3" json:"older_than_seconds,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
+}
+
+func (x *ListOrphanKeysRequest) Reset() {
+	*x = ListOrphanKeysRequest{}
+	mi := &file_strongroom_v1_provider_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListOrphanKeysRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListOrphanKeysRequest) ProtoMessage() {}
+
+func (x *ListOrphanKeysRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_provider_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListOrphanKeysRequest.ProtoReflect.Descriptor instead.
+func (*ListOrphanKeysRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *ListOrphanKeysRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ListOrphanKeysRequest) GetOlderThanSeconds() int64 {
+	if x != nil {
+		return x.OlderThanSeconds
+	}
+	return 0
+}
+
+type ListOrphanKeysResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Keys  []*OrphanKey           `protobuf:"bytes,1,rep,name=keys,proto3" json:"keys,omitempty"`
+	// What is told of was not needed since then: see DestroyOrphanKeysRequest.
+	Before *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=before,proto3" json:"before,omitempty"`
+	// How many keys that VMs need bear no label of this installation: if there are
+	// any, the key server takes no labels, or they came from another installation.
+	// Such keys are never told of.
+	Unlabelled uint64 `protobuf:"varint,3,opt,name=unlabelled,proto3" json:"unlabelled,omitempty"`
+	// VMs that were unregistered, whose keys are kept: "name (datastore/folder)".
+	KeptFor []string `protobuf:"bytes,4,rep,name=kept_for,json=keptFor,proto3" json:"kept_for,omitempty"`
+	// Hosts that have not told what VMs they have.
+	SilentHosts   []string `protobuf:"bytes,5,rep,name=silent_hosts,json=silentHosts,proto3" json:"silent_hosts,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListOrphanKeysResponse) Reset() {
+	*x = ListOrphanKeysResponse{}
+	mi := &file_strongroom_v1_provider_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListOrphanKeysResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListOrphanKeysResponse) ProtoMessage() {}
+
+func (x *ListOrphanKeysResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_provider_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListOrphanKeysResponse.ProtoReflect.Descriptor instead.
+func (*ListOrphanKeysResponse) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *ListOrphanKeysResponse) GetKeys() []*OrphanKey {
+	if x != nil {
+		return x.Keys
+	}
+	return nil
+}
+
+func (x *ListOrphanKeysResponse) GetBefore() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Before
+	}
+	return nil
+}
+
+func (x *ListOrphanKeysResponse) GetUnlabelled() uint64 {
+	if x != nil {
+		return x.Unlabelled
+	}
+	return 0
+}
+
+func (x *ListOrphanKeysResponse) GetKeptFor() []string {
+	if x != nil {
+		return x.KeptFor
+	}
+	return nil
+}
+
+func (x *ListOrphanKeysResponse) GetSilentHosts() []string {
+	if x != nil {
+		return x.SilentHosts
+	}
+	return nil
+}
+
+// OrphanKey is a key at a key server that nothing known here needs.
+type OrphanKey struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	KeyId string                 `protobuf:"bytes,1,opt,name=key_id,json=keyId,proto3" json:"key_id,omitempty"`
+	// What it was made for: "Virtual Machine", or "Trial Key".
+	Component string `protobuf:"bytes,2,opt,name=component,proto3" json:"component,omitempty"`
+	// The VM's name when it was made; empty if it was for none.
+	Vm string `protobuf:"bytes,3,opt,name=vm,proto3" json:"vm,omitempty"`
+	// UUID.
+	VmId    string                 `protobuf:"bytes,4,opt,name=vm_id,json=vmId,proto3" json:"vm_id,omitempty"`
+	Created *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=created,proto3" json:"created,omitempty"`
+	// When a VM here needed it last, as far as is known; else when it was made.
+	UnusedSince   *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=unused_since,json=unusedSince,proto3" json:"unused_since,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OrphanKey) Reset() {
+	*x = OrphanKey{}
+	mi := &file_strongroom_v1_provider_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OrphanKey) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OrphanKey) ProtoMessage() {}
+
+func (x *OrphanKey) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_provider_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OrphanKey.ProtoReflect.Descriptor instead.
+func (*OrphanKey) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *OrphanKey) GetKeyId() string {
+	if x != nil {
+		return x.KeyId
+	}
+	return ""
+}
+
+func (x *OrphanKey) GetComponent() string {
+	if x != nil {
+		return x.Component
+	}
+	return ""
+}
+
+func (x *OrphanKey) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+func (x *OrphanKey) GetVmId() string {
+	if x != nil {
+		return x.VmId
+	}
+	return ""
+}
+
+func (x *OrphanKey) GetCreated() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Created
+	}
+	return nil
+}
+
+func (x *OrphanKey) GetUnusedSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.UnusedSince
+	}
+	return nil
+}
+
+type DestroyOrphanKeysRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Only keys that nothing has needed since then: what ListOrphanKeys told, so
+	// that no key is destroyed that was not in its list. At least one day ago.
+	Before        *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=before,proto3" json:"before,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DestroyOrphanKeysRequest) Reset() {
+	*x = DestroyOrphanKeysRequest{}
+	mi := &file_strongroom_v1_provider_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DestroyOrphanKeysRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DestroyOrphanKeysRequest) ProtoMessage() {}
+
+func (x *DestroyOrphanKeysRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_provider_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DestroyOrphanKeysRequest.ProtoReflect.Descriptor instead.
+func (*DestroyOrphanKeysRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *DestroyOrphanKeysRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *DestroyOrphanKeysRequest) GetBefore() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Before
+	}
+	return nil
+}
+
 type DeleteProviderRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -1717,7 +1996,7 @@ type DeleteProviderRequest struct {
 
 func (x *DeleteProviderRequest) Reset() {
 	*x = DeleteProviderRequest{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[27]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1729,7 +2008,7 @@ func (x *DeleteProviderRequest) String() string {
 func (*DeleteProviderRequest) ProtoMessage() {}
 
 func (x *DeleteProviderRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[27]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1742,7 +2021,7 @@ func (x *DeleteProviderRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteProviderRequest.ProtoReflect.Descriptor instead.
 func (*DeleteProviderRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{27}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *DeleteProviderRequest) GetName() string {
@@ -1767,7 +2046,7 @@ type DeleteProviderResponse struct {
 
 func (x *DeleteProviderResponse) Reset() {
 	*x = DeleteProviderResponse{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[28]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1779,7 +2058,7 @@ func (x *DeleteProviderResponse) String() string {
 func (*DeleteProviderResponse) ProtoMessage() {}
 
 func (x *DeleteProviderResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[28]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1792,14 +2071,14 @@ func (x *DeleteProviderResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteProviderResponse.ProtoReflect.Descriptor instead.
 func (*DeleteProviderResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{28}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{32}
 }
 
 var File_strongroom_v1_provider_proto protoreflect.FileDescriptor
 
 const file_strongroom_v1_provider_proto_rawDesc = "" +
 	"\n" +
-	"\x1cstrongroom/v1/provider.proto\x12\rstrongroom.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bstrongroom/v1/options.proto\"\xfe\x02\n" +
+	"\x1cstrongroom/v1/provider.proto\x12\rstrongroom.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bstrongroom/v1/options.proto\x1a\x18strongroom/v1/task.proto\"\xfe\x02\n" +
 	"\bProvider\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04type\x18\x02 \x01(\tR\x04type\x12\x15\n" +
@@ -1913,11 +2192,32 @@ const file_strongroom_v1_provider_proto_rawDesc = "" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x12\n" +
 	"\x04disk\x18\x02 \x01(\tR\x04disk\x12\x15\n" +
 	"\x06key_id\x18\x03 \x01(\tR\x05keyId\x12\x12\n" +
-	"\x04host\x18\x04 \x01(\tR\x04host\"A\n" +
+	"\x04host\x18\x04 \x01(\tR\x04host\"Y\n" +
+	"\x15ListOrphanKeysRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12,\n" +
+	"\x12older_than_seconds\x18\x02 \x01(\x03R\x10olderThanSeconds\"\xd8\x01\n" +
+	"\x16ListOrphanKeysResponse\x12,\n" +
+	"\x04keys\x18\x01 \x03(\v2\x18.strongroom.v1.OrphanKeyR\x04keys\x122\n" +
+	"\x06before\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x06before\x12\x1e\n" +
+	"\n" +
+	"unlabelled\x18\x03 \x01(\x04R\n" +
+	"unlabelled\x12\x19\n" +
+	"\bkept_for\x18\x04 \x03(\tR\akeptFor\x12!\n" +
+	"\fsilent_hosts\x18\x05 \x03(\tR\vsilentHosts\"\xda\x01\n" +
+	"\tOrphanKey\x12\x15\n" +
+	"\x06key_id\x18\x01 \x01(\tR\x05keyId\x12\x1c\n" +
+	"\tcomponent\x18\x02 \x01(\tR\tcomponent\x12\x0e\n" +
+	"\x02vm\x18\x03 \x01(\tR\x02vm\x12\x13\n" +
+	"\x05vm_id\x18\x04 \x01(\tR\x04vmId\x124\n" +
+	"\acreated\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x12=\n" +
+	"\funused_since\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\vunusedSince\"b\n" +
+	"\x18DestroyOrphanKeysRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x122\n" +
+	"\x06before\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x06before\"A\n" +
 	"\x15DeleteProviderRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05force\x18\x02 \x01(\bR\x05force\"\x18\n" +
-	"\x16DeleteProviderResponse2\xbb\x0e\n" +
+	"\x16DeleteProviderResponse2\xb4\x10\n" +
 	"\x0fProviderService\x12\x7f\n" +
 	"\x14CreateNativeProvider\x12*.strongroom.v1.CreateNativeProviderRequest\x1a\x17.strongroom.v1.Provider\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x8a\x01\n" +
 	"\x11InspectKeyServers\x12'.strongroom.v1.InspectKeyServersRequest\x1a(.strongroom.v1.InspectKeyServersResponse\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12}\n" +
@@ -1931,7 +2231,9 @@ const file_strongroom_v1_provider_proto_rawDesc = "" +
 	"\x15ConfirmProviderBackup\x12+.strongroom.v1.ConfirmProviderBackupRequest\x1a\x17.strongroom.v1.Provider\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x81\x01\n" +
 	"\x0eImportProvider\x12$.strongroom.v1.ImportProviderRequest\x1a%.strongroom.v1.ImportProviderResponse\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x8d\x01\n" +
 	"\x12SetDefaultProvider\x12(.strongroom.v1.SetDefaultProviderRequest\x1a).strongroom.v1.SetDefaultProviderResponse\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x89\x01\n" +
-	"\x10GetProviderUsage\x12&.strongroom.v1.GetProviderUsageRequest\x1a'.strongroom.v1.GetProviderUsageResponse\"$\x8a\xb5\x18 Cryptographer.ReadKeyServersInfo\x12\x81\x01\n" +
+	"\x10GetProviderUsage\x12&.strongroom.v1.GetProviderUsageRequest\x1a'.strongroom.v1.GetProviderUsageResponse\"$\x8a\xb5\x18 Cryptographer.ReadKeyServersInfo\x12\x85\x01\n" +
+	"\x0eListOrphanKeys\x12$.strongroom.v1.ListOrphanKeysRequest\x1a%.strongroom.v1.ListOrphanKeysResponse\"$\x8a\xb5\x18 Cryptographer.ReadKeyServersInfo0\x01\x12o\n" +
+	"\x11DestroyOrphanKeys\x12'.strongroom.v1.DestroyOrphanKeysRequest\x1a\x13.strongroom.v1.Task\"\x1c\x8a\xb5\x18\x18Cryptographer.ManageKeys\x12\x81\x01\n" +
 	"\x0eDeleteProvider\x12$.strongroom.v1.DeleteProviderRequest\x1a%.strongroom.v1.DeleteProviderResponse\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServersB+Z)strongroom/api/strongroom/v1;strongroomv1b\x06proto3"
 
 var (
@@ -1946,7 +2248,7 @@ func file_strongroom_v1_provider_proto_rawDescGZIP() []byte {
 	return file_strongroom_v1_provider_proto_rawDescData
 }
 
-var file_strongroom_v1_provider_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
+var file_strongroom_v1_provider_proto_msgTypes = make([]protoimpl.MessageInfo, 33)
 var file_strongroom_v1_provider_proto_goTypes = []any{
 	(*Provider)(nil),                      // 0: strongroom.v1.Provider
 	(*StandardProvider)(nil),              // 1: strongroom.v1.StandardProvider
@@ -1975,61 +2277,75 @@ var file_strongroom_v1_provider_proto_goTypes = []any{
 	(*GetProviderUsageRequest)(nil),       // 24: strongroom.v1.GetProviderUsageRequest
 	(*GetProviderUsageResponse)(nil),      // 25: strongroom.v1.GetProviderUsageResponse
 	(*KeyUser)(nil),                       // 26: strongroom.v1.KeyUser
-	(*DeleteProviderRequest)(nil),         // 27: strongroom.v1.DeleteProviderRequest
-	(*DeleteProviderResponse)(nil),        // 28: strongroom.v1.DeleteProviderResponse
-	(*timestamppb.Timestamp)(nil),         // 29: google.protobuf.Timestamp
+	(*ListOrphanKeysRequest)(nil),         // 27: strongroom.v1.ListOrphanKeysRequest
+	(*ListOrphanKeysResponse)(nil),        // 28: strongroom.v1.ListOrphanKeysResponse
+	(*OrphanKey)(nil),                     // 29: strongroom.v1.OrphanKey
+	(*DestroyOrphanKeysRequest)(nil),      // 30: strongroom.v1.DestroyOrphanKeysRequest
+	(*DeleteProviderRequest)(nil),         // 31: strongroom.v1.DeleteProviderRequest
+	(*DeleteProviderResponse)(nil),        // 32: strongroom.v1.DeleteProviderResponse
+	(*timestamppb.Timestamp)(nil),         // 33: google.protobuf.Timestamp
+	(*Task)(nil),                          // 34: strongroom.v1.Task
 }
 var file_strongroom_v1_provider_proto_depIdxs = []int32{
-	29, // 0: strongroom.v1.Provider.created:type_name -> google.protobuf.Timestamp
-	29, // 1: strongroom.v1.Provider.backed_up:type_name -> google.protobuf.Timestamp
+	33, // 0: strongroom.v1.Provider.created:type_name -> google.protobuf.Timestamp
+	33, // 1: strongroom.v1.Provider.backed_up:type_name -> google.protobuf.Timestamp
 	1,  // 2: strongroom.v1.Provider.standard:type_name -> strongroom.v1.StandardProvider
 	2,  // 3: strongroom.v1.StandardProvider.servers:type_name -> strongroom.v1.KeyServer
 	3,  // 4: strongroom.v1.StandardProvider.client_certificate:type_name -> strongroom.v1.CertificateInfo
-	29, // 5: strongroom.v1.StandardProvider.established:type_name -> google.protobuf.Timestamp
+	33, // 5: strongroom.v1.StandardProvider.established:type_name -> google.protobuf.Timestamp
 	3,  // 6: strongroom.v1.KeyServer.certificate:type_name -> strongroom.v1.CertificateInfo
-	29, // 7: strongroom.v1.CertificateInfo.not_before:type_name -> google.protobuf.Timestamp
-	29, // 8: strongroom.v1.CertificateInfo.not_after:type_name -> google.protobuf.Timestamp
+	33, // 7: strongroom.v1.CertificateInfo.not_before:type_name -> google.protobuf.Timestamp
+	33, // 8: strongroom.v1.CertificateInfo.not_after:type_name -> google.protobuf.Timestamp
 	2,  // 9: strongroom.v1.InspectKeyServersResponse.servers:type_name -> strongroom.v1.KeyServer
 	8,  // 10: strongroom.v1.AddStandardProviderRequest.settings:type_name -> strongroom.v1.StandardSettings
 	8,  // 11: strongroom.v1.UpdateStandardProviderRequest.settings:type_name -> strongroom.v1.StandardSettings
 	9,  // 12: strongroom.v1.StandardSettings.servers:type_name -> strongroom.v1.TrustedServer
 	0,  // 13: strongroom.v1.ListProvidersResponse.providers:type_name -> strongroom.v1.Provider
 	0,  // 14: strongroom.v1.ImportProviderResponse.provider:type_name -> strongroom.v1.Provider
-	29, // 15: strongroom.v1.ImportProviderResponse.exported:type_name -> google.protobuf.Timestamp
+	33, // 15: strongroom.v1.ImportProviderResponse.exported:type_name -> google.protobuf.Timestamp
 	26, // 16: strongroom.v1.GetProviderUsageResponse.users:type_name -> strongroom.v1.KeyUser
-	13, // 17: strongroom.v1.ProviderService.CreateNativeProvider:input_type -> strongroom.v1.CreateNativeProviderRequest
-	4,  // 18: strongroom.v1.ProviderService.InspectKeyServers:input_type -> strongroom.v1.InspectKeyServersRequest
-	6,  // 19: strongroom.v1.ProviderService.AddStandardProvider:input_type -> strongroom.v1.AddStandardProviderRequest
-	7,  // 20: strongroom.v1.ProviderService.UpdateStandardProvider:input_type -> strongroom.v1.UpdateStandardProviderRequest
-	10, // 21: strongroom.v1.ProviderService.GetClientIdentity:input_type -> strongroom.v1.GetClientIdentityRequest
-	12, // 22: strongroom.v1.ProviderService.CheckProvider:input_type -> strongroom.v1.CheckProviderRequest
-	14, // 23: strongroom.v1.ProviderService.ListProviders:input_type -> strongroom.v1.ListProvidersRequest
-	16, // 24: strongroom.v1.ProviderService.GetProvider:input_type -> strongroom.v1.GetProviderRequest
-	17, // 25: strongroom.v1.ProviderService.ExportProvider:input_type -> strongroom.v1.ExportProviderRequest
-	19, // 26: strongroom.v1.ProviderService.ConfirmProviderBackup:input_type -> strongroom.v1.ConfirmProviderBackupRequest
-	20, // 27: strongroom.v1.ProviderService.ImportProvider:input_type -> strongroom.v1.ImportProviderRequest
-	22, // 28: strongroom.v1.ProviderService.SetDefaultProvider:input_type -> strongroom.v1.SetDefaultProviderRequest
-	24, // 29: strongroom.v1.ProviderService.GetProviderUsage:input_type -> strongroom.v1.GetProviderUsageRequest
-	27, // 30: strongroom.v1.ProviderService.DeleteProvider:input_type -> strongroom.v1.DeleteProviderRequest
-	0,  // 31: strongroom.v1.ProviderService.CreateNativeProvider:output_type -> strongroom.v1.Provider
-	5,  // 32: strongroom.v1.ProviderService.InspectKeyServers:output_type -> strongroom.v1.InspectKeyServersResponse
-	0,  // 33: strongroom.v1.ProviderService.AddStandardProvider:output_type -> strongroom.v1.Provider
-	0,  // 34: strongroom.v1.ProviderService.UpdateStandardProvider:output_type -> strongroom.v1.Provider
-	11, // 35: strongroom.v1.ProviderService.GetClientIdentity:output_type -> strongroom.v1.ClientIdentity
-	0,  // 36: strongroom.v1.ProviderService.CheckProvider:output_type -> strongroom.v1.Provider
-	15, // 37: strongroom.v1.ProviderService.ListProviders:output_type -> strongroom.v1.ListProvidersResponse
-	0,  // 38: strongroom.v1.ProviderService.GetProvider:output_type -> strongroom.v1.Provider
-	18, // 39: strongroom.v1.ProviderService.ExportProvider:output_type -> strongroom.v1.ExportProviderResponse
-	0,  // 40: strongroom.v1.ProviderService.ConfirmProviderBackup:output_type -> strongroom.v1.Provider
-	21, // 41: strongroom.v1.ProviderService.ImportProvider:output_type -> strongroom.v1.ImportProviderResponse
-	23, // 42: strongroom.v1.ProviderService.SetDefaultProvider:output_type -> strongroom.v1.SetDefaultProviderResponse
-	25, // 43: strongroom.v1.ProviderService.GetProviderUsage:output_type -> strongroom.v1.GetProviderUsageResponse
-	28, // 44: strongroom.v1.ProviderService.DeleteProvider:output_type -> strongroom.v1.DeleteProviderResponse
-	31, // [31:45] is the sub-list for method output_type
-	17, // [17:31] is the sub-list for method input_type
-	17, // [17:17] is the sub-list for extension type_name
-	17, // [17:17] is the sub-list for extension extendee
-	0,  // [0:17] is the sub-list for field type_name
+	29, // 17: strongroom.v1.ListOrphanKeysResponse.keys:type_name -> strongroom.v1.OrphanKey
+	33, // 18: strongroom.v1.ListOrphanKeysResponse.before:type_name -> google.protobuf.Timestamp
+	33, // 19: strongroom.v1.OrphanKey.created:type_name -> google.protobuf.Timestamp
+	33, // 20: strongroom.v1.OrphanKey.unused_since:type_name -> google.protobuf.Timestamp
+	33, // 21: strongroom.v1.DestroyOrphanKeysRequest.before:type_name -> google.protobuf.Timestamp
+	13, // 22: strongroom.v1.ProviderService.CreateNativeProvider:input_type -> strongroom.v1.CreateNativeProviderRequest
+	4,  // 23: strongroom.v1.ProviderService.InspectKeyServers:input_type -> strongroom.v1.InspectKeyServersRequest
+	6,  // 24: strongroom.v1.ProviderService.AddStandardProvider:input_type -> strongroom.v1.AddStandardProviderRequest
+	7,  // 25: strongroom.v1.ProviderService.UpdateStandardProvider:input_type -> strongroom.v1.UpdateStandardProviderRequest
+	10, // 26: strongroom.v1.ProviderService.GetClientIdentity:input_type -> strongroom.v1.GetClientIdentityRequest
+	12, // 27: strongroom.v1.ProviderService.CheckProvider:input_type -> strongroom.v1.CheckProviderRequest
+	14, // 28: strongroom.v1.ProviderService.ListProviders:input_type -> strongroom.v1.ListProvidersRequest
+	16, // 29: strongroom.v1.ProviderService.GetProvider:input_type -> strongroom.v1.GetProviderRequest
+	17, // 30: strongroom.v1.ProviderService.ExportProvider:input_type -> strongroom.v1.ExportProviderRequest
+	19, // 31: strongroom.v1.ProviderService.ConfirmProviderBackup:input_type -> strongroom.v1.ConfirmProviderBackupRequest
+	20, // 32: strongroom.v1.ProviderService.ImportProvider:input_type -> strongroom.v1.ImportProviderRequest
+	22, // 33: strongroom.v1.ProviderService.SetDefaultProvider:input_type -> strongroom.v1.SetDefaultProviderRequest
+	24, // 34: strongroom.v1.ProviderService.GetProviderUsage:input_type -> strongroom.v1.GetProviderUsageRequest
+	27, // 35: strongroom.v1.ProviderService.ListOrphanKeys:input_type -> strongroom.v1.ListOrphanKeysRequest
+	30, // 36: strongroom.v1.ProviderService.DestroyOrphanKeys:input_type -> strongroom.v1.DestroyOrphanKeysRequest
+	31, // 37: strongroom.v1.ProviderService.DeleteProvider:input_type -> strongroom.v1.DeleteProviderRequest
+	0,  // 38: strongroom.v1.ProviderService.CreateNativeProvider:output_type -> strongroom.v1.Provider
+	5,  // 39: strongroom.v1.ProviderService.InspectKeyServers:output_type -> strongroom.v1.InspectKeyServersResponse
+	0,  // 40: strongroom.v1.ProviderService.AddStandardProvider:output_type -> strongroom.v1.Provider
+	0,  // 41: strongroom.v1.ProviderService.UpdateStandardProvider:output_type -> strongroom.v1.Provider
+	11, // 42: strongroom.v1.ProviderService.GetClientIdentity:output_type -> strongroom.v1.ClientIdentity
+	0,  // 43: strongroom.v1.ProviderService.CheckProvider:output_type -> strongroom.v1.Provider
+	15, // 44: strongroom.v1.ProviderService.ListProviders:output_type -> strongroom.v1.ListProvidersResponse
+	0,  // 45: strongroom.v1.ProviderService.GetProvider:output_type -> strongroom.v1.Provider
+	18, // 46: strongroom.v1.ProviderService.ExportProvider:output_type -> strongroom.v1.ExportProviderResponse
+	0,  // 47: strongroom.v1.ProviderService.ConfirmProviderBackup:output_type -> strongroom.v1.Provider
+	21, // 48: strongroom.v1.ProviderService.ImportProvider:output_type -> strongroom.v1.ImportProviderResponse
+	23, // 49: strongroom.v1.ProviderService.SetDefaultProvider:output_type -> strongroom.v1.SetDefaultProviderResponse
+	25, // 50: strongroom.v1.ProviderService.GetProviderUsage:output_type -> strongroom.v1.GetProviderUsageResponse
+	28, // 51: strongroom.v1.ProviderService.ListOrphanKeys:output_type -> strongroom.v1.ListOrphanKeysResponse
+	34, // 52: strongroom.v1.ProviderService.DestroyOrphanKeys:output_type -> strongroom.v1.Task
+	32, // 53: strongroom.v1.ProviderService.DeleteProvider:output_type -> strongroom.v1.DeleteProviderResponse
+	38, // [38:54] is the sub-list for method output_type
+	22, // [22:38] is the sub-list for method input_type
+	22, // [22:22] is the sub-list for extension type_name
+	22, // [22:22] is the sub-list for extension extendee
+	0,  // [0:22] is the sub-list for field type_name
 }
 
 func init() { file_strongroom_v1_provider_proto_init() }
@@ -2038,13 +2354,14 @@ func file_strongroom_v1_provider_proto_init() {
 		return
 	}
 	file_strongroom_v1_options_proto_init()
+	file_strongroom_v1_task_proto_init()
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_strongroom_v1_provider_proto_rawDesc), len(file_strongroom_v1_provider_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   29,
+			NumMessages:   33,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -56,12 +56,15 @@ const (
 	ProviderNotEstablished = "strongroom.kms.crypto.NotEstablished"
 	ProviderEstablished    = "strongroom.kms.crypto.Established"
 	ProviderUpdated        = "strongroom.kms.Updated"
-	KeyServerFailed        = "strongroom.kms.crypto.Failure"
-	KeyServerRecovered     = "strongroom.kms.crypto.Recovered"
-	ServerCertEnding       = "strongroom.kms.crypto.ServerCertWarning"
-	ServerCertWell         = "strongroom.kms.crypto.ServerCertOK"
-	ClientCertEnding       = "strongroom.kms.crypto.ClientCertWarning"
-	ClientCertWell         = "strongroom.kms.crypto.ClientCertOK"
+
+	ProviderOrphansDestroyed = "strongroom.kms.OrphansDestroyed"
+
+	KeyServerFailed    = "strongroom.kms.crypto.Failure"
+	KeyServerRecovered = "strongroom.kms.crypto.Recovered"
+	ServerCertEnding   = "strongroom.kms.crypto.ServerCertWarning"
+	ServerCertWell     = "strongroom.kms.crypto.ServerCertOK"
+	ClientCertEnding   = "strongroom.kms.crypto.ClientCertWarning"
+	ClientCertWell     = "strongroom.kms.crypto.ClientCertOK"
 
 	CryptoOperation = "strongroom.crypto.Operation"
 	VMCreated       = "strongroom.vm.Created"
@@ -117,6 +120,7 @@ func Types() []Type {
 		{ProviderNotEstablished, Warning, "{target} is not established: {details}"},
 		{ProviderEstablished, Info, "{target} is established"},
 		{ProviderUpdated, Info, "{principal} changed {target}"},
+		{ProviderOrphansDestroyed, Warning, "{principal} had {keys} keys of {target} destroyed that nothing known here needed"},
 		{KeyServerFailed, Error, "Key server {server} of {target} cannot be used: {details}"},
 		{KeyServerRecovered, Info, "{target} can be used"},
 		{ServerCertEnding, Warning, "The certificate of key server {server} of {target} {details}"},

@@ -40,6 +40,8 @@ type Inventory struct {
 	providers  *store.Table[Provider]     // by name
 	names      *store.Table[nameOwner]    // by kind "/" name; VM folders too
 	burnt      *store.Table[providerName] // by name, for ever
+	retired    *store.Table[Retired]      // by retiredKey
+	kept       *store.Table[KeptVM]       // by folderKey
 	alive      *store.Table[presence]     // by host id, bound to a lease
 	now        func() time.Time
 
@@ -63,6 +65,8 @@ func New(db *store.DB) *Inventory {
 		providers:  store.NewTable[Provider](db, "provider", 2),
 		names:      store.NewTable[nameOwner](db, "name", 1),
 		burnt:      store.NewTable[providerName](db, "provider-name", 1),
+		retired:    store.NewTable[Retired](db, "retired-key", 1),
+		kept:       store.NewTable[KeptVM](db, "kept-vm", 1),
 		alive:      store.NewTable[presence](db, "presence", 1),
 		now:        func() time.Time { return time.Now().UTC() },
 		leases:     map[string]*store.Lease{},

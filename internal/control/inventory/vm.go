@@ -226,7 +226,13 @@ func (inv *Inventory) CreateVM(ctx context.Context, v VM) (VM, error) {
 		if errors.Is(err, store.ErrExists) {
 			return errs.New(errs.Exists, "a VM with id %s is registered already", v.ID)
 		}
-		return err
+		if err != nil {
+			return err
+		}
+		if err := inv.kept.In(tx).Delete(ctx, folderKey(v)); err != nil && !errors.Is(err, store.ErrNotFound) {
+			return err
+		}
+		return nil
 	})
 	if err != nil {
 		return VM{}, errs.Wrap(err, "cannot register VM %s", v.Name)
@@ -297,7 +303,7 @@ func (inv *Inventory) UpdateVM(ctx context.Context, id string, f func(*VM) error
 		if err != nil {
 			return missing(err, "vm", id)
 		}
-		before := v
+		before, keys := v, v.Keys() // f may change what before shares with v
 		if err := f(&v); err != nil {
 			return err
 		}
@@ -320,6 +326,9 @@ func (inv *Inventory) UpdateVM(ctx context.Context, id string, f func(*VM) error
 				return err
 			}
 		}
+		if err := inv.retireDropped(ctx, tx, v, keys); err != nil {
+			return err
+		}
 		out = v
 		return inv.vms.In(tx).Put(ctx, id, v)
 	})
@@ -329,16 +338,31 @@ func (inv *Inventory) UpdateVM(ctx context.Context, id string, f func(*VM) error
 	return out, nil
 }
 
-// DeleteVM forgets the VM with that id; its folder is not touched. Forgetting a
-// VM that is not there is no error.
+// DeleteVM forgets the VM with that id, whose folder is gone. Forgetting a VM
+// that is not there is no error.
 func (inv *Inventory) DeleteVM(ctx context.Context, id string) error {
-	err := inv.db.Txn(ctx, func(tx *store.Tx) error {
+	return errs.Wrap(inv.removeVM(ctx, id, false), "cannot delete VM %s", id)
+}
+
+// removeVM removes a VM's record; keep says that its folder is still there.
+func (inv *Inventory) removeVM(ctx context.Context, id string, keep bool) error {
+	return inv.db.Txn(ctx, func(tx *store.Tx) error {
 		v, err := inv.vms.In(tx).Get(ctx, id)
 		if errors.Is(err, store.ErrNotFound) {
 			return nil
 		}
 		if err != nil {
 			return err
+		}
+		keys := v.Keys()
+		if err := inv.retire(ctx, tx, v.Name, keys); err != nil {
+			return err
+		}
+		if keep && len(keys) > 0 {
+			kept := KeptVM{ID: id, Name: v.Name, Datastore: v.Datastore, Folder: v.Folder, Keys: keys, Since: inv.now()}
+			if err := inv.kept.In(tx).Put(ctx, folderKey(v), kept); err != nil {
+				return err
+			}
 		}
 		if err := inv.vms.In(tx).Delete(ctx, id); err != nil {
 			return err
@@ -348,7 +372,6 @@ func (inv *Inventory) DeleteVM(ctx context.Context, id string) error {
 		}
 		return inv.release(ctx, tx, "vm", v.Name)
 	})
-	return errs.Wrap(err, "cannot unregister VM %s", id)
 }
 
 // WatchVMs follows the VMs; see [store.Table.Watch].

@@ -27,7 +27,7 @@ func TestOutput(t *testing.T) {
 	t.Parallel()
 	for _, command := range []string{
 		"vm ls", "vm show web-1", "vm show web-2", "cluster ls", "host ls", "datastore ls",
-		"provider ls", "provider show kp-1", "provider usage kp-1", "task ls", "event ls",
+		"provider ls", "provider show kp-1", "provider usage kp-1", "provider orphans kms-1", "task ls", "event ls",
 		"event ls --follow", "alarm ls", "health", "user ls", "role ls", "whoami",
 		"vm encrypt web-1 plain-1", "vm encrypt web-1 --no-wait", "vm encrypt web-1 --quiet",
 		"host join-token --cluster lab",

@@ -112,6 +112,9 @@ func (c *controller) ListProviders(context.Context, *connect.Request[strongroomv
 }
 
 func (c *controller) GetProvider(_ context.Context, r *connect.Request[strongroomv1.GetProviderRequest]) (*connect.Response[strongroomv1.Provider], error) {
+	if r.Msg.GetName() == standardProvider.GetName() {
+		return reply(standardProvider)
+	}
 	if r.Msg.GetName() != provider.GetName() {
 		return nil, apierr.To(errs.New(errs.NotFound, "no provider %q", r.Msg.GetName()).WithHint("strongroom provider ls"))
 	}

@@ -28,7 +28,7 @@ one, make it the default, and rekey the VMs to it.`,
 		newProviderAddStandardCmd(env), newProviderTrustCmd(env), newProviderUpdateCmd(env),
 		newProviderSetClientCmd(env), newProviderClientCertCmd(env), newProviderCheckCmd(env),
 		newProviderDefaultCmd(env), newProviderLsCmd(env), newProviderShowCmd(env),
-		newProviderUsageCmd(env), newProviderDeleteCmd(env))
+		newProviderUsageCmd(env), newProviderOrphansCmd(env), newProviderDeleteCmd(env))
 }
 
 func newProviderCreateNativeCmd(env *Env) *cobra.Command {

@@ -25,7 +25,9 @@ import (
 )
 
 // streams are the methods that answer with a stream.
-var streams = map[string]bool{"/strongroom.v1.TaskService/WatchTask": true, "/strongroom.v1.EventService/WatchEvents": true}
+var streams = map[string]bool{
+	"/strongroom.v1.TaskService/WatchTask": true, "/strongroom.v1.EventService/WatchEvents": true, "/strongroom.v1.ProviderService/ListOrphanKeys": true,
+}
 
 // outcome is what became of an empty call: "unauthenticated", "denied" or
 // "admitted" (whatever the method thought of an empty request).

@@ -69,8 +69,13 @@ type Controller struct {
 	starved    chan struct{} // buffered by one: a host lacks a KEK
 	look       chan struct{} // buffered by one: check the key servers soon
 
+	said said
+
 	// beatLife is how long a host counts as connected without a heartbeat.
 	beatLife time.Duration
+	// orphanAgeMin is how long ago a key must have been needed last before it may
+	// be destroyed as an orphan.
+	orphanAgeMin time.Duration
 
 	// providersMu is held while a provider comes or goes in key store and
 	// inventory, and while a task that needs its keys is submitted.
@@ -99,7 +104,10 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) (err error) {
 // time; new passwords are hashed as hashing says. The caller closes the
 // controller.
 func open(ctx context.Context, cfg Config, log *slog.Logger, hashing access.Hashing) (_ *Controller, err error) {
-	c := &Controller{cfg: cfg, log: log, servers: newKeyServers(), wake: make(chan struct{}, 1), starved: make(chan struct{}, 1), look: make(chan struct{}, 1), beatLife: heartbeatLife}
+	c := &Controller{
+		cfg: cfg, log: log, servers: newKeyServers(), wake: make(chan struct{}, 1), starved: make(chan struct{}, 1), look: make(chan struct{}, 1), beatLife: heartbeatLife,
+		said: said{keys: map[string][]inventory.KeyRef{}}, orphanAgeMin: orphanAgeMin,
+	}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, c.close())

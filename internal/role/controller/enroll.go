@@ -136,6 +136,7 @@ func (c enroll) Heartbeat(ctx context.Context, req *connect.Request[strongroomv1
 	if err := c.inv.Beat(ctx, id, c.beatLife); err != nil {
 		return nil, err
 	}
+	c.said.note(id, m.GetVms())
 	for _, vm := range m.GetVms() {
 		if err := c.noteVM(ctx, id, vm); errs.KindOf(err) == errs.Invalid {
 			// One that makes no sense must not keep the others from being noted.

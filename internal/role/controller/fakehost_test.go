@@ -455,3 +455,8 @@ func (h *fakeHost) DeleteVM(_ context.Context, req *connect.Request[strongroomv1
 	h.change(func() { delete(h.vms, req.Msg.GetId()) })
 	return connect.NewResponse(&strongroomv1.AgentDeleteVMResponse{}), nil
 }
+
+func (h *fakeHost) UnregisterVM(_ context.Context, req *connect.Request[strongroomv1.AgentUnregisterVMRequest]) (*connect.Response[strongroomv1.AgentUnregisterVMResponse], error) {
+	h.change(func() { delete(h.vms, req.Msg.GetId()) })
+	return connect.NewResponse(&strongroomv1.AgentUnregisterVMResponse{}), nil
+}

@@ -106,7 +106,7 @@ func (c *Controller) openKeyServer(p inventory.Provider) error {
 	}
 	defer secrets.Close()
 	config := standard.Config{
-		Name: p.Name, User: p.Standard.User, Password: secrets.Password, Proxy: p.Standard.Proxy,
+		Name: p.Name, Installation: c.identity().Cluster, User: p.Standard.User, Password: secrets.Password, Proxy: p.Standard.Proxy,
 		Timeout: time.Duration(p.Standard.TimeoutSeconds) * time.Second,
 	}
 	for _, s := range p.Standard.Servers {

@@ -66,14 +66,12 @@ func (c *Controller) makeKey(ctx context.Context, r *task.Run, _ inventory.Host,
 		return nil, keyError("make a key", a.NewKeyOf, "", err)
 	}
 	kek.Close() // got again when a host is sure to be there for it
-	made.Key = &inventory.KeyRef{Provider: ref.Provider, KeyID: ref.KeyID}
-	if err := r.SetData(ctx, made); err != nil {
-		return nil, err
-	}
-	if err := p.Label(ctx, ref, standard.Labels{Identifier: a.ID, Component: "Virtual Machine", Name: a.Name}); err != nil {
+	// Before the key is noted: a step that is cut off before that labels it again.
+	if err := p.Label(ctx, ref, standard.Labels{Identifier: a.ID, Component: standard.ComponentVM, Name: a.Name}); err != nil {
 		c.log.LogAttrs(ctx, slog.LevelInfo, "the key server takes no labels for its key", slog.String("key", ref.String()), slog.Any("err", err))
 	}
-	return nil, nil
+	made.Key = &inventory.KeyRef{Provider: ref.Provider, KeyID: ref.KeyID}
+	return nil, r.SetData(ctx, made)
 }
 
 // unmakeKey destroys the key of a task that failed, unless something uses it or

@@ -95,6 +95,7 @@ func (c *Controller) taskKinds() []task.Kind {
 		one(taskUnlock, "look for keys", false, c.unlock),
 		one(taskUnregister, "unregister", true, c.unregister),
 		one(taskDelete, "delete", true, c.delete),
+		{Name: taskDestroyOrphans, Steps: []task.StepFuncs{{Name: "destroy keys that nothing needs", Do: c.destroyOrphans}}},
 	}
 }
 
@@ -414,18 +415,19 @@ func (c *Controller) unregister(ctx context.Context, _ *task.Run, h inventory.Ho
 	if _, err := callHost(ctx, h, c.agents.of(h).UnregisterVM, &strongroomv1.AgentUnregisterVMRequest{Id: a.ID}); err != nil {
 		return nil, err
 	}
-	return nil, c.forget(ctx, a.ID)
+	return nil, c.forgotten(ctx, c.inv.UnregisterVM(ctx, a.ID))
 }
 
 func (c *Controller) delete(ctx context.Context, r *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {
 	if _, err := c.deleteOnHost(ctx, r, h, a); err != nil {
 		return nil, err
 	}
-	return nil, c.forget(ctx, a.ID)
+	return nil, c.forgotten(ctx, c.inv.DeleteVM(ctx, a.ID))
 }
 
-func (c *Controller) forget(ctx context.Context, id string) error {
-	if err := c.inv.DeleteVM(ctx, id); err != nil {
+// forgotten puts right what depends on a VM that the inventory has forgotten.
+func (c *Controller) forgotten(ctx context.Context, err error) error {
+	if err != nil {
 		return err
 	}
 	c.poke() // its KEKs of standard providers leave the hosts' memory

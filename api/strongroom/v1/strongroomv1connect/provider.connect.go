@@ -72,6 +72,12 @@ const (
 	// ProviderServiceGetProviderUsageProcedure is the fully-qualified name of the ProviderService's
 	// GetProviderUsage RPC.
 	ProviderServiceGetProviderUsageProcedure = "/strongroom.v1.ProviderService/GetProviderUsage"
+	// ProviderServiceListOrphanKeysProcedure is the fully-qualified name of the ProviderService's
+	// ListOrphanKeys RPC.
+	ProviderServiceListOrphanKeysProcedure = "/strongroom.v1.ProviderService/ListOrphanKeys"
+	// ProviderServiceDestroyOrphanKeysProcedure is the fully-qualified name of the ProviderService's
+	// DestroyOrphanKeys RPC.
+	ProviderServiceDestroyOrphanKeysProcedure = "/strongroom.v1.ProviderService/DestroyOrphanKeys"
 	// ProviderServiceDeleteProviderProcedure is the fully-qualified name of the ProviderService's
 	// DeleteProvider RPC.
 	ProviderServiceDeleteProviderProcedure = "/strongroom.v1.ProviderService/DeleteProvider"
@@ -116,6 +122,17 @@ type ProviderServiceClient interface {
 	// GetProviderUsage lists everything registered here that needs the
 	// provider's keys. Copies elsewhere (backups, replicas) cannot be known.
 	GetProviderUsage(context.Context, *connect.Request[v1.GetProviderUsageRequest]) (*connect.Response[v1.GetProviderUsageResponse], error)
+	// ListOrphanKeys tells of the keys at a standard provider's key server that
+	// this installation made and that nothing known here needs: no registered VM,
+	// powered off or locked ones included, no VM that was unregistered and whose
+	// folder may be registered again, no VM that a host tells of, and no task.
+	// Copies elsewhere (backups, replicas) cannot be known. Several answers carry
+	// the keys; the last one carries all but keys.
+	ListOrphanKeys(context.Context, *connect.Request[v1.ListOrphanKeysRequest]) (*connect.ServerStreamForClient[v1.ListOrphanKeysResponse], error)
+	// DestroyOrphanKeys has the key server deactivate and then destroy the keys
+	// that ListOrphanKeys tells of at the time when their turn comes. It is
+	// refused while a host has not told what VMs it has.
+	DestroyOrphanKeys(context.Context, *connect.Request[v1.DestroyOrphanKeysRequest]) (*connect.Response[v1.Task], error)
 	// DeleteProvider removes a provider here and its keys from all hosts. One
 	// that is in use is refused unless force is set.
 	DeleteProvider(context.Context, *connect.Request[v1.DeleteProviderRequest]) (*connect.Response[v1.DeleteProviderResponse], error)
@@ -210,6 +227,18 @@ func NewProviderServiceClient(httpClient connect.HTTPClient, baseURL string, opt
 			connect.WithSchema(providerServiceMethods.ByName("GetProviderUsage")),
 			connect.WithClientOptions(opts...),
 		),
+		listOrphanKeys: connect.NewClient[v1.ListOrphanKeysRequest, v1.ListOrphanKeysResponse](
+			httpClient,
+			baseURL+ProviderServiceListOrphanKeysProcedure,
+			connect.WithSchema(providerServiceMethods.ByName("ListOrphanKeys")),
+			connect.WithClientOptions(opts...),
+		),
+		destroyOrphanKeys: connect.NewClient[v1.DestroyOrphanKeysRequest, v1.Task](
+			httpClient,
+			baseURL+ProviderServiceDestroyOrphanKeysProcedure,
+			connect.WithSchema(providerServiceMethods.ByName("DestroyOrphanKeys")),
+			connect.WithClientOptions(opts...),
+		),
 		deleteProvider: connect.NewClient[v1.DeleteProviderRequest, v1.DeleteProviderResponse](
 			httpClient,
 			baseURL+ProviderServiceDeleteProviderProcedure,
@@ -234,6 +263,8 @@ type providerServiceClient struct {
 	importProvider         *connect.Client[v1.ImportProviderRequest, v1.ImportProviderResponse]
 	setDefaultProvider     *connect.Client[v1.SetDefaultProviderRequest, v1.SetDefaultProviderResponse]
 	getProviderUsage       *connect.Client[v1.GetProviderUsageRequest, v1.GetProviderUsageResponse]
+	listOrphanKeys         *connect.Client[v1.ListOrphanKeysRequest, v1.ListOrphanKeysResponse]
+	destroyOrphanKeys      *connect.Client[v1.DestroyOrphanKeysRequest, v1.Task]
 	deleteProvider         *connect.Client[v1.DeleteProviderRequest, v1.DeleteProviderResponse]
 }
 
@@ -302,6 +333,16 @@ func (c *providerServiceClient) GetProviderUsage(ctx context.Context, req *conne
 	return c.getProviderUsage.CallUnary(ctx, req)
 }
 
+// ListOrphanKeys calls strongroom.v1.ProviderService.ListOrphanKeys.
+func (c *providerServiceClient) ListOrphanKeys(ctx context.Context, req *connect.Request[v1.ListOrphanKeysRequest]) (*connect.ServerStreamForClient[v1.ListOrphanKeysResponse], error) {
+	return c.listOrphanKeys.CallServerStream(ctx, req)
+}
+
+// DestroyOrphanKeys calls strongroom.v1.ProviderService.DestroyOrphanKeys.
+func (c *providerServiceClient) DestroyOrphanKeys(ctx context.Context, req *connect.Request[v1.DestroyOrphanKeysRequest]) (*connect.Response[v1.Task], error) {
+	return c.destroyOrphanKeys.CallUnary(ctx, req)
+}
+
 // DeleteProvider calls strongroom.v1.ProviderService.DeleteProvider.
 func (c *providerServiceClient) DeleteProvider(ctx context.Context, req *connect.Request[v1.DeleteProviderRequest]) (*connect.Response[v1.DeleteProviderResponse], error) {
 	return c.deleteProvider.CallUnary(ctx, req)
@@ -346,6 +387,17 @@ type ProviderServiceHandler interface {
 	// GetProviderUsage lists everything registered here that needs the
 	// provider's keys. Copies elsewhere (backups, replicas) cannot be known.
 	GetProviderUsage(context.Context, *connect.Request[v1.GetProviderUsageRequest]) (*connect.Response[v1.GetProviderUsageResponse], error)
+	// ListOrphanKeys tells of the keys at a standard provider's key server that
+	// this installation made and that nothing known here needs: no registered VM,
+	// powered off or locked ones included, no VM that was unregistered and whose
+	// folder may be registered again, no VM that a host tells of, and no task.
+	// Copies elsewhere (backups, replicas) cannot be known. Several answers carry
+	// the keys; the last one carries all but keys.
+	ListOrphanKeys(context.Context, *connect.Request[v1.ListOrphanKeysRequest], *connect.ServerStream[v1.ListOrphanKeysResponse]) error
+	// DestroyOrphanKeys has the key server deactivate and then destroy the keys
+	// that ListOrphanKeys tells of at the time when their turn comes. It is
+	// refused while a host has not told what VMs it has.
+	DestroyOrphanKeys(context.Context, *connect.Request[v1.DestroyOrphanKeysRequest]) (*connect.Response[v1.Task], error)
 	// DeleteProvider removes a provider here and its keys from all hosts. One
 	// that is in use is refused unless force is set.
 	DeleteProvider(context.Context, *connect.Request[v1.DeleteProviderRequest]) (*connect.Response[v1.DeleteProviderResponse], error)
@@ -436,6 +488,18 @@ func NewProviderServiceHandler(svc ProviderServiceHandler, opts ...connect.Handl
 		connect.WithSchema(providerServiceMethods.ByName("GetProviderUsage")),
 		connect.WithHandlerOptions(opts...),
 	)
+	providerServiceListOrphanKeysHandler := connect.NewServerStreamHandler(
+		ProviderServiceListOrphanKeysProcedure,
+		svc.ListOrphanKeys,
+		connect.WithSchema(providerServiceMethods.ByName("ListOrphanKeys")),
+		connect.WithHandlerOptions(opts...),
+	)
+	providerServiceDestroyOrphanKeysHandler := connect.NewUnaryHandler(
+		ProviderServiceDestroyOrphanKeysProcedure,
+		svc.DestroyOrphanKeys,
+		connect.WithSchema(providerServiceMethods.ByName("DestroyOrphanKeys")),
+		connect.WithHandlerOptions(opts...),
+	)
 	providerServiceDeleteProviderHandler := connect.NewUnaryHandler(
 		ProviderServiceDeleteProviderProcedure,
 		svc.DeleteProvider,
@@ -470,6 +534,10 @@ func NewProviderServiceHandler(svc ProviderServiceHandler, opts ...connect.Handl
 			providerServiceSetDefaultProviderHandler.ServeHTTP(w, r)
 		case ProviderServiceGetProviderUsageProcedure:
 			providerServiceGetProviderUsageHandler.ServeHTTP(w, r)
+		case ProviderServiceListOrphanKeysProcedure:
+			providerServiceListOrphanKeysHandler.ServeHTTP(w, r)
+		case ProviderServiceDestroyOrphanKeysProcedure:
+			providerServiceDestroyOrphanKeysHandler.ServeHTTP(w, r)
 		case ProviderServiceDeleteProviderProcedure:
 			providerServiceDeleteProviderHandler.ServeHTTP(w, r)
 		default:
@@ -531,6 +599,14 @@ func (UnimplementedProviderServiceHandler) SetDefaultProvider(context.Context, *
 
 func (UnimplementedProviderServiceHandler) GetProviderUsage(context.Context, *connect.Request[v1.GetProviderUsageRequest]) (*connect.Response[v1.GetProviderUsageResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.ProviderService.GetProviderUsage is not implemented"))
+}
+
+func (UnimplementedProviderServiceHandler) ListOrphanKeys(context.Context, *connect.Request[v1.ListOrphanKeysRequest], *connect.ServerStream[v1.ListOrphanKeysResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.ProviderService.ListOrphanKeys is not implemented"))
+}
+
+func (UnimplementedProviderServiceHandler) DestroyOrphanKeys(context.Context, *connect.Request[v1.DestroyOrphanKeysRequest]) (*connect.Response[v1.Task], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.ProviderService.DestroyOrphanKeys is not implemented"))
 }
 
 func (UnimplementedProviderServiceHandler) DeleteProvider(context.Context, *connect.Request[v1.DeleteProviderRequest]) (*connect.Response[v1.DeleteProviderResponse], error) {

@@ -41,8 +41,11 @@ var ErrNotActive = fmt.Errorf("%w: it is not active at the key server", keyprovi
 
 // Config is the way to a KMS and the credentials for it.
 type Config struct {
-	Name    string   // of the provider
-	Servers []string // "host:port" in order of preference; all have the same keys
+	Name string // of the provider
+	// Installation is written to the keys that are made, to know them again; empty
+	// for one that makes none.
+	Installation string
+	Servers      []string // "host:port" in order of preference; all have the same keys
 	// Pins are the certificates of the servers that were confirmed. If there are
 	// none, Authorities must be set.
 	Pins        []kmipclient.Fingerprint
@@ -60,10 +63,11 @@ type Config struct {
 
 // Provider is a standard provider. Make it with [New] and close it.
 type Provider struct {
-	name    string
-	servers []string
-	client  *kmipclient.Client
-	single  []*kmipclient.Client // one for each server
+	name         string
+	installation string
+	servers      []string
+	client       *kmipclient.Client
+	single       []*kmipclient.Client // one for each server
 
 	life context.Context // ends at Close, and calls with it
 	end  context.CancelFunc
@@ -90,7 +94,7 @@ func New(c Config) (_ *Provider, err error) {
 		// Sent whatever authorities the server names: it may not name any.
 		config.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return c.Certificate(), nil }
 	}
-	p := &Provider{name: c.Name, servers: c.Servers}
+	p := &Provider{name: c.Name, installation: c.Installation, servers: c.Servers}
 	p.life, p.end = context.WithCancel(context.Background())
 	defer func() {
 		if err != nil {
@@ -150,7 +154,11 @@ func (p *Provider) begin(ctx context.Context) (_ context.Context, done func(), e
 }
 
 // nameOf is the Name at the KMS of the key made for an object.
-func nameOf(objectID uuid.UUID) string { return "strongroom-" + objectID.String() }
+func nameOf(objectID uuid.UUID) string { return NameOf(objectID.String()) }
+
+// NameOf is the Name at the KMS of the key made for the object of that UUID, in
+// lower case.
+func NameOf(objectID string) string { return "strongroom-" + objectID }
 
 // NewKEK implements [keyprovider.Provider]: it makes the key at the KMS, unless
 // one is there that was made for this object, activates it and gets it. The
@@ -264,32 +272,6 @@ func (p *Provider) outcome(caller context.Context, err error) error {
 	return fmt.Errorf("%w: %w", keyprovider.ErrUnavailable, err)
 }
 
-// Labels are what is written to a key at the KMS for the people who look there:
-// the attributes that vCenter writes.
-type Labels struct {
-	Identifier string // x-Identifier: the VM's UUID
-	Component  string // x-Component: "Virtual Machine"
-	Name       string // x-Name: the VM's name
-}
-
-// Label writes labels to a key. Not every KMS takes them, and nothing depends on
-// them: an error is for the log.
-func (p *Provider) Label(caller context.Context, ref keysafe.Ref, l Labels) error {
-	ctx, done, err := p.begin(caller)
-	if err != nil {
-		return err
-	}
-	defer done()
-	for _, a := range [][2]string{
-		{"x-Vendor", "Strongroom"}, {"x-Product", "Strongroom"}, {"x-Identifier", l.Identifier}, {"x-Component", l.Component}, {"x-Name", l.Name},
-	} {
-		if err := p.client.SetCustom(ctx, ref.KeyID, a[0], a[1]); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
 // Discard destroys the key that [Provider.NewKEK] made, or may have made, for an
 // object. The caller must know that nothing uses it. One that is not there, or
 // is destroyed already, is no error.
@@ -304,22 +286,13 @@ func (p *Provider) Discard(caller context.Context, objectID uuid.UUID) error {
 		return p.outcome(caller, err)
 	}
 	for _, id := range found {
-		if err := p.destroy(ctx, id); err != nil && errs.KindOf(err) != errs.NotFound {
+		err := p.deactivate(ctx, id)
+		if err == nil {
+			err = p.client.Destroy(ctx, id)
+		}
+		if err != nil && errs.KindOf(err) != errs.NotFound {
 			return fmt.Errorf("cannot destroy key %s at key provider %s: %w", id, p.name, p.outcome(caller, err))
 		}
 	}
 	return nil
-}
-
-func (p *Provider) destroy(ctx context.Context, id string) error {
-	state, err := p.client.State(ctx, id)
-	if err != nil {
-		return err
-	}
-	if state == kmip.StateActive {
-		if err := p.client.Revoke(ctx, id, kmip.RevocationReasonCodeCessationOfOperation); err != nil {
-			return err
-		}
-	}
-	return p.client.Destroy(ctx, id)
 }

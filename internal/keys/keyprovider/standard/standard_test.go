@@ -29,7 +29,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 func open(t *testing.T, ca *testca.Authority, client tls.Certificate, servers ...string) *Provider {
 	t.Helper()
 	p, err := New(Config{
-		Name: "kms-1", Servers: servers, Authorities: ca.Pool(), Certificate: func() *tls.Certificate { return &client }, Timeout: 30 * time.Second, Retry: time.Nanosecond,
+		Name: "kms-1", Installation: "here", Servers: servers, Authorities: ca.Pool(), Certificate: func() *tls.Certificate { return &client }, Timeout: 30 * time.Second, Retry: time.Nanosecond,
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -106,7 +106,7 @@ func TestProbeAndLabel(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	for name, value := range map[string]string{"x-Vendor": "Strongroom", "x-Product": "Strongroom", "x-Identifier": want.Identifier, "x-Component": want.Component, "x-Name": want.Name} {
+	for name, value := range map[string]string{"x-Vendor": "Strongroom", "x-Product": "Strongroom", "x-Identifier": want.Identifier, "x-Component": want.Component, "x-Name": want.Name, "x-Controller": "here"} {
 		if got, err := p.client.Custom(t.Context(), ref.KeyID, name); err != nil || got != value {
 			t.Errorf("%s is %q, %v; want %q", name, got, err, value)
 		}
@@ -357,5 +357,73 @@ func TestPair(t *testing.T) {
 	}
 	if _, err := ParseChain(keyText); err == nil {
 		t.Error("a certificate in a private key")
+	}
+}
+
+// TestOwnKeys: a key is ours by its labels, and only such a key is destroyed.
+func TestOwnKeys(t *testing.T) {
+	t.Parallel()
+	ca := testca.New(t)
+	server := kms.NewServer(t, ca)
+	server.Start(t)
+	client := ca.Client(t, "controller")
+	p := open(t, ca, client, server.Addr)
+	theirs, err := New(Config{
+		Name: "kms-1", Installation: "there", Servers: []string{server.Addr}, Authorities: ca.Pool(), Certificate: func() *tls.Certificate { return &client }, Timeout: 30 * time.Second,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer theirs.Close()
+	newKey := func(p *Provider, labels *Labels) string {
+		t.Helper()
+		ref, kek, err := p.NewKEK(t.Context(), uuid.New())
+		if err != nil {
+			t.Fatal(err)
+		}
+		kek.Close()
+		if labels != nil {
+			if err := p.Label(t.Context(), ref, *labels); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return ref.KeyID
+	}
+	labels := Labels{Component: ComponentVM, Identifier: uuid.NewString(), Name: "web-1"}
+	ours := newKey(p, &labels)
+	if ids, err := p.Mine(t.Context()); err != nil || len(ids) != 1 || ids[0] != ours {
+		t.Errorf("mine: %v, %v", ids, err)
+	}
+	for what, id := range map[string]string{"of another installation": newKey(theirs, &labels), "without labels": newKey(p, nil), "that is not there": uuid.NewString()} {
+		if _, err := p.Mark(t.Context(), id); !errors.Is(err, ErrNotOurs) {
+			t.Errorf("a key %s: %v", what, err)
+		}
+		if err := p.Deactivate(t.Context(), id); !errors.Is(err, ErrNotOurs) {
+			t.Errorf("a key %s is deactivated: %v", what, err)
+		}
+		if err := p.Destroy(t.Context(), id); !errors.Is(err, ErrNotOurs) {
+			t.Errorf("a key %s is destroyed: %v", what, err)
+		}
+	}
+	k, err := p.Mark(t.Context(), ours)
+	if err != nil || k.ID != ours || !strings.HasPrefix(k.Name, "strongroom-") || k.Labels != labels || k.Created.IsZero() {
+		t.Errorf("ours is %+v, %v", k, err)
+	}
+	if err := p.Destroy(t.Context(), ours); err == nil {
+		t.Error("a key in use is destroyed")
+	}
+	for range 2 { // its use has ended: no error
+		if err := p.Deactivate(t.Context(), ours); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if k, err := p.KEK(t.Context(), keysafe.Ref{Provider: "kms-1", KeyID: ours}); k != nil || !errors.Is(err, ErrNotActive) {
+		t.Errorf("deactivated, it is given out: %v", err)
+	}
+	if err := p.Destroy(t.Context(), ours); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := p.Mark(t.Context(), ours); !errors.Is(err, ErrNotOurs) {
+		t.Errorf("destroyed, it is ours: %v", err)
 	}
 }

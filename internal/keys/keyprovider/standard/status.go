@@ -62,6 +62,9 @@ func (p *Provider) probe(ctx context.Context, id uuid.UUID) error {
 		return err
 	}
 	defer kek.Close()
+	// So that it is found again if nobody comes to destroy it. Not every KMS takes
+	// labels.
+	_ = p.Label(ctx, ref, Labels{Component: ComponentTrial})
 	for i, addr := range p.servers {
 		if err := p.sameAt(ctx, i, ref.KeyID, kek); err != nil {
 			return fmt.Errorf("%w: server %s does not have the key that another one made; all servers of a provider must share their keys: %w", ErrProbe, addr, err)

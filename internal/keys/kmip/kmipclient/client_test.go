@@ -4,16 +4,19 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/ovh/kmip-go"
+	"github.com/ovh/kmip-go/ttlv"
 	"go.uber.org/goleak"
 
 	"strongroom/internal/crypto/keymem"
@@ -112,6 +115,82 @@ func newClient(t *testing.T, ca *testca.Authority, edit func(*Config), servers .
 	}
 	t.Cleanup(func() { client.Close() })
 	return client
+}
+
+// TestLabelled: all keys with a label are found, page by page, from a server of
+// any version, and no others.
+func TestLabelled(t *testing.T) {
+	t.Parallel()
+	ca := testca.New(t)
+	store := kmipserver.NewMemory()
+	t.Cleanup(func() { store.Close() })
+	const keys = 2*pageMax + 1
+	if err := store.Update(t.Context(), "controller", func(tx kmipserver.Tx) error {
+		for i := range keys + 3 {
+			label := "ours"
+			if i >= keys {
+				label = "theirs"
+			}
+			o := &kmipserver.Object{ID: fmt.Sprintf("key-%05d", i), Type: kmip.ObjectTypeSymmetricKey, Attributes: []kmip.Attribute{
+				{AttributeName: "x-Controller", AttributeValue: ttlv.Value{Tag: kmip.TagAttributeValue, Value: label}},
+			}}
+			if err := tx.Put(o); err != nil {
+				return err
+			}
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	l, _ := start(t, ca, store, "127.0.0.1:0")
+	c := newClient(t, ca, func(c *Config) { c.Request = time.Minute }, l.Addr().String())
+	for _, version := range []kmip.ProtocolVersion{kmip.V1_4, kmip.V1_2} {
+		s := c.servers[0]
+		s.mu.Lock()
+		s.version = version
+		s.mu.Unlock()
+		ids, err := c.Labelled(t.Context(), "x-Controller", "ours")
+		if err != nil {
+			t.Fatal(err)
+		}
+		slices.Sort(ids)
+		want := keys
+		if version == kmip.V1_2 {
+			want = min(keys, 10000) // in one answer: the server's limit
+		}
+		if n := len(slices.Compact(ids)); n != want || ids[len(ids)-1] >= fmt.Sprintf("key-%05d", keys) {
+			t.Errorf("version %v: %d keys, want %d; the last is %s", version, n, want, ids[len(ids)-1])
+		}
+		if ids, err := c.Labelled(t.Context(), "x-Controller", "nobody's"); err != nil || len(ids) != 0 {
+			t.Errorf("nobody's keys: %d, %v", len(ids), err)
+		}
+	}
+}
+
+// TestDescribe: what a server tells of a key, without its material.
+func TestDescribe(t *testing.T) {
+	t.Parallel()
+	ca := testca.New(t)
+	store := kmipserver.NewMemory()
+	t.Cleanup(func() { store.Close() })
+	l, _ := start(t, ca, store, "127.0.0.1:0")
+	c := newClient(t, ca, nil, l.Addr().String())
+	begin := time.Now().Add(-time.Minute)
+	id, err := c.CreateNamed(t.Context(), "strongroom-1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.SetCustom(t.Context(), id, "x-Name", "web-1"); err != nil {
+		t.Fatal(err)
+	}
+	d, err := c.Describe(t.Context(), id)
+	if err != nil || d.State != kmip.StatePreActive || d.Name != "strongroom-1" || d.Labels["x-Name"] != "web-1" || len(d.Labels) != 1 || d.Created.Before(begin) || time.Now().Add(time.Minute).Before(d.Created) {
+		t.Errorf("described as %+v, %v", d, err)
+	}
+	_, err = c.Describe(t.Context(), "no-such-key")
+	if errs.KindOf(err) != errs.NotFound {
+		t.Errorf("a key that is not there: %v", err)
+	}
 }
 
 // life takes one key through everything.

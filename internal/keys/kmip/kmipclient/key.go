@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/google/uuid"
 	"github.com/ovh/kmip-go"
@@ -78,6 +79,82 @@ func (c *Client) Find(ctx context.Context, keyName string) ([]string, error) {
 func (c *Client) Keys(ctx context.Context) ([]string, error) {
 	found, err := c.locateBy(ctx, "", kmip.Attribute{AttributeName: kmip.AttributeNameObjectType, AttributeValue: kmip.ObjectTypeSymmetricKey})
 	return found, c.describe("list the keys", err)
+}
+
+// pageMax is how many identifiers are asked for at a time.
+const pageMax = 5000
+
+// Labelled returns the identifiers of all keys whose custom attribute has that
+// value, as the servers say: not all of them look at custom attributes, so that
+// [Client.Describe] must be asked of each before anything is done to it.
+func (c *Client) Labelled(ctx context.Context, name, value string) ([]string, error) {
+	ids, err := c.pages(ctx, kmip.Attribute{AttributeName: kmip.AttributeName(name), AttributeValue: ttlv.Value{Tag: kmip.TagAttributeValue, Value: value}})
+	return ids, c.describe("list the keys", err)
+}
+
+// pages asks for all keys, page by page. Keys that are made meanwhile shift the
+// pages, so that one may come twice; those that are destroyed may hide another,
+// which is there the next time. A server that knows no pages (KMIP 1.2 and
+// older) shows the first one again, and is asked for all at once.
+func (c *Client) pages(ctx context.Context, by kmip.Attribute) ([]string, error) {
+	var ids []string
+	seen := map[string]bool{}
+	for limit := int32(pageMax); ; {
+		out, err := c.try(ctx, &payloads.LocateRequestPayload{MaximumItems: limit, OffsetItems: int32(len(ids)), Attribute: []kmip.Attribute{by}}, "", false)
+		if err != nil {
+			return nil, err
+		}
+		page := out.(*payloads.LocateResponsePayload).UniqueIdentifier
+		before := len(ids)
+		for _, id := range page {
+			if !seen[id] {
+				seen[id] = true
+				ids = append(ids, id)
+			}
+		}
+		switch {
+		case limit == 0, len(ids) == before && len(page) < pageMax:
+			return ids, nil
+		case len(ids) == before:
+			limit = 0
+		}
+	}
+}
+
+// Description is what a server tells of a key beyond its material.
+type Description struct {
+	State   kmip.State
+	Name    string            // the first; empty if it has none
+	Created time.Time         // zero if the server does not tell
+	Labels  map[string]string // its custom attributes of text
+}
+
+// Describe returns what is known of a key.
+func (c *Client) Describe(ctx context.Context, id string) (Description, error) {
+	d := Description{Labels: map[string]string{}}
+	list, err := c.attributes(ctx, id)
+	if err != nil {
+		return d, c.describe("describe key "+id, err)
+	}
+	for _, a := range list {
+		switch v := a.AttributeValue.(type) {
+		case kmip.State:
+			d.State = v
+		case kmip.Name:
+			if d.Name == "" {
+				d.Name = v.NameValue
+			}
+		case time.Time:
+			if a.AttributeName == kmip.AttributeNameInitialDate {
+				d.Created = v
+			}
+		case ttlv.Value:
+			if text, ok := v.Value.(string); ok {
+				d.Labels[string(a.AttributeName)] = text
+			}
+		}
+	}
+	return d, nil
 }
 
 func (c *Client) locate(ctx context.Context, name kmip.Name) ([]string, error) {

@@ -1,0 +1,91 @@
+package inventory
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"slices"
+	"time"
+
+	"strongroom/internal/control/store"
+	"strongroom/internal/errs"
+)
+
+// Retired is a key of a standard provider that no VM here needs any more, as far
+// as is known. The key is still at its key server.
+type Retired struct {
+	Key   KeyRef    `json:"key"`
+	VM    string    `json:"vm"`    // the name of the VM that needed it last
+	Since time.Time `json:"since"` // when it did so last
+}
+
+// KeptVM is a VM that was unregistered. Its folder is still there and can be
+// registered again, so its keys are needed. There is one for a folder.
+type KeptVM struct {
+	ID        string    `json:"id"`
+	Name      string    `json:"name"`
+	Datastore string    `json:"datastore"`
+	Folder    string    `json:"folder"`
+	Keys      []KeyRef  `json:"keys"`
+	Since     time.Time `json:"since"`
+}
+
+// retiredKey is the record's key: a key server may give any identifier.
+func retiredKey(k KeyRef) string { return k.Provider + "/" + hex.EncodeToString([]byte(k.KeyID)) }
+
+// retire notes that a VM needs those keys no more, as long as nobody else does.
+func (inv *Inventory) retire(ctx context.Context, tx *store.Tx, vm string, keys []KeyRef) error {
+	for _, k := range keys {
+		p, err := inv.providers.In(tx).Get(ctx, k.Provider)
+		if errors.Is(err, store.ErrNotFound) || err == nil && p.Standard == nil {
+			continue // there is no such key anywhere
+		}
+		if err != nil {
+			return err
+		}
+		if err := inv.retired.In(tx).Put(ctx, retiredKey(k), Retired{Key: k, VM: vm, Since: inv.now()}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// retireDropped notes the keys that v needed before, and now needs no more.
+func (inv *Inventory) retireDropped(ctx context.Context, tx *store.Tx, v VM, before []KeyRef) error {
+	needed := v.Keys()
+	return inv.retire(ctx, tx, v.Name, slices.DeleteFunc(before, func(k KeyRef) bool { return slices.Contains(needed, k) }))
+}
+
+// Retired returns the keys of a provider that VMs needed once, by key id. Some of
+// them may be in use again.
+func (inv *Inventory) Retired(ctx context.Context, provider string) (map[string]Retired, error) {
+	all, err := inv.retired.Scan(ctx, store.Range{Prefix: provider + "/"})
+	if err != nil {
+		return nil, errs.Wrap(err, "cannot list the retired keys of key provider %s", provider)
+	}
+	out := make(map[string]Retired, len(all))
+	for _, e := range all {
+		out[e.Value.Key.KeyID] = e.Value
+	}
+	return out, nil
+}
+
+// ForgetRetired forgets a key that is destroyed. One that is not known is no
+// error.
+func (inv *Inventory) ForgetRetired(ctx context.Context, k KeyRef) error {
+	if err := inv.retired.Delete(ctx, retiredKey(k)); err != nil && !errors.Is(err, store.ErrNotFound) {
+		return errs.Wrap(err, "cannot forget key %s of key provider %s", k.KeyID, k.Provider)
+	}
+	return nil
+}
+
+// KeptVMs returns the VMs that were unregistered and not registered or deleted
+// since.
+func (inv *Inventory) KeptVMs(ctx context.Context) ([]KeptVM, error) { return inv.kept.List(ctx) }
+
+// UnregisterVM forgets the VM with that id and notes that its folder, which is
+// not touched, still needs its keys. Forgetting a VM that is not there is no
+// error.
+func (inv *Inventory) UnregisterVM(ctx context.Context, id string) error {
+	return errs.Wrap(inv.removeVM(ctx, id, true), "cannot unregister VM %s", id)
+}

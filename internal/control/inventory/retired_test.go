@@ -1,0 +1,98 @@
+package inventory_test
+
+import (
+	"maps"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"strongroom/internal/control/inventory"
+)
+
+// TestRetired: a key of a key server that VMs need no more is known with the time
+// since when, and one that an unregistered VM needs is kept.
+func TestRetired(t *testing.T) {
+	t.Parallel()
+	l, ctx := newLab(t), t.Context()
+	now := time.Date(2026, 11, 1, 0, 0, 0, 0, time.UTC)
+	l.SetClock(func() time.Time { return now })
+	must(l.CreateProvider(ctx, inventory.Provider{Name: "kms-1", Type: inventory.StandardType, Standard: &inventory.Standard{}}))(t)
+	must(l.CreateProvider(ctx, inventory.Provider{Name: "kp-1", Type: inventory.Native, KeyID: "k"}))(t)
+	key := func(id string) inventory.KeyRef { return inventory.KeyRef{Provider: "kms-1", KeyID: id} }
+	retired := func() map[string]time.Time {
+		t.Helper()
+		out := map[string]time.Time{}
+		for id, r := range must(l.Retired(ctx, "kms-1"))(t) {
+			if r.Key != key(id) || r.VM == "" {
+				t.Errorf("retired: %+v", r)
+			}
+			out[id] = r.Since
+		}
+		return out
+	}
+	rekey := func(v inventory.VM, to inventory.KeyRef) {
+		t.Helper()
+		must(l.UpdateVM(ctx, v.ID, func(v *inventory.VM) error { v.Disks[0].Key = &to; return nil }))(t)
+	}
+
+	// A key server may call its keys anything.
+	odd := "a/b \x00\u00fc"
+	one := must(l.CreateVM(ctx, l.vm("one", key("1"), key(odd))))(t)
+	two := must(l.CreateVM(ctx, l.vm("two", inventory.KeyRef{Provider: "kp-1", KeyID: "k/2"})))(t)
+	rekey(one, key("2"))
+	first := now
+	now = now.Add(time.Hour)
+	rekey(one, key("3"))
+	rekey(two, key("4")) // what it had was of no key server
+	if diff := cmp.Diff(map[string]time.Time{"1": first, "2": now}, retired()); diff != "" {
+		t.Error(diff)
+	}
+
+	// Unregistered, a VM still needs its keys, until its folder is registered.
+	if err := l.UnregisterVM(ctx, one.ID); err != nil {
+		t.Fatal(err)
+	}
+	kept := must(l.KeptVMs(ctx))(t)
+	want := []inventory.KeptVM{{ID: one.ID, Name: "one", Datastore: "ds", Folder: "one", Keys: []inventory.KeyRef{key("3"), key(odd)}, Since: now}}
+	if diff := cmp.Diff(want, kept); diff != "" {
+		t.Error(diff)
+	}
+	// A copy in another folder, with the same id, leaves that as it is.
+	elsewhere := l.vm("one", key("3"))
+	elsewhere.ID, elsewhere.Folder = one.ID, "copy"
+	must(l.CreateVM(ctx, elsewhere))(t)
+	if diff := cmp.Diff(want, must(l.KeptVMs(ctx))(t)); diff != "" {
+		t.Error(diff)
+	}
+	now = now.Add(time.Hour)
+	if err := l.DeleteVM(ctx, one.ID); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(want, must(l.KeptVMs(ctx))(t)); diff != "" {
+		t.Error(diff)
+	}
+	must(l.CreateVM(ctx, one))(t)
+	if kept := must(l.KeptVMs(ctx))(t); len(kept) != 0 {
+		t.Errorf("registered again, and still kept: %+v", kept)
+	}
+	now = now.Add(time.Hour)
+	for range 2 { // a second time there is nothing to delete
+		if err := l.DeleteVM(ctx, one.ID); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got := retired()
+	if ids := slices.Sorted(maps.Keys(got)); !slices.Equal(ids, []string{"1", "2", "3", odd}) || got["1"] != now || got[odd] != now {
+		t.Errorf("retired %v", got)
+	}
+	for range 2 {
+		if err := l.ForgetRetired(ctx, key("3")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, ok := retired()["3"]; ok {
+		t.Error("a forgotten key is known")
+	}
+}
