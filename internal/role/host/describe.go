@@ -30,7 +30,8 @@ func (h *Host) read(reg registered) (dir string, vm *bundle.VM, err error) {
 }
 
 // describe returns what a user wants to know of a VM, read from its folder. It
-// works while the VM runs, and tells as locked a VM whose key cannot be had.
+// works while the VM runs, and tells as locked a VM whose key cannot be had and
+// whose DEKs no volume process holds: it could not go on.
 func (h *Host) describe(ctx context.Context, m *machine) (*strongroomv1.VM, error) {
 	reg, on := m.state()
 	dir, vm, err := h.read(reg)
@@ -48,14 +49,20 @@ func (h *Host) describe(ctx context.Context, m *machine) (*strongroomv1.VM, erro
 		},
 	}
 	var interfaces map[string]qemu.Interface
+	unlocked := false
 	if r := m.run(); on && r != nil {
-		out.PowerState, interfaces = "poweredOn", r.interfaces
+		out.PowerState, interfaces, unlocked = "poweredOn", r.interfaces, r.process() != nil
 	}
 	if vm.Key != nil {
 		out.Key = keyRef(vm.Key.Ref())
 	}
 	for _, d := range vm.Disks {
-		disk, err := h.describeDisk(ctx, dir, d)
+		disk, keys, err := h.describeDisk(dir, d)
+		for _, key := range keys {
+			if err == nil && !unlocked {
+				err = h.haveKEK(ctx, key)
+			}
+		}
 		if err != nil {
 			// One bad disk must not hide the VM, nor the others.
 			out.CryptoState, out.LockReason = "locked", reason(errs.Wrap(err, "disk %s", d.Name))
@@ -66,36 +73,35 @@ func (h *Host) describe(ctx context.Context, m *machine) (*strongroomv1.VM, erro
 	return out, nil
 }
 
-func (h *Host) describeDisk(ctx context.Context, dir string, d bundle.Disk) (*strongroomv1.Disk, error) {
+// describeDisk also returns the addresses of the keys that the disk needs.
+func (h *Host) describeDisk(dir string, d bundle.Disk) (*strongroomv1.Disk, []keysafe.Ref, error) {
 	out := &strongroomv1.Disk{Name: d.Name, File: d.File, SizeBytes: d.SizeBytes, Encrypted: d.Format == bundle.FormatLUKS}
 	path := filepath.Join(dir, d.File)
 	info, err := os.Lstat(path)
 	if err != nil {
-		return out, err
+		return out, nil, err
 	}
 	if err := isStorage(info); err != nil {
-		return out, err
+		return out, nil, err
 	}
 	if stat, ok := info.Sys().(*syscall.Stat_t); ok {
 		out.AllocatedBytes = stat.Blocks * 512
 	}
 	if !out.Encrypted {
-		return out, nil
+		return out, nil, nil
 	}
 	safes, vol, err := peek(path)
 	if err != nil {
-		return out, err
+		return out, nil, err
 	}
 	safe := safes.Current
 	out.Key, out.Uuid, out.Generation, out.Cipher, out.Thin = keyRef(safe.KEK), vol.UUID, safe.Generation, "xts-aes-256", vol.Thin
-	err = h.haveKEK(ctx, safe.KEK)
+	keys := []keysafe.Ref{safe.KEK}
 	if next := safes.Next; next != nil {
 		out.Rekey = &strongroomv1.DiskRekey{Key: keyRef(next.KEK), DoneBytes: vol.Rekey.Done, TotalBytes: vol.Rekey.Total}
-		if err == nil {
-			err = h.haveKEK(ctx, next.KEK)
-		}
+		keys = append(keys, next.KEK)
 	}
-	return out, err
+	return out, keys, nil
 }
 
 // isStorage returns an error unless a disk can be in what info tells of. A link
