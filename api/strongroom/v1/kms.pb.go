@@ -200,6 +200,165 @@ func (x *KMSPolicy) GetKeyTypes() []string {
 	return nil
 }
 
+// KMSQuota bounds how much may be done. An operation beyond it is refused, and
+// the refusal is on record.
+type KMSQuota struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// How many keys and other secrets a group may have that are not destroyed; 0:
+	// any number. Not for applications, whose keys are their group's.
+	Keys int64 `protobuf:"varint,1,opt,name=keys,proto3" json:"keys,omitempty"`
+	// How many operations are carried out in a period; 0: any number. Query and
+	// Discover Versions are free.
+	Operations int64 `protobuf:"varint,2,opt,name=operations,proto3" json:"operations,omitempty"`
+	// The period, from 60 to 31536000. Periods begin at multiples of it since
+	// midnight UTC, 1 January of year 1: one of 86400 at midnight UTC.
+	PeriodSeconds int64 `protobuf:"varint,3,opt,name=period_seconds,json=periodSeconds,proto3" json:"period_seconds,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KMSQuota) Reset() {
+	*x = KMSQuota{}
+	mi := &file_strongroom_v1_kms_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KMSQuota) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KMSQuota) ProtoMessage() {}
+
+func (x *KMSQuota) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_kms_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KMSQuota.ProtoReflect.Descriptor instead.
+func (*KMSQuota) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *KMSQuota) GetKeys() int64 {
+	if x != nil {
+		return x.Keys
+	}
+	return 0
+}
+
+func (x *KMSQuota) GetOperations() int64 {
+	if x != nil {
+		return x.Operations
+	}
+	return 0
+}
+
+func (x *KMSQuota) GetPeriodSeconds() int64 {
+	if x != nil {
+		return x.PeriodSeconds
+	}
+	return 0
+}
+
+// KMSUsage is what was done so far. After a crash the last 10 seconds are
+// missing.
+type KMSUsage struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Carried out, also those that failed.
+	Operations int64 `protobuf:"varint,1,opt,name=operations,proto3" json:"operations,omitempty"`
+	// Of a group: keys that there are. Of an application: keys that it has made.
+	Keys int64 `protobuf:"varint,2,opt,name=keys,proto3" json:"keys,omitempty"`
+	// Operations refused because of a quota.
+	Refused int64 `protobuf:"varint,3,opt,name=refused,proto3" json:"refused,omitempty"`
+	// None if it was never used.
+	LastUse *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=last_use,json=lastUse,proto3" json:"last_use,omitempty"`
+	// Operations in the quota's current period, and its end, if there is one.
+	PeriodOperations int64                  `protobuf:"varint,5,opt,name=period_operations,json=periodOperations,proto3" json:"period_operations,omitempty"`
+	PeriodEnds       *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=period_ends,json=periodEnds,proto3" json:"period_ends,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
+}
+
+func (x *KMSUsage) Reset() {
+	*x = KMSUsage{}
+	mi := &file_strongroom_v1_kms_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KMSUsage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KMSUsage) ProtoMessage() {}
+
+func (x *KMSUsage) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_kms_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KMSUsage.ProtoReflect.Descriptor instead.
+func (*KMSUsage) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *KMSUsage) GetOperations() int64 {
+	if x != nil {
+		return x.Operations
+	}
+	return 0
+}
+
+func (x *KMSUsage) GetKeys() int64 {
+	if x != nil {
+		return x.Keys
+	}
+	return 0
+}
+
+func (x *KMSUsage) GetRefused() int64 {
+	if x != nil {
+		return x.Refused
+	}
+	return 0
+}
+
+func (x *KMSUsage) GetLastUse() *timestamppb.Timestamp {
+	if x != nil {
+		return x.LastUse
+	}
+	return nil
+}
+
+func (x *KMSUsage) GetPeriodOperations() int64 {
+	if x != nil {
+		return x.PeriodOperations
+	}
+	return 0
+}
+
+func (x *KMSUsage) GetPeriodEnds() *timestamppb.Timestamp {
+	if x != nil {
+		return x.PeriodEnds
+	}
+	return nil
+}
+
 type KMSGroup struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -207,13 +366,15 @@ type KMSGroup struct {
 	Description   string                 `protobuf:"bytes,3,opt,name=description,proto3" json:"description,omitempty"`
 	Policy        *KMSPolicy             `protobuf:"bytes,4,opt,name=policy,proto3" json:"policy,omitempty"`
 	Created       *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=created,proto3" json:"created,omitempty"`
+	Quota         *KMSQuota              `protobuf:"bytes,6,opt,name=quota,proto3" json:"quota,omitempty"`
+	Usage         *KMSUsage              `protobuf:"bytes,7,opt,name=usage,proto3" json:"usage,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *KMSGroup) Reset() {
 	*x = KMSGroup{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[3]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -225,7 +386,7 @@ func (x *KMSGroup) String() string {
 func (*KMSGroup) ProtoMessage() {}
 
 func (x *KMSGroup) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[3]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -238,7 +399,7 @@ func (x *KMSGroup) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KMSGroup.ProtoReflect.Descriptor instead.
 func (*KMSGroup) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{3}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *KMSGroup) GetName() string {
@@ -276,6 +437,20 @@ func (x *KMSGroup) GetCreated() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *KMSGroup) GetQuota() *KMSQuota {
+	if x != nil {
+		return x.Quota
+	}
+	return nil
+}
+
+func (x *KMSGroup) GetUsage() *KMSUsage {
+	if x != nil {
+		return x.Usage
+	}
+	return nil
+}
+
 type KMSApplication struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -285,13 +460,15 @@ type KMSApplication struct {
 	Disabled      bool                   `protobuf:"varint,5,opt,name=disabled,proto3" json:"disabled,omitempty"`
 	Credentials   []*KMSCredential       `protobuf:"bytes,6,rep,name=credentials,proto3" json:"credentials,omitempty"`
 	Created       *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=created,proto3" json:"created,omitempty"`
+	Quota         *KMSQuota              `protobuf:"bytes,8,opt,name=quota,proto3" json:"quota,omitempty"`
+	Usage         *KMSUsage              `protobuf:"bytes,9,opt,name=usage,proto3" json:"usage,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *KMSApplication) Reset() {
 	*x = KMSApplication{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[4]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -303,7 +480,7 @@ func (x *KMSApplication) String() string {
 func (*KMSApplication) ProtoMessage() {}
 
 func (x *KMSApplication) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[4]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -316,7 +493,7 @@ func (x *KMSApplication) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KMSApplication.ProtoReflect.Descriptor instead.
 func (*KMSApplication) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{4}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *KMSApplication) GetName() string {
@@ -368,6 +545,20 @@ func (x *KMSApplication) GetCreated() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *KMSApplication) GetQuota() *KMSQuota {
+	if x != nil {
+		return x.Quota
+	}
+	return nil
+}
+
+func (x *KMSApplication) GetUsage() *KMSUsage {
+	if x != nil {
+		return x.Usage
+	}
+	return nil
+}
+
 type KMSCredential struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -386,7 +577,7 @@ type KMSCredential struct {
 
 func (x *KMSCredential) Reset() {
 	*x = KMSCredential{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[5]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -398,7 +589,7 @@ func (x *KMSCredential) String() string {
 func (*KMSCredential) ProtoMessage() {}
 
 func (x *KMSCredential) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[5]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -411,7 +602,7 @@ func (x *KMSCredential) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KMSCredential.ProtoReflect.Descriptor instead.
 func (*KMSCredential) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{5}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *KMSCredential) GetId() string {
@@ -468,7 +659,7 @@ type CreateKMSGroupRequest struct {
 
 func (x *CreateKMSGroupRequest) Reset() {
 	*x = CreateKMSGroupRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[6]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -480,7 +671,7 @@ func (x *CreateKMSGroupRequest) String() string {
 func (*CreateKMSGroupRequest) ProtoMessage() {}
 
 func (x *CreateKMSGroupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[6]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -493,7 +684,7 @@ func (x *CreateKMSGroupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateKMSGroupRequest.ProtoReflect.Descriptor instead.
 func (*CreateKMSGroupRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{6}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *CreateKMSGroupRequest) GetName() string {
@@ -524,6 +715,50 @@ func (x *CreateKMSGroupRequest) GetPolicy() *KMSPolicy {
 	return nil
 }
 
+type GetKMSGroupRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetKMSGroupRequest) Reset() {
+	*x = GetKMSGroupRequest{}
+	mi := &file_strongroom_v1_kms_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetKMSGroupRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetKMSGroupRequest) ProtoMessage() {}
+
+func (x *GetKMSGroupRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_kms_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetKMSGroupRequest.ProtoReflect.Descriptor instead.
+func (*GetKMSGroupRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *GetKMSGroupRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
 type ListKMSGroupsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -532,7 +767,7 @@ type ListKMSGroupsRequest struct {
 
 func (x *ListKMSGroupsRequest) Reset() {
 	*x = ListKMSGroupsRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[7]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -544,7 +779,7 @@ func (x *ListKMSGroupsRequest) String() string {
 func (*ListKMSGroupsRequest) ProtoMessage() {}
 
 func (x *ListKMSGroupsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[7]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -557,7 +792,7 @@ func (x *ListKMSGroupsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKMSGroupsRequest.ProtoReflect.Descriptor instead.
 func (*ListKMSGroupsRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{7}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{10}
 }
 
 type ListKMSGroupsResponse struct {
@@ -569,7 +804,7 @@ type ListKMSGroupsResponse struct {
 
 func (x *ListKMSGroupsResponse) Reset() {
 	*x = ListKMSGroupsResponse{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[8]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -581,7 +816,7 @@ func (x *ListKMSGroupsResponse) String() string {
 func (*ListKMSGroupsResponse) ProtoMessage() {}
 
 func (x *ListKMSGroupsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[8]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -594,7 +829,7 @@ func (x *ListKMSGroupsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKMSGroupsResponse.ProtoReflect.Descriptor instead.
 func (*ListKMSGroupsResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{8}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ListKMSGroupsResponse) GetGroups() []*KMSGroup {
@@ -614,7 +849,7 @@ type SetKMSGroupPolicyRequest struct {
 
 func (x *SetKMSGroupPolicyRequest) Reset() {
 	*x = SetKMSGroupPolicyRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[9]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -626,7 +861,7 @@ func (x *SetKMSGroupPolicyRequest) String() string {
 func (*SetKMSGroupPolicyRequest) ProtoMessage() {}
 
 func (x *SetKMSGroupPolicyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[9]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -639,7 +874,7 @@ func (x *SetKMSGroupPolicyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetKMSGroupPolicyRequest.ProtoReflect.Descriptor instead.
 func (*SetKMSGroupPolicyRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{9}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *SetKMSGroupPolicyRequest) GetName() string {
@@ -656,6 +891,110 @@ func (x *SetKMSGroupPolicyRequest) GetPolicy() *KMSPolicy {
 	return nil
 }
 
+type SetKMSGroupQuotaRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Quota         *KMSQuota              `protobuf:"bytes,2,opt,name=quota,proto3" json:"quota,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetKMSGroupQuotaRequest) Reset() {
+	*x = SetKMSGroupQuotaRequest{}
+	mi := &file_strongroom_v1_kms_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetKMSGroupQuotaRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetKMSGroupQuotaRequest) ProtoMessage() {}
+
+func (x *SetKMSGroupQuotaRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_kms_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetKMSGroupQuotaRequest.ProtoReflect.Descriptor instead.
+func (*SetKMSGroupQuotaRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *SetKMSGroupQuotaRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *SetKMSGroupQuotaRequest) GetQuota() *KMSQuota {
+	if x != nil {
+		return x.Quota
+	}
+	return nil
+}
+
+type SetKMSApplicationQuotaRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Quota         *KMSQuota              `protobuf:"bytes,2,opt,name=quota,proto3" json:"quota,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetKMSApplicationQuotaRequest) Reset() {
+	*x = SetKMSApplicationQuotaRequest{}
+	mi := &file_strongroom_v1_kms_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetKMSApplicationQuotaRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetKMSApplicationQuotaRequest) ProtoMessage() {}
+
+func (x *SetKMSApplicationQuotaRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_kms_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetKMSApplicationQuotaRequest.ProtoReflect.Descriptor instead.
+func (*SetKMSApplicationQuotaRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *SetKMSApplicationQuotaRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *SetKMSApplicationQuotaRequest) GetQuota() *KMSQuota {
+	if x != nil {
+		return x.Quota
+	}
+	return nil
+}
+
 type CreateKMSApplicationRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -668,7 +1007,7 @@ type CreateKMSApplicationRequest struct {
 
 func (x *CreateKMSApplicationRequest) Reset() {
 	*x = CreateKMSApplicationRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[10]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -680,7 +1019,7 @@ func (x *CreateKMSApplicationRequest) String() string {
 func (*CreateKMSApplicationRequest) ProtoMessage() {}
 
 func (x *CreateKMSApplicationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[10]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -693,7 +1032,7 @@ func (x *CreateKMSApplicationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateKMSApplicationRequest.ProtoReflect.Descriptor instead.
 func (*CreateKMSApplicationRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{10}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *CreateKMSApplicationRequest) GetName() string {
@@ -732,7 +1071,7 @@ type ListKMSApplicationsRequest struct {
 
 func (x *ListKMSApplicationsRequest) Reset() {
 	*x = ListKMSApplicationsRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[11]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -744,7 +1083,7 @@ func (x *ListKMSApplicationsRequest) String() string {
 func (*ListKMSApplicationsRequest) ProtoMessage() {}
 
 func (x *ListKMSApplicationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[11]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -757,7 +1096,7 @@ func (x *ListKMSApplicationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKMSApplicationsRequest.ProtoReflect.Descriptor instead.
 func (*ListKMSApplicationsRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{11}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{16}
 }
 
 type ListKMSApplicationsResponse struct {
@@ -769,7 +1108,7 @@ type ListKMSApplicationsResponse struct {
 
 func (x *ListKMSApplicationsResponse) Reset() {
 	*x = ListKMSApplicationsResponse{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[12]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -781,7 +1120,7 @@ func (x *ListKMSApplicationsResponse) String() string {
 func (*ListKMSApplicationsResponse) ProtoMessage() {}
 
 func (x *ListKMSApplicationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[12]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -794,7 +1133,7 @@ func (x *ListKMSApplicationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKMSApplicationsResponse.ProtoReflect.Descriptor instead.
 func (*ListKMSApplicationsResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{12}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ListKMSApplicationsResponse) GetApplications() []*KMSApplication {
@@ -813,7 +1152,7 @@ type GetKMSApplicationRequest struct {
 
 func (x *GetKMSApplicationRequest) Reset() {
 	*x = GetKMSApplicationRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[13]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -825,7 +1164,7 @@ func (x *GetKMSApplicationRequest) String() string {
 func (*GetKMSApplicationRequest) ProtoMessage() {}
 
 func (x *GetKMSApplicationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[13]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -838,7 +1177,7 @@ func (x *GetKMSApplicationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetKMSApplicationRequest.ProtoReflect.Descriptor instead.
 func (*GetKMSApplicationRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{13}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *GetKMSApplicationRequest) GetName() string {
@@ -858,7 +1197,7 @@ type SetKMSApplicationDisabledRequest struct {
 
 func (x *SetKMSApplicationDisabledRequest) Reset() {
 	*x = SetKMSApplicationDisabledRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[14]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -870,7 +1209,7 @@ func (x *SetKMSApplicationDisabledRequest) String() string {
 func (*SetKMSApplicationDisabledRequest) ProtoMessage() {}
 
 func (x *SetKMSApplicationDisabledRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[14]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -883,7 +1222,7 @@ func (x *SetKMSApplicationDisabledRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetKMSApplicationDisabledRequest.ProtoReflect.Descriptor instead.
 func (*SetKMSApplicationDisabledRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{14}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *SetKMSApplicationDisabledRequest) GetName() string {
@@ -909,7 +1248,7 @@ type DeleteKMSApplicationRequest struct {
 
 func (x *DeleteKMSApplicationRequest) Reset() {
 	*x = DeleteKMSApplicationRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[15]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -921,7 +1260,7 @@ func (x *DeleteKMSApplicationRequest) String() string {
 func (*DeleteKMSApplicationRequest) ProtoMessage() {}
 
 func (x *DeleteKMSApplicationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[15]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -934,7 +1273,7 @@ func (x *DeleteKMSApplicationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteKMSApplicationRequest.ProtoReflect.Descriptor instead.
 func (*DeleteKMSApplicationRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{15}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *DeleteKMSApplicationRequest) GetName() string {
@@ -952,7 +1291,7 @@ type DeleteKMSApplicationResponse struct {
 
 func (x *DeleteKMSApplicationResponse) Reset() {
 	*x = DeleteKMSApplicationResponse{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[16]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -964,7 +1303,7 @@ func (x *DeleteKMSApplicationResponse) String() string {
 func (*DeleteKMSApplicationResponse) ProtoMessage() {}
 
 func (x *DeleteKMSApplicationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[16]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -977,7 +1316,7 @@ func (x *DeleteKMSApplicationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteKMSApplicationResponse.ProtoReflect.Descriptor instead.
 func (*DeleteKMSApplicationResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{16}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{21}
 }
 
 type CreateKMSPasswordRequest struct {
@@ -991,7 +1330,7 @@ type CreateKMSPasswordRequest struct {
 
 func (x *CreateKMSPasswordRequest) Reset() {
 	*x = CreateKMSPasswordRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[17]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1003,7 +1342,7 @@ func (x *CreateKMSPasswordRequest) String() string {
 func (*CreateKMSPasswordRequest) ProtoMessage() {}
 
 func (x *CreateKMSPasswordRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[17]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1016,7 +1355,7 @@ func (x *CreateKMSPasswordRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateKMSPasswordRequest.ProtoReflect.Descriptor instead.
 func (*CreateKMSPasswordRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{17}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *CreateKMSPasswordRequest) GetApplication() string {
@@ -1044,7 +1383,7 @@ type CreateKMSPasswordResponse struct {
 
 func (x *CreateKMSPasswordResponse) Reset() {
 	*x = CreateKMSPasswordResponse{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[18]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1056,7 +1395,7 @@ func (x *CreateKMSPasswordResponse) String() string {
 func (*CreateKMSPasswordResponse) ProtoMessage() {}
 
 func (x *CreateKMSPasswordResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[18]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1069,7 +1408,7 @@ func (x *CreateKMSPasswordResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateKMSPasswordResponse.ProtoReflect.Descriptor instead.
 func (*CreateKMSPasswordResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{18}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *CreateKMSPasswordResponse) GetCredential() *KMSCredential {
@@ -1097,7 +1436,7 @@ type AddKMSCertificateRequest struct {
 
 func (x *AddKMSCertificateRequest) Reset() {
 	*x = AddKMSCertificateRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[19]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1109,7 +1448,7 @@ func (x *AddKMSCertificateRequest) String() string {
 func (*AddKMSCertificateRequest) ProtoMessage() {}
 
 func (x *AddKMSCertificateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[19]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1122,7 +1461,7 @@ func (x *AddKMSCertificateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddKMSCertificateRequest.ProtoReflect.Descriptor instead.
 func (*AddKMSCertificateRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{19}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *AddKMSCertificateRequest) GetApplication() string {
@@ -1149,7 +1488,7 @@ type RevokeKMSCredentialRequest struct {
 
 func (x *RevokeKMSCredentialRequest) Reset() {
 	*x = RevokeKMSCredentialRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[20]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1161,7 +1500,7 @@ func (x *RevokeKMSCredentialRequest) String() string {
 func (*RevokeKMSCredentialRequest) ProtoMessage() {}
 
 func (x *RevokeKMSCredentialRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[20]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1174,7 +1513,7 @@ func (x *RevokeKMSCredentialRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeKMSCredentialRequest.ProtoReflect.Descriptor instead.
 func (*RevokeKMSCredentialRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{20}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *RevokeKMSCredentialRequest) GetApplication() string {
@@ -1208,13 +1547,31 @@ const file_strongroom_v1_kms_proto_rawDesc = "" +
 	"operations\x18\x01 \x03(\tR\n" +
 	"operations\x12\x1b\n" +
 	"\tno_export\x18\x02 \x01(\bR\bnoExport\x12\x1b\n" +
-	"\tkey_types\x18\x03 \x03(\tR\bkeyTypes\"\xbe\x01\n" +
+	"\tkey_types\x18\x03 \x03(\tR\bkeyTypes\"e\n" +
+	"\bKMSQuota\x12\x12\n" +
+	"\x04keys\x18\x01 \x01(\x03R\x04keys\x12\x1e\n" +
+	"\n" +
+	"operations\x18\x02 \x01(\x03R\n" +
+	"operations\x12%\n" +
+	"\x0eperiod_seconds\x18\x03 \x01(\x03R\rperiodSeconds\"\xf9\x01\n" +
+	"\bKMSUsage\x12\x1e\n" +
+	"\n" +
+	"operations\x18\x01 \x01(\x03R\n" +
+	"operations\x12\x12\n" +
+	"\x04keys\x18\x02 \x01(\x03R\x04keys\x12\x18\n" +
+	"\arefused\x18\x03 \x01(\x03R\arefused\x125\n" +
+	"\blast_use\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\alastUse\x12+\n" +
+	"\x11period_operations\x18\x05 \x01(\x03R\x10periodOperations\x12;\n" +
+	"\vperiod_ends\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"periodEnds\"\x9c\x02\n" +
 	"\bKMSGroup\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05title\x18\x02 \x01(\tR\x05title\x12 \n" +
 	"\vdescription\x18\x03 \x01(\tR\vdescription\x120\n" +
 	"\x06policy\x18\x04 \x01(\v2\x18.strongroom.v1.KMSPolicyR\x06policy\x124\n" +
-	"\acreated\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\acreated\"\x84\x02\n" +
+	"\acreated\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x12-\n" +
+	"\x05quota\x18\x06 \x01(\v2\x17.strongroom.v1.KMSQuotaR\x05quota\x12-\n" +
+	"\x05usage\x18\a \x01(\v2\x17.strongroom.v1.KMSUsageR\x05usage\"\xe2\x02\n" +
 	"\x0eKMSApplication\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05title\x18\x02 \x01(\tR\x05title\x12 \n" +
@@ -1222,7 +1579,9 @@ const file_strongroom_v1_kms_proto_rawDesc = "" +
 	"\x05group\x18\x04 \x01(\tR\x05group\x12\x1a\n" +
 	"\bdisabled\x18\x05 \x01(\bR\bdisabled\x12>\n" +
 	"\vcredentials\x18\x06 \x03(\v2\x1c.strongroom.v1.KMSCredentialR\vcredentials\x124\n" +
-	"\acreated\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\acreated\"\xd5\x01\n" +
+	"\acreated\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x12-\n" +
+	"\x05quota\x18\b \x01(\v2\x17.strongroom.v1.KMSQuotaR\x05quota\x12-\n" +
+	"\x05usage\x18\t \x01(\v2\x17.strongroom.v1.KMSUsageR\x05usage\"\xd5\x01\n" +
 	"\rKMSCredential\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x12\n" +
@@ -1234,13 +1593,21 @@ const file_strongroom_v1_kms_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05title\x18\x02 \x01(\tR\x05title\x12 \n" +
 	"\vdescription\x18\x03 \x01(\tR\vdescription\x120\n" +
-	"\x06policy\x18\x04 \x01(\v2\x18.strongroom.v1.KMSPolicyR\x06policy\"\x16\n" +
+	"\x06policy\x18\x04 \x01(\v2\x18.strongroom.v1.KMSPolicyR\x06policy\"(\n" +
+	"\x12GetKMSGroupRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\x16\n" +
 	"\x14ListKMSGroupsRequest\"H\n" +
 	"\x15ListKMSGroupsResponse\x12/\n" +
 	"\x06groups\x18\x01 \x03(\v2\x17.strongroom.v1.KMSGroupR\x06groups\"`\n" +
 	"\x18SetKMSGroupPolicyRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x120\n" +
-	"\x06policy\x18\x02 \x01(\v2\x18.strongroom.v1.KMSPolicyR\x06policy\"\x7f\n" +
+	"\x06policy\x18\x02 \x01(\v2\x18.strongroom.v1.KMSPolicyR\x06policy\"\\\n" +
+	"\x17SetKMSGroupQuotaRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12-\n" +
+	"\x05quota\x18\x02 \x01(\v2\x17.strongroom.v1.KMSQuotaR\x05quota\"b\n" +
+	"\x1dSetKMSApplicationQuotaRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12-\n" +
+	"\x05quota\x18\x02 \x01(\v2\x17.strongroom.v1.KMSQuotaR\x05quota\"\x7f\n" +
 	"\x1bCreateKMSApplicationRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05title\x18\x02 \x01(\tR\x05title\x12 \n" +
@@ -1270,17 +1637,20 @@ const file_strongroom_v1_kms_proto_rawDesc = "" +
 	"\vcertificate\x18\x02 \x01(\fR\vcertificate\"N\n" +
 	"\x1aRevokeKMSCredentialRequest\x12 \n" +
 	"\vapplication\x18\x01 \x01(\tR\vapplication\x12\x0e\n" +
-	"\x02id\x18\x02 \x01(\tR\x02id2\xbd\f\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id2\xb3\x0f\n" +
 	"\n" +
 	"KMSService\x12`\n" +
 	"\x06GetKMS\x12\x1c.strongroom.v1.GetKMSRequest\x1a\x12.strongroom.v1.KMS\"$\x8a\xb5\x18 Cryptographer.ReadKeyServersInfo\x12s\n" +
-	"\x0eCreateKMSGroup\x12$.strongroom.v1.CreateKMSGroupRequest\x1a\x17.strongroom.v1.KMSGroup\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x80\x01\n" +
+	"\x0eCreateKMSGroup\x12$.strongroom.v1.CreateKMSGroupRequest\x1a\x17.strongroom.v1.KMSGroup\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12o\n" +
+	"\vGetKMSGroup\x12!.strongroom.v1.GetKMSGroupRequest\x1a\x17.strongroom.v1.KMSGroup\"$\x8a\xb5\x18 Cryptographer.ReadKeyServersInfo\x12\x80\x01\n" +
 	"\rListKMSGroups\x12#.strongroom.v1.ListKMSGroupsRequest\x1a$.strongroom.v1.ListKMSGroupsResponse\"$\x8a\xb5\x18 Cryptographer.ReadKeyServersInfo\x12y\n" +
-	"\x11SetKMSGroupPolicy\x12'.strongroom.v1.SetKMSGroupPolicyRequest\x1a\x17.strongroom.v1.KMSGroup\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x85\x01\n" +
+	"\x11SetKMSGroupPolicy\x12'.strongroom.v1.SetKMSGroupPolicyRequest\x1a\x17.strongroom.v1.KMSGroup\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12w\n" +
+	"\x10SetKMSGroupQuota\x12&.strongroom.v1.SetKMSGroupQuotaRequest\x1a\x17.strongroom.v1.KMSGroup\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x85\x01\n" +
 	"\x14CreateKMSApplication\x12*.strongroom.v1.CreateKMSApplicationRequest\x1a\x1d.strongroom.v1.KMSApplication\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x92\x01\n" +
 	"\x13ListKMSApplications\x12).strongroom.v1.ListKMSApplicationsRequest\x1a*.strongroom.v1.ListKMSApplicationsResponse\"$\x8a\xb5\x18 Cryptographer.ReadKeyServersInfo\x12\x81\x01\n" +
 	"\x11GetKMSApplication\x12'.strongroom.v1.GetKMSApplicationRequest\x1a\x1d.strongroom.v1.KMSApplication\"$\x8a\xb5\x18 Cryptographer.ReadKeyServersInfo\x12\x8f\x01\n" +
-	"\x19SetKMSApplicationDisabled\x12/.strongroom.v1.SetKMSApplicationDisabledRequest\x1a\x1d.strongroom.v1.KMSApplication\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x93\x01\n" +
+	"\x19SetKMSApplicationDisabled\x12/.strongroom.v1.SetKMSApplicationDisabledRequest\x1a\x1d.strongroom.v1.KMSApplication\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x89\x01\n" +
+	"\x16SetKMSApplicationQuota\x12,.strongroom.v1.SetKMSApplicationQuotaRequest\x1a\x1d.strongroom.v1.KMSApplication\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x93\x01\n" +
 	"\x14DeleteKMSApplication\x12*.strongroom.v1.DeleteKMSApplicationRequest\x1a+.strongroom.v1.DeleteKMSApplicationResponse\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x8a\x01\n" +
 	"\x11CreateKMSPassword\x12'.strongroom.v1.CreateKMSPasswordRequest\x1a(.strongroom.v1.CreateKMSPasswordResponse\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12~\n" +
 	"\x11AddKMSCertificate\x12'.strongroom.v1.AddKMSCertificateRequest\x1a\x1c.strongroom.v1.KMSCredential\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x83\x01\n" +
@@ -1298,73 +1668,92 @@ func file_strongroom_v1_kms_proto_rawDescGZIP() []byte {
 	return file_strongroom_v1_kms_proto_rawDescData
 }
 
-var file_strongroom_v1_kms_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
+var file_strongroom_v1_kms_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
 var file_strongroom_v1_kms_proto_goTypes = []any{
 	(*GetKMSRequest)(nil),                    // 0: strongroom.v1.GetKMSRequest
 	(*KMS)(nil),                              // 1: strongroom.v1.KMS
 	(*KMSPolicy)(nil),                        // 2: strongroom.v1.KMSPolicy
-	(*KMSGroup)(nil),                         // 3: strongroom.v1.KMSGroup
-	(*KMSApplication)(nil),                   // 4: strongroom.v1.KMSApplication
-	(*KMSCredential)(nil),                    // 5: strongroom.v1.KMSCredential
-	(*CreateKMSGroupRequest)(nil),            // 6: strongroom.v1.CreateKMSGroupRequest
-	(*ListKMSGroupsRequest)(nil),             // 7: strongroom.v1.ListKMSGroupsRequest
-	(*ListKMSGroupsResponse)(nil),            // 8: strongroom.v1.ListKMSGroupsResponse
-	(*SetKMSGroupPolicyRequest)(nil),         // 9: strongroom.v1.SetKMSGroupPolicyRequest
-	(*CreateKMSApplicationRequest)(nil),      // 10: strongroom.v1.CreateKMSApplicationRequest
-	(*ListKMSApplicationsRequest)(nil),       // 11: strongroom.v1.ListKMSApplicationsRequest
-	(*ListKMSApplicationsResponse)(nil),      // 12: strongroom.v1.ListKMSApplicationsResponse
-	(*GetKMSApplicationRequest)(nil),         // 13: strongroom.v1.GetKMSApplicationRequest
-	(*SetKMSApplicationDisabledRequest)(nil), // 14: strongroom.v1.SetKMSApplicationDisabledRequest
-	(*DeleteKMSApplicationRequest)(nil),      // 15: strongroom.v1.DeleteKMSApplicationRequest
-	(*DeleteKMSApplicationResponse)(nil),     // 16: strongroom.v1.DeleteKMSApplicationResponse
-	(*CreateKMSPasswordRequest)(nil),         // 17: strongroom.v1.CreateKMSPasswordRequest
-	(*CreateKMSPasswordResponse)(nil),        // 18: strongroom.v1.CreateKMSPasswordResponse
-	(*AddKMSCertificateRequest)(nil),         // 19: strongroom.v1.AddKMSCertificateRequest
-	(*RevokeKMSCredentialRequest)(nil),       // 20: strongroom.v1.RevokeKMSCredentialRequest
-	(*timestamppb.Timestamp)(nil),            // 21: google.protobuf.Timestamp
+	(*KMSQuota)(nil),                         // 3: strongroom.v1.KMSQuota
+	(*KMSUsage)(nil),                         // 4: strongroom.v1.KMSUsage
+	(*KMSGroup)(nil),                         // 5: strongroom.v1.KMSGroup
+	(*KMSApplication)(nil),                   // 6: strongroom.v1.KMSApplication
+	(*KMSCredential)(nil),                    // 7: strongroom.v1.KMSCredential
+	(*CreateKMSGroupRequest)(nil),            // 8: strongroom.v1.CreateKMSGroupRequest
+	(*GetKMSGroupRequest)(nil),               // 9: strongroom.v1.GetKMSGroupRequest
+	(*ListKMSGroupsRequest)(nil),             // 10: strongroom.v1.ListKMSGroupsRequest
+	(*ListKMSGroupsResponse)(nil),            // 11: strongroom.v1.ListKMSGroupsResponse
+	(*SetKMSGroupPolicyRequest)(nil),         // 12: strongroom.v1.SetKMSGroupPolicyRequest
+	(*SetKMSGroupQuotaRequest)(nil),          // 13: strongroom.v1.SetKMSGroupQuotaRequest
+	(*SetKMSApplicationQuotaRequest)(nil),    // 14: strongroom.v1.SetKMSApplicationQuotaRequest
+	(*CreateKMSApplicationRequest)(nil),      // 15: strongroom.v1.CreateKMSApplicationRequest
+	(*ListKMSApplicationsRequest)(nil),       // 16: strongroom.v1.ListKMSApplicationsRequest
+	(*ListKMSApplicationsResponse)(nil),      // 17: strongroom.v1.ListKMSApplicationsResponse
+	(*GetKMSApplicationRequest)(nil),         // 18: strongroom.v1.GetKMSApplicationRequest
+	(*SetKMSApplicationDisabledRequest)(nil), // 19: strongroom.v1.SetKMSApplicationDisabledRequest
+	(*DeleteKMSApplicationRequest)(nil),      // 20: strongroom.v1.DeleteKMSApplicationRequest
+	(*DeleteKMSApplicationResponse)(nil),     // 21: strongroom.v1.DeleteKMSApplicationResponse
+	(*CreateKMSPasswordRequest)(nil),         // 22: strongroom.v1.CreateKMSPasswordRequest
+	(*CreateKMSPasswordResponse)(nil),        // 23: strongroom.v1.CreateKMSPasswordResponse
+	(*AddKMSCertificateRequest)(nil),         // 24: strongroom.v1.AddKMSCertificateRequest
+	(*RevokeKMSCredentialRequest)(nil),       // 25: strongroom.v1.RevokeKMSCredentialRequest
+	(*timestamppb.Timestamp)(nil),            // 26: google.protobuf.Timestamp
 }
 var file_strongroom_v1_kms_proto_depIdxs = []int32{
-	21, // 0: strongroom.v1.KMS.certificate_expires:type_name -> google.protobuf.Timestamp
-	2,  // 1: strongroom.v1.KMSGroup.policy:type_name -> strongroom.v1.KMSPolicy
-	21, // 2: strongroom.v1.KMSGroup.created:type_name -> google.protobuf.Timestamp
-	5,  // 3: strongroom.v1.KMSApplication.credentials:type_name -> strongroom.v1.KMSCredential
-	21, // 4: strongroom.v1.KMSApplication.created:type_name -> google.protobuf.Timestamp
-	21, // 5: strongroom.v1.KMSCredential.expires:type_name -> google.protobuf.Timestamp
-	21, // 6: strongroom.v1.KMSCredential.created:type_name -> google.protobuf.Timestamp
-	2,  // 7: strongroom.v1.CreateKMSGroupRequest.policy:type_name -> strongroom.v1.KMSPolicy
-	3,  // 8: strongroom.v1.ListKMSGroupsResponse.groups:type_name -> strongroom.v1.KMSGroup
-	2,  // 9: strongroom.v1.SetKMSGroupPolicyRequest.policy:type_name -> strongroom.v1.KMSPolicy
-	4,  // 10: strongroom.v1.ListKMSApplicationsResponse.applications:type_name -> strongroom.v1.KMSApplication
-	5,  // 11: strongroom.v1.CreateKMSPasswordResponse.credential:type_name -> strongroom.v1.KMSCredential
-	0,  // 12: strongroom.v1.KMSService.GetKMS:input_type -> strongroom.v1.GetKMSRequest
-	6,  // 13: strongroom.v1.KMSService.CreateKMSGroup:input_type -> strongroom.v1.CreateKMSGroupRequest
-	7,  // 14: strongroom.v1.KMSService.ListKMSGroups:input_type -> strongroom.v1.ListKMSGroupsRequest
-	9,  // 15: strongroom.v1.KMSService.SetKMSGroupPolicy:input_type -> strongroom.v1.SetKMSGroupPolicyRequest
-	10, // 16: strongroom.v1.KMSService.CreateKMSApplication:input_type -> strongroom.v1.CreateKMSApplicationRequest
-	11, // 17: strongroom.v1.KMSService.ListKMSApplications:input_type -> strongroom.v1.ListKMSApplicationsRequest
-	13, // 18: strongroom.v1.KMSService.GetKMSApplication:input_type -> strongroom.v1.GetKMSApplicationRequest
-	14, // 19: strongroom.v1.KMSService.SetKMSApplicationDisabled:input_type -> strongroom.v1.SetKMSApplicationDisabledRequest
-	15, // 20: strongroom.v1.KMSService.DeleteKMSApplication:input_type -> strongroom.v1.DeleteKMSApplicationRequest
-	17, // 21: strongroom.v1.KMSService.CreateKMSPassword:input_type -> strongroom.v1.CreateKMSPasswordRequest
-	19, // 22: strongroom.v1.KMSService.AddKMSCertificate:input_type -> strongroom.v1.AddKMSCertificateRequest
-	20, // 23: strongroom.v1.KMSService.RevokeKMSCredential:input_type -> strongroom.v1.RevokeKMSCredentialRequest
-	1,  // 24: strongroom.v1.KMSService.GetKMS:output_type -> strongroom.v1.KMS
-	3,  // 25: strongroom.v1.KMSService.CreateKMSGroup:output_type -> strongroom.v1.KMSGroup
-	8,  // 26: strongroom.v1.KMSService.ListKMSGroups:output_type -> strongroom.v1.ListKMSGroupsResponse
-	3,  // 27: strongroom.v1.KMSService.SetKMSGroupPolicy:output_type -> strongroom.v1.KMSGroup
-	4,  // 28: strongroom.v1.KMSService.CreateKMSApplication:output_type -> strongroom.v1.KMSApplication
-	12, // 29: strongroom.v1.KMSService.ListKMSApplications:output_type -> strongroom.v1.ListKMSApplicationsResponse
-	4,  // 30: strongroom.v1.KMSService.GetKMSApplication:output_type -> strongroom.v1.KMSApplication
-	4,  // 31: strongroom.v1.KMSService.SetKMSApplicationDisabled:output_type -> strongroom.v1.KMSApplication
-	16, // 32: strongroom.v1.KMSService.DeleteKMSApplication:output_type -> strongroom.v1.DeleteKMSApplicationResponse
-	18, // 33: strongroom.v1.KMSService.CreateKMSPassword:output_type -> strongroom.v1.CreateKMSPasswordResponse
-	5,  // 34: strongroom.v1.KMSService.AddKMSCertificate:output_type -> strongroom.v1.KMSCredential
-	4,  // 35: strongroom.v1.KMSService.RevokeKMSCredential:output_type -> strongroom.v1.KMSApplication
-	24, // [24:36] is the sub-list for method output_type
-	12, // [12:24] is the sub-list for method input_type
-	12, // [12:12] is the sub-list for extension type_name
-	12, // [12:12] is the sub-list for extension extendee
-	0,  // [0:12] is the sub-list for field type_name
+	26, // 0: strongroom.v1.KMS.certificate_expires:type_name -> google.protobuf.Timestamp
+	26, // 1: strongroom.v1.KMSUsage.last_use:type_name -> google.protobuf.Timestamp
+	26, // 2: strongroom.v1.KMSUsage.period_ends:type_name -> google.protobuf.Timestamp
+	2,  // 3: strongroom.v1.KMSGroup.policy:type_name -> strongroom.v1.KMSPolicy
+	26, // 4: strongroom.v1.KMSGroup.created:type_name -> google.protobuf.Timestamp
+	3,  // 5: strongroom.v1.KMSGroup.quota:type_name -> strongroom.v1.KMSQuota
+	4,  // 6: strongroom.v1.KMSGroup.usage:type_name -> strongroom.v1.KMSUsage
+	7,  // 7: strongroom.v1.KMSApplication.credentials:type_name -> strongroom.v1.KMSCredential
+	26, // 8: strongroom.v1.KMSApplication.created:type_name -> google.protobuf.Timestamp
+	3,  // 9: strongroom.v1.KMSApplication.quota:type_name -> strongroom.v1.KMSQuota
+	4,  // 10: strongroom.v1.KMSApplication.usage:type_name -> strongroom.v1.KMSUsage
+	26, // 11: strongroom.v1.KMSCredential.expires:type_name -> google.protobuf.Timestamp
+	26, // 12: strongroom.v1.KMSCredential.created:type_name -> google.protobuf.Timestamp
+	2,  // 13: strongroom.v1.CreateKMSGroupRequest.policy:type_name -> strongroom.v1.KMSPolicy
+	5,  // 14: strongroom.v1.ListKMSGroupsResponse.groups:type_name -> strongroom.v1.KMSGroup
+	2,  // 15: strongroom.v1.SetKMSGroupPolicyRequest.policy:type_name -> strongroom.v1.KMSPolicy
+	3,  // 16: strongroom.v1.SetKMSGroupQuotaRequest.quota:type_name -> strongroom.v1.KMSQuota
+	3,  // 17: strongroom.v1.SetKMSApplicationQuotaRequest.quota:type_name -> strongroom.v1.KMSQuota
+	6,  // 18: strongroom.v1.ListKMSApplicationsResponse.applications:type_name -> strongroom.v1.KMSApplication
+	7,  // 19: strongroom.v1.CreateKMSPasswordResponse.credential:type_name -> strongroom.v1.KMSCredential
+	0,  // 20: strongroom.v1.KMSService.GetKMS:input_type -> strongroom.v1.GetKMSRequest
+	8,  // 21: strongroom.v1.KMSService.CreateKMSGroup:input_type -> strongroom.v1.CreateKMSGroupRequest
+	9,  // 22: strongroom.v1.KMSService.GetKMSGroup:input_type -> strongroom.v1.GetKMSGroupRequest
+	10, // 23: strongroom.v1.KMSService.ListKMSGroups:input_type -> strongroom.v1.ListKMSGroupsRequest
+	12, // 24: strongroom.v1.KMSService.SetKMSGroupPolicy:input_type -> strongroom.v1.SetKMSGroupPolicyRequest
+	13, // 25: strongroom.v1.KMSService.SetKMSGroupQuota:input_type -> strongroom.v1.SetKMSGroupQuotaRequest
+	15, // 26: strongroom.v1.KMSService.CreateKMSApplication:input_type -> strongroom.v1.CreateKMSApplicationRequest
+	16, // 27: strongroom.v1.KMSService.ListKMSApplications:input_type -> strongroom.v1.ListKMSApplicationsRequest
+	18, // 28: strongroom.v1.KMSService.GetKMSApplication:input_type -> strongroom.v1.GetKMSApplicationRequest
+	19, // 29: strongroom.v1.KMSService.SetKMSApplicationDisabled:input_type -> strongroom.v1.SetKMSApplicationDisabledRequest
+	14, // 30: strongroom.v1.KMSService.SetKMSApplicationQuota:input_type -> strongroom.v1.SetKMSApplicationQuotaRequest
+	20, // 31: strongroom.v1.KMSService.DeleteKMSApplication:input_type -> strongroom.v1.DeleteKMSApplicationRequest
+	22, // 32: strongroom.v1.KMSService.CreateKMSPassword:input_type -> strongroom.v1.CreateKMSPasswordRequest
+	24, // 33: strongroom.v1.KMSService.AddKMSCertificate:input_type -> strongroom.v1.AddKMSCertificateRequest
+	25, // 34: strongroom.v1.KMSService.RevokeKMSCredential:input_type -> strongroom.v1.RevokeKMSCredentialRequest
+	1,  // 35: strongroom.v1.KMSService.GetKMS:output_type -> strongroom.v1.KMS
+	5,  // 36: strongroom.v1.KMSService.CreateKMSGroup:output_type -> strongroom.v1.KMSGroup
+	5,  // 37: strongroom.v1.KMSService.GetKMSGroup:output_type -> strongroom.v1.KMSGroup
+	11, // 38: strongroom.v1.KMSService.ListKMSGroups:output_type -> strongroom.v1.ListKMSGroupsResponse
+	5,  // 39: strongroom.v1.KMSService.SetKMSGroupPolicy:output_type -> strongroom.v1.KMSGroup
+	5,  // 40: strongroom.v1.KMSService.SetKMSGroupQuota:output_type -> strongroom.v1.KMSGroup
+	6,  // 41: strongroom.v1.KMSService.CreateKMSApplication:output_type -> strongroom.v1.KMSApplication
+	17, // 42: strongroom.v1.KMSService.ListKMSApplications:output_type -> strongroom.v1.ListKMSApplicationsResponse
+	6,  // 43: strongroom.v1.KMSService.GetKMSApplication:output_type -> strongroom.v1.KMSApplication
+	6,  // 44: strongroom.v1.KMSService.SetKMSApplicationDisabled:output_type -> strongroom.v1.KMSApplication
+	6,  // 45: strongroom.v1.KMSService.SetKMSApplicationQuota:output_type -> strongroom.v1.KMSApplication
+	21, // 46: strongroom.v1.KMSService.DeleteKMSApplication:output_type -> strongroom.v1.DeleteKMSApplicationResponse
+	23, // 47: strongroom.v1.KMSService.CreateKMSPassword:output_type -> strongroom.v1.CreateKMSPasswordResponse
+	7,  // 48: strongroom.v1.KMSService.AddKMSCertificate:output_type -> strongroom.v1.KMSCredential
+	6,  // 49: strongroom.v1.KMSService.RevokeKMSCredential:output_type -> strongroom.v1.KMSApplication
+	35, // [35:50] is the sub-list for method output_type
+	20, // [20:35] is the sub-list for method input_type
+	20, // [20:20] is the sub-list for extension type_name
+	20, // [20:20] is the sub-list for extension extendee
+	0,  // [0:20] is the sub-list for field type_name
 }
 
 func init() { file_strongroom_v1_kms_proto_init() }
@@ -1379,7 +1768,7 @@ func file_strongroom_v1_kms_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_strongroom_v1_kms_proto_rawDesc), len(file_strongroom_v1_kms_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   21,
+			NumMessages:   26,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -48,11 +48,47 @@ func (d *Directory) SetPolicy(ctx context.Context, group string, p Policy) error
 	return d.changeGroup(ctx, group, func(g *Group) { g.Policy = p })
 }
 
+// SetGroupQuota gives a group another quota, which holds for operations from
+// then on.
+func (d *Directory) SetGroupQuota(ctx context.Context, group string, q Quota) error {
+	if err := checkQuota(q); err != nil {
+		return errs.Wrap(err, "cannot change group %.64s", group)
+	}
+	return d.changeGroup(ctx, group, func(g *Group) { g.Quota = q })
+}
+
+// SetApplicationQuota is [Directory.SetGroupQuota] for an application.
+func (d *Directory) SetApplicationQuota(ctx context.Context, name string, q Quota) error {
+	err := checkQuota(q)
+	if err == nil && q.Keys != 0 {
+		err = errs.New(errs.Invalid, "keys are its group's: they are bounded there").WithHint("strongroom kms group quota GROUP --keys %d", q.Keys)
+	}
+	if err != nil {
+		return errs.Wrap(err, "cannot change application %.64s", name)
+	}
+	return d.changeApplication(ctx, name, func(a *Application) error {
+		a.Quota = q
+		return nil
+	})
+}
+
+func checkQuota(q Quota) error {
+	switch {
+	case q.Keys < 0 || q.Operations < 0:
+		return errs.New(errs.Invalid, "a quota is not negative")
+	case q.Operations == 0 && q.Period != 0:
+		return errs.New(errs.Invalid, "a period of %v without a number of operations", q.Period)
+	case q.Operations > 0 && (q.Period < periodMin || q.Period > periodMax || q.Period%time.Second != 0):
+		return errs.New(errs.Invalid, "a period of %v: it is whole seconds, from %v to %v", q.Period, periodMin, periodMax)
+	}
+	return nil
+}
+
 func (d *Directory) changeGroup(ctx context.Context, group string, f func(*Group)) error {
 	err := d.alter(ctx, func(tx *store.Tx) error {
 		g, err := d.groups.In(tx).Get(ctx, group)
 		if store.IsNotFound(err) {
-			return errs.New(errs.NotFound, "there is no group %.64q", group).WithHint("strongroom kms group ls")
+			return noGroup(group)
 		}
 		if err != nil {
 			return err

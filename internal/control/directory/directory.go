@@ -34,7 +34,18 @@ type Group struct {
 	Title       string    `json:"title,omitempty"`
 	Description string    `json:"description,omitempty"`
 	Policy      Policy    `json:"policy"`
+	Quota       Quota     `json:"quota,omitzero"`
 	Created     time.Time `json:"created"`
+}
+
+// Quota bounds how much may be done. Zero numbers bound nothing.
+type Quota struct {
+	// Keys is how many keys a group may have. An application has none of its own.
+	Keys int64 `json:"keys,omitempty"`
+	// Operations is how many may be carried out in a Period, which is whole
+	// seconds, a minute to a year.
+	Operations int64         `json:"operations,omitempty"`
+	Period     time.Duration `json:"period,omitempty"`
 }
 
 // Policy is what the applications of a group may do.
@@ -56,6 +67,7 @@ type Application struct {
 	Description string       `json:"description,omitempty"`
 	Group       string       `json:"group"`
 	Disabled    bool         `json:"disabled,omitempty"`
+	Quota       Quota        `json:"quota,omitzero"`
 	Credentials []Credential `json:"credentials,omitempty"`
 	Created     time.Time    `json:"created"`
 }
@@ -88,6 +100,8 @@ const (
 	textMax       = 1024
 	credentialMax = 16 // of an application
 	listMax       = 64 // entries of a policy's lists
+	periodMin     = time.Minute
+	periodMax     = 365 * 24 * time.Hour
 )
 
 // Directory is the groups and applications in a state database.
@@ -227,6 +241,21 @@ func (d *Directory) Applications() []Application {
 	d.mu.RLock()
 	defer d.mu.RUnlock()
 	return slices.SortedFunc(maps.Values(d.index.apps), func(a, b Application) int { return strings.Compare(a.Name, b.Name) })
+}
+
+// Group returns one group.
+func (d *Directory) Group(name string) (Group, error) {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
+	g, ok := d.index.groups[name]
+	if !ok {
+		return Group{}, noGroup(name)
+	}
+	return g, nil
+}
+
+func noGroup(name string) error {
+	return errs.New(errs.NotFound, "there is no group %.64q", name).WithHint("strongroom kms group ls")
 }
 
 // Application returns one application.

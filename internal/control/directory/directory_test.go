@@ -168,6 +168,13 @@ func TestRefused(t *testing.T) {
 	b.wantKind("title", b.CreateGroup(ctx, Group{Name: "h", Title: string(bytes.Repeat([]byte{'x'}, titleMax+1))}), errs.Invalid)
 	b.wantKind("policy", b.SetPolicy(ctx, "g", Policy{Operations: make([]string, listMax+1)}), errs.Invalid)
 	b.wantKind("policy of none", b.SetPolicy(ctx, "none", Policy{}), errs.NotFound)
+	for _, q := range []Quota{{Keys: -1}, {Operations: -1, Period: time.Hour}, {Period: time.Hour}, {Operations: 1}, {Operations: 1, Period: time.Second}, {Operations: 1, Period: time.Minute + 1}, {Operations: 1, Period: 2 * periodMax}} {
+		b.wantKind("group's quota", b.SetGroupQuota(ctx, "g", q), errs.Invalid)
+		b.wantKind("application's quota", b.SetApplicationQuota(ctx, "a", q), errs.Invalid)
+	}
+	b.wantKind("keys of an application", b.SetApplicationQuota(ctx, "a", Quota{Keys: 1}), errs.Invalid)
+	b.wantKind("quota of no group", b.SetGroupQuota(ctx, "none", Quota{Keys: 1}), errs.NotFound)
+	b.wantKind("quota of no application", b.SetApplicationQuota(ctx, "none", Quota{}), errs.NotFound)
 	_, _, err := b.AddPassword(ctx, "none", 0)
 	b.wantKind("password of none", err, errs.NotFound)
 	b.wantKind("delete none", b.DeleteApplication(ctx, "none"), errs.NotFound)

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"fmt"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -94,7 +95,7 @@ func newKMSGroupCmd(env *Env) *cobra.Command {
 	return newGroup("group", "Groups of applications that share keys",
 		`A group's applications see the same keys, and no other's. Its policy says what they
 may do.`,
-		newKMSGroupCreateCmd(env), newKMSGroupLsCmd(env), newKMSGroupPolicyCmd(env))
+		newKMSGroupCreateCmd(env), newKMSGroupLsCmd(env), newKMSGroupShowCmd(env), newKMSGroupPolicyCmd(env), newKMSGroupQuotaCmd(env))
 }
 
 // addPolicy adds the flags of a group's policy.
@@ -161,19 +162,50 @@ func newKMSGroupLsCmd(env *Env) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			orAll := func(list []string) string {
-				if len(list) == 0 {
-					return "all"
-				}
-				return strings.Join(list, ",")
-			}
 			return printList(env, res, res.GetGroups(), []column[*strongroomv1.KMSGroup]{
 				{"NAME", (*strongroomv1.KMSGroup).GetName},
 				{"TITLE", (*strongroomv1.KMSGroup).GetTitle},
 				{"OPERATIONS", func(g *strongroomv1.KMSGroup) string { return orAll(g.GetPolicy().GetOperations()) }},
 				{"KEY TYPES", func(g *strongroomv1.KMSGroup) string { return orAll(g.GetPolicy().GetKeyTypes()) }},
 				{"EXPORT", func(g *strongroomv1.KMSGroup) string { return yesNo(!g.GetPolicy().GetNoExport()) }},
+				{"KEYS", func(g *strongroomv1.KMSGroup) string { return fmt.Sprint(g.GetUsage().GetKeys()) }},
 			})
+		}),
+	}
+}
+
+func orAll(list []string) string {
+	if len(list) == 0 {
+		return "all"
+	}
+	return strings.Join(list, ",")
+}
+
+func newKMSGroupShowCmd(env *Env) *cobra.Command {
+	return &cobra.Command{
+		Use:   "show NAME",
+		Short: "Show a group, its policy and its usage",
+		Long: `Show a group, what its applications may do, and what they did: keys that there are,
+operations, also those of applications that have been deleted. After a crash of the
+server the operations of its last 10 seconds are missing.
+
+It changes nothing.`,
+		Example: "  strongroom kms group show vsphere",
+		Args:    exactArgs("the group's name"),
+		RunE: env.withClient("show the group", func(cmd *cobra.Command, c *client.Client, args []string) error {
+			g, err := client.Call(cmd.Context(), c.KMS().GetKMSGroup, &strongroomv1.GetKMSGroupRequest{Name: args[0]})
+			if err != nil {
+				return err
+			}
+			return env.printOne(g, append([]field{
+				{"Name", g.GetName()},
+				{"Title", g.GetTitle()},
+				{"Description", g.GetDescription()},
+				{"Created", env.when(g.GetCreated())},
+				{"Operations allowed", orAll(g.GetPolicy().GetOperations())},
+				{"Key types", orAll(g.GetPolicy().GetKeyTypes())},
+				{"Export", yesNo(!g.GetPolicy().GetNoExport())},
+			}, env.usageFields(g.GetUsage(), g.GetQuota(), "Keys")...))
 		}),
 	}
 }

@@ -19,7 +19,7 @@ func newKMSAppCmd(env *Env) *cobra.Command {
 	return newGroup("app", "Applications: the programs that use keys",
 		`An application is a KMIP client. It belongs to one group and proves who it is by a
 credential.`,
-		newKMSAppCreateCmd(env), newKMSAppLsCmd(env), newKMSAppShowCmd(env),
+		newKMSAppCreateCmd(env), newKMSAppLsCmd(env), newKMSAppShowCmd(env), newKMSAppQuotaCmd(env),
 		newKMSAppStateCmd(env, "disable", "Have an application refused", true), newKMSAppStateCmd(env, "enable", "Accept an application again", false),
 		newKMSAppDeleteCmd(env))
 }
@@ -71,6 +71,7 @@ func newKMSAppLsCmd(env *Env) *cobra.Command {
 				{"GROUP", (*strongroomv1.KMSApplication).GetGroup},
 				{"DISABLED", func(a *strongroomv1.KMSApplication) string { return yesNo(a.GetDisabled()) }},
 				{"CREDENTIALS", func(a *strongroomv1.KMSApplication) string { return fmt.Sprint(len(a.GetCredentials())) }},
+				{"LAST USED", func(a *strongroomv1.KMSApplication) string { return env.when(a.GetUsage().GetLastUse()) }},
 			})
 		}),
 	}
@@ -78,9 +79,12 @@ func newKMSAppLsCmd(env *Env) *cobra.Command {
 
 func newKMSAppShowCmd(env *Env) *cobra.Command {
 	return &cobra.Command{
-		Use:     "show NAME",
-		Short:   "Show an application and its credentials",
-		Long:    "Show an application and its credentials, without their secrets. It changes nothing.",
+		Use:   "show NAME",
+		Short: "Show an application and its credentials",
+		Long: `Show an application, what it did, and its credentials without their secrets. After
+a crash of the server the operations of its last 10 seconds are missing.
+
+It changes nothing.`,
 		Example: "  strongroom kms app show vcenter-1",
 		Args:    exactArgs("the application's name"),
 		RunE: env.withClient("show the application", func(cmd *cobra.Command, c *client.Client, args []string) error {
@@ -96,6 +100,7 @@ func newKMSAppShowCmd(env *Env) *cobra.Command {
 				{"Disabled", yesNo(a.GetDisabled())},
 				{"Created", env.when(a.GetCreated())},
 			}
+			fields = append(fields, env.usageFields(a.GetUsage(), a.GetQuota(), "Keys made")...)
 			for _, v := range a.GetCredentials() {
 				what := "user " + v.GetUser()
 				if v.GetFingerprint() != "" {

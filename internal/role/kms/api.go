@@ -21,6 +21,7 @@ import (
 	"strongroom/internal/control/directory"
 	"strongroom/internal/daemon"
 	"strongroom/internal/errs"
+	"strongroom/internal/role/kms/usage"
 )
 
 const (
@@ -144,7 +145,7 @@ func (a *api) CreateKMSGroup(ctx context.Context, req *connect.Request[strongroo
 	if err := a.k.directory.CreateGroup(ctx, directory.Group{Name: m.GetName(), Title: m.GetTitle(), Description: m.GetDescription(), Policy: policy}); err != nil {
 		return nil, err
 	}
-	return a.group(m.GetName())
+	return a.group(ctx, m.GetName())
 }
 
 func (a *api) SetKMSGroupPolicy(ctx context.Context, req *connect.Request[strongroomv1.SetKMSGroupPolicyRequest]) (*connect.Response[strongroomv1.KMSGroup], error) {
@@ -155,29 +156,44 @@ func (a *api) SetKMSGroupPolicy(ctx context.Context, req *connect.Request[strong
 	if err := a.k.directory.SetPolicy(ctx, req.Msg.GetName(), policy); err != nil {
 		return nil, err
 	}
-	return a.group(req.Msg.GetName())
+	return a.group(ctx, req.Msg.GetName())
 }
 
-func (a *api) group(name string) (*connect.Response[strongroomv1.KMSGroup], error) {
-	for _, g := range a.k.directory.Groups() {
-		if g.Name == name {
-			return connect.NewResponse(groupOf(g)), nil
-		}
+func (a *api) group(ctx context.Context, name string) (*connect.Response[strongroomv1.KMSGroup], error) {
+	g, err := a.k.directory.Group(name)
+	if err != nil {
+		return nil, err
 	}
-	return nil, errs.New(errs.NotFound, "there is no group %.64q", name)
+	out, err := a.groupOf(ctx, g)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(out), nil
 }
 
-func groupOf(g directory.Group) *strongroomv1.KMSGroup {
-	return &strongroomv1.KMSGroup{
+func (a *api) groupOf(ctx context.Context, g directory.Group) (*strongroomv1.KMSGroup, error) {
+	out := &strongroomv1.KMSGroup{
 		Name: g.Name, Title: g.Title, Description: g.Description, Created: timestamppb.New(g.Created),
 		Policy: &strongroomv1.KMSPolicy{Operations: g.Policy.Operations, NoExport: g.Policy.NoExport, KeyTypes: g.Policy.KeyTypes},
+		Quota:  quotaOf(g.Quota), Usage: usageOf(a.k.usage.Of(usage.Group(g.Name)), g.Quota),
 	}
+	var err error
+	out.Usage.Keys, err = a.k.objects.Keys(ctx, g.Name)
+	return out, err
 }
 
-func (a *api) ListKMSGroups(context.Context, *connect.Request[strongroomv1.ListKMSGroupsRequest]) (*connect.Response[strongroomv1.ListKMSGroupsResponse], error) {
+func (a *api) GetKMSGroup(ctx context.Context, req *connect.Request[strongroomv1.GetKMSGroupRequest]) (*connect.Response[strongroomv1.KMSGroup], error) {
+	return a.group(ctx, req.Msg.GetName())
+}
+
+func (a *api) ListKMSGroups(ctx context.Context, _ *connect.Request[strongroomv1.ListKMSGroupsRequest]) (*connect.Response[strongroomv1.ListKMSGroupsResponse], error) {
 	out := &strongroomv1.ListKMSGroupsResponse{}
 	for _, g := range a.k.directory.Groups() {
-		out.Groups = append(out.Groups, groupOf(g))
+		one, err := a.groupOf(ctx, g)
+		if err != nil {
+			return nil, err
+		}
+		out.Groups = append(out.Groups, one)
 	}
 	return connect.NewResponse(out), nil
 }
@@ -196,12 +212,13 @@ func (a *api) application(name string) (*connect.Response[strongroomv1.KMSApplic
 	if err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(applicationOf(app)), nil
+	return connect.NewResponse(a.applicationOf(app)), nil
 }
 
-func applicationOf(app directory.Application) *strongroomv1.KMSApplication {
+func (a *api) applicationOf(app directory.Application) *strongroomv1.KMSApplication {
 	out := &strongroomv1.KMSApplication{
 		Name: app.Name, Title: app.Title, Description: app.Description, Group: app.Group, Disabled: app.Disabled, Created: timestamppb.New(app.Created),
+		Quota: quotaOf(app.Quota), Usage: usageOf(a.k.usage.Of(usage.Application(app.Name)), app.Quota),
 	}
 	for _, c := range app.Credentials {
 		out.Credentials = append(out.Credentials, credentialOf(c))
@@ -220,7 +237,7 @@ func credentialOf(c directory.Credential) *strongroomv1.KMSCredential {
 func (a *api) ListKMSApplications(context.Context, *connect.Request[strongroomv1.ListKMSApplicationsRequest]) (*connect.Response[strongroomv1.ListKMSApplicationsResponse], error) {
 	out := &strongroomv1.ListKMSApplicationsResponse{}
 	for _, app := range a.k.directory.Applications() {
-		out.Applications = append(out.Applications, applicationOf(app))
+		out.Applications = append(out.Applications, a.applicationOf(app))
 	}
 	return connect.NewResponse(out), nil
 }
@@ -238,6 +255,9 @@ func (a *api) SetKMSApplicationDisabled(ctx context.Context, req *connect.Reques
 
 func (a *api) DeleteKMSApplication(ctx context.Context, req *connect.Request[strongroomv1.DeleteKMSApplicationRequest]) (*connect.Response[strongroomv1.DeleteKMSApplicationResponse], error) {
 	if err := a.k.directory.DeleteApplication(ctx, req.Msg.GetName()); err != nil {
+		return nil, err
+	}
+	if err := a.k.usage.Forget(ctx, usage.Application(req.Msg.GetName())); err != nil {
 		return nil, err
 	}
 	return connect.NewResponse(&strongroomv1.DeleteKMSApplicationResponse{}), nil

@@ -32,6 +32,7 @@ import (
 	"strongroom/internal/keys/kmip/kmipserver"
 	"strongroom/internal/keys/rootkey"
 	"strongroom/internal/role/kms/objectstore"
+	"strongroom/internal/role/kms/usage"
 )
 
 // Version is what the KMS tells about itself.
@@ -45,6 +46,8 @@ const (
 	// flushEvery is how long a record of something that changed nothing may
 	// stay unsynced.
 	flushEvery = time.Second
+	// closeTime bounds the last flush of the usage counters.
+	closeTime = 10 * time.Second
 )
 
 // KMS is a running key management server.
@@ -60,6 +63,7 @@ type KMS struct {
 	certificate tls.Certificate
 	directory   *directory.Directory
 	objects     *objectstore.Store
+	usage       *usage.Meter
 	metrics     *metrics
 	pace        pace
 	address     net.Addr // of the KMIP server, once it listens
@@ -124,6 +128,10 @@ func open(ctx context.Context, cfg Config, u *unlocked, log *slog.Logger) (_ *KM
 		return nil, err
 	}
 	k.objects = objectstore.New(k.db, k.secrets.ring, log)
+	if k.usage, err = usage.Open(ctx, k.db, k.objects.Keys, log); err != nil {
+		return nil, err
+	}
+	k.metrics.registry.MustRegister(&usageMetrics{k})
 	return k, nil
 }
 
@@ -152,8 +160,13 @@ func (k *KMS) close() error {
 	if k.objects != nil {
 		k.objects.Close()
 	}
+	if k.usage != nil {
+		ctx, cancel := context.WithTimeout(context.Background(), closeTime)
+		err = k.usage.Flush(ctx)
+		cancel()
+	}
 	if k.audit != nil {
-		err = k.audit.Close()
+		err = errors.Join(err, k.audit.Close())
 	}
 	if k.secrets != nil {
 		k.secrets.Close()
@@ -221,6 +234,8 @@ func (k *KMS) run(ctx context.Context, ready func(*KMS) error) error {
 		group.Go(func() error { return daemon.Serve(ctx, k.metricsServer(), l.metrics) })
 	}
 	group.Go(func() error { return k.objects.Run(ctx) })
+	group.Go(func() error { return k.objects.RunCounts(ctx) })
+	group.Go(func() error { return k.usage.Run(ctx) })
 	group.Go(func() error { return k.keepAudit(ctx) })
 	k.log.LogAttrs(ctx, slog.LevelInfo, "kms is ready", slog.String("kmip", l.kmip.Addr().String()),
 		slog.String("socket", k.cfg.LocalSocket), slog.String("certificate", fmt.Sprintf("sha256:%x", fingerprint(k.certificate.Leaf))))

@@ -96,6 +96,9 @@ func (k *KMS) observe(_ context.Context, e kmipserver.Event) error {
 	if e.Reason != 0 {
 		entry.Details["reason"] = ttlv.EnumStr(e.Reason)
 	}
+	if e.Cause != "" {
+		entry.Details["cause"] = e.Cause
+	}
 	head, err := k.audit.Append(entry)
 	if err != nil || !changes(e.Operation) {
 		return err

@@ -38,12 +38,17 @@ const (
 	// KMSServiceCreateKMSGroupProcedure is the fully-qualified name of the KMSService's CreateKMSGroup
 	// RPC.
 	KMSServiceCreateKMSGroupProcedure = "/strongroom.v1.KMSService/CreateKMSGroup"
+	// KMSServiceGetKMSGroupProcedure is the fully-qualified name of the KMSService's GetKMSGroup RPC.
+	KMSServiceGetKMSGroupProcedure = "/strongroom.v1.KMSService/GetKMSGroup"
 	// KMSServiceListKMSGroupsProcedure is the fully-qualified name of the KMSService's ListKMSGroups
 	// RPC.
 	KMSServiceListKMSGroupsProcedure = "/strongroom.v1.KMSService/ListKMSGroups"
 	// KMSServiceSetKMSGroupPolicyProcedure is the fully-qualified name of the KMSService's
 	// SetKMSGroupPolicy RPC.
 	KMSServiceSetKMSGroupPolicyProcedure = "/strongroom.v1.KMSService/SetKMSGroupPolicy"
+	// KMSServiceSetKMSGroupQuotaProcedure is the fully-qualified name of the KMSService's
+	// SetKMSGroupQuota RPC.
+	KMSServiceSetKMSGroupQuotaProcedure = "/strongroom.v1.KMSService/SetKMSGroupQuota"
 	// KMSServiceCreateKMSApplicationProcedure is the fully-qualified name of the KMSService's
 	// CreateKMSApplication RPC.
 	KMSServiceCreateKMSApplicationProcedure = "/strongroom.v1.KMSService/CreateKMSApplication"
@@ -56,6 +61,9 @@ const (
 	// KMSServiceSetKMSApplicationDisabledProcedure is the fully-qualified name of the KMSService's
 	// SetKMSApplicationDisabled RPC.
 	KMSServiceSetKMSApplicationDisabledProcedure = "/strongroom.v1.KMSService/SetKMSApplicationDisabled"
+	// KMSServiceSetKMSApplicationQuotaProcedure is the fully-qualified name of the KMSService's
+	// SetKMSApplicationQuota RPC.
+	KMSServiceSetKMSApplicationQuotaProcedure = "/strongroom.v1.KMSService/SetKMSApplicationQuota"
 	// KMSServiceDeleteKMSApplicationProcedure is the fully-qualified name of the KMSService's
 	// DeleteKMSApplication RPC.
 	KMSServiceDeleteKMSApplicationProcedure = "/strongroom.v1.KMSService/DeleteKMSApplication"
@@ -75,15 +83,20 @@ type KMSServiceClient interface {
 	GetKMS(context.Context, *connect.Request[v1.GetKMSRequest]) (*connect.Response[v1.KMS], error)
 	// CreateKMSGroup makes a group. Its applications share keys.
 	CreateKMSGroup(context.Context, *connect.Request[v1.CreateKMSGroupRequest]) (*connect.Response[v1.KMSGroup], error)
+	GetKMSGroup(context.Context, *connect.Request[v1.GetKMSGroupRequest]) (*connect.Response[v1.KMSGroup], error)
 	ListKMSGroups(context.Context, *connect.Request[v1.ListKMSGroupsRequest]) (*connect.Response[v1.ListKMSGroupsResponse], error)
 	// SetKMSGroupPolicy replaces what a group's applications may do. It holds
 	// from the next request on.
 	SetKMSGroupPolicy(context.Context, *connect.Request[v1.SetKMSGroupPolicyRequest]) (*connect.Response[v1.KMSGroup], error)
+	// SetKMSGroupQuota replaces how much a group's applications may do together.
+	SetKMSGroupQuota(context.Context, *connect.Request[v1.SetKMSGroupQuotaRequest]) (*connect.Response[v1.KMSGroup], error)
 	CreateKMSApplication(context.Context, *connect.Request[v1.CreateKMSApplicationRequest]) (*connect.Response[v1.KMSApplication], error)
 	ListKMSApplications(context.Context, *connect.Request[v1.ListKMSApplicationsRequest]) (*connect.Response[v1.ListKMSApplicationsResponse], error)
 	GetKMSApplication(context.Context, *connect.Request[v1.GetKMSApplicationRequest]) (*connect.Response[v1.KMSApplication], error)
 	// SetKMSApplicationDisabled has an application refused, or accepted again.
 	SetKMSApplicationDisabled(context.Context, *connect.Request[v1.SetKMSApplicationDisabledRequest]) (*connect.Response[v1.KMSApplication], error)
+	// SetKMSApplicationQuota replaces how much one application may do.
+	SetKMSApplicationQuota(context.Context, *connect.Request[v1.SetKMSApplicationQuotaRequest]) (*connect.Response[v1.KMSApplication], error)
 	// DeleteKMSApplication removes an application and its credentials. Its
 	// group's keys stay.
 	DeleteKMSApplication(context.Context, *connect.Request[v1.DeleteKMSApplicationRequest]) (*connect.Response[v1.DeleteKMSApplicationResponse], error)
@@ -120,6 +133,12 @@ func NewKMSServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...
 			connect.WithSchema(kMSServiceMethods.ByName("CreateKMSGroup")),
 			connect.WithClientOptions(opts...),
 		),
+		getKMSGroup: connect.NewClient[v1.GetKMSGroupRequest, v1.KMSGroup](
+			httpClient,
+			baseURL+KMSServiceGetKMSGroupProcedure,
+			connect.WithSchema(kMSServiceMethods.ByName("GetKMSGroup")),
+			connect.WithClientOptions(opts...),
+		),
 		listKMSGroups: connect.NewClient[v1.ListKMSGroupsRequest, v1.ListKMSGroupsResponse](
 			httpClient,
 			baseURL+KMSServiceListKMSGroupsProcedure,
@@ -130,6 +149,12 @@ func NewKMSServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...
 			httpClient,
 			baseURL+KMSServiceSetKMSGroupPolicyProcedure,
 			connect.WithSchema(kMSServiceMethods.ByName("SetKMSGroupPolicy")),
+			connect.WithClientOptions(opts...),
+		),
+		setKMSGroupQuota: connect.NewClient[v1.SetKMSGroupQuotaRequest, v1.KMSGroup](
+			httpClient,
+			baseURL+KMSServiceSetKMSGroupQuotaProcedure,
+			connect.WithSchema(kMSServiceMethods.ByName("SetKMSGroupQuota")),
 			connect.WithClientOptions(opts...),
 		),
 		createKMSApplication: connect.NewClient[v1.CreateKMSApplicationRequest, v1.KMSApplication](
@@ -154,6 +179,12 @@ func NewKMSServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...
 			httpClient,
 			baseURL+KMSServiceSetKMSApplicationDisabledProcedure,
 			connect.WithSchema(kMSServiceMethods.ByName("SetKMSApplicationDisabled")),
+			connect.WithClientOptions(opts...),
+		),
+		setKMSApplicationQuota: connect.NewClient[v1.SetKMSApplicationQuotaRequest, v1.KMSApplication](
+			httpClient,
+			baseURL+KMSServiceSetKMSApplicationQuotaProcedure,
+			connect.WithSchema(kMSServiceMethods.ByName("SetKMSApplicationQuota")),
 			connect.WithClientOptions(opts...),
 		),
 		deleteKMSApplication: connect.NewClient[v1.DeleteKMSApplicationRequest, v1.DeleteKMSApplicationResponse](
@@ -187,12 +218,15 @@ func NewKMSServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...
 type kMSServiceClient struct {
 	getKMS                    *connect.Client[v1.GetKMSRequest, v1.KMS]
 	createKMSGroup            *connect.Client[v1.CreateKMSGroupRequest, v1.KMSGroup]
+	getKMSGroup               *connect.Client[v1.GetKMSGroupRequest, v1.KMSGroup]
 	listKMSGroups             *connect.Client[v1.ListKMSGroupsRequest, v1.ListKMSGroupsResponse]
 	setKMSGroupPolicy         *connect.Client[v1.SetKMSGroupPolicyRequest, v1.KMSGroup]
+	setKMSGroupQuota          *connect.Client[v1.SetKMSGroupQuotaRequest, v1.KMSGroup]
 	createKMSApplication      *connect.Client[v1.CreateKMSApplicationRequest, v1.KMSApplication]
 	listKMSApplications       *connect.Client[v1.ListKMSApplicationsRequest, v1.ListKMSApplicationsResponse]
 	getKMSApplication         *connect.Client[v1.GetKMSApplicationRequest, v1.KMSApplication]
 	setKMSApplicationDisabled *connect.Client[v1.SetKMSApplicationDisabledRequest, v1.KMSApplication]
+	setKMSApplicationQuota    *connect.Client[v1.SetKMSApplicationQuotaRequest, v1.KMSApplication]
 	deleteKMSApplication      *connect.Client[v1.DeleteKMSApplicationRequest, v1.DeleteKMSApplicationResponse]
 	createKMSPassword         *connect.Client[v1.CreateKMSPasswordRequest, v1.CreateKMSPasswordResponse]
 	addKMSCertificate         *connect.Client[v1.AddKMSCertificateRequest, v1.KMSCredential]
@@ -209,6 +243,11 @@ func (c *kMSServiceClient) CreateKMSGroup(ctx context.Context, req *connect.Requ
 	return c.createKMSGroup.CallUnary(ctx, req)
 }
 
+// GetKMSGroup calls strongroom.v1.KMSService.GetKMSGroup.
+func (c *kMSServiceClient) GetKMSGroup(ctx context.Context, req *connect.Request[v1.GetKMSGroupRequest]) (*connect.Response[v1.KMSGroup], error) {
+	return c.getKMSGroup.CallUnary(ctx, req)
+}
+
 // ListKMSGroups calls strongroom.v1.KMSService.ListKMSGroups.
 func (c *kMSServiceClient) ListKMSGroups(ctx context.Context, req *connect.Request[v1.ListKMSGroupsRequest]) (*connect.Response[v1.ListKMSGroupsResponse], error) {
 	return c.listKMSGroups.CallUnary(ctx, req)
@@ -217,6 +256,11 @@ func (c *kMSServiceClient) ListKMSGroups(ctx context.Context, req *connect.Reque
 // SetKMSGroupPolicy calls strongroom.v1.KMSService.SetKMSGroupPolicy.
 func (c *kMSServiceClient) SetKMSGroupPolicy(ctx context.Context, req *connect.Request[v1.SetKMSGroupPolicyRequest]) (*connect.Response[v1.KMSGroup], error) {
 	return c.setKMSGroupPolicy.CallUnary(ctx, req)
+}
+
+// SetKMSGroupQuota calls strongroom.v1.KMSService.SetKMSGroupQuota.
+func (c *kMSServiceClient) SetKMSGroupQuota(ctx context.Context, req *connect.Request[v1.SetKMSGroupQuotaRequest]) (*connect.Response[v1.KMSGroup], error) {
+	return c.setKMSGroupQuota.CallUnary(ctx, req)
 }
 
 // CreateKMSApplication calls strongroom.v1.KMSService.CreateKMSApplication.
@@ -237,6 +281,11 @@ func (c *kMSServiceClient) GetKMSApplication(ctx context.Context, req *connect.R
 // SetKMSApplicationDisabled calls strongroom.v1.KMSService.SetKMSApplicationDisabled.
 func (c *kMSServiceClient) SetKMSApplicationDisabled(ctx context.Context, req *connect.Request[v1.SetKMSApplicationDisabledRequest]) (*connect.Response[v1.KMSApplication], error) {
 	return c.setKMSApplicationDisabled.CallUnary(ctx, req)
+}
+
+// SetKMSApplicationQuota calls strongroom.v1.KMSService.SetKMSApplicationQuota.
+func (c *kMSServiceClient) SetKMSApplicationQuota(ctx context.Context, req *connect.Request[v1.SetKMSApplicationQuotaRequest]) (*connect.Response[v1.KMSApplication], error) {
+	return c.setKMSApplicationQuota.CallUnary(ctx, req)
 }
 
 // DeleteKMSApplication calls strongroom.v1.KMSService.DeleteKMSApplication.
@@ -264,15 +313,20 @@ type KMSServiceHandler interface {
 	GetKMS(context.Context, *connect.Request[v1.GetKMSRequest]) (*connect.Response[v1.KMS], error)
 	// CreateKMSGroup makes a group. Its applications share keys.
 	CreateKMSGroup(context.Context, *connect.Request[v1.CreateKMSGroupRequest]) (*connect.Response[v1.KMSGroup], error)
+	GetKMSGroup(context.Context, *connect.Request[v1.GetKMSGroupRequest]) (*connect.Response[v1.KMSGroup], error)
 	ListKMSGroups(context.Context, *connect.Request[v1.ListKMSGroupsRequest]) (*connect.Response[v1.ListKMSGroupsResponse], error)
 	// SetKMSGroupPolicy replaces what a group's applications may do. It holds
 	// from the next request on.
 	SetKMSGroupPolicy(context.Context, *connect.Request[v1.SetKMSGroupPolicyRequest]) (*connect.Response[v1.KMSGroup], error)
+	// SetKMSGroupQuota replaces how much a group's applications may do together.
+	SetKMSGroupQuota(context.Context, *connect.Request[v1.SetKMSGroupQuotaRequest]) (*connect.Response[v1.KMSGroup], error)
 	CreateKMSApplication(context.Context, *connect.Request[v1.CreateKMSApplicationRequest]) (*connect.Response[v1.KMSApplication], error)
 	ListKMSApplications(context.Context, *connect.Request[v1.ListKMSApplicationsRequest]) (*connect.Response[v1.ListKMSApplicationsResponse], error)
 	GetKMSApplication(context.Context, *connect.Request[v1.GetKMSApplicationRequest]) (*connect.Response[v1.KMSApplication], error)
 	// SetKMSApplicationDisabled has an application refused, or accepted again.
 	SetKMSApplicationDisabled(context.Context, *connect.Request[v1.SetKMSApplicationDisabledRequest]) (*connect.Response[v1.KMSApplication], error)
+	// SetKMSApplicationQuota replaces how much one application may do.
+	SetKMSApplicationQuota(context.Context, *connect.Request[v1.SetKMSApplicationQuotaRequest]) (*connect.Response[v1.KMSApplication], error)
 	// DeleteKMSApplication removes an application and its credentials. Its
 	// group's keys stay.
 	DeleteKMSApplication(context.Context, *connect.Request[v1.DeleteKMSApplicationRequest]) (*connect.Response[v1.DeleteKMSApplicationResponse], error)
@@ -305,6 +359,12 @@ func NewKMSServiceHandler(svc KMSServiceHandler, opts ...connect.HandlerOption) 
 		connect.WithSchema(kMSServiceMethods.ByName("CreateKMSGroup")),
 		connect.WithHandlerOptions(opts...),
 	)
+	kMSServiceGetKMSGroupHandler := connect.NewUnaryHandler(
+		KMSServiceGetKMSGroupProcedure,
+		svc.GetKMSGroup,
+		connect.WithSchema(kMSServiceMethods.ByName("GetKMSGroup")),
+		connect.WithHandlerOptions(opts...),
+	)
 	kMSServiceListKMSGroupsHandler := connect.NewUnaryHandler(
 		KMSServiceListKMSGroupsProcedure,
 		svc.ListKMSGroups,
@@ -315,6 +375,12 @@ func NewKMSServiceHandler(svc KMSServiceHandler, opts ...connect.HandlerOption) 
 		KMSServiceSetKMSGroupPolicyProcedure,
 		svc.SetKMSGroupPolicy,
 		connect.WithSchema(kMSServiceMethods.ByName("SetKMSGroupPolicy")),
+		connect.WithHandlerOptions(opts...),
+	)
+	kMSServiceSetKMSGroupQuotaHandler := connect.NewUnaryHandler(
+		KMSServiceSetKMSGroupQuotaProcedure,
+		svc.SetKMSGroupQuota,
+		connect.WithSchema(kMSServiceMethods.ByName("SetKMSGroupQuota")),
 		connect.WithHandlerOptions(opts...),
 	)
 	kMSServiceCreateKMSApplicationHandler := connect.NewUnaryHandler(
@@ -339,6 +405,12 @@ func NewKMSServiceHandler(svc KMSServiceHandler, opts ...connect.HandlerOption) 
 		KMSServiceSetKMSApplicationDisabledProcedure,
 		svc.SetKMSApplicationDisabled,
 		connect.WithSchema(kMSServiceMethods.ByName("SetKMSApplicationDisabled")),
+		connect.WithHandlerOptions(opts...),
+	)
+	kMSServiceSetKMSApplicationQuotaHandler := connect.NewUnaryHandler(
+		KMSServiceSetKMSApplicationQuotaProcedure,
+		svc.SetKMSApplicationQuota,
+		connect.WithSchema(kMSServiceMethods.ByName("SetKMSApplicationQuota")),
 		connect.WithHandlerOptions(opts...),
 	)
 	kMSServiceDeleteKMSApplicationHandler := connect.NewUnaryHandler(
@@ -371,10 +443,14 @@ func NewKMSServiceHandler(svc KMSServiceHandler, opts ...connect.HandlerOption) 
 			kMSServiceGetKMSHandler.ServeHTTP(w, r)
 		case KMSServiceCreateKMSGroupProcedure:
 			kMSServiceCreateKMSGroupHandler.ServeHTTP(w, r)
+		case KMSServiceGetKMSGroupProcedure:
+			kMSServiceGetKMSGroupHandler.ServeHTTP(w, r)
 		case KMSServiceListKMSGroupsProcedure:
 			kMSServiceListKMSGroupsHandler.ServeHTTP(w, r)
 		case KMSServiceSetKMSGroupPolicyProcedure:
 			kMSServiceSetKMSGroupPolicyHandler.ServeHTTP(w, r)
+		case KMSServiceSetKMSGroupQuotaProcedure:
+			kMSServiceSetKMSGroupQuotaHandler.ServeHTTP(w, r)
 		case KMSServiceCreateKMSApplicationProcedure:
 			kMSServiceCreateKMSApplicationHandler.ServeHTTP(w, r)
 		case KMSServiceListKMSApplicationsProcedure:
@@ -383,6 +459,8 @@ func NewKMSServiceHandler(svc KMSServiceHandler, opts ...connect.HandlerOption) 
 			kMSServiceGetKMSApplicationHandler.ServeHTTP(w, r)
 		case KMSServiceSetKMSApplicationDisabledProcedure:
 			kMSServiceSetKMSApplicationDisabledHandler.ServeHTTP(w, r)
+		case KMSServiceSetKMSApplicationQuotaProcedure:
+			kMSServiceSetKMSApplicationQuotaHandler.ServeHTTP(w, r)
 		case KMSServiceDeleteKMSApplicationProcedure:
 			kMSServiceDeleteKMSApplicationHandler.ServeHTTP(w, r)
 		case KMSServiceCreateKMSPasswordProcedure:
@@ -408,12 +486,20 @@ func (UnimplementedKMSServiceHandler) CreateKMSGroup(context.Context, *connect.R
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.KMSService.CreateKMSGroup is not implemented"))
 }
 
+func (UnimplementedKMSServiceHandler) GetKMSGroup(context.Context, *connect.Request[v1.GetKMSGroupRequest]) (*connect.Response[v1.KMSGroup], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.KMSService.GetKMSGroup is not implemented"))
+}
+
 func (UnimplementedKMSServiceHandler) ListKMSGroups(context.Context, *connect.Request[v1.ListKMSGroupsRequest]) (*connect.Response[v1.ListKMSGroupsResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.KMSService.ListKMSGroups is not implemented"))
 }
 
 func (UnimplementedKMSServiceHandler) SetKMSGroupPolicy(context.Context, *connect.Request[v1.SetKMSGroupPolicyRequest]) (*connect.Response[v1.KMSGroup], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.KMSService.SetKMSGroupPolicy is not implemented"))
+}
+
+func (UnimplementedKMSServiceHandler) SetKMSGroupQuota(context.Context, *connect.Request[v1.SetKMSGroupQuotaRequest]) (*connect.Response[v1.KMSGroup], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.KMSService.SetKMSGroupQuota is not implemented"))
 }
 
 func (UnimplementedKMSServiceHandler) CreateKMSApplication(context.Context, *connect.Request[v1.CreateKMSApplicationRequest]) (*connect.Response[v1.KMSApplication], error) {
@@ -430,6 +516,10 @@ func (UnimplementedKMSServiceHandler) GetKMSApplication(context.Context, *connec
 
 func (UnimplementedKMSServiceHandler) SetKMSApplicationDisabled(context.Context, *connect.Request[v1.SetKMSApplicationDisabledRequest]) (*connect.Response[v1.KMSApplication], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.KMSService.SetKMSApplicationDisabled is not implemented"))
+}
+
+func (UnimplementedKMSServiceHandler) SetKMSApplicationQuota(context.Context, *connect.Request[v1.SetKMSApplicationQuotaRequest]) (*connect.Response[v1.KMSApplication], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.KMSService.SetKMSApplicationQuota is not implemented"))
 }
 
 func (UnimplementedKMSServiceHandler) DeleteKMSApplication(context.Context, *connect.Request[v1.DeleteKMSApplicationRequest]) (*connect.Response[v1.DeleteKMSApplicationResponse], error) {

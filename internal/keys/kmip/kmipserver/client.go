@@ -17,6 +17,10 @@ type Client struct {
 	Account string // whose objects it sees, and no others
 	Name    string // what it is called in records
 	Policy  *Policy
+	// Admit is asked before an operation that the policy allows is carried out;
+	// its error refuses the operation. done is called once, when it has ended: with
+	// nil if it succeeded. Nil admits everything.
+	Admit func(ctx context.Context, op kmip.Operation) (done func(error), err error)
 }
 
 // Policy narrows what a client may do. Nil allows everything.
@@ -71,6 +75,7 @@ type Event struct {
 	Operation kmip.Operation
 	Object    string            // its identifier as the client gave it or the server made it; "" for none
 	Reason    kmip.ResultReason // 0: success
+	Cause     string            // of a [Refusal]
 	Duration  time.Duration
 }
 
@@ -81,7 +86,7 @@ func (r *request) record(op kmip.Operation, took time.Duration, err error) error
 	if err != nil {
 		e.Reason = kmip.ResultReasonGeneralFailure
 		if told := (*Refusal)(nil); errors.As(err, &told) {
-			e.Reason = told.Reason
+			e.Reason, e.Cause = told.Reason, told.Cause
 		}
 	}
 	// The record is made even if the request has been given up by now.

@@ -4,12 +4,15 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"testing"
 
 	"github.com/ovh/kmip-go"
 	"github.com/ovh/kmip-go/payloads"
+	"github.com/ovh/kmip-go/ttlv"
 )
 
 // ledger is what an observer saw.
@@ -105,5 +108,56 @@ func TestPolicyAndEvents(t *testing.T) {
 	m := kmip.NewRequestMessage(kmip.V1_4, get)
 	if got := b.dial(t, "all").send(&m).BatchItem[0]; got.ResultReason != kmip.ResultReasonGeneralFailure || got.ResponsePayload != nil {
 		t.Errorf("an answer without a record: %+v", got)
+	}
+}
+
+// TestAdmit has a client's operations admitted one by one.
+func TestAdmit(t *testing.T) {
+	t.Parallel()
+	var mu sync.Mutex
+	var log []string
+	note := func(s string) {
+		mu.Lock()
+		defer mu.Unlock()
+		log = append(log, s)
+	}
+	saw := &ledger{}
+	b := newBench(t, Limits{}, func(s *Server) {
+		s.observe = saw.observe
+		s.authenticate = func(context.Context, tls.ConnectionState, []kmip.Credential) (Client, error) {
+			return Client{Account: "one", Policy: &Policy{Operations: []kmip.Operation{kmip.OperationCreate, kmip.OperationGet}}, Admit: func(_ context.Context, op kmip.Operation) (func(error), error) {
+				note("begin " + ttlv.EnumStr(op))
+				if op == kmip.OperationGet {
+					return nil, &Refusal{Reason: kmip.ResultReasonPermissionDenied, Message: "enough", Cause: "quota"}
+				}
+				return func(err error) { note(fmt.Sprint("end ", err)) }, nil
+			}}, nil
+		}
+	})
+	short := newKey()
+	short.TemplateAttribute.Attribute = short.TemplateAttribute.Attribute[:1]
+	m := kmip.NewRequestMessage(kmip.V1_4, newKey(), short, &payloads.GetRequestPayload{}, &payloads.DestroyRequestPayload{})
+	m.Header.BatchErrorContinuationOption = kmip.BatchErrorContinuationOptionContinue
+	items := b.dial(t, "any").send(&m).BatchItem
+	var reasons []kmip.ResultReason
+	for _, item := range items {
+		reasons = append(reasons, item.ResultReason)
+	}
+	if want := []kmip.ResultReason{0, kmip.ResultReasonInvalidField, kmip.ResultReasonPermissionDenied, kmip.ResultReasonPermissionDenied}; !slices.Equal(reasons, want) {
+		t.Errorf("reasons %v, want %v", reasons, want)
+	}
+	if items[2].ResultMessage != "enough" {
+		t.Errorf("message %q", items[2].ResultMessage)
+	}
+	want := []string{"begin Create", "end <nil>", "begin Create", "end Cryptographic Usage Mask is missing", "begin Get"}
+	mu.Lock()
+	defer mu.Unlock()
+	if !slices.Equal(log, want) {
+		t.Errorf("admitted %q, want %q", log, want)
+	}
+	saw.mu.Lock()
+	defer saw.mu.Unlock()
+	if len(saw.events) != 4 || saw.events[2].Cause != "quota" || saw.events[3].Cause != "" {
+		t.Errorf("events %+v", saw.events)
 	}
 }

@@ -22,6 +22,7 @@ import (
 type Refusal struct {
 	Reason  kmip.ResultReason
 	Message string
+	Cause   string // what refused it, for records: "quota"; not sent
 }
 
 // Error implements error.
@@ -250,7 +251,7 @@ func (r *request) run(it item) (out kmip.ResponseBatchItem) {
 		if p := recover(); p != nil {
 			r.server.log.LogAttrs(r.ctx, slog.LevelError, "kmip operation panicked",
 				slog.String("op", ttlv.EnumStr(it.operation)), slog.Any("err", p), slog.String("stack", string(debug.Stack())))
-			fail(&out, fmt.Errorf("panic"))
+			fail(&out, errPanicked)
 		}
 	}()
 	began := time.Now()
@@ -269,7 +270,7 @@ func (r *request) run(it item) (out kmip.ResponseBatchItem) {
 	return out
 }
 
-func (r *request) perform(it item) (kmip.OperationPayload, error) {
+func (r *request) perform(it item) (payload kmip.OperationPayload, err error) {
 	op, ok := r.server.operations[it.operation]
 	switch {
 	case !r.client.Policy.allows(it.operation):
@@ -281,8 +282,21 @@ func (r *request) perform(it item) (kmip.OperationPayload, error) {
 	case it.err != nil:
 		return nil, refuse(kmip.ResultReasonInvalidMessage, "the payload of %s is not well formed", ttlv.EnumStr(it.operation))
 	}
-	return op.run(r, it.payload)
+	if r.client.Admit == nil {
+		return op.run(r, it.payload)
+	}
+	done, err := r.client.Admit(r.ctx, it.operation)
+	if err != nil {
+		return nil, err
+	}
+	err = errPanicked
+	defer func() { done(err) }()
+	payload, err = op.run(r, it.payload)
+	return payload, err
 }
+
+// errPanicked is what came of an operation that did not return.
+var errPanicked = errors.New("panic")
 
 func fail(out *kmip.ResponseBatchItem, err error) {
 	out.ResultStatus = kmip.ResultStatusOperationFailed

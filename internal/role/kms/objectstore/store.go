@@ -64,6 +64,7 @@ type Store struct {
 	log     *slog.Logger
 	cache   *cache
 	dirty   chan struct{} // buffered by one: there is something to shred
+	counts  counts
 
 	mu    sync.Mutex // guards the two below
 	epoch uint64     // that new objects go to; 0: none yet
@@ -79,6 +80,7 @@ func New(db *store.DB, ring *keyring.Ring, log *slog.Logger) *Store {
 		db: db, objects: store.NewRawTable(db, "kms-object"), names: store.NewRawTable(db, "kms-name"),
 		epochs: store.NewTable[epochState](db, "kms-epoch", 1),
 		ring:   ring, log: log, cache: newCache(cacheLimit), dirty: make(chan struct{}, 1),
+		counts: newCounts(),
 	}
 }
 
@@ -126,6 +128,8 @@ func (s *Store) Update(ctx context.Context, account string, f func(kmipserver.Tx
 	if err := checkAccount(account); err != nil {
 		return err
 	}
+	s.counts.gate.RLock()
+	defer s.counts.gate.RUnlock()
 	shred := false
 	err := s.again(func() error {
 		held := &holding{}
@@ -139,6 +143,7 @@ func (s *Store) Update(ctx context.Context, account string, f func(kmipserver.Tx
 			return err
 		}
 		shred = u.shred
+		s.counts.add(account, u.more)
 		for id, c := range u.changed {
 			s.cache.forget(accountPrefix(account) + id)
 			if !held.has(c.object.Material) {
@@ -311,6 +316,7 @@ type update struct {
 	*view
 	changed map[string]change
 	shred   bool
+	more    int64 // objects with material than before; fewer, if negative
 }
 
 // change is what will be stored of an object.
@@ -378,6 +384,7 @@ func (u *update) Put(o *kmipserver.Object) error {
 	if err := u.s.objects.In(u.tx).Set(accountPrefix(u.account)+o.ID, record); err != nil {
 		return err
 	}
+	u.more += withMaterial(epoch) - withMaterial(was.epoch)
 	u.changed[o.ID] = change{object: copyOf(o), epoch: epoch}
 	var oldNames []string
 	if was.object != nil {
