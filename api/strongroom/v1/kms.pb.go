@@ -268,6 +268,64 @@ func (x *KMSQuota) GetPeriodSeconds() int64 {
 	return 0
 }
 
+// KMSRotation is when the KMS replaces keys by itself.
+type KMSRotation struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The age in days, since its activation, at which an active symmetric key is
+	// re-keyed: its replacement takes over its Name, and both are linked. 0: never;
+	// at most 36500.
+	EveryDays int32 `protobuf:"varint,1,opt,name=every_days,json=everyDays,proto3" json:"every_days,omitempty"`
+	// How many days after its replacement was made, by whomever, a key is
+	// deactivated that has no Deactivation Date. 0: never; at most 36500.
+	DeactivateAfterDays int32 `protobuf:"varint,2,opt,name=deactivate_after_days,json=deactivateAfterDays,proto3" json:"deactivate_after_days,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
+}
+
+func (x *KMSRotation) Reset() {
+	*x = KMSRotation{}
+	mi := &file_strongroom_v1_kms_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KMSRotation) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KMSRotation) ProtoMessage() {}
+
+func (x *KMSRotation) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_kms_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KMSRotation.ProtoReflect.Descriptor instead.
+func (*KMSRotation) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *KMSRotation) GetEveryDays() int32 {
+	if x != nil {
+		return x.EveryDays
+	}
+	return 0
+}
+
+func (x *KMSRotation) GetDeactivateAfterDays() int32 {
+	if x != nil {
+		return x.DeactivateAfterDays
+	}
+	return 0
+}
+
 // KMSUsage is what was done so far. After a crash the last 10 seconds are
 // missing.
 type KMSUsage struct {
@@ -289,7 +347,7 @@ type KMSUsage struct {
 
 func (x *KMSUsage) Reset() {
 	*x = KMSUsage{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[4]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -301,7 +359,7 @@ func (x *KMSUsage) String() string {
 func (*KMSUsage) ProtoMessage() {}
 
 func (x *KMSUsage) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[4]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -314,7 +372,7 @@ func (x *KMSUsage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KMSUsage.ProtoReflect.Descriptor instead.
 func (*KMSUsage) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{4}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *KMSUsage) GetOperations() int64 {
@@ -368,13 +426,14 @@ type KMSGroup struct {
 	Created       *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=created,proto3" json:"created,omitempty"`
 	Quota         *KMSQuota              `protobuf:"bytes,6,opt,name=quota,proto3" json:"quota,omitempty"`
 	Usage         *KMSUsage              `protobuf:"bytes,7,opt,name=usage,proto3" json:"usage,omitempty"`
+	Rotation      *KMSRotation           `protobuf:"bytes,8,opt,name=rotation,proto3" json:"rotation,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *KMSGroup) Reset() {
 	*x = KMSGroup{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[5]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -386,7 +445,7 @@ func (x *KMSGroup) String() string {
 func (*KMSGroup) ProtoMessage() {}
 
 func (x *KMSGroup) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[5]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -399,7 +458,7 @@ func (x *KMSGroup) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KMSGroup.ProtoReflect.Descriptor instead.
 func (*KMSGroup) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{5}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *KMSGroup) GetName() string {
@@ -451,6 +510,13 @@ func (x *KMSGroup) GetUsage() *KMSUsage {
 	return nil
 }
 
+func (x *KMSGroup) GetRotation() *KMSRotation {
+	if x != nil {
+		return x.Rotation
+	}
+	return nil
+}
+
 type KMSApplication struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -468,7 +534,7 @@ type KMSApplication struct {
 
 func (x *KMSApplication) Reset() {
 	*x = KMSApplication{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[6]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -480,7 +546,7 @@ func (x *KMSApplication) String() string {
 func (*KMSApplication) ProtoMessage() {}
 
 func (x *KMSApplication) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[6]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -493,7 +559,7 @@ func (x *KMSApplication) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KMSApplication.ProtoReflect.Descriptor instead.
 func (*KMSApplication) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{6}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *KMSApplication) GetName() string {
@@ -577,7 +643,7 @@ type KMSCredential struct {
 
 func (x *KMSCredential) Reset() {
 	*x = KMSCredential{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[7]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -589,7 +655,7 @@ func (x *KMSCredential) String() string {
 func (*KMSCredential) ProtoMessage() {}
 
 func (x *KMSCredential) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[7]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -602,7 +668,7 @@ func (x *KMSCredential) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KMSCredential.ProtoReflect.Descriptor instead.
 func (*KMSCredential) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{7}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *KMSCredential) GetId() string {
@@ -659,7 +725,7 @@ type CreateKMSGroupRequest struct {
 
 func (x *CreateKMSGroupRequest) Reset() {
 	*x = CreateKMSGroupRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[8]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -671,7 +737,7 @@ func (x *CreateKMSGroupRequest) String() string {
 func (*CreateKMSGroupRequest) ProtoMessage() {}
 
 func (x *CreateKMSGroupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[8]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -684,7 +750,7 @@ func (x *CreateKMSGroupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateKMSGroupRequest.ProtoReflect.Descriptor instead.
 func (*CreateKMSGroupRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{8}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *CreateKMSGroupRequest) GetName() string {
@@ -724,7 +790,7 @@ type GetKMSGroupRequest struct {
 
 func (x *GetKMSGroupRequest) Reset() {
 	*x = GetKMSGroupRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[9]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -736,7 +802,7 @@ func (x *GetKMSGroupRequest) String() string {
 func (*GetKMSGroupRequest) ProtoMessage() {}
 
 func (x *GetKMSGroupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[9]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -749,7 +815,7 @@ func (x *GetKMSGroupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetKMSGroupRequest.ProtoReflect.Descriptor instead.
 func (*GetKMSGroupRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{9}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *GetKMSGroupRequest) GetName() string {
@@ -767,7 +833,7 @@ type ListKMSGroupsRequest struct {
 
 func (x *ListKMSGroupsRequest) Reset() {
 	*x = ListKMSGroupsRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[10]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -779,7 +845,7 @@ func (x *ListKMSGroupsRequest) String() string {
 func (*ListKMSGroupsRequest) ProtoMessage() {}
 
 func (x *ListKMSGroupsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[10]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -792,7 +858,7 @@ func (x *ListKMSGroupsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKMSGroupsRequest.ProtoReflect.Descriptor instead.
 func (*ListKMSGroupsRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{10}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{11}
 }
 
 type ListKMSGroupsResponse struct {
@@ -804,7 +870,7 @@ type ListKMSGroupsResponse struct {
 
 func (x *ListKMSGroupsResponse) Reset() {
 	*x = ListKMSGroupsResponse{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[11]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -816,7 +882,7 @@ func (x *ListKMSGroupsResponse) String() string {
 func (*ListKMSGroupsResponse) ProtoMessage() {}
 
 func (x *ListKMSGroupsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[11]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -829,7 +895,7 @@ func (x *ListKMSGroupsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKMSGroupsResponse.ProtoReflect.Descriptor instead.
 func (*ListKMSGroupsResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{11}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ListKMSGroupsResponse) GetGroups() []*KMSGroup {
@@ -849,7 +915,7 @@ type SetKMSGroupPolicyRequest struct {
 
 func (x *SetKMSGroupPolicyRequest) Reset() {
 	*x = SetKMSGroupPolicyRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[12]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -861,7 +927,7 @@ func (x *SetKMSGroupPolicyRequest) String() string {
 func (*SetKMSGroupPolicyRequest) ProtoMessage() {}
 
 func (x *SetKMSGroupPolicyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[12]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -874,7 +940,7 @@ func (x *SetKMSGroupPolicyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetKMSGroupPolicyRequest.ProtoReflect.Descriptor instead.
 func (*SetKMSGroupPolicyRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{12}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *SetKMSGroupPolicyRequest) GetName() string {
@@ -901,7 +967,7 @@ type SetKMSGroupQuotaRequest struct {
 
 func (x *SetKMSGroupQuotaRequest) Reset() {
 	*x = SetKMSGroupQuotaRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[13]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -913,7 +979,7 @@ func (x *SetKMSGroupQuotaRequest) String() string {
 func (*SetKMSGroupQuotaRequest) ProtoMessage() {}
 
 func (x *SetKMSGroupQuotaRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[13]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -926,7 +992,7 @@ func (x *SetKMSGroupQuotaRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetKMSGroupQuotaRequest.ProtoReflect.Descriptor instead.
 func (*SetKMSGroupQuotaRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{13}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *SetKMSGroupQuotaRequest) GetName() string {
@@ -953,7 +1019,7 @@ type SetKMSApplicationQuotaRequest struct {
 
 func (x *SetKMSApplicationQuotaRequest) Reset() {
 	*x = SetKMSApplicationQuotaRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[14]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -965,7 +1031,7 @@ func (x *SetKMSApplicationQuotaRequest) String() string {
 func (*SetKMSApplicationQuotaRequest) ProtoMessage() {}
 
 func (x *SetKMSApplicationQuotaRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[14]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -978,7 +1044,7 @@ func (x *SetKMSApplicationQuotaRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetKMSApplicationQuotaRequest.ProtoReflect.Descriptor instead.
 func (*SetKMSApplicationQuotaRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{14}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *SetKMSApplicationQuotaRequest) GetName() string {
@@ -995,6 +1061,58 @@ func (x *SetKMSApplicationQuotaRequest) GetQuota() *KMSQuota {
 	return nil
 }
 
+type SetKMSGroupRotationRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Rotation      *KMSRotation           `protobuf:"bytes,2,opt,name=rotation,proto3" json:"rotation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetKMSGroupRotationRequest) Reset() {
+	*x = SetKMSGroupRotationRequest{}
+	mi := &file_strongroom_v1_kms_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetKMSGroupRotationRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetKMSGroupRotationRequest) ProtoMessage() {}
+
+func (x *SetKMSGroupRotationRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_kms_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetKMSGroupRotationRequest.ProtoReflect.Descriptor instead.
+func (*SetKMSGroupRotationRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *SetKMSGroupRotationRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *SetKMSGroupRotationRequest) GetRotation() *KMSRotation {
+	if x != nil {
+		return x.Rotation
+	}
+	return nil
+}
+
 type CreateKMSApplicationRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -1007,7 +1125,7 @@ type CreateKMSApplicationRequest struct {
 
 func (x *CreateKMSApplicationRequest) Reset() {
 	*x = CreateKMSApplicationRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[15]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1019,7 +1137,7 @@ func (x *CreateKMSApplicationRequest) String() string {
 func (*CreateKMSApplicationRequest) ProtoMessage() {}
 
 func (x *CreateKMSApplicationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[15]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1032,7 +1150,7 @@ func (x *CreateKMSApplicationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateKMSApplicationRequest.ProtoReflect.Descriptor instead.
 func (*CreateKMSApplicationRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{15}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *CreateKMSApplicationRequest) GetName() string {
@@ -1071,7 +1189,7 @@ type ListKMSApplicationsRequest struct {
 
 func (x *ListKMSApplicationsRequest) Reset() {
 	*x = ListKMSApplicationsRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[16]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1083,7 +1201,7 @@ func (x *ListKMSApplicationsRequest) String() string {
 func (*ListKMSApplicationsRequest) ProtoMessage() {}
 
 func (x *ListKMSApplicationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[16]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1096,7 +1214,7 @@ func (x *ListKMSApplicationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKMSApplicationsRequest.ProtoReflect.Descriptor instead.
 func (*ListKMSApplicationsRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{16}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{18}
 }
 
 type ListKMSApplicationsResponse struct {
@@ -1108,7 +1226,7 @@ type ListKMSApplicationsResponse struct {
 
 func (x *ListKMSApplicationsResponse) Reset() {
 	*x = ListKMSApplicationsResponse{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[17]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1120,7 +1238,7 @@ func (x *ListKMSApplicationsResponse) String() string {
 func (*ListKMSApplicationsResponse) ProtoMessage() {}
 
 func (x *ListKMSApplicationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[17]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1133,7 +1251,7 @@ func (x *ListKMSApplicationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKMSApplicationsResponse.ProtoReflect.Descriptor instead.
 func (*ListKMSApplicationsResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{17}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ListKMSApplicationsResponse) GetApplications() []*KMSApplication {
@@ -1152,7 +1270,7 @@ type GetKMSApplicationRequest struct {
 
 func (x *GetKMSApplicationRequest) Reset() {
 	*x = GetKMSApplicationRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[18]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1164,7 +1282,7 @@ func (x *GetKMSApplicationRequest) String() string {
 func (*GetKMSApplicationRequest) ProtoMessage() {}
 
 func (x *GetKMSApplicationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[18]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1177,7 +1295,7 @@ func (x *GetKMSApplicationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetKMSApplicationRequest.ProtoReflect.Descriptor instead.
 func (*GetKMSApplicationRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{18}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *GetKMSApplicationRequest) GetName() string {
@@ -1197,7 +1315,7 @@ type SetKMSApplicationDisabledRequest struct {
 
 func (x *SetKMSApplicationDisabledRequest) Reset() {
 	*x = SetKMSApplicationDisabledRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[19]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1209,7 +1327,7 @@ func (x *SetKMSApplicationDisabledRequest) String() string {
 func (*SetKMSApplicationDisabledRequest) ProtoMessage() {}
 
 func (x *SetKMSApplicationDisabledRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[19]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1222,7 +1340,7 @@ func (x *SetKMSApplicationDisabledRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetKMSApplicationDisabledRequest.ProtoReflect.Descriptor instead.
 func (*SetKMSApplicationDisabledRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{19}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *SetKMSApplicationDisabledRequest) GetName() string {
@@ -1248,7 +1366,7 @@ type DeleteKMSApplicationRequest struct {
 
 func (x *DeleteKMSApplicationRequest) Reset() {
 	*x = DeleteKMSApplicationRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[20]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1260,7 +1378,7 @@ func (x *DeleteKMSApplicationRequest) String() string {
 func (*DeleteKMSApplicationRequest) ProtoMessage() {}
 
 func (x *DeleteKMSApplicationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[20]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1273,7 +1391,7 @@ func (x *DeleteKMSApplicationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteKMSApplicationRequest.ProtoReflect.Descriptor instead.
 func (*DeleteKMSApplicationRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{20}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *DeleteKMSApplicationRequest) GetName() string {
@@ -1291,7 +1409,7 @@ type DeleteKMSApplicationResponse struct {
 
 func (x *DeleteKMSApplicationResponse) Reset() {
 	*x = DeleteKMSApplicationResponse{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[21]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1303,7 +1421,7 @@ func (x *DeleteKMSApplicationResponse) String() string {
 func (*DeleteKMSApplicationResponse) ProtoMessage() {}
 
 func (x *DeleteKMSApplicationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[21]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1316,7 +1434,7 @@ func (x *DeleteKMSApplicationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteKMSApplicationResponse.ProtoReflect.Descriptor instead.
 func (*DeleteKMSApplicationResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{21}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{23}
 }
 
 type CreateKMSPasswordRequest struct {
@@ -1330,7 +1448,7 @@ type CreateKMSPasswordRequest struct {
 
 func (x *CreateKMSPasswordRequest) Reset() {
 	*x = CreateKMSPasswordRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[22]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1342,7 +1460,7 @@ func (x *CreateKMSPasswordRequest) String() string {
 func (*CreateKMSPasswordRequest) ProtoMessage() {}
 
 func (x *CreateKMSPasswordRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[22]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1355,7 +1473,7 @@ func (x *CreateKMSPasswordRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateKMSPasswordRequest.ProtoReflect.Descriptor instead.
 func (*CreateKMSPasswordRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{22}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *CreateKMSPasswordRequest) GetApplication() string {
@@ -1383,7 +1501,7 @@ type CreateKMSPasswordResponse struct {
 
 func (x *CreateKMSPasswordResponse) Reset() {
 	*x = CreateKMSPasswordResponse{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[23]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1395,7 +1513,7 @@ func (x *CreateKMSPasswordResponse) String() string {
 func (*CreateKMSPasswordResponse) ProtoMessage() {}
 
 func (x *CreateKMSPasswordResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[23]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1408,7 +1526,7 @@ func (x *CreateKMSPasswordResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateKMSPasswordResponse.ProtoReflect.Descriptor instead.
 func (*CreateKMSPasswordResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{23}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *CreateKMSPasswordResponse) GetCredential() *KMSCredential {
@@ -1436,7 +1554,7 @@ type AddKMSCertificateRequest struct {
 
 func (x *AddKMSCertificateRequest) Reset() {
 	*x = AddKMSCertificateRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[24]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1448,7 +1566,7 @@ func (x *AddKMSCertificateRequest) String() string {
 func (*AddKMSCertificateRequest) ProtoMessage() {}
 
 func (x *AddKMSCertificateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[24]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1461,7 +1579,7 @@ func (x *AddKMSCertificateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddKMSCertificateRequest.ProtoReflect.Descriptor instead.
 func (*AddKMSCertificateRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{24}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *AddKMSCertificateRequest) GetApplication() string {
@@ -1488,7 +1606,7 @@ type RevokeKMSCredentialRequest struct {
 
 func (x *RevokeKMSCredentialRequest) Reset() {
 	*x = RevokeKMSCredentialRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[25]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1500,7 +1618,7 @@ func (x *RevokeKMSCredentialRequest) String() string {
 func (*RevokeKMSCredentialRequest) ProtoMessage() {}
 
 func (x *RevokeKMSCredentialRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[25]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1513,7 +1631,7 @@ func (x *RevokeKMSCredentialRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeKMSCredentialRequest.ProtoReflect.Descriptor instead.
 func (*RevokeKMSCredentialRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{25}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *RevokeKMSCredentialRequest) GetApplication() string {
@@ -1553,7 +1671,11 @@ const file_strongroom_v1_kms_proto_rawDesc = "" +
 	"\n" +
 	"operations\x18\x02 \x01(\x03R\n" +
 	"operations\x12%\n" +
-	"\x0eperiod_seconds\x18\x03 \x01(\x03R\rperiodSeconds\"\xf9\x01\n" +
+	"\x0eperiod_seconds\x18\x03 \x01(\x03R\rperiodSeconds\"`\n" +
+	"\vKMSRotation\x12\x1d\n" +
+	"\n" +
+	"every_days\x18\x01 \x01(\x05R\teveryDays\x122\n" +
+	"\x15deactivate_after_days\x18\x02 \x01(\x05R\x13deactivateAfterDays\"\xf9\x01\n" +
 	"\bKMSUsage\x12\x1e\n" +
 	"\n" +
 	"operations\x18\x01 \x01(\x03R\n" +
@@ -1563,7 +1685,7 @@ const file_strongroom_v1_kms_proto_rawDesc = "" +
 	"\blast_use\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\alastUse\x12+\n" +
 	"\x11period_operations\x18\x05 \x01(\x03R\x10periodOperations\x12;\n" +
 	"\vperiod_ends\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
-	"periodEnds\"\x9c\x02\n" +
+	"periodEnds\"\xd4\x02\n" +
 	"\bKMSGroup\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05title\x18\x02 \x01(\tR\x05title\x12 \n" +
@@ -1571,7 +1693,8 @@ const file_strongroom_v1_kms_proto_rawDesc = "" +
 	"\x06policy\x18\x04 \x01(\v2\x18.strongroom.v1.KMSPolicyR\x06policy\x124\n" +
 	"\acreated\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x12-\n" +
 	"\x05quota\x18\x06 \x01(\v2\x17.strongroom.v1.KMSQuotaR\x05quota\x12-\n" +
-	"\x05usage\x18\a \x01(\v2\x17.strongroom.v1.KMSUsageR\x05usage\"\xe2\x02\n" +
+	"\x05usage\x18\a \x01(\v2\x17.strongroom.v1.KMSUsageR\x05usage\x126\n" +
+	"\brotation\x18\b \x01(\v2\x1a.strongroom.v1.KMSRotationR\brotation\"\xe2\x02\n" +
 	"\x0eKMSApplication\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05title\x18\x02 \x01(\tR\x05title\x12 \n" +
@@ -1607,7 +1730,10 @@ const file_strongroom_v1_kms_proto_rawDesc = "" +
 	"\x05quota\x18\x02 \x01(\v2\x17.strongroom.v1.KMSQuotaR\x05quota\"b\n" +
 	"\x1dSetKMSApplicationQuotaRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12-\n" +
-	"\x05quota\x18\x02 \x01(\v2\x17.strongroom.v1.KMSQuotaR\x05quota\"\x7f\n" +
+	"\x05quota\x18\x02 \x01(\v2\x17.strongroom.v1.KMSQuotaR\x05quota\"h\n" +
+	"\x1aSetKMSGroupRotationRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x126\n" +
+	"\brotation\x18\x02 \x01(\v2\x1a.strongroom.v1.KMSRotationR\brotation\"\x7f\n" +
 	"\x1bCreateKMSApplicationRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05title\x18\x02 \x01(\tR\x05title\x12 \n" +
@@ -1637,7 +1763,7 @@ const file_strongroom_v1_kms_proto_rawDesc = "" +
 	"\vcertificate\x18\x02 \x01(\fR\vcertificate\"N\n" +
 	"\x1aRevokeKMSCredentialRequest\x12 \n" +
 	"\vapplication\x18\x01 \x01(\tR\vapplication\x12\x0e\n" +
-	"\x02id\x18\x02 \x01(\tR\x02id2\xb3\x0f\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id2\xb2\x10\n" +
 	"\n" +
 	"KMSService\x12`\n" +
 	"\x06GetKMS\x12\x1c.strongroom.v1.GetKMSRequest\x1a\x12.strongroom.v1.KMS\"$\x8a\xb5\x18 Cryptographer.ReadKeyServersInfo\x12s\n" +
@@ -1645,7 +1771,8 @@ const file_strongroom_v1_kms_proto_rawDesc = "" +
 	"\vGetKMSGroup\x12!.strongroom.v1.GetKMSGroupRequest\x1a\x17.strongroom.v1.KMSGroup\"$\x8a\xb5\x18 Cryptographer.ReadKeyServersInfo\x12\x80\x01\n" +
 	"\rListKMSGroups\x12#.strongroom.v1.ListKMSGroupsRequest\x1a$.strongroom.v1.ListKMSGroupsResponse\"$\x8a\xb5\x18 Cryptographer.ReadKeyServersInfo\x12y\n" +
 	"\x11SetKMSGroupPolicy\x12'.strongroom.v1.SetKMSGroupPolicyRequest\x1a\x17.strongroom.v1.KMSGroup\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12w\n" +
-	"\x10SetKMSGroupQuota\x12&.strongroom.v1.SetKMSGroupQuotaRequest\x1a\x17.strongroom.v1.KMSGroup\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x85\x01\n" +
+	"\x10SetKMSGroupQuota\x12&.strongroom.v1.SetKMSGroupQuotaRequest\x1a\x17.strongroom.v1.KMSGroup\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12}\n" +
+	"\x13SetKMSGroupRotation\x12).strongroom.v1.SetKMSGroupRotationRequest\x1a\x17.strongroom.v1.KMSGroup\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x85\x01\n" +
 	"\x14CreateKMSApplication\x12*.strongroom.v1.CreateKMSApplicationRequest\x1a\x1d.strongroom.v1.KMSApplication\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x92\x01\n" +
 	"\x13ListKMSApplications\x12).strongroom.v1.ListKMSApplicationsRequest\x1a*.strongroom.v1.ListKMSApplicationsResponse\"$\x8a\xb5\x18 Cryptographer.ReadKeyServersInfo\x12\x81\x01\n" +
 	"\x11GetKMSApplication\x12'.strongroom.v1.GetKMSApplicationRequest\x1a\x1d.strongroom.v1.KMSApplication\"$\x8a\xb5\x18 Cryptographer.ReadKeyServersInfo\x12\x8f\x01\n" +
@@ -1668,92 +1795,98 @@ func file_strongroom_v1_kms_proto_rawDescGZIP() []byte {
 	return file_strongroom_v1_kms_proto_rawDescData
 }
 
-var file_strongroom_v1_kms_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
+var file_strongroom_v1_kms_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
 var file_strongroom_v1_kms_proto_goTypes = []any{
 	(*GetKMSRequest)(nil),                    // 0: strongroom.v1.GetKMSRequest
 	(*KMS)(nil),                              // 1: strongroom.v1.KMS
 	(*KMSPolicy)(nil),                        // 2: strongroom.v1.KMSPolicy
 	(*KMSQuota)(nil),                         // 3: strongroom.v1.KMSQuota
-	(*KMSUsage)(nil),                         // 4: strongroom.v1.KMSUsage
-	(*KMSGroup)(nil),                         // 5: strongroom.v1.KMSGroup
-	(*KMSApplication)(nil),                   // 6: strongroom.v1.KMSApplication
-	(*KMSCredential)(nil),                    // 7: strongroom.v1.KMSCredential
-	(*CreateKMSGroupRequest)(nil),            // 8: strongroom.v1.CreateKMSGroupRequest
-	(*GetKMSGroupRequest)(nil),               // 9: strongroom.v1.GetKMSGroupRequest
-	(*ListKMSGroupsRequest)(nil),             // 10: strongroom.v1.ListKMSGroupsRequest
-	(*ListKMSGroupsResponse)(nil),            // 11: strongroom.v1.ListKMSGroupsResponse
-	(*SetKMSGroupPolicyRequest)(nil),         // 12: strongroom.v1.SetKMSGroupPolicyRequest
-	(*SetKMSGroupQuotaRequest)(nil),          // 13: strongroom.v1.SetKMSGroupQuotaRequest
-	(*SetKMSApplicationQuotaRequest)(nil),    // 14: strongroom.v1.SetKMSApplicationQuotaRequest
-	(*CreateKMSApplicationRequest)(nil),      // 15: strongroom.v1.CreateKMSApplicationRequest
-	(*ListKMSApplicationsRequest)(nil),       // 16: strongroom.v1.ListKMSApplicationsRequest
-	(*ListKMSApplicationsResponse)(nil),      // 17: strongroom.v1.ListKMSApplicationsResponse
-	(*GetKMSApplicationRequest)(nil),         // 18: strongroom.v1.GetKMSApplicationRequest
-	(*SetKMSApplicationDisabledRequest)(nil), // 19: strongroom.v1.SetKMSApplicationDisabledRequest
-	(*DeleteKMSApplicationRequest)(nil),      // 20: strongroom.v1.DeleteKMSApplicationRequest
-	(*DeleteKMSApplicationResponse)(nil),     // 21: strongroom.v1.DeleteKMSApplicationResponse
-	(*CreateKMSPasswordRequest)(nil),         // 22: strongroom.v1.CreateKMSPasswordRequest
-	(*CreateKMSPasswordResponse)(nil),        // 23: strongroom.v1.CreateKMSPasswordResponse
-	(*AddKMSCertificateRequest)(nil),         // 24: strongroom.v1.AddKMSCertificateRequest
-	(*RevokeKMSCredentialRequest)(nil),       // 25: strongroom.v1.RevokeKMSCredentialRequest
-	(*timestamppb.Timestamp)(nil),            // 26: google.protobuf.Timestamp
+	(*KMSRotation)(nil),                      // 4: strongroom.v1.KMSRotation
+	(*KMSUsage)(nil),                         // 5: strongroom.v1.KMSUsage
+	(*KMSGroup)(nil),                         // 6: strongroom.v1.KMSGroup
+	(*KMSApplication)(nil),                   // 7: strongroom.v1.KMSApplication
+	(*KMSCredential)(nil),                    // 8: strongroom.v1.KMSCredential
+	(*CreateKMSGroupRequest)(nil),            // 9: strongroom.v1.CreateKMSGroupRequest
+	(*GetKMSGroupRequest)(nil),               // 10: strongroom.v1.GetKMSGroupRequest
+	(*ListKMSGroupsRequest)(nil),             // 11: strongroom.v1.ListKMSGroupsRequest
+	(*ListKMSGroupsResponse)(nil),            // 12: strongroom.v1.ListKMSGroupsResponse
+	(*SetKMSGroupPolicyRequest)(nil),         // 13: strongroom.v1.SetKMSGroupPolicyRequest
+	(*SetKMSGroupQuotaRequest)(nil),          // 14: strongroom.v1.SetKMSGroupQuotaRequest
+	(*SetKMSApplicationQuotaRequest)(nil),    // 15: strongroom.v1.SetKMSApplicationQuotaRequest
+	(*SetKMSGroupRotationRequest)(nil),       // 16: strongroom.v1.SetKMSGroupRotationRequest
+	(*CreateKMSApplicationRequest)(nil),      // 17: strongroom.v1.CreateKMSApplicationRequest
+	(*ListKMSApplicationsRequest)(nil),       // 18: strongroom.v1.ListKMSApplicationsRequest
+	(*ListKMSApplicationsResponse)(nil),      // 19: strongroom.v1.ListKMSApplicationsResponse
+	(*GetKMSApplicationRequest)(nil),         // 20: strongroom.v1.GetKMSApplicationRequest
+	(*SetKMSApplicationDisabledRequest)(nil), // 21: strongroom.v1.SetKMSApplicationDisabledRequest
+	(*DeleteKMSApplicationRequest)(nil),      // 22: strongroom.v1.DeleteKMSApplicationRequest
+	(*DeleteKMSApplicationResponse)(nil),     // 23: strongroom.v1.DeleteKMSApplicationResponse
+	(*CreateKMSPasswordRequest)(nil),         // 24: strongroom.v1.CreateKMSPasswordRequest
+	(*CreateKMSPasswordResponse)(nil),        // 25: strongroom.v1.CreateKMSPasswordResponse
+	(*AddKMSCertificateRequest)(nil),         // 26: strongroom.v1.AddKMSCertificateRequest
+	(*RevokeKMSCredentialRequest)(nil),       // 27: strongroom.v1.RevokeKMSCredentialRequest
+	(*timestamppb.Timestamp)(nil),            // 28: google.protobuf.Timestamp
 }
 var file_strongroom_v1_kms_proto_depIdxs = []int32{
-	26, // 0: strongroom.v1.KMS.certificate_expires:type_name -> google.protobuf.Timestamp
-	26, // 1: strongroom.v1.KMSUsage.last_use:type_name -> google.protobuf.Timestamp
-	26, // 2: strongroom.v1.KMSUsage.period_ends:type_name -> google.protobuf.Timestamp
+	28, // 0: strongroom.v1.KMS.certificate_expires:type_name -> google.protobuf.Timestamp
+	28, // 1: strongroom.v1.KMSUsage.last_use:type_name -> google.protobuf.Timestamp
+	28, // 2: strongroom.v1.KMSUsage.period_ends:type_name -> google.protobuf.Timestamp
 	2,  // 3: strongroom.v1.KMSGroup.policy:type_name -> strongroom.v1.KMSPolicy
-	26, // 4: strongroom.v1.KMSGroup.created:type_name -> google.protobuf.Timestamp
+	28, // 4: strongroom.v1.KMSGroup.created:type_name -> google.protobuf.Timestamp
 	3,  // 5: strongroom.v1.KMSGroup.quota:type_name -> strongroom.v1.KMSQuota
-	4,  // 6: strongroom.v1.KMSGroup.usage:type_name -> strongroom.v1.KMSUsage
-	7,  // 7: strongroom.v1.KMSApplication.credentials:type_name -> strongroom.v1.KMSCredential
-	26, // 8: strongroom.v1.KMSApplication.created:type_name -> google.protobuf.Timestamp
-	3,  // 9: strongroom.v1.KMSApplication.quota:type_name -> strongroom.v1.KMSQuota
-	4,  // 10: strongroom.v1.KMSApplication.usage:type_name -> strongroom.v1.KMSUsage
-	26, // 11: strongroom.v1.KMSCredential.expires:type_name -> google.protobuf.Timestamp
-	26, // 12: strongroom.v1.KMSCredential.created:type_name -> google.protobuf.Timestamp
-	2,  // 13: strongroom.v1.CreateKMSGroupRequest.policy:type_name -> strongroom.v1.KMSPolicy
-	5,  // 14: strongroom.v1.ListKMSGroupsResponse.groups:type_name -> strongroom.v1.KMSGroup
-	2,  // 15: strongroom.v1.SetKMSGroupPolicyRequest.policy:type_name -> strongroom.v1.KMSPolicy
-	3,  // 16: strongroom.v1.SetKMSGroupQuotaRequest.quota:type_name -> strongroom.v1.KMSQuota
-	3,  // 17: strongroom.v1.SetKMSApplicationQuotaRequest.quota:type_name -> strongroom.v1.KMSQuota
-	6,  // 18: strongroom.v1.ListKMSApplicationsResponse.applications:type_name -> strongroom.v1.KMSApplication
-	7,  // 19: strongroom.v1.CreateKMSPasswordResponse.credential:type_name -> strongroom.v1.KMSCredential
-	0,  // 20: strongroom.v1.KMSService.GetKMS:input_type -> strongroom.v1.GetKMSRequest
-	8,  // 21: strongroom.v1.KMSService.CreateKMSGroup:input_type -> strongroom.v1.CreateKMSGroupRequest
-	9,  // 22: strongroom.v1.KMSService.GetKMSGroup:input_type -> strongroom.v1.GetKMSGroupRequest
-	10, // 23: strongroom.v1.KMSService.ListKMSGroups:input_type -> strongroom.v1.ListKMSGroupsRequest
-	12, // 24: strongroom.v1.KMSService.SetKMSGroupPolicy:input_type -> strongroom.v1.SetKMSGroupPolicyRequest
-	13, // 25: strongroom.v1.KMSService.SetKMSGroupQuota:input_type -> strongroom.v1.SetKMSGroupQuotaRequest
-	15, // 26: strongroom.v1.KMSService.CreateKMSApplication:input_type -> strongroom.v1.CreateKMSApplicationRequest
-	16, // 27: strongroom.v1.KMSService.ListKMSApplications:input_type -> strongroom.v1.ListKMSApplicationsRequest
-	18, // 28: strongroom.v1.KMSService.GetKMSApplication:input_type -> strongroom.v1.GetKMSApplicationRequest
-	19, // 29: strongroom.v1.KMSService.SetKMSApplicationDisabled:input_type -> strongroom.v1.SetKMSApplicationDisabledRequest
-	14, // 30: strongroom.v1.KMSService.SetKMSApplicationQuota:input_type -> strongroom.v1.SetKMSApplicationQuotaRequest
-	20, // 31: strongroom.v1.KMSService.DeleteKMSApplication:input_type -> strongroom.v1.DeleteKMSApplicationRequest
-	22, // 32: strongroom.v1.KMSService.CreateKMSPassword:input_type -> strongroom.v1.CreateKMSPasswordRequest
-	24, // 33: strongroom.v1.KMSService.AddKMSCertificate:input_type -> strongroom.v1.AddKMSCertificateRequest
-	25, // 34: strongroom.v1.KMSService.RevokeKMSCredential:input_type -> strongroom.v1.RevokeKMSCredentialRequest
-	1,  // 35: strongroom.v1.KMSService.GetKMS:output_type -> strongroom.v1.KMS
-	5,  // 36: strongroom.v1.KMSService.CreateKMSGroup:output_type -> strongroom.v1.KMSGroup
-	5,  // 37: strongroom.v1.KMSService.GetKMSGroup:output_type -> strongroom.v1.KMSGroup
-	11, // 38: strongroom.v1.KMSService.ListKMSGroups:output_type -> strongroom.v1.ListKMSGroupsResponse
-	5,  // 39: strongroom.v1.KMSService.SetKMSGroupPolicy:output_type -> strongroom.v1.KMSGroup
-	5,  // 40: strongroom.v1.KMSService.SetKMSGroupQuota:output_type -> strongroom.v1.KMSGroup
-	6,  // 41: strongroom.v1.KMSService.CreateKMSApplication:output_type -> strongroom.v1.KMSApplication
-	17, // 42: strongroom.v1.KMSService.ListKMSApplications:output_type -> strongroom.v1.ListKMSApplicationsResponse
-	6,  // 43: strongroom.v1.KMSService.GetKMSApplication:output_type -> strongroom.v1.KMSApplication
-	6,  // 44: strongroom.v1.KMSService.SetKMSApplicationDisabled:output_type -> strongroom.v1.KMSApplication
-	6,  // 45: strongroom.v1.KMSService.SetKMSApplicationQuota:output_type -> strongroom.v1.KMSApplication
-	21, // 46: strongroom.v1.KMSService.DeleteKMSApplication:output_type -> strongroom.v1.DeleteKMSApplicationResponse
-	23, // 47: strongroom.v1.KMSService.CreateKMSPassword:output_type -> strongroom.v1.CreateKMSPasswordResponse
-	7,  // 48: strongroom.v1.KMSService.AddKMSCertificate:output_type -> strongroom.v1.KMSCredential
-	6,  // 49: strongroom.v1.KMSService.RevokeKMSCredential:output_type -> strongroom.v1.KMSApplication
-	35, // [35:50] is the sub-list for method output_type
-	20, // [20:35] is the sub-list for method input_type
-	20, // [20:20] is the sub-list for extension type_name
-	20, // [20:20] is the sub-list for extension extendee
-	0,  // [0:20] is the sub-list for field type_name
+	5,  // 6: strongroom.v1.KMSGroup.usage:type_name -> strongroom.v1.KMSUsage
+	4,  // 7: strongroom.v1.KMSGroup.rotation:type_name -> strongroom.v1.KMSRotation
+	8,  // 8: strongroom.v1.KMSApplication.credentials:type_name -> strongroom.v1.KMSCredential
+	28, // 9: strongroom.v1.KMSApplication.created:type_name -> google.protobuf.Timestamp
+	3,  // 10: strongroom.v1.KMSApplication.quota:type_name -> strongroom.v1.KMSQuota
+	5,  // 11: strongroom.v1.KMSApplication.usage:type_name -> strongroom.v1.KMSUsage
+	28, // 12: strongroom.v1.KMSCredential.expires:type_name -> google.protobuf.Timestamp
+	28, // 13: strongroom.v1.KMSCredential.created:type_name -> google.protobuf.Timestamp
+	2,  // 14: strongroom.v1.CreateKMSGroupRequest.policy:type_name -> strongroom.v1.KMSPolicy
+	6,  // 15: strongroom.v1.ListKMSGroupsResponse.groups:type_name -> strongroom.v1.KMSGroup
+	2,  // 16: strongroom.v1.SetKMSGroupPolicyRequest.policy:type_name -> strongroom.v1.KMSPolicy
+	3,  // 17: strongroom.v1.SetKMSGroupQuotaRequest.quota:type_name -> strongroom.v1.KMSQuota
+	3,  // 18: strongroom.v1.SetKMSApplicationQuotaRequest.quota:type_name -> strongroom.v1.KMSQuota
+	4,  // 19: strongroom.v1.SetKMSGroupRotationRequest.rotation:type_name -> strongroom.v1.KMSRotation
+	7,  // 20: strongroom.v1.ListKMSApplicationsResponse.applications:type_name -> strongroom.v1.KMSApplication
+	8,  // 21: strongroom.v1.CreateKMSPasswordResponse.credential:type_name -> strongroom.v1.KMSCredential
+	0,  // 22: strongroom.v1.KMSService.GetKMS:input_type -> strongroom.v1.GetKMSRequest
+	9,  // 23: strongroom.v1.KMSService.CreateKMSGroup:input_type -> strongroom.v1.CreateKMSGroupRequest
+	10, // 24: strongroom.v1.KMSService.GetKMSGroup:input_type -> strongroom.v1.GetKMSGroupRequest
+	11, // 25: strongroom.v1.KMSService.ListKMSGroups:input_type -> strongroom.v1.ListKMSGroupsRequest
+	13, // 26: strongroom.v1.KMSService.SetKMSGroupPolicy:input_type -> strongroom.v1.SetKMSGroupPolicyRequest
+	14, // 27: strongroom.v1.KMSService.SetKMSGroupQuota:input_type -> strongroom.v1.SetKMSGroupQuotaRequest
+	16, // 28: strongroom.v1.KMSService.SetKMSGroupRotation:input_type -> strongroom.v1.SetKMSGroupRotationRequest
+	17, // 29: strongroom.v1.KMSService.CreateKMSApplication:input_type -> strongroom.v1.CreateKMSApplicationRequest
+	18, // 30: strongroom.v1.KMSService.ListKMSApplications:input_type -> strongroom.v1.ListKMSApplicationsRequest
+	20, // 31: strongroom.v1.KMSService.GetKMSApplication:input_type -> strongroom.v1.GetKMSApplicationRequest
+	21, // 32: strongroom.v1.KMSService.SetKMSApplicationDisabled:input_type -> strongroom.v1.SetKMSApplicationDisabledRequest
+	15, // 33: strongroom.v1.KMSService.SetKMSApplicationQuota:input_type -> strongroom.v1.SetKMSApplicationQuotaRequest
+	22, // 34: strongroom.v1.KMSService.DeleteKMSApplication:input_type -> strongroom.v1.DeleteKMSApplicationRequest
+	24, // 35: strongroom.v1.KMSService.CreateKMSPassword:input_type -> strongroom.v1.CreateKMSPasswordRequest
+	26, // 36: strongroom.v1.KMSService.AddKMSCertificate:input_type -> strongroom.v1.AddKMSCertificateRequest
+	27, // 37: strongroom.v1.KMSService.RevokeKMSCredential:input_type -> strongroom.v1.RevokeKMSCredentialRequest
+	1,  // 38: strongroom.v1.KMSService.GetKMS:output_type -> strongroom.v1.KMS
+	6,  // 39: strongroom.v1.KMSService.CreateKMSGroup:output_type -> strongroom.v1.KMSGroup
+	6,  // 40: strongroom.v1.KMSService.GetKMSGroup:output_type -> strongroom.v1.KMSGroup
+	12, // 41: strongroom.v1.KMSService.ListKMSGroups:output_type -> strongroom.v1.ListKMSGroupsResponse
+	6,  // 42: strongroom.v1.KMSService.SetKMSGroupPolicy:output_type -> strongroom.v1.KMSGroup
+	6,  // 43: strongroom.v1.KMSService.SetKMSGroupQuota:output_type -> strongroom.v1.KMSGroup
+	6,  // 44: strongroom.v1.KMSService.SetKMSGroupRotation:output_type -> strongroom.v1.KMSGroup
+	7,  // 45: strongroom.v1.KMSService.CreateKMSApplication:output_type -> strongroom.v1.KMSApplication
+	19, // 46: strongroom.v1.KMSService.ListKMSApplications:output_type -> strongroom.v1.ListKMSApplicationsResponse
+	7,  // 47: strongroom.v1.KMSService.GetKMSApplication:output_type -> strongroom.v1.KMSApplication
+	7,  // 48: strongroom.v1.KMSService.SetKMSApplicationDisabled:output_type -> strongroom.v1.KMSApplication
+	7,  // 49: strongroom.v1.KMSService.SetKMSApplicationQuota:output_type -> strongroom.v1.KMSApplication
+	23, // 50: strongroom.v1.KMSService.DeleteKMSApplication:output_type -> strongroom.v1.DeleteKMSApplicationResponse
+	25, // 51: strongroom.v1.KMSService.CreateKMSPassword:output_type -> strongroom.v1.CreateKMSPasswordResponse
+	8,  // 52: strongroom.v1.KMSService.AddKMSCertificate:output_type -> strongroom.v1.KMSCredential
+	7,  // 53: strongroom.v1.KMSService.RevokeKMSCredential:output_type -> strongroom.v1.KMSApplication
+	38, // [38:54] is the sub-list for method output_type
+	22, // [22:38] is the sub-list for method input_type
+	22, // [22:22] is the sub-list for extension type_name
+	22, // [22:22] is the sub-list for extension extendee
+	0,  // [0:22] is the sub-list for field type_name
 }
 
 func init() { file_strongroom_v1_kms_proto_init() }
@@ -1768,7 +1901,7 @@ func file_strongroom_v1_kms_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_strongroom_v1_kms_proto_rawDesc), len(file_strongroom_v1_kms_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   26,
+			NumMessages:   28,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -57,6 +57,14 @@ func (d *Directory) SetGroupQuota(ctx context.Context, group string, q Quota) er
 	return d.changeGroup(ctx, group, func(g *Group) { g.Quota = q })
 }
 
+// SetRotation gives a group another rotation.
+func (d *Directory) SetRotation(ctx context.Context, group string, r Rotation) error {
+	if min(r.EveryDays, r.DeactivateAfterDays) < 0 || max(r.EveryDays, r.DeactivateAfterDays) > rotationMax {
+		return errs.New(errs.Invalid, "cannot change group %.64s: rotation takes 0 to %d days", group, rotationMax)
+	}
+	return d.changeGroup(ctx, group, func(g *Group) { g.Rotation = r })
+}
+
 // SetApplicationQuota is [Directory.SetGroupQuota] for an application.
 func (d *Directory) SetApplicationQuota(ctx context.Context, name string, q Quota) error {
 	err := checkQuota(q)

@@ -35,7 +35,14 @@ type Group struct {
 	Description string    `json:"description,omitempty"`
 	Policy      Policy    `json:"policy"`
 	Quota       Quota     `json:"quota,omitzero"`
+	Rotation    Rotation  `json:"rotation,omitzero"`
 	Created     time.Time `json:"created"`
+}
+
+// Rotation is when a group's keys are replaced, in days. Zero means never.
+type Rotation struct {
+	EveryDays           int `json:"everyDays,omitempty"`           // of a key's age since its activation
+	DeactivateAfterDays int `json:"deactivateAfterDays,omitempty"` // since its replacement was made
 }
 
 // Quota bounds how much may be done. Zero numbers bound nothing.
@@ -98,8 +105,9 @@ const (
 	nameMax       = 64
 	titleMax      = 128
 	textMax       = 1024
-	credentialMax = 16 // of an application
-	listMax       = 64 // entries of a policy's lists
+	credentialMax = 16    // of an application
+	listMax       = 64    // entries of a policy's lists
+	rotationMax   = 36500 // days
 	periodMin     = time.Minute
 	periodMax     = 365 * 24 * time.Hour
 )

@@ -175,6 +175,10 @@ func TestRefused(t *testing.T) {
 	b.wantKind("keys of an application", b.SetApplicationQuota(ctx, "a", Quota{Keys: 1}), errs.Invalid)
 	b.wantKind("quota of no group", b.SetGroupQuota(ctx, "none", Quota{Keys: 1}), errs.NotFound)
 	b.wantKind("quota of no application", b.SetApplicationQuota(ctx, "none", Quota{}), errs.NotFound)
+	for _, r := range []Rotation{{EveryDays: -1}, {DeactivateAfterDays: -1, EveryDays: 1}, {EveryDays: rotationMax + 1}, {DeactivateAfterDays: rotationMax + 1}} {
+		b.wantKind("rotation", b.SetRotation(ctx, "g", r), errs.Invalid)
+	}
+	b.wantKind("rotation of no group", b.SetRotation(ctx, "none", Rotation{}), errs.NotFound)
 	_, _, err := b.AddPassword(ctx, "none", 0)
 	b.wantKind("password of none", err, errs.NotFound)
 	b.wantKind("delete none", b.DeleteApplication(ctx, "none"), errs.NotFound)

@@ -95,7 +95,7 @@ func newKMSGroupCmd(env *Env) *cobra.Command {
 	return newGroup("group", "Groups of applications that share keys",
 		`A group's applications see the same keys, and no other's. Its policy says what they
 may do.`,
-		newKMSGroupCreateCmd(env), newKMSGroupLsCmd(env), newKMSGroupShowCmd(env), newKMSGroupPolicyCmd(env), newKMSGroupQuotaCmd(env))
+		newKMSGroupCreateCmd(env), newKMSGroupLsCmd(env), newKMSGroupShowCmd(env), newKMSGroupPolicyCmd(env), newKMSGroupQuotaCmd(env), newKMSGroupRotationCmd(env))
 }
 
 // addPolicy adds the flags of a group's policy.
@@ -205,6 +205,8 @@ It changes nothing.`,
 				{"Operations allowed", orAll(g.GetPolicy().GetOperations())},
 				{"Key types", orAll(g.GetPolicy().GetKeyTypes())},
 				{"Export", yesNo(!g.GetPolicy().GetNoExport())},
+				{"Keys rotated", days("every", g.GetRotation().GetEveryDays())},
+				{"Replaced keys deactivated", days("after", g.GetRotation().GetDeactivateAfterDays())},
 			}, env.usageFields(g.GetUsage(), g.GetQuota(), "Keys")...))
 		}),
 	}

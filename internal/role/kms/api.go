@@ -174,8 +174,9 @@ func (a *api) group(ctx context.Context, name string) (*connect.Response[strongr
 func (a *api) groupOf(ctx context.Context, g directory.Group) (*strongroomv1.KMSGroup, error) {
 	out := &strongroomv1.KMSGroup{
 		Name: g.Name, Title: g.Title, Description: g.Description, Created: timestamppb.New(g.Created),
-		Policy: &strongroomv1.KMSPolicy{Operations: g.Policy.Operations, NoExport: g.Policy.NoExport, KeyTypes: g.Policy.KeyTypes},
-		Quota:  quotaOf(g.Quota), Usage: usageOf(a.k.usage.Of(usage.Group(g.Name)), g.Quota),
+		Policy:   &strongroomv1.KMSPolicy{Operations: g.Policy.Operations, NoExport: g.Policy.NoExport, KeyTypes: g.Policy.KeyTypes},
+		Rotation: &strongroomv1.KMSRotation{EveryDays: int32(g.Rotation.EveryDays), DeactivateAfterDays: int32(g.Rotation.DeactivateAfterDays)},
+		Quota:    quotaOf(g.Quota), Usage: usageOf(a.k.usage.Of(usage.Group(g.Name)), g.Quota),
 	}
 	var err error
 	out.Usage.Keys, err = a.k.objects.Keys(ctx, g.Name)

@@ -236,6 +236,7 @@ func (k *KMS) run(ctx context.Context, ready func(*KMS) error) error {
 	group.Go(func() error { return k.objects.Run(ctx) })
 	group.Go(func() error { return k.objects.RunCounts(ctx) })
 	group.Go(func() error { return k.usage.Run(ctx) })
+	group.Go(func() error { return k.keepDates(ctx, kmip) })
 	group.Go(func() error { return k.keepAudit(ctx) })
 	k.log.LogAttrs(ctx, slog.LevelInfo, "kms is ready", slog.String("kmip", l.kmip.Addr().String()),
 		slog.String("socket", k.cfg.LocalSocket), slog.String("certificate", fmt.Sprintf("sha256:%x", fingerprint(k.certificate.Leaf))))

@@ -32,6 +32,7 @@ type metrics struct {
 	operations *prometheus.CounterVec
 	seconds    *prometheus.HistogramVec
 	refused    prometheus.Counter
+	steps      *prometheus.CounterVec
 
 	mu     sync.Mutex
 	second int64 // since 1970, in which so many refused were put on record:
@@ -52,7 +53,10 @@ func newMetrics() *metrics {
 			Name: "strongroom_kms_refused_requests_total", Help: "Requests of clients that are not known or may not connect.",
 		}),
 	}
-	m.registry.MustRegister(m.operations, m.seconds, m.refused)
+	m.steps = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "strongroom_kms_scheduled_steps_total", Help: "Steps that dates and rotation asked for.",
+	}, []string{"step", "outcome"})
+	m.registry.MustRegister(m.operations, m.seconds, m.refused, m.steps)
 	return m
 }
 

@@ -49,6 +49,9 @@ const (
 	// KMSServiceSetKMSGroupQuotaProcedure is the fully-qualified name of the KMSService's
 	// SetKMSGroupQuota RPC.
 	KMSServiceSetKMSGroupQuotaProcedure = "/strongroom.v1.KMSService/SetKMSGroupQuota"
+	// KMSServiceSetKMSGroupRotationProcedure is the fully-qualified name of the KMSService's
+	// SetKMSGroupRotation RPC.
+	KMSServiceSetKMSGroupRotationProcedure = "/strongroom.v1.KMSService/SetKMSGroupRotation"
 	// KMSServiceCreateKMSApplicationProcedure is the fully-qualified name of the KMSService's
 	// CreateKMSApplication RPC.
 	KMSServiceCreateKMSApplicationProcedure = "/strongroom.v1.KMSService/CreateKMSApplication"
@@ -90,6 +93,9 @@ type KMSServiceClient interface {
 	SetKMSGroupPolicy(context.Context, *connect.Request[v1.SetKMSGroupPolicyRequest]) (*connect.Response[v1.KMSGroup], error)
 	// SetKMSGroupQuota replaces how much a group's applications may do together.
 	SetKMSGroupQuota(context.Context, *connect.Request[v1.SetKMSGroupQuotaRequest]) (*connect.Response[v1.KMSGroup], error)
+	// SetKMSGroupRotation replaces when a group's keys are rotated. It never
+	// destroys a key.
+	SetKMSGroupRotation(context.Context, *connect.Request[v1.SetKMSGroupRotationRequest]) (*connect.Response[v1.KMSGroup], error)
 	CreateKMSApplication(context.Context, *connect.Request[v1.CreateKMSApplicationRequest]) (*connect.Response[v1.KMSApplication], error)
 	ListKMSApplications(context.Context, *connect.Request[v1.ListKMSApplicationsRequest]) (*connect.Response[v1.ListKMSApplicationsResponse], error)
 	GetKMSApplication(context.Context, *connect.Request[v1.GetKMSApplicationRequest]) (*connect.Response[v1.KMSApplication], error)
@@ -157,6 +163,12 @@ func NewKMSServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...
 			connect.WithSchema(kMSServiceMethods.ByName("SetKMSGroupQuota")),
 			connect.WithClientOptions(opts...),
 		),
+		setKMSGroupRotation: connect.NewClient[v1.SetKMSGroupRotationRequest, v1.KMSGroup](
+			httpClient,
+			baseURL+KMSServiceSetKMSGroupRotationProcedure,
+			connect.WithSchema(kMSServiceMethods.ByName("SetKMSGroupRotation")),
+			connect.WithClientOptions(opts...),
+		),
 		createKMSApplication: connect.NewClient[v1.CreateKMSApplicationRequest, v1.KMSApplication](
 			httpClient,
 			baseURL+KMSServiceCreateKMSApplicationProcedure,
@@ -222,6 +234,7 @@ type kMSServiceClient struct {
 	listKMSGroups             *connect.Client[v1.ListKMSGroupsRequest, v1.ListKMSGroupsResponse]
 	setKMSGroupPolicy         *connect.Client[v1.SetKMSGroupPolicyRequest, v1.KMSGroup]
 	setKMSGroupQuota          *connect.Client[v1.SetKMSGroupQuotaRequest, v1.KMSGroup]
+	setKMSGroupRotation       *connect.Client[v1.SetKMSGroupRotationRequest, v1.KMSGroup]
 	createKMSApplication      *connect.Client[v1.CreateKMSApplicationRequest, v1.KMSApplication]
 	listKMSApplications       *connect.Client[v1.ListKMSApplicationsRequest, v1.ListKMSApplicationsResponse]
 	getKMSApplication         *connect.Client[v1.GetKMSApplicationRequest, v1.KMSApplication]
@@ -261,6 +274,11 @@ func (c *kMSServiceClient) SetKMSGroupPolicy(ctx context.Context, req *connect.R
 // SetKMSGroupQuota calls strongroom.v1.KMSService.SetKMSGroupQuota.
 func (c *kMSServiceClient) SetKMSGroupQuota(ctx context.Context, req *connect.Request[v1.SetKMSGroupQuotaRequest]) (*connect.Response[v1.KMSGroup], error) {
 	return c.setKMSGroupQuota.CallUnary(ctx, req)
+}
+
+// SetKMSGroupRotation calls strongroom.v1.KMSService.SetKMSGroupRotation.
+func (c *kMSServiceClient) SetKMSGroupRotation(ctx context.Context, req *connect.Request[v1.SetKMSGroupRotationRequest]) (*connect.Response[v1.KMSGroup], error) {
+	return c.setKMSGroupRotation.CallUnary(ctx, req)
 }
 
 // CreateKMSApplication calls strongroom.v1.KMSService.CreateKMSApplication.
@@ -320,6 +338,9 @@ type KMSServiceHandler interface {
 	SetKMSGroupPolicy(context.Context, *connect.Request[v1.SetKMSGroupPolicyRequest]) (*connect.Response[v1.KMSGroup], error)
 	// SetKMSGroupQuota replaces how much a group's applications may do together.
 	SetKMSGroupQuota(context.Context, *connect.Request[v1.SetKMSGroupQuotaRequest]) (*connect.Response[v1.KMSGroup], error)
+	// SetKMSGroupRotation replaces when a group's keys are rotated. It never
+	// destroys a key.
+	SetKMSGroupRotation(context.Context, *connect.Request[v1.SetKMSGroupRotationRequest]) (*connect.Response[v1.KMSGroup], error)
 	CreateKMSApplication(context.Context, *connect.Request[v1.CreateKMSApplicationRequest]) (*connect.Response[v1.KMSApplication], error)
 	ListKMSApplications(context.Context, *connect.Request[v1.ListKMSApplicationsRequest]) (*connect.Response[v1.ListKMSApplicationsResponse], error)
 	GetKMSApplication(context.Context, *connect.Request[v1.GetKMSApplicationRequest]) (*connect.Response[v1.KMSApplication], error)
@@ -381,6 +402,12 @@ func NewKMSServiceHandler(svc KMSServiceHandler, opts ...connect.HandlerOption) 
 		KMSServiceSetKMSGroupQuotaProcedure,
 		svc.SetKMSGroupQuota,
 		connect.WithSchema(kMSServiceMethods.ByName("SetKMSGroupQuota")),
+		connect.WithHandlerOptions(opts...),
+	)
+	kMSServiceSetKMSGroupRotationHandler := connect.NewUnaryHandler(
+		KMSServiceSetKMSGroupRotationProcedure,
+		svc.SetKMSGroupRotation,
+		connect.WithSchema(kMSServiceMethods.ByName("SetKMSGroupRotation")),
 		connect.WithHandlerOptions(opts...),
 	)
 	kMSServiceCreateKMSApplicationHandler := connect.NewUnaryHandler(
@@ -451,6 +478,8 @@ func NewKMSServiceHandler(svc KMSServiceHandler, opts ...connect.HandlerOption) 
 			kMSServiceSetKMSGroupPolicyHandler.ServeHTTP(w, r)
 		case KMSServiceSetKMSGroupQuotaProcedure:
 			kMSServiceSetKMSGroupQuotaHandler.ServeHTTP(w, r)
+		case KMSServiceSetKMSGroupRotationProcedure:
+			kMSServiceSetKMSGroupRotationHandler.ServeHTTP(w, r)
 		case KMSServiceCreateKMSApplicationProcedure:
 			kMSServiceCreateKMSApplicationHandler.ServeHTTP(w, r)
 		case KMSServiceListKMSApplicationsProcedure:
@@ -500,6 +529,10 @@ func (UnimplementedKMSServiceHandler) SetKMSGroupPolicy(context.Context, *connec
 
 func (UnimplementedKMSServiceHandler) SetKMSGroupQuota(context.Context, *connect.Request[v1.SetKMSGroupQuotaRequest]) (*connect.Response[v1.KMSGroup], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.KMSService.SetKMSGroupQuota is not implemented"))
+}
+
+func (UnimplementedKMSServiceHandler) SetKMSGroupRotation(context.Context, *connect.Request[v1.SetKMSGroupRotationRequest]) (*connect.Response[v1.KMSGroup], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.KMSService.SetKMSGroupRotation is not implemented"))
 }
 
 func (UnimplementedKMSServiceHandler) CreateKMSApplication(context.Context, *connect.Request[v1.CreateKMSApplicationRequest]) (*connect.Response[v1.KMSApplication], error) {

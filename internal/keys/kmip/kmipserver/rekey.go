@@ -13,9 +13,23 @@ import (
 // rekey makes a replacement of a symmetric key: Name moves to it, both are
 // linked, dates keep their distances (KMIP 1.4 section 4.4).
 func (r *request) rekey(p *payloads.RekeyRequestPayload) (kmip.OperationPayload, error) {
+	id, err := r.replace(p, func(*Object) error { return nil })
+	if err != nil {
+		return nil, err
+	}
+	r.placeholder, r.object = id, id
+	return &payloads.RekeyResponsePayload{UniqueIdentifier: id}, nil
+}
+
+// replace is rekey if allow, which is given the key as it is, has no error. It
+// returns the identifier of the replacement.
+func (r *request) replace(p *payloads.RekeyRequestPayload, allow func(*Object) error) (string, error) {
 	n := &Object{ID: newID(), Type: kmip.ObjectTypeSymmetricKey}
 	defer func() { r.discard(n) }()
 	err := r.update(p.UniqueIdentifier, func(tx Tx, old *Object) error {
+		if err := allow(old); err != nil {
+			return err
+		}
 		if old.Type != kmip.ObjectTypeSymmetricKey || old.Layout.Wrapping != nil {
 			return refuse(kmip.ResultReasonInvalidField, "only a symmetric key in the clear can be re-keyed")
 		}
@@ -38,12 +52,11 @@ func (r *request) rekey(p *payloads.RekeyRequestPayload) (kmip.OperationPayload,
 		return r.put(tx, n)
 	})
 	if err != nil {
-		return nil, err
+		return "", err
 	}
-	r.placeholder, r.object = n.ID, n.ID
 	id := n.ID
 	n = nil // the store has it
-	return &payloads.RekeyResponsePayload{UniqueIdentifier: id}, nil
+	return id, nil
 }
 
 func linkTo(o *Object, t kmip.LinkType) (string, bool) {
