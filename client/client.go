@@ -171,6 +171,12 @@ func (c *Client) KMSRoot() strongroomv1connect.KMSRootServiceClient {
 	return strongroomv1connect.NewKMSRootServiceClient(c.http, c.base, c.options...)
 }
 
+// KMSCluster returns the client of the local administration of a key management
+// server's nodes.
+func (c *Client) KMSCluster() strongroomv1connect.KMSClusterServiceClient {
+	return strongroomv1connect.NewKMSClusterServiceClient(c.http, c.base, c.options...)
+}
+
 // Task returns the client of TaskService.
 func (c *Client) Task() strongroomv1connect.TaskServiceClient {
 	return strongroomv1connect.NewTaskServiceClient(c.http, c.base, c.options...)

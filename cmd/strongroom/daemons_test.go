@@ -47,6 +47,9 @@ func fieldPatterns(config reflect.Type) []string {
 	var all []string
 	for i := range config.NumField() {
 		name, field := config.Field(i).Tag.Get("toml"), config.Field(i).Type
+		if field.Kind() == reflect.Pointer {
+			field = field.Elem()
+		}
 		if field.Kind() == reflect.Struct {
 			all = append(append(all, `(?m)^\[`+name+`\]$`), fieldPatterns(field)...)
 		} else {

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 
 	"strongroom/internal/errs"
+	"strongroom/internal/face/cli"
 	"strongroom/internal/role/kms"
 )
 
@@ -17,6 +18,14 @@ func runKMS(ctx context.Context, configFile string) error {
 		return errs.New(errs.Invalid, "%w", err)
 	}
 	return kms.Run(ctx, cfg, daemonLog())
+}
+
+func joinKMS(ctx context.Context, j cli.KMSJoin) error {
+	cfg, err := kms.LoadConfig(j.ConfigFile)
+	if err != nil {
+		return errs.New(errs.Invalid, "%w", err)
+	}
+	return kms.Join(ctx, cfg, j.Server, j.Token)
 }
 
 // runKMSDev runs a KMS with all state in dir, and a first application that can

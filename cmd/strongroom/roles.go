@@ -20,6 +20,7 @@ func newRoles() cli.Roles {
 		RunDev:        runDev,
 		RunKMS:        runKMS,
 		RunKMSDev:     runKMSDev,
+		JoinKMS:       joinKMS,
 		JoinHost:      joinHost,
 		FormatVolume:  formatVolume,
 		InspectVolume: inspectVolume,

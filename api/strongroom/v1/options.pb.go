@@ -138,7 +138,7 @@ var (
 	// optional bool authenticated = 50003;
 	E_Authenticated = &file_strongroom_v1_options_proto_extTypes[2]
 	// Only this role's certificate, issued by the cluster CA, may call it:
-	// "host" or "controller".
+	// "host", "controller" or "kms".
 	//
 	// optional string peer_role = 50004;
 	E_PeerRole = &file_strongroom_v1_options_proto_extTypes[3]

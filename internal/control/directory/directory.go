@@ -8,8 +8,9 @@
 // SHA-256 hash.
 //
 // Invariants: what is revoked is refused from the moment on that the call which
-// revoked it returns; secrets are not stored. A [Directory] is safe for
-// concurrent use, by one process.
+// revoked it returns, by other nodes of the KMS from their next
+// [Directory.Refresh] on; secrets are not stored. A [Directory] is safe for
+// concurrent use.
 package directory
 
 import (
@@ -117,6 +118,7 @@ type Directory struct {
 	db     *store.DB
 	groups *store.Table[Group]
 	apps   *store.Table[Application]
+	latest *store.Table[latest]
 	now    func() time.Time
 
 	change sync.Mutex // one change at a time, so that memory follows the database
@@ -130,17 +132,29 @@ type index struct {
 	apps   map[string]Application
 	certs  map[string]string // fingerprint -> application
 	users  map[string]string // user name -> application
+	as     int64             // revision of the latest change that is in it
 }
+
+// latest is stored with each change, so that one read tells whether there was
+// one.
+type latest struct {
+	Changed time.Time `json:"changed"`
+}
+
+const latestKey = "change"
 
 // Open reads the directory in db.
 func Open(ctx context.Context, db *store.DB) (*Directory, error) {
-	d := &Directory{db: db, groups: store.NewTable[Group](db, "kms-group", 1), apps: store.NewTable[Application](db, "kms-application", 1), now: time.Now}
+	d := &Directory{db: db, groups: store.NewTable[Group](db, "kms-group", 1), apps: store.NewTable[Application](db, "kms-application", 1), latest: store.NewTable[latest](db, "kms-directory", 1), now: time.Now}
 	return d, errs.Wrap(d.reload(ctx), "cannot read the directory")
 }
 
 func (d *Directory) reload(ctx context.Context) error {
 	next := index{groups: map[string]Group{}, apps: map[string]Application{}, certs: map[string]string{}, users: map[string]string{}}
-	err := d.db.View(ctx, func(tx *store.Tx) error {
+	err := d.db.View(ctx, func(tx *store.Tx) (err error) {
+		if next.as, err = d.revision(ctx, tx); err != nil {
+			return err
+		}
 		groups, err := d.groups.In(tx).List(ctx, "")
 		if err != nil {
 			return err
@@ -173,11 +187,62 @@ func (d *Directory) reload(ctx context.Context) error {
 	return nil
 }
 
-// alter runs f in a transaction and brings memory in line before it returns.
+// revision returns that of the latest change.
+func (d *Directory) revision(ctx context.Context, tx *store.Tx) (int64, error) {
+	e, err := d.latest.In(tx).Entry(ctx, latestKey)
+	if store.IsNotFound(err) {
+		return 0, nil
+	}
+	return e.Revision, err
+}
+
+// Refresh brings memory in line with what other nodes have changed before the
+// call. It costs one read. A node that is cut off from the others cannot know:
+// that is an error.
+func (d *Directory) Refresh(ctx context.Context) error {
+	var now int64
+	err := d.db.View(ctx, func(tx *store.Tx) (err error) {
+		now, err = d.revision(ctx, tx)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if d.isAt(now) {
+		return nil
+	}
+	d.change.Lock()
+	defer d.change.Unlock()
+	if d.isAt(now) {
+		return nil
+	}
+	return d.reload(ctx)
+}
+
+func (d *Directory) isAt(revision int64) bool {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
+	return d.index.as >= revision
+}
+
+// alter runs f in a transaction and brings memory in line before it returns. f
+// sees the directory in memory as the transaction does.
 func (d *Directory) alter(ctx context.Context, f func(*store.Tx) error) error {
 	d.change.Lock()
 	defer d.change.Unlock()
-	err := d.db.Txn(ctx, f)
+	err := d.db.Txn(ctx, func(tx *store.Tx) error {
+		now, err := d.revision(ctx, tx)
+		if err == nil && !d.isAt(now) {
+			err = d.reload(ctx)
+		}
+		if err != nil {
+			return err
+		}
+		if err := f(tx); err != nil {
+			return err
+		}
+		return d.latest.In(tx).Set(latestKey, latest{Changed: d.now().UTC()})
+	})
 	// Also after an error: the transaction may have been committed.
 	if reloadErr := d.reload(context.WithoutCancel(ctx)); err == nil {
 		err = reloadErr

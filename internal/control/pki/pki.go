@@ -58,7 +58,8 @@ func (id Identity) String() string {
 	return "strongroom://" + id.Cluster + "/" + string(id.Role) + "/" + id.Name
 }
 
-func (id Identity) check() error {
+// Check reports an unknown role, or a part that cannot stand in a URI.
+func (id Identity) Check() error {
 	switch id.Role {
 	case Controller, Host, Client, KMS:
 	default:
@@ -92,7 +93,7 @@ func ParseIdentity(uri string) (Identity, error) {
 		return Identity{}, errs.New(errs.Denied, "%.300q is no identity", uri)
 	}
 	id := Identity{Cluster: parts[0], Role: Role(parts[1]), Name: parts[2]}
-	if id.check() != nil {
+	if id.Check() != nil {
 		return Identity{}, errs.New(errs.Denied, "%q is no identity", uri)
 	}
 	return id, nil
@@ -181,7 +182,35 @@ func makeCA(dir, name string, sealer Sealer) error {
 		return err
 	}
 	defer clear(plain)
-	sealed, err := sealer.Seal(caKeyName, plain)
+	return writeCA(dir, der, plain, sealer)
+}
+
+// InstallCA puts a CA that is another node's too into dir, which has none: its
+// certificate, DER, and its key, PKCS #8, which stays the caller's.
+func InstallCA(dir string, certificate, key []byte, sealer Sealer) (*CA, error) {
+	certPath, keyPath := filepath.Join(dir, caCertFile), filepath.Join(dir, caKeyFile)
+	if _, err := os.Stat(certPath); !errors.Is(err, os.ErrNotExist) {
+		return nil, errs.New(errs.Exists, "cannot install certificate authority: %s is there already", certPath)
+	}
+	err := writeCA(dir, certificate, key, sealer)
+	if err != nil {
+		return nil, fmt.Errorf("cannot install certificate authority: %w", err)
+	}
+	ca, err := loadCA(certPath, keyPath, sealer)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("cannot install certificate authority: %w", err), os.Remove(certPath))
+	}
+	return ca, nil
+}
+
+// PrivateKey returns the CA's key, PKCS #8, for another node that is to have the
+// same CA: see [InstallCA]. The caller wipes it.
+func (ca *CA) PrivateKey() ([]byte, error) { return x509.MarshalPKCS8PrivateKey(ca.key) }
+
+// writeCA writes the certificate last: without it there is no CA yet, and a key
+// that a crash left is no use to anybody.
+func writeCA(dir string, certificate, key []byte, sealer Sealer) error {
+	sealed, err := sealer.Seal(caKeyName, key)
 	if err != nil {
 		return fmt.Errorf("cannot seal key: %w", err)
 	}
@@ -191,7 +220,7 @@ func makeCA(dir, name string, sealer Sealer) error {
 	if err := writeFile(filepath.Join(dir, caKeyFile), sealed); err != nil {
 		return err
 	}
-	return writeFile(filepath.Join(dir, caCertFile), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))
+	return writeFile(filepath.Join(dir, caCertFile), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: certificate}))
 }
 
 func loadCA(certPath, keyPath string, sealer Sealer) (*CA, error) {
@@ -271,7 +300,7 @@ func (ca *CA) issue(pub crypto.PublicKey, id Identity, names []string, life time
 	if key, ok := pub.(*ecdsa.PublicKey); !ok || key.Curve != elliptic.P256() {
 		return nil, errs.New(errs.Invalid, "cannot issue certificate: its key must be ECDSA P-256")
 	}
-	if err := id.check(); err != nil {
+	if err := id.Check(); err != nil {
 		return nil, errs.Wrap(err, "cannot issue certificate")
 	}
 	uri, err := url.Parse(id.String())

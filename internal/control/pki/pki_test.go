@@ -292,9 +292,9 @@ func TestMutualTLS(t *testing.T) {
 		{"another server", required, pki.ClientConfig(hc, ca.Certificate(), host), false},
 		{"a client as server", pki.ServerConfig(issue(t, ca, pki.Identity{Cluster: "main", Role: pki.Client, Name: "x"}), ca.Certificate(), true, nil), pki.ClientConfig(nil, ca.Certificate(), pki.Identity{Cluster: "main", Role: pki.Client, Name: "x"}), false},
 		{"TLS 1.2", required, tls12, false},
-		{"join", optional, pki.JoinConfig(pki.FingerprintOf(ca.Certificate())), true},
-		{"join, other pin", optional, pki.JoinConfig(pki.FingerprintOf(otherCA.Certificate())), false},
-		{"join, to a host", pki.ServerConfig(hc, ca.Certificate(), true, nil), pki.JoinConfig(pki.FingerprintOf(ca.Certificate())), false},
+		{"join", optional, pki.JoinConfig(pki.FingerprintOf(ca.Certificate()), pki.Controller), true},
+		{"join, other pin", optional, pki.JoinConfig(pki.FingerprintOf(otherCA.Certificate()), pki.Controller), false},
+		{"join, to a host", pki.ServerConfig(hc, ca.Certificate(), true, nil), pki.JoinConfig(pki.FingerprintOf(ca.Certificate()), pki.Controller), false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
@@ -327,7 +327,7 @@ func TestMutualTLS(t *testing.T) {
 		forged.Certificate = [][]byte{cert.Certificate[0], ca.Certificate().Raw}
 		return &forged, nil
 	}
-	if _, _, err := talk(t, cfg, pki.JoinConfig(pki.FingerprintOf(ca.Certificate()))); err == nil {
+	if _, _, err := talk(t, cfg, pki.JoinConfig(pki.FingerprintOf(ca.Certificate()), pki.Controller)); err == nil {
 		t.Error("joined through a man in the middle")
 	}
 }
@@ -546,4 +546,37 @@ func FuzzIdentity(f *testing.F) {
 			t.Errorf("%q became %q", s, id)
 		}
 	})
+}
+
+// TestInstallCA puts a CA on a second node: it issues what the first accepts, and
+// replaces nothing.
+func TestInstallCA(t *testing.T) {
+	t.Parallel()
+	first, sealer := newCA(t), newSealer(t)
+	key, err := first.PrivateKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	second, err := pki.InstallCA(dir, first.Certificate().Raw, key, sealer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	own, err := second.Issue(pki.Identity{Cluster: "c", Role: pki.KMS, Name: "b"}, []string{"127.0.0.1"})
+	if err != nil || own.Leaf().CheckSignatureFrom(first.Certificate()) != nil {
+		t.Errorf("a certificate of the second node: %v", err)
+	}
+	if _, err := pki.InstallCA(dir, first.Certificate().Raw, key, sealer); errs.KindOf(err) != errs.Exists {
+		t.Errorf("a CA where there is one: %v", err)
+	}
+	if again, err := pki.OpenCA(dir, "x", sealer); err != nil || !again.Certificate().Equal(first.Certificate()) {
+		t.Errorf("the second node's CA after a restart: %v", err)
+	}
+	other, dir := newCA(t), t.TempDir()
+	if _, err := pki.InstallCA(dir, other.Certificate().Raw, key, sealer); err == nil {
+		t.Error("certificate and key that do not fit were installed")
+	}
+	if _, err := pki.InstallCA(dir, first.Certificate().Raw, key, sealer); err != nil {
+		t.Errorf("after an attempt that failed: %v", err)
+	}
 }

@@ -180,10 +180,10 @@ func ClientConfig(c *Credential, ca *x509.Certificate, want Identity) *tls.Confi
 	return cfg
 }
 
-// JoinConfig returns the TLS configuration for the first call to a controller,
-// of which only the CA's fingerprint is known. On a connection that it made,
-// [PresentedCA] is the CA's certificate.
-func JoinConfig(pin Fingerprint) *tls.Config {
+// JoinConfig returns the TLS configuration for the first call to a server of
+// that role, of which only the CA's fingerprint is known. On a connection that it
+// made, [PresentedCA] is the CA's certificate.
+func JoinConfig(pin Fingerprint, role Role) *tls.Config {
 	return &tls.Config{
 		MinVersion:         tls.VersionTLS13,
 		NextProtos:         []string{"h2", "http/1.1"},
@@ -197,8 +197,8 @@ func JoinConfig(pin Fingerprint) *tls.Config {
 				return err
 			}
 			id, err := PeerIdentity(cs)
-			if err == nil && id.Role != Controller {
-				err = errs.New(errs.Denied, "the server is %s, not a controller", id)
+			if err == nil && id.Role != role {
+				err = errs.New(errs.Denied, "the server is %s, not a %s", id, role)
 			}
 			return err
 		},

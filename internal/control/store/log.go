@@ -2,9 +2,12 @@ package store
 
 import (
 	"context"
+	"errors"
 	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
@@ -53,7 +56,7 @@ func (c *slogCore) Check(e zapcore.Entry, ce *zapcore.CheckedEntry) *zapcore.Che
 func (c *slogCore) Write(e zapcore.Entry, fields []zapcore.Field) error {
 	level := slog.LevelWarn
 	switch {
-	case isNoise(e.Message):
+	case isNoise(e.Message), isClosing(fields):
 		level = slog.LevelDebug
 	case e.Level >= zapcore.ErrorLevel:
 		level = slog.LevelError
@@ -70,11 +73,22 @@ func (c *slogCore) Sync() error { return nil }
 func isNoise(msg string) bool {
 	switch msg {
 	case "Failed to detect schema version", "failed to update storage version", "failed to apply request",
+		"rejecting member add request; local member has not been connected to majority peers, reconfigure breaks active quorum",
+		"rejecting member remove request; local member has not been connected to all peers, reconfigure breaks active quorum",
 		"simple token is not cryptographically signed",
 		"Running http and grpc server on single port. This is not recommended for production.":
 		return true
 	}
 	return false
+}
+
+// isClosing reports whether a message tells that a listener was closed, which is
+// how a member ends.
+func isClosing(fields []zapcore.Field) bool {
+	return slices.ContainsFunc(fields, func(f zapcore.Field) bool {
+		err, ok := f.Interface.(error)
+		return ok && errors.Is(err, net.ErrClosed)
+	})
 }
 
 func attrsOf(fields []zapcore.Field) []slog.Attr {

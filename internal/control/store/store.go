@@ -3,7 +3,9 @@
 // docs/adr/0002-etcd-as-store.md).
 //
 // The member is used in process: it opens no client port, and, as a single
-// member, no peer port either. Every acknowledged write is on disk (etcd syncs
+// member, no peer port either. Members of a [Cluster] talk over mutual TLS.
+// Reads are linearizable in a cluster too: a member that is cut off from the
+// majority has no answers, rather than old ones. Every acknowledged write is on disk (etcd syncs
 // its log before it answers). Values are JSON of plain Go structs in an
 // envelope with a schema number; see [Table] for the rules of evolution.
 //
@@ -90,6 +92,8 @@ type Config struct {
 	// QuotaBytes bounds the database file; beyond it writes fail with
 	// [ErrFull]. Default: 2 GiB.
 	QuotaBytes int64
+	// Cluster replicates the database. Nil: a single member, without a port.
+	Cluster *Cluster
 }
 
 // DB is an open database: one etcd member and a client in the same process.
@@ -98,14 +102,16 @@ type DB struct {
 	client *clientv3.Client
 	// unlock releases our lock of the directory. Without that lock a second
 	// process would wait for etcd's own one for ever, without a word.
-	unlock func()
+	unlock    func()
+	clustered bool
 
 	closing   chan struct{} // closed by Close, before the client is
 	closeOnce sync.Once
 }
 
 // Open starts the member in cfg.Dir, or makes a new one, and returns when it
-// can serve. A directory that another process has open is an error.
+// can serve: in a cluster, when a majority is there. A directory that another
+// process has open is an error.
 //
 // If the log cannot be written to disk, etcd ends the process: a member that
 // goes on after a failed sync could forget what it has acknowledged.
@@ -125,7 +131,7 @@ func Open(ctx context.Context, cfg Config) (*DB, error) {
 		unlock()
 		return nil, fmt.Errorf("cannot open state database in %s: %w", cfg.Dir, err)
 	}
-	return &DB{etcd: etcd, client: v3client.New(etcd.Server), unlock: unlock, closing: make(chan struct{})}, nil
+	return &DB{etcd: etcd, client: v3client.New(etcd.Server), unlock: unlock, clustered: cfg.Cluster != nil, closing: make(chan struct{})}, nil
 }
 
 func start(ctx context.Context, cfg Config) (*embed.Etcd, error) {
@@ -144,6 +150,11 @@ func start(ctx context.Context, cfg Config) (*embed.Etcd, error) {
 
 	ec.TickMs, ec.ElectionMs = tickMillis, electionMillis
 	ec.PreVote = true
+	if cfg.Cluster != nil {
+		if err := cfg.Cluster.configure(ec); err != nil {
+			return nil, err
+		}
+	}
 	ec.SnapshotCount, ec.SnapshotCatchUpEntries = snapshotEvery, snapshotEvery/5
 	ec.AutoCompactionMode, ec.AutoCompactionRetention = embed.CompactorModePeriodic, historyKept
 	ec.BootstrapDefragThresholdMegabytes = defragAtStartMiB
@@ -162,6 +173,9 @@ func start(ctx context.Context, cfg Config) (*embed.Etcd, error) {
 		return etcd, nil
 	case <-etcd.Server.StopNotify():
 		err = errors.New("stopped while starting")
+		if cfg.Cluster != nil {
+			err = errs.New(errs.InvalidState, "it stopped while starting: the cluster may have removed this member")
+		}
 	case <-ctx.Done():
 		err = context.Cause(ctx)
 	}
@@ -189,7 +203,7 @@ func (db *DB) Close() error {
 // Revision returns the database's current revision. It grows by one with each
 // committed transaction.
 func (db *DB) Revision(ctx context.Context) (int64, error) {
-	resp, err := db.client.Get(ctx, keyRoot, clientv3.WithCountOnly())
+	resp, err := db.get(ctx, keyRoot, clientv3.WithCountOnly())
 	if err != nil {
 		return 0, db.mapErr(err)
 	}

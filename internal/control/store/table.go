@@ -106,7 +106,7 @@ func (t *Table[T]) Scan(ctx context.Context, r Range) ([]Entry[T], error) {
 
 // Count returns the number of records.
 func (t *Table[T]) Count(ctx context.Context) (int64, error) {
-	resp, err := t.db.client.Get(ctx, t.prefix, clientv3.WithPrefix(), clientv3.WithCountOnly())
+	resp, err := t.db.get(ctx, t.prefix, clientv3.WithPrefix(), clientv3.WithCountOnly())
 	if err != nil {
 		return 0, t.db.mapErr(err)
 	}
@@ -164,7 +164,7 @@ func (t *Table[T]) Prune(ctx context.Context, keep int) (int64, error) {
 	if err != nil || n <= int64(keep) {
 		return 0, err
 	}
-	resp, err := t.db.client.Get(ctx, t.prefix, clientv3.WithPrefix(), clientv3.WithKeysOnly(),
+	resp, err := t.db.get(ctx, t.prefix, clientv3.WithPrefix(), clientv3.WithKeysOnly(),
 		clientv3.WithLimit(n-int64(keep)+1))
 	if err != nil {
 		return 0, t.db.mapErr(err)
@@ -220,7 +220,7 @@ func (t *Table[T]) scanAt(ctx context.Context, r Range, rev int64) ([]Entry[T], 
 		if rev > 0 {
 			opts = append(opts, clientv3.WithRev(rev))
 		}
-		resp, err := t.db.client.Get(ctx, start, opts...)
+		resp, err := t.db.get(ctx, start, opts...)
 		if err != nil {
 			return nil, 0, t.db.mapErr(err)
 		}

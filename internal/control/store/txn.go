@@ -101,11 +101,7 @@ func (tx *Tx) commit(ctx context.Context) (bool, error) {
 			ops = append(ops, clientv3.OpPut(key, w.value))
 		}
 	}
-	resp, err := tx.db.client.Txn(ctx).If(cmps...).Then(ops...).Commit()
-	if err != nil {
-		return false, tx.db.mapErr(err)
-	}
-	return resp.Succeeded, nil
+	return tx.db.commit(ctx, cmps, ops)
 }
 
 // TxTable is a table inside a transaction.
@@ -141,7 +137,7 @@ func (x TxTable[T]) Entry(ctx context.Context, key string) (Entry[T], error) {
 	if x.tx.rev > 0 {
 		opts = append(opts, clientv3.WithRev(x.tx.rev), clientv3.WithSerializable())
 	}
-	resp, err := x.tx.db.client.Get(ctx, full, opts...)
+	resp, err := x.tx.db.get(ctx, full, opts...)
 	if err != nil {
 		return Entry[T]{}, x.tx.db.mapErr(err)
 	}

@@ -18,7 +18,7 @@ credentials; applications of one group share keys.
 
 Its administration is on a local socket, for root and the user that it runs as:
 --server unix:/PATH, by default kms.sock in its data folder.`,
-		newKMSRunCmd(roles), newKMSDevCmd(roles), newKMSShowCmd(env), newKMSUnsealCmd(env), newKMSRootCmd(env), newKMSGroupCmd(env), newKMSAppCmd(env), newKMSCredentialCmd(env))
+		newKMSRunCmd(roles), newKMSJoinCmd(env, roles), newKMSMemberCmd(env), newKMSDevCmd(roles), newKMSShowCmd(env), newKMSUnsealCmd(env), newKMSRootCmd(env), newKMSGroupCmd(env), newKMSAppCmd(env), newKMSCredentialCmd(env))
 }
 
 func newKMSRunCmd(roles Roles) *cobra.Command {

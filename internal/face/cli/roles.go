@@ -17,6 +17,8 @@ type Roles struct {
 	// state in a folder, reached at listen ("host:port").
 	RunKMS    func(ctx context.Context, configFile string) error
 	RunKMSDev func(ctx context.Context, dir, listen string) error
+	// JoinKMS makes this machine a node of a key management server of several.
+	JoinKMS func(ctx context.Context, join KMSJoin) error
 	// JoinHost makes this machine a host of a cluster.
 	JoinHost func(ctx context.Context, join HostJoin) error
 
@@ -46,6 +48,13 @@ type HostJoin struct {
 	Controller string // "https://HOST:PORT"
 	Token      string // the join token
 	Name       string // the host's name; empty: the machine's
+}
+
+// KMSJoin says how a machine becomes a node of a key management server.
+type KMSJoin struct {
+	ConfigFile string // the node's configuration
+	Server     string // a node that there is, "HOST:PORT"
+	Token      string // the join token
 }
 
 // VolumeFormat says how to make a volume.

@@ -51,6 +51,8 @@ var (
 	ErrDoesNotOpen = errors.New("sealed key does not open")
 	// ErrCorrupt is reported for bytes that are no key ring.
 	ErrCorrupt = errors.New("key ring is damaged")
+	// errOther: the metadata epochs differ.
+	errOther = errors.New("that key ring is another KMS's")
 )
 
 // Save makes a ring's encoding durable, whole or not at all. The encoding stays
@@ -128,15 +130,10 @@ func (r *Ring) Begin() (uint64, error) {
 	n := r.newest + 1
 	next := maps.Clone(r.keks)
 	next[n] = kek
-	// Even if it fails the ring may have been written: the number is used up.
-	r.newest = n
-	if err := r.write(next); err != nil {
+	if err := r.replace(next, n); err != nil {
 		kek.Close()
 		return 0, errs.Wrap(err, "cannot begin an epoch")
 	}
-	r.mu.Lock()
-	r.keks = next
-	r.mu.Unlock()
 	return n, nil
 }
 

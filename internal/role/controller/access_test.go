@@ -343,7 +343,7 @@ func TestJoin(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	enroll := s.enrollClient(pki.JoinConfig(token.CA))
+	enroll := s.enrollClient(pki.JoinConfig(token.CA, pki.Controller))
 	join := func(spoil func(*strongroomv1.JoinRequest)) (*connect.Response[strongroomv1.JoinResponse], error) {
 		req, _, _ := newJoin(t, text, "host-2", "127.0.0.1:1")
 		spoil(req)
@@ -379,7 +379,7 @@ func TestJoin(t *testing.T) {
 	other := token.CA
 	other[0] ^= 1
 	req, _, _ := newJoin(t, text, "host-3", "127.0.0.1:1")
-	if _, err := s.enrollClient(pki.JoinConfig(other)).Join(t.Context(), connect.NewRequest(req)); err == nil || !strings.Contains(err.Error(), "does not belong to the CA") {
+	if _, err := s.enrollClient(pki.JoinConfig(other, pki.Controller)).Join(t.Context(), connect.NewRequest(req)); err == nil || !strings.Contains(err.Error(), "does not belong to the CA") {
 		t.Errorf("wrong CA fingerprint: %v", err)
 	}
 

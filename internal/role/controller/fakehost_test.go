@@ -123,7 +123,7 @@ func (s *site) host(cluster, name string) *fakeHost {
 		s.t.Fatal(err)
 	}
 	req, recipient, credential := newJoin(s.t, text, name, l.Addr().String())
-	res, err := s.enrollClient(pki.JoinConfig(token.CA)).Join(s.t.Context(), connect.NewRequest(req))
+	res, err := s.enrollClient(pki.JoinConfig(token.CA, pki.Controller)).Join(s.t.Context(), connect.NewRequest(req))
 	if err != nil {
 		s.t.Fatal(err)
 	}

@@ -68,7 +68,7 @@ func join(ctx context.Context, cfg Config, req JoinRequest) error {
 	defer recipient.Close()
 
 	var peer tls.ConnectionState
-	config := pki.JoinConfig(token.CA)
+	config := pki.JoinConfig(token.CA, pki.Controller)
 	verify := config.VerifyConnection
 	config.VerifyConnection = func(cs tls.ConnectionState) error {
 		peer = cs

@@ -74,7 +74,7 @@ func TestAgentAPI(t *testing.T) {
 			t.Errorf("%s was answered: %v", name, err)
 		}
 	}
-	bare := &http.Transport{TLSClientConfig: pki.JoinConfig(pki.FingerprintOf(b.ca.Certificate())), ForceAttemptHTTP2: true}
+	bare := &http.Transport{TLSClientConfig: pki.JoinConfig(pki.FingerprintOf(b.ca.Certificate()), pki.Controller), ForceAttemptHTTP2: true}
 	defer bare.CloseIdleConnections()
 	if err := get(strongroomv1connect.NewAgentServiceClient(&http.Client{Transport: bare}, "https://"+l.Addr().String())); err == nil || errs.KindOf(err) == errs.NotFound {
 		t.Errorf("a client without a certificate was answered: %v", err)

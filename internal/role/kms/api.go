@@ -36,13 +36,14 @@ const (
 // api serves the administration of a KMS on its local socket.
 type api struct {
 	strongroomv1connect.UnimplementedKMSServiceHandler
+	strongroomv1connect.UnimplementedKMSClusterServiceHandler
 	strongroomv1connect.UnimplementedKMSRootServiceHandler
 	strongroomv1connect.UnimplementedSessionServiceHandler
 	k *KMS
 }
 
 func (k *KMS) localServer() (*http.Server, error) {
-	rules, err := rule.Of(strongroomv1connect.KMSServiceName, strongroomv1connect.KMSRootServiceName)
+	rules, err := rule.Of(strongroomv1connect.KMSServiceName, strongroomv1connect.KMSRootServiceName, strongroomv1connect.KMSClusterServiceName)
 	if err != nil {
 		return nil, err
 	}
@@ -53,6 +54,7 @@ func (k *KMS) localServer() (*http.Server, error) {
 type localAPI interface {
 	strongroomv1connect.KMSServiceHandler
 	strongroomv1connect.KMSRootServiceHandler
+	strongroomv1connect.KMSClusterServiceHandler
 	strongroomv1connect.SessionServiceHandler
 }
 
@@ -61,6 +63,7 @@ func newLocalServer(a localAPI, interceptor connect.Interceptor) *http.Server {
 	mux := http.NewServeMux()
 	mux.Handle(strongroomv1connect.NewKMSServiceHandler(a, options...))
 	mux.Handle(strongroomv1connect.NewKMSRootServiceHandler(a, options...))
+	mux.Handle(strongroomv1connect.NewKMSClusterServiceHandler(a, options...))
 	mux.Handle(strongroomv1connect.NewSessionServiceHandler(a, options...))
 	// What belongs to a controller is refused with a hint.
 	mux.Handle(strongroomv1connect.NewProviderServiceHandler(strongroomv1connect.UnimplementedProviderServiceHandler{}, options...))
@@ -102,6 +105,9 @@ func (k *KMS) recordCall(req connect.AnyRequest, callErr error) error {
 		object = "application/" + m.GetName()
 		if strings.Contains(req.Spec().Procedure, "Group") {
 			object = "group/" + m.GetName()
+		}
+		if strings.Contains(req.Spec().Procedure, "Member") {
+			object = "node/" + m.GetName()
 		}
 	}
 	e := audit.Entry{Actor: "local administrator", Action: strings.TrimPrefix(req.Spec().Procedure, "/strongroom.v1."), Object: object, Outcome: audit.Success}

@@ -32,6 +32,11 @@ func (k *KMS) authenticate(ctx context.Context, state tls.ConnectionState, crede
 		p.User, p.Password = v.Username, []byte(v.Password)
 	}
 	defer clear(p.Password)
+	if k.cluster != nil {
+		if err := k.directory.Refresh(ctx); err != nil {
+			return kmipserver.Client{}, errs.New(errs.Unavailable, "this node does not reach a majority of the nodes: %w", err)
+		}
+	}
 	app, group, err := k.directory.Authenticate(p)
 	if err != nil {
 		return kmipserver.Client{}, err

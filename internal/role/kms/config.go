@@ -2,8 +2,10 @@ package kms
 
 import (
 	"fmt"
+	"net"
 	"path/filepath"
 
+	"strongroom/internal/control/pki"
 	"strongroom/internal/daemon"
 )
 
@@ -49,6 +51,57 @@ type Config struct {
 	// MetricsListen is the address of Prometheus metrics (/metrics) and health
 	// (/healthz), plain HTTP, "host:port". Default: none.
 	MetricsListen string `toml:"metrics_listen"`
+
+	// Cluster makes this node one of several: docs/how-to/run-three-kms-nodes.md.
+	// Default: none, a KMS of one node.
+	Cluster *ClusterConfig `toml:"cluster"`
+}
+
+// ClusterConfig is how a node and the other nodes of its KMS reach each other,
+// always over mutual TLS.
+type ClusterConfig struct {
+	// Name is this node's, unique in the KMS: letters, digits, '.', '_' and '-'.
+	// Needed.
+	Name string `toml:"name"`
+
+	// Listen is the address for other nodes, "host:port". Default:
+	// "0.0.0.0:5698".
+	Listen string `toml:"listen"`
+
+	// Advertise is the address under which other nodes reach this one,
+	// "host:port". Default: Listen, which must then name an address.
+	Advertise string `toml:"advertise"`
+
+	// StoreListen is the address for other nodes' databases, an IP address and a
+	// port. Default: "0.0.0.0:5699".
+	StoreListen string `toml:"store_listen"`
+
+	// StoreAdvertise is the address under which other nodes' databases reach this
+	// one's, "host:port". Default: StoreListen, which must then name an address.
+	StoreAdvertise string `toml:"store_advertise"`
+}
+
+func (c *ClusterConfig) withDefaults() (err error) {
+	if c.Listen == "" {
+		c.Listen = "0.0.0.0:5698"
+	}
+	if c.StoreListen == "" {
+		c.StoreListen = "0.0.0.0:5699"
+	}
+	if (pki.Identity{Cluster: "kms", Role: pki.KMS, Name: c.Name}).Check() != nil || len(c.Name) > 64 {
+		return fmt.Errorf("name %.80q must be 1 to 64 letters, digits, '.', '_' and '-'", c.Name)
+	}
+	if c.Advertise, err = daemon.CheckAddresses(c.Listen, c.Advertise); err != nil {
+		return err
+	}
+	if c.StoreAdvertise, err = daemon.CheckAddresses(c.StoreListen, c.StoreAdvertise); err != nil {
+		return fmt.Errorf("store_%w", err)
+	}
+	host, _, _ := net.SplitHostPort(c.StoreListen)
+	if net.ParseIP(host) == nil {
+		return fmt.Errorf("store_listen %q: %q is no IP address", c.StoreListen, host)
+	}
+	return nil
 }
 
 // LoadConfig reads and checks the configuration file at path.
@@ -113,6 +166,11 @@ func (c Config) withDefaults() (Config, error) {
 	if c.MetricsListen != "" {
 		if _, err := daemon.CheckAddresses(c.MetricsListen, "any:1"); err != nil {
 			return Config{}, fmt.Errorf("metrics_listen: %w", err)
+		}
+	}
+	if c.Cluster != nil {
+		if err := c.Cluster.withDefaults(); err != nil {
+			return Config{}, fmt.Errorf("cluster: %w", err)
 		}
 	}
 	return c, nil

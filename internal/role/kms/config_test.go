@@ -20,6 +20,15 @@ func TestParseConfig(t *testing.T) {
 	if c != want {
 		t.Errorf("%+v, want %+v", c, want)
 	}
+	c, err = ParseConfig([]byte("data_dir = \"/d\"\nadvertise = \"kms.example:5696\"\n[cluster]\nname = \"a\"\nadvertise = \"a.example:5698\"\nstore_advertise = \"a.example:5699\"\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	node := ClusterConfig{Name: "a", Listen: "0.0.0.0:5698", Advertise: "a.example:5698", StoreListen: "0.0.0.0:5699", StoreAdvertise: "a.example:5699"}
+	if c.Cluster == nil || *c.Cluster != node {
+		t.Errorf("%+v, want %+v", c.Cluster, node)
+	}
+	const one = "data_dir = \"/d\"\nadvertise = \"a:1\"\n[cluster]\n"
 	for text, wrong := range map[string]string{
 		"data_dir = \"d\"\nadvertise = \"a:1\"":                                "data_dir",
 		"data_dir = \"/d\"":                                                    "advertise",
@@ -29,6 +38,11 @@ func TestParseConfig(t *testing.T) {
 		"data_dir = \"/d\"\nadvertise = \"a:1\"\nmetrics_listen = \"9\"":       "metrics_listen",
 		"data_dir = \"/d\"\nadvertise = \"a:1\"\nmax_connections = -1":         "max_connections",
 		"data_dir = \"/d\"\nadvertise = \"a:1\"\nmax_requests_per_second = -1": "max_requests_per_second",
+		one: "name",
+		one + "name = \"a=b\"\nadvertise = \"a:1\"\nstore_advertise = \"a:2\"": "name",
+		one + "name = \"a\"\nstore_advertise = \"a:2\"":                        "advertise",
+		one + "name = \"a\"\nadvertise = \"a:1\"":                              "store_advertise",
+		one + "name = \"a\"\nadvertise = \"a:1\"\nstore_listen = \"kms:2\"":    "store_listen",
 	} {
 		if _, err := ParseConfig([]byte(text)); err == nil || !strings.Contains(err.Error(), wrong) {
 			t.Errorf("%q: %v, want an error about %s", text, err, wrong)

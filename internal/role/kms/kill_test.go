@@ -40,6 +40,9 @@ func publicKey(text []byte) (ed25519.PublicKey, error) {
 const childVariable = "STRONGROOM_TEST_KMS_DIR"
 
 func child(dir string) {
+	if strings.HasSuffix(dir, ".toml") {
+		nodeChild(dir)
+	}
 	cfg, err := ParseConfig(fmt.Appendf(nil, "data_dir = %q\nlisten = \"127.0.0.1:0\"\nadvertise = \"127.0.0.1:5696\"\nlocal_socket = %q\n", dir, os.Getenv(childVariable+"_SOCKET")))
 	if err == nil {
 		err = RunReady(context.Background(), cfg, slog.New(slog.DiscardHandler), func(k *KMS) error {

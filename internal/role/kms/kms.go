@@ -31,6 +31,7 @@ import (
 	"strongroom/internal/errs"
 	"strongroom/internal/keys/kmip/kmipserver"
 	"strongroom/internal/keys/rootkey"
+	"strongroom/internal/role/kms/cluster"
 	"strongroom/internal/role/kms/objectstore"
 	"strongroom/internal/role/kms/usage"
 )
@@ -64,6 +65,8 @@ type KMS struct {
 	directory   *directory.Directory
 	objects     *objectstore.Store
 	usage       *usage.Meter
+	node        *cluster.Node    // nil, like the next, if it is the only one
+	cluster     *cluster.Cluster // of this node and the others
 	metrics     *metrics
 	pace        pace
 	address     net.Addr // of the KMIP server, once it listens
@@ -109,30 +112,55 @@ func open(ctx context.Context, cfg Config, u *unlocked, log *slog.Logger) (_ *KM
 			err = errors.Join(err, k.close())
 		}
 	}()
-	if k.db, err = store.Open(ctx, store.Config{Dir: filepath.Join(cfg.DataDir, "store"), Log: log, QuotaBytes: quotaBytes}); err != nil {
+	membership, err := loadMembership(cfg)
+	if err != nil {
 		return nil, err
 	}
-	if k.secrets, err = openSecrets(ctx, cfg, u.root, k.db); err != nil {
+	if membership == nil {
+		// First, for it keeps another process out of the folder.
+		if k.db, err = store.Open(ctx, k.storeConfig()); err != nil {
+			return nil, err
+		}
+	}
+	if k.secrets, err = openSecrets(cfg, u.root, nil); err != nil {
 		return nil, err
 	}
+	if err := k.openIdentity(); err != nil {
+		return nil, err
+	}
+	if membership != nil {
+		if err := k.openNode(ctx, membership); err != nil {
+			return nil, err
+		}
+	}
+	used, err := objectstore.NewestEpoch(ctx, k.db)
+	if err != nil {
+		return nil, err
+	}
+	k.secrets.ring.UsedUpTo(used)
 	if err := k.openAudit(); err != nil {
 		return nil, err
 	}
 	if err := k.recordUnsealed(u); err != nil {
 		return nil, err
 	}
-	if err := k.openIdentity(); err != nil {
-		return nil, err
-	}
 	if k.directory, err = directory.Open(ctx, k.db); err != nil {
 		return nil, err
 	}
-	k.objects = objectstore.New(k.db, k.secrets.ring, log)
+	if membership == nil {
+		k.objects = objectstore.New(k.db, k.secrets.ring, log)
+	} else if err := k.openCluster(ctx, membership); err != nil {
+		return nil, err
+	}
 	if k.usage, err = usage.Open(ctx, k.db, k.objects.Keys, log); err != nil {
 		return nil, err
 	}
 	k.metrics.registry.MustRegister(&usageMetrics{k})
 	return k, nil
+}
+
+func (k *KMS) storeConfig() store.Config {
+	return store.Config{Dir: filepath.Join(k.cfg.DataDir, "store"), Log: k.log, QuotaBytes: quotaBytes}
 }
 
 func (k *KMS) openAudit() error {
@@ -165,6 +193,9 @@ func (k *KMS) close() error {
 		err = k.usage.Flush(ctx)
 		cancel()
 	}
+	if k.cluster != nil {
+		err = errors.Join(err, k.cluster.Close())
+	}
 	if k.audit != nil {
 		err = errors.Join(err, k.audit.Close())
 	}
@@ -175,14 +206,17 @@ func (k *KMS) close() error {
 	if k.db != nil {
 		err = errors.Join(err, k.db.Close())
 	}
+	if k.node != nil {
+		err = errors.Join(err, k.node.Close())
+	}
 	return err
 }
 
 // listeners are where a KMS is reached.
-type listeners struct{ kmip, local, metrics net.Listener }
+type listeners struct{ kmip, local, metrics, members net.Listener }
 
 func (l *listeners) close() {
-	for _, one := range []net.Listener{l.kmip, l.local, l.metrics} {
+	for _, one := range []net.Listener{l.kmip, l.local, l.metrics, l.members} {
 		if one != nil {
 			one.Close()
 		}
@@ -204,6 +238,11 @@ func (k *KMS) listen() (l listeners, err error) {
 	if k.cfg.MetricsListen != "" {
 		if l.metrics, err = net.Listen("tcp", k.cfg.MetricsListen); err != nil {
 			return l, errs.New(errs.Unavailable, "cannot listen for metrics: %w", err)
+		}
+	}
+	if k.cluster != nil {
+		if l.members, err = net.Listen("tcp", k.cfg.Cluster.Listen); err != nil {
+			return l, errs.New(errs.Unavailable, "cannot listen for other nodes: %w", err)
 		}
 	}
 	return l, nil
@@ -232,6 +271,12 @@ func (k *KMS) run(ctx context.Context, ready func(*KMS) error) error {
 	group.Go(func() error { return daemon.Serve(ctx, local, l.local) })
 	if l.metrics != nil {
 		group.Go(func() error { return daemon.Serve(ctx, k.metricsServer(), l.metrics) })
+	}
+	if l.members != nil {
+		if err := k.serveMembers(ctx, group, l.members); err != nil {
+			l.close()
+			return err
+		}
 	}
 	group.Go(func() error { return k.objects.Run(ctx) })
 	group.Go(func() error { return k.objects.RunCounts(ctx) })

@@ -27,6 +27,7 @@ const wrongMax = 1000
 // takes the key.
 type sealedAPI struct {
 	strongroomv1connect.UnimplementedKMSServiceHandler
+	strongroomv1connect.UnimplementedKMSClusterServiceHandler
 	strongroomv1connect.UnimplementedKMSRootServiceHandler
 	strongroomv1connect.UnimplementedSessionServiceHandler
 	lock *rootkey.Lock

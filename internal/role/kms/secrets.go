@@ -1,20 +1,17 @@
 package kms
 
 import (
-	"context"
 	"crypto"
 	"errors"
 	"io/fs"
 	"os"
 	"path/filepath"
 
-	"strongroom/internal/control/store"
 	"strongroom/internal/crypto/keymem"
 	"strongroom/internal/crypto/sealed"
 	"strongroom/internal/crypto/vault"
 	"strongroom/internal/errs"
 	"strongroom/internal/keys/keyring"
-	"strongroom/internal/role/kms/objectstore"
 )
 
 // The KMS's vault: docs/spec/vault.md.
@@ -36,8 +33,10 @@ type secrets struct {
 	seal  *keymem.Key
 }
 
-// openSecrets opens the vault with its root key, or makes it the first time.
-func openSecrets(ctx context.Context, cfg Config, root *keymem.Key, db *store.DB) (_ *secrets, err error) {
+// openSecrets opens the vault with its root key, or makes it the first time: with
+// a new key ring, or that of the KMS which this node joins. Both keys stay the
+// caller's.
+func openSecrets(cfg Config, root, joined *keymem.Key) (_ *secrets, err error) {
 	path := filepath.Join(cfg.DataDir, vaultName)
 	s := &secrets{}
 	defer func() {
@@ -49,7 +48,12 @@ func openSecrets(ctx context.Context, cfg Config, root *keymem.Key, db *store.DB
 		if s.vault, err = vault.New(path, root, vaultContext); err != nil {
 			return nil, err
 		}
-		if s.ring, err = keyring.New(s.saveRing); err != nil {
+		if joined == nil {
+			s.ring, err = keyring.New(s.saveRing)
+		} else if s.ring, err = keyring.Load(joined, 0, s.saveRing); err == nil {
+			err = s.saveRing(joined)
+		}
+		if err != nil {
 			return nil, err
 		}
 		return s, s.openSeal()
@@ -57,16 +61,12 @@ func openSecrets(ctx context.Context, cfg Config, root *keymem.Key, db *store.DB
 	if s.vault, err = vault.Open(path, root, vaultContext); err != nil {
 		return nil, err
 	}
-	used, err := objectstore.NewestEpoch(ctx, db)
-	if err != nil {
-		return nil, err
-	}
 	encoded, err := s.vault.Get(secretKeyring)
 	if err != nil {
 		return nil, err
 	}
 	defer encoded.Close()
-	if s.ring, err = keyring.Load(encoded, used, s.saveRing); err != nil {
+	if s.ring, err = keyring.Load(encoded, 0, s.saveRing); err != nil {
 		return nil, errs.Wrap(err, "cannot read the key ring")
 	}
 	return s, s.openSeal()

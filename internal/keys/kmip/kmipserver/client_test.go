@@ -5,14 +5,18 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/ovh/kmip-go"
 	"github.com/ovh/kmip-go/payloads"
 	"github.com/ovh/kmip-go/ttlv"
+
+	"strongroom/internal/errs"
 )
 
 // ledger is what an observer saw.
@@ -161,3 +165,50 @@ func TestAdmit(t *testing.T) {
 		t.Errorf("events %+v", saw.events)
 	}
 }
+
+// TestUnavailable closes the connection, without an answer, when the server
+// cannot know who a client is or what it asks for: an answer would keep the
+// client from its next server. The refusal is not put on record as the client's.
+func TestUnavailable(t *testing.T) {
+	t.Parallel()
+	down := errs.New(errs.Unavailable, "no majority")
+	for name, change := range map[string]func(*Server){
+		"client": func(s *Server) {
+			s.authenticate = func(context.Context, tls.ConnectionState, []kmip.Credential) (Client, error) {
+				return Client{}, fmt.Errorf("directory: %w", down)
+			}
+		},
+		"operation": func(s *Server) { s.store = downStore{down} },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var refused atomic.Bool
+			b := newBench(t, Limits{}, change, func(s *Server) {
+				s.log = slog.New(slog.DiscardHandler)
+				s.observe = func(_ context.Context, e Event) error {
+					if e.Operation == 0 {
+						refused.Store(true)
+					}
+					return nil
+				}
+			})
+			s := b.dial(t, "a")
+			m := kmip.NewRequestMessage(kmip.V1_4, &payloads.GetRequestPayload{UniqueIdentifier: "x"})
+			if _, err := s.Write(ttlv.MarshalTTLV(&m)); err != nil {
+				t.Fatal(err)
+			}
+			if n, err := s.Read(make([]byte, 1)); n != 0 || !errors.Is(err, io.EOF) {
+				t.Errorf("read %d bytes, %v", n, err)
+			}
+			if refused.Load() {
+				t.Error("the client was put on record as refused")
+			}
+		})
+	}
+}
+
+// downStore is a store that cannot be reached.
+type downStore struct{ err error }
+
+func (d downStore) View(context.Context, string, func(Reader) error) error { return d.err }
+func (d downStore) Update(context.Context, string, func(Tx) error) error   { return d.err }

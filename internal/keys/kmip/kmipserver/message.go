@@ -13,6 +13,7 @@ import (
 	"github.com/ovh/kmip-go/ttlv"
 
 	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/errs"
 	"strongroom/internal/keys/kmip/kmipwire"
 )
 
@@ -46,6 +47,7 @@ type request struct {
 	object      string   // what the item under way is about, for the record
 	wipe        [][]byte // ordinary memory with key material in it
 	secretSize  int      // bytes of key material in the answer
+	unavailable bool     // what the last item needs cannot be had now
 }
 
 func (r *request) atLeast(v kmip.ProtocolVersion) bool {
@@ -192,12 +194,18 @@ func (s *Server) answer(ctx context.Context, state tls.ConnectionState, peer str
 	if err == nil {
 		err = r.authenticate(state, e.header.Authentication)
 	}
+	if unavailable(err) {
+		return nil
+	}
 	if err != nil {
 		return s.refuseMessage(version, err)
 	}
 	response := newResponse(version, r.now)
 	for _, it := range e.items {
 		out := r.run(it)
+		if r.unavailable {
+			return nil
+		}
 		response.BatchItem = append(response.BatchItem, out)
 		if out.ResultStatus != kmip.ResultStatusSuccess && e.header.BatchErrorContinuationOption != kmip.BatchErrorContinuationOptionContinue {
 			break
@@ -234,6 +242,10 @@ func (r *request) authenticate(state tls.ConnectionState, a *kmip.Authentication
 		r.client = client
 		return nil
 	}
+	if unavailable(err) {
+		r.server.log.LogAttrs(r.ctx, slog.LevelError, "kmip client not looked up", slog.String("peer", r.peer), slog.Any("err", err))
+		return err
+	}
 	r.server.log.LogAttrs(r.ctx, slog.LevelInfo, "kmip client refused", slog.String("peer", r.peer), slog.Any("err", err))
 	if err := r.server.observe(r.ctx, Event{Peer: r.peer, Reason: kmip.ResultReasonAuthenticationNotSuccessful}); err != nil {
 		r.server.log.LogAttrs(r.ctx, slog.LevelError, "kmip refusal not recorded", slog.Any("err", err))
@@ -242,6 +254,15 @@ func (r *request) authenticate(state tls.ConnectionState, a *kmip.Authentication
 		return told
 	}
 	return refuse(kmip.ResultReasonAuthenticationNotSuccessful, "who you are could not be established")
+}
+
+// unavailable reports whether an error means that this server cannot know the
+// answer now, and that another may. The connection is closed then, without an
+// answer: that is what has a client turn to its next server, and ask there what
+// became of its request. An answer would be final.
+func unavailable(err error) bool {
+	told := (*Refusal)(nil)
+	return errs.KindOf(err) == errs.Unavailable && !errors.As(err, &told)
 }
 
 // run answers one item; it never panics.
@@ -263,6 +284,7 @@ func (r *request) run(it item) (out kmip.ResponseBatchItem) {
 		if !errors.As(err, &told) {
 			r.server.log.LogAttrs(r.ctx, slog.LevelError, "kmip operation failed", slog.String("op", ttlv.EnumStr(it.operation)), slog.Any("err", err))
 		}
+		r.unavailable = unavailable(err)
 		fail(&out, err)
 		return out
 	}

@@ -254,11 +254,16 @@ func (s *Server) serveConnection(ctx context.Context, raw net.Conn) {
 	}
 }
 
-// exchange answers one message.
+var errUnavailable = errors.New("the server cannot answer now")
+
+// exchange answers one message, unless that is impossible now.
 func (s *Server) exchange(ctx context.Context, conn *tls.Conn, message []byte) error {
 	ctx, cancel := context.WithTimeout(ctx, s.limits.Request)
 	defer cancel()
 	answer := s.answer(ctx, conn.ConnectionState(), conn.RemoteAddr().String(), message)
+	if answer == nil {
+		return errUnavailable
+	}
 	defer keymem.Wipe(answer)
 	conn.SetWriteDeadline(time.Now().Add(s.limits.Request))
 	_, err := conn.Write(answer)

@@ -154,7 +154,7 @@ func (s *Store) beginCount(ctx context.Context, tx *store.Tx) error {
 	s.counts.gate.Lock()
 	defer s.counts.gate.Unlock()
 	// Any read fixes it.
-	if _, err := s.epochs.In(tx).Has(ctx, epochKey(keyring.Metadata)); err != nil {
+	if _, err := s.epochs.In(tx).Has(ctx, EpochKey(keyring.Metadata)); err != nil {
 		return err
 	}
 	s.counts.mu.Lock()

@@ -7,12 +7,10 @@ import (
 	"maps"
 	"net/url"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
 	"strongroom/internal/control/store"
-	"strongroom/internal/keys/keyring"
 )
 
 const (
@@ -28,7 +26,7 @@ const (
 // Run shreds the epochs of destroyed keys, as they come, until ctx ends. It
 // begins with those that an earlier process left.
 func (s *Store) Run(ctx context.Context) error {
-	s.wake()
+	s.Wake()
 	for {
 		select {
 		case <-ctx.Done():
@@ -36,14 +34,17 @@ func (s *Store) Run(ctx context.Context) error {
 		case <-s.dirty:
 		}
 		began := time.Now()
-		if err := s.Shred(ctx); err != nil && ctx.Err() == nil {
+		err := s.Shred(ctx)
+		pause := max(shredPause, 10*time.Since(began))
+		if err != nil && ctx.Err() == nil {
+			pause = shredPause // it waited rather than worked
 			s.log.LogAttrs(ctx, slog.LevelError, "destroyed keys not shredded yet", slog.Any("err", err))
-			s.wake()
+			s.Wake()
 		}
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-time.After(max(shredPause, 10*time.Since(began))):
+		case <-time.After(pause):
 		}
 	}
 }
@@ -73,23 +74,7 @@ func (s *Store) Shred(ctx context.Context) error {
 			}
 		}
 	}
-	if err := s.ring.Shred(epochs...); err != nil {
-		return err
-	}
-	for batch := range slices.Chunk(epochs, moveBatch) {
-		err := s.db.Txn(ctx, func(tx *store.Tx) error {
-			for _, n := range batch {
-				if err := s.epochs.In(tx).Set(epochKey(n), epochState{State: stateShredded}); err != nil {
-					return err
-				}
-			}
-			return nil
-		})
-		if err != nil {
-			return err
-		}
-	}
-	return nil
+	return s.keeper.Erase(ctx, epochs...)
 }
 
 func (s *Store) dirtyEpochs(ctx context.Context) (map[uint64]bool, error) {
@@ -99,12 +84,12 @@ func (s *Store) dirtyEpochs(ctx context.Context) (map[uint64]bool, error) {
 	}
 	dirty := map[uint64]bool{}
 	for _, e := range marked {
-		if e.Value.State != stateDirty {
+		if e.Value.State != EpochDirty {
 			continue
 		}
-		n, err := strconv.ParseUint(e.Key, 16, 64)
-		if err != nil || n == keyring.Metadata {
-			return nil, fmt.Errorf("epoch %q: %w", e.Key, store.ErrCorrupt)
+		n, err := EpochNumber(e.Key)
+		if err != nil {
+			return nil, err
 		}
 		dirty[n] = true
 	}
@@ -146,7 +131,7 @@ func (s *Store) survivors(ctx context.Context, epochs map[uint64]bool) ([][]stri
 // move wraps the material of those records that are in one of the epochs under
 // the KEK of another.
 func (s *Store) move(ctx context.Context, keys []string, epochs map[uint64]bool) error {
-	return s.again(func() error {
+	return s.again(ctx, func() error {
 		return s.db.Txn(ctx, func(tx *store.Tx) error {
 			for _, key := range keys {
 				if err := s.moveOne(ctx, tx, key, epochs); err != nil {

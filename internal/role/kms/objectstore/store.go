@@ -19,7 +19,6 @@ import (
 	"log/slog"
 	"net/url"
 	"slices"
-	"strconv"
 	"sync"
 
 	"github.com/google/uuid"
@@ -44,23 +43,14 @@ const (
 	accountMax = 128 // bytes; percent-encoded it is still a key
 )
 
-// epochState is what the database says of an epoch that is not in use as usual.
-type epochState struct {
-	State string `json:"state"`
-}
-
-const (
-	stateDirty    = "dirty"    // a key that was wrapped in it has been destroyed
-	stateShredded = "shredded" // its KEK is gone
-)
-
 // Store is a [kmipserver.Store] in the state database.
 type Store struct {
 	db      *store.DB
 	objects *store.Table[[]byte]
 	names   *store.Table[[]byte]
-	epochs  *store.Table[epochState]
+	epochs  *store.Table[Epoch]
 	ring    *keyring.Ring
+	keeper  Keeper
 	log     *slog.Logger
 	cache   *cache
 	dirty   chan struct{} // buffered by one: there is something to shred
@@ -73,25 +63,21 @@ type Store struct {
 
 var _ kmipserver.Store = (*Store)(nil)
 
-// New returns a store in db. The ring stays the caller's and must be the one of
-// this database.
+// New returns a store in db of the only node of a KMS. The ring stays the
+// caller's and must be the one of this database.
 func New(db *store.DB, ring *keyring.Ring, log *slog.Logger) *Store {
-	return &Store{
-		db: db, objects: store.NewRawTable(db, "kms-object"), names: store.NewRawTable(db, "kms-name"),
-		epochs: store.NewTable[epochState](db, "kms-epoch", 1),
-		ring:   ring, log: log, cache: newCache(cacheLimit), dirty: make(chan struct{}, 1),
-		counts: newCounts(),
-	}
+	return NewShared(db, ring, &alone{db: db, ring: ring, epochs: EpochTable(db)}, log)
 }
 
-// NewestEpoch returns the highest epoch that db knows to be used up, or 0: see
-// [keyring.Load].
-func NewestEpoch(ctx context.Context, db *store.DB) (uint64, error) {
-	last, err := store.NewTable[epochState](db, "kms-epoch", 1).Scan(ctx, store.Range{Descending: true, Limit: 1})
-	if err != nil || len(last) == 0 {
-		return 0, err
+// NewShared returns a store in db of one of several nodes, whose epochs keeper
+// brings to the others.
+func NewShared(db *store.DB, ring *keyring.Ring, keeper Keeper, log *slog.Logger) *Store {
+	return &Store{
+		db: db, objects: store.NewRawTable(db, "kms-object"), names: store.NewRawTable(db, "kms-name"),
+		epochs: EpochTable(db),
+		ring:   ring, keeper: keeper, log: log, cache: newCache(cacheLimit), dirty: make(chan struct{}, 1),
+		counts: newCounts(),
 	}
-	return strconv.ParseUint(last[0].Key, 16, 64)
 }
 
 // Close wipes the keys in memory. The store must not be in use.
@@ -99,8 +85,6 @@ func (s *Store) Close() error {
 	s.cache.clear()
 	return nil
 }
-
-func epochKey(n uint64) string { return fmt.Sprintf("%016x", n) }
 
 func accountPrefix(account string) string { return url.PathEscape(account) + "/" }
 
@@ -114,7 +98,7 @@ func (s *Store) View(ctx context.Context, account string, f func(kmipserver.Read
 	if err := checkAccount(account); err != nil {
 		return err
 	}
-	return s.again(func() error {
+	return s.again(ctx, func() error {
 		held := &holding{}
 		defer held.release()
 		return s.db.View(ctx, func(tx *store.Tx) error {
@@ -131,7 +115,7 @@ func (s *Store) Update(ctx context.Context, account string, f func(kmipserver.Tx
 	s.counts.gate.RLock()
 	defer s.counts.gate.RUnlock()
 	shred := false
-	err := s.again(func() error {
+	err := s.again(ctx, func() error {
 		held := &holding{}
 		defer held.release()
 		var u *update
@@ -153,7 +137,7 @@ func (s *Store) Update(ctx context.Context, account string, f func(kmipserver.Tx
 		return nil
 	})
 	if err == nil && shred {
-		s.wake()
+		s.Wake()
 	}
 	return err
 }
@@ -166,11 +150,14 @@ func checkAccount(account string) error {
 }
 
 // again repeats f while it meets a KEK that was shredded since it read the
-// record: the record has moved on.
-func (s *Store) again(f func() error) (err error) {
+// record: the record has moved on; or one that this node does not have yet.
+func (s *Store) again(ctx context.Context, f func() error) (err error) {
 	for range attempts {
 		if err = f(); !errors.Is(err, keyring.ErrNoEpoch) {
 			break
+		}
+		if err := s.keeper.CatchUp(ctx); err != nil {
+			return err
 		}
 	}
 	return err
@@ -416,23 +403,23 @@ func (u *update) index(o *kmipserver.Object, was []string) error {
 // soil marks an epoch for shredding, unless it is marked.
 func (u *update) soil(epoch uint64) error {
 	u.shred = true
-	marked, err := u.s.epochs.In(u.tx).Has(u.ctx, epochKey(epoch))
-	if err != nil || marked {
+	e, err := epochIn(u.ctx, u.s.epochs.In(u.tx), epoch)
+	if err != nil || e.State != EpochOpen {
 		return err
 	}
-	return u.s.epochs.In(u.tx).Set(epochKey(epoch), epochState{State: stateDirty})
+	return u.s.epochs.In(u.tx).Set(EpochKey(epoch), Epoch{State: EpochDirty})
 }
 
 // fresh returns the epoch for a new object. The transaction depends on its not
 // being marked.
 func (u *update) fresh() (uint64, error) {
 	for {
-		n, err := u.s.current()
+		n, err := u.s.current(u.ctx)
 		if err != nil {
 			return 0, err
 		}
-		marked, err := u.s.epochs.In(u.tx).Has(u.ctx, epochKey(n))
-		if err != nil || !marked {
+		e, err := epochIn(u.ctx, u.s.epochs.In(u.tx), n)
+		if err != nil || e.State == EpochOpen {
 			return n, err
 		}
 		u.s.retire(n)
@@ -440,11 +427,11 @@ func (u *update) fresh() (uint64, error) {
 }
 
 // current returns the epoch that takes new objects, and counts one more.
-func (s *Store) current() (uint64, error) {
+func (s *Store) current(ctx context.Context) (uint64, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.epoch == keyring.Metadata || s.count >= perEpoch {
-		n, err := s.ring.Begin()
+		n, err := s.keeper.Begin(ctx)
 		if err != nil {
 			return 0, err
 		}
@@ -474,8 +461,8 @@ func namesOf(o *kmipserver.Object) []string {
 	return names
 }
 
-// wake has dirty epochs shredded soon.
-func (s *Store) wake() {
+// Wake has dirty epochs shredded soon.
+func (s *Store) Wake() {
 	select {
 	case s.dirty <- struct{}{}:
 	default:

@@ -1,0 +1,212 @@
+package kms
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"io/fs"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/google/uuid"
+	"golang.org/x/sync/errgroup"
+
+	"strongroom/internal/control/audit"
+	"strongroom/internal/control/pki"
+	"strongroom/internal/control/store"
+	"strongroom/internal/daemon"
+	"strongroom/internal/errs"
+	"strongroom/internal/role/kms/cluster"
+	"strongroom/internal/role/kms/objectstore"
+)
+
+const (
+	// membershipName is the file in the data folder that makes a KMS a node of
+	// several. It holds no secret.
+	membershipName = "cluster.json"
+	membershipMax  = 64 << 10
+	// waitingEvery is how often a node that waits for a majority says so.
+	waitingEvery = 10 * time.Second
+)
+
+// membership is which node this is.
+type membership struct {
+	ID string `json:"id"`
+	// Peers are the nodes that were there when this one joined; the first node has
+	// none. Where all are now the database tells.
+	Peers []cluster.Member `json:"peers,omitempty"`
+}
+
+// loadMembership returns which node this is, or nil if it is the only one. With
+// a cluster in the configuration a KMS becomes the first node, for good.
+func loadMembership(cfg Config) (*membership, error) {
+	path := filepath.Join(cfg.DataDir, membershipName)
+	m, err := readMembership(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist) && cfg.Cluster == nil:
+		return nil, nil
+	case errors.Is(err, fs.ErrNotExist):
+		m = &membership{ID: uuid.NewString()}
+		return m, m.write(path)
+	case err != nil:
+		return nil, errs.Wrap(err, "cannot read which node this is from %s", path)
+	case cfg.Cluster == nil:
+		return nil, errs.New(errs.Invalid, "this is a node of a KMS of several, and the configuration has no [cluster]").
+			WithHint("put [cluster] back into the configuration")
+	}
+	return m, nil
+}
+
+func readMembership(path string) (*membership, error) {
+	info, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	if info.Size() > membershipMax {
+		return nil, errs.New(errs.Corrupt, "it has %d bytes, limit %d", info.Size(), membershipMax)
+	}
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	m := &membership{}
+	if err := json.Unmarshal(b, m); err != nil || uuid.Validate(m.ID) != nil {
+		return nil, errs.New(errs.Corrupt, "it is damaged")
+	}
+	return m, nil
+}
+
+func (m *membership) write(path string) error {
+	b, err := json.MarshalIndent(m, "", "  ")
+	if err != nil {
+		return err
+	}
+	return writeFile(path, append(b, '\n'))
+}
+
+// self is this node as others are to know it.
+func (c *ClusterConfig) self(id string) cluster.Member {
+	return cluster.Member{ID: id, Name: c.Name, Address: c.Advertise, StoreAddress: c.StoreAdvertise}
+}
+
+// openNode makes the node's certificate and opens its database, which needs a
+// majority of the nodes.
+func (k *KMS) openNode(ctx context.Context, m *membership) (err error) {
+	c := k.cfg.Cluster
+	var names []string
+	for _, address := range []string{c.Advertise, c.StoreAdvertise} {
+		host, _, _ := net.SplitHostPort(address) // checked by the configuration
+		names = append(names, host)
+	}
+	if k.node, err = cluster.NewNode(k.ca, m.ID, names); err != nil {
+		return err
+	}
+	cfg := k.storeConfig()
+	cfg.Cluster = &store.Cluster{Name: m.ID, Listen: c.StoreListen, Advertise: c.StoreAdvertise}
+	cfg.Cluster.CertFile, cfg.Cluster.KeyFile, cfg.Cluster.CAFile = k.node.Files()
+	if len(m.Peers) > 0 && !store.HasData(cfg.Dir) {
+		if cfg.Cluster.Initial, err = k.node.Enter(ctx, m.Peers); err != nil {
+			return err
+		}
+	}
+	opened := make(chan struct{})
+	var waiting errgroup.Group
+	waiting.Go(func() error {
+		for {
+			select {
+			case <-opened:
+				return nil
+			case <-time.After(waitingEvery):
+				k.log.Warn("waiting for a majority of the nodes")
+			}
+		}
+	})
+	k.db, err = store.Open(ctx, cfg)
+	close(opened)
+	return errors.Join(err, waiting.Wait())
+}
+
+// openCluster makes this node a member. It returns when the node may serve.
+func (k *KMS) openCluster(ctx context.Context, m *membership) error {
+	k.cluster = cluster.New(cluster.Config{
+		Self: k.cfg.Cluster.self(m.ID), Node: k.node, CA: k.ca, DB: k.db, Ring: k.secrets.ring, Log: k.log, Record: k.recordMember,
+	})
+	k.objects = objectstore.NewShared(k.db, k.secrets.ring, k.cluster, k.log)
+	return k.cluster.Start(ctx)
+}
+
+func (k *KMS) recordMember(actor, action, object string, err error) error {
+	e := audit.Entry{Actor: actor, Action: action, Object: object, Outcome: audit.Success}
+	if err != nil {
+		e.Outcome, e.Details = audit.Failed, map[string]string{"kind": errs.KindOf(err).String()}
+	}
+	head, err := k.audit.Append(e)
+	if err != nil {
+		return err
+	}
+	return k.audit.Flush(head)
+}
+
+// serveMembers serves other nodes until ctx ends.
+func (k *KMS) serveMembers(ctx context.Context, group *errgroup.Group, l net.Listener) error {
+	server, err := k.cluster.Server()
+	if err != nil {
+		return err
+	}
+	server.ErrorLog = slog.NewLogLogger(k.log.Handler(), slog.LevelWarn)
+	group.Go(func() error { return daemon.Serve(ctx, server, l) })
+	group.Go(func() error { return k.cluster.Run(ctx, k.objects.Wake) })
+	group.Go(func() error {
+		k.node.KeepFresh(ctx, k.log)
+		return nil
+	})
+	return nil
+}
+
+// Join makes this machine a node of the KMS that the node at server ("host:port")
+// belongs to: it gets the key ring, the authority and a name. [Run] comes next.
+// A folder in which a KMS has run is refused.
+func Join(ctx context.Context, cfg Config, server, token string) error {
+	return errs.Wrap(join(ctx, cfg, server, token), "cannot join the KMS at %.128s", server)
+}
+
+func join(ctx context.Context, cfg Config, server, token string) error {
+	if cfg.Cluster == nil {
+		return errs.New(errs.Invalid, "the configuration has no [cluster]").WithHint("see docs/how-to/run-three-kms-nodes.md")
+	}
+	for _, name := range []string{membershipName, vaultName, "store", pkiName} {
+		path := filepath.Join(cfg.DataDir, name)
+		if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
+			return errs.New(errs.Exists, "there is a KMS in %s already, or the rest of a join that broke off: %s", cfg.DataDir, name).
+				WithHint("after a join that broke off: empty %s, and on another node: strongroom kms member rm %s", cfg.DataDir, cfg.Cluster.Name)
+		}
+	}
+	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
+		return err
+	}
+	joined, err := cluster.Join(ctx, server, token, cfg.Cluster.self(""))
+	if err != nil {
+		return err
+	}
+	defer joined.Close()
+	u, err := unlock(ctx, cfg, slog.New(slog.DiscardHandler))
+	if err != nil {
+		return err
+	}
+	defer u.lock.Close()
+	defer u.root.Close()
+	secrets, err := openSecrets(cfg, u.root, joined.Ring)
+	if err != nil {
+		return err
+	}
+	defer secrets.Close()
+	if _, err := pki.InstallCA(filepath.Join(cfg.DataDir, pkiName), joined.CA, joined.CAKey.Bytes(), secrets); err != nil {
+		return err
+	}
+	// Last: it tells that all is there.
+	m := &membership{ID: joined.ID, Peers: joined.Peers}
+	return m.write(filepath.Join(cfg.DataDir, membershipName))
+}
