@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"testing"
 
+	"github.com/google/uuid"
+
 	"strongroom/internal/block/blockdev"
 	"strongroom/internal/block/blockdev/blockdevtest"
 	"strongroom/internal/block/blockdev/faultdev"
@@ -36,11 +38,14 @@ func TestCryptsetupFinishesRekey(t *testing.T) {
 	t.Parallel()
 	rng := rand.New(rand.NewPCG(blockdevtest.Seed(t), 0))
 	const size, zone = 768 << 10, 256 << 10
+	// Of its own: cryptsetup locks the UUID of what it re-encrypts, on the whole
+	// machine, and refuses to work beside another run of this test.
+	id := uuid.NewString()
 	passphrase, passphraseFile := newPassphrase(t)
 	oldDEK, newDEK := newKey(t, 64), newKey(t, 64)
 	want := pattern(size, 5)
 	disk := blockdev.NewMemory(0, 512)
-	check(t, volume.Format(disk, volume.FormatOptions{Size: size, DEK: oldDEK, Safe: newSafe(t, oldDEK, "old", 1), UUID: testUUID}))
+	check(t, volume.Format(disk, volume.FormatOptions{Size: size, DEK: oldDEK, Safe: newSafeOf(t, id, oldDEK, "old", 1), UUID: id}))
 	h, err := luks.Read(disk, disk.Size())
 	check(t, err)
 	check(t, h.AddPassphrase(disk, oldDEK, passphrase, quickKDF))
@@ -65,7 +70,7 @@ func TestCryptsetupFinishesRekey(t *testing.T) {
 			continue
 		}
 		err = v.Rekey(t.Context(), volume.RekeyOptions{
-			NewDEK: newDEK, NewSafe: newSafe(t, newDEK, "new", 1), NewPassphrase: passphrase, PassphraseCost: quickKDF, Zone: zone,
+			NewDEK: newDEK, NewSafe: newSafeOf(t, id, newDEK, "new", 1), NewPassphrase: passphrase, PassphraseCost: quickKDF, Zone: zone,
 		})
 		if err == nil {
 			break
@@ -96,7 +101,7 @@ func TestCryptsetupFinishesRekey(t *testing.T) {
 			t.Errorf("no crash left the state %+v", s)
 		}
 	}
-	// One after another: cryptsetup locks the UUID.
+	// One after another, for the same reason.
 	for s, d := range crashed {
 		t.Run(fmt.Sprintf("%+v", s), func(t *testing.T) {
 			path := filepath.Join(t.TempDir(), "disk.luks")

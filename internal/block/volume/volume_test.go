@@ -36,7 +36,12 @@ func newKey(t testing.TB, n int) *keymem.Key {
 // newSafe wraps dek for the test volume under a KEK of its own.
 func newSafe(t testing.TB, dek *keymem.Key, name string, generation uint64) *keysafe.Safe {
 	t.Helper()
-	s, err := keysafe.Wrap(newKey(t, keysafe.KEKSize), dek, keysafe.Ref{Provider: "kp-1", KeyID: name}, volume.Owner(testUUID), generation)
+	return newSafeOf(t, testUUID, dek, name, generation)
+}
+
+func newSafeOf(t testing.TB, uuid string, dek *keymem.Key, name string, generation uint64) *keysafe.Safe {
+	t.Helper()
+	s, err := keysafe.Wrap(newKey(t, keysafe.KEKSize), dek, keysafe.Ref{Provider: "kp-1", KeyID: name}, volume.Owner(uuid), generation)
 	check(t, err)
 	return s
 }
