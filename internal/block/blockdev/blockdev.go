@@ -92,6 +92,14 @@ type Extent struct {
 	Hole   bool  // not allocated; reads as zeros
 }
 
+// EarlyFlusher is a Device with a cache that can be told when to write.
+type EarlyFlusher interface {
+	Device
+	// FlushEarly begins to write what the cache holds of n bytes at off, and does
+	// not wait for it, so that the next Flush has less to do. It promises nothing.
+	FlushEarly(off, n int64)
+}
+
 // Extenter is a Device that knows its holes.
 type Extenter interface {
 	Device

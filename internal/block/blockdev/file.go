@@ -72,6 +72,7 @@ var (
 	_ Resizer      = (*File)(nil)
 	_ Extenter     = (*File)(nil)
 	_ HeaderLocker = (*File)(nil)
+	_ EarlyFlusher = (*File)(nil)
 )
 
 // OpenFile opens the file or block device at path. It returns [ErrInUse] if
@@ -372,6 +373,19 @@ func (f *File) Flush() error {
 			return failure
 		}
 	}
+}
+
+// FlushEarly implements [EarlyFlusher].
+func (f *File) FlushEarly(off, n int64) {
+	if f.opts.ReadOnly || f.direct != nil {
+		return
+	}
+	pass, err := f.guard.Enter(0, 0, Shared)
+	if err != nil {
+		return
+	}
+	defer f.guard.Leave(pass)
+	_ = unix.SyncFileRange(f.fd, off, n, unix.SYNC_FILE_RANGE_WRITE) // Flush reports what fails
 }
 
 // Size implements [Device].

@@ -360,3 +360,38 @@ func ownNamespace() *syscall.SysProcAttr {
 		GidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getgid(), Size: 1}},
 	}
 }
+
+// TestFlushEarly: the hint changes nothing that can be seen, on any kind of File.
+func TestFlushEarly(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), "disk")
+	f, err := blockdev.OpenFile(path, blockdev.FileOptions{Create: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := bytes.Repeat([]byte("data"), 1<<18)
+	if err := f.Resize(int64(len(want))); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteAt(want, 0); err != nil {
+		t.Fatal(err)
+	}
+	f.FlushEarly(0, int64(len(want)))
+	f.FlushEarly(1<<40, -1) // nonsense is ignored
+	got := make([]byte, len(want))
+	if _, err := f.ReadAt(got, 0); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("contents differ, error %v", err)
+	}
+	if err := f.Flush(); err != nil {
+		t.Error(err)
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	f.FlushEarly(0, 1)
+	if f, err = blockdev.OpenFile(path, blockdev.FileOptions{ReadOnly: true}); err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	f.FlushEarly(0, 1)
+}

@@ -31,7 +31,44 @@ type Storage interface {
 // It returns an error wrapping [ErrUnsupported], and writes nothing, if the
 // header has requirements that this package does not know.
 func (h *Header) Commit(w Storage) error {
-	if err := h.commit(w); err != nil {
+	err := h.commit(w)
+	if err == nil {
+		if err = h.Flush(w); err != nil {
+			err = fmt.Errorf("cannot flush: %w", err)
+		}
+	}
+	return commitError(err)
+}
+
+// CommitEarly is Commit without the last flush: one copy is durable when it
+// returns, and the other one after the next [Header.Flush], which may make other
+// writes durable as well. A commit before that would have to begin with the
+// other copy, as after an error.
+func (h *Header) CommitEarly(w Storage) error { return commitError(h.commit(w)) }
+
+// Settle flushes w if there is a copy that [Header.CommitEarly] has left.
+func (h *Header) Settle(w Storage) error {
+	if h.late == nil {
+		return nil
+	}
+	return h.Flush(w)
+}
+
+// Flush flushes w, and with it the copy that [Header.CommitEarly] has left.
+func (h *Header) Flush(w Storage) error {
+	late := h.late
+	h.late = nil // if the flush fails, another one tells nothing of this copy
+	if err := w.Flush(); err != nil {
+		return err
+	}
+	if late != nil {
+		*late = nil
+	}
+	return nil
+}
+
+func commitError(err error) error {
+	if err != nil {
 		return fmt.Errorf("cannot write LUKS2 header: %w", err)
 	}
 	return nil
@@ -57,15 +94,20 @@ func (h *Header) commit(w Storage) error {
 	// Also after a failed attempt, which may be on the storage in part: two
 	// different headers must never have the same seqid.
 	h.bin.seqid++
-	for _, c := range order {
+	for i, c := range order {
+		if i > 0 {
+			if err := h.Flush(w); err != nil {
+				return fmt.Errorf("%s copy: cannot flush: %w", order[0], err)
+			}
+		}
 		if h.damage[c] != nil {
 			rand.Read(h.salts[c][:])
 		}
-		h.damage[c] = errHalfWritten
-		if err := write(w, encodeCopy(h.bin, h.salts[c], h.doc, c), c, h.bin.size); err != nil {
-			return err
+		h.damage[c], h.late = errHalfWritten, nil
+		if _, err := w.WriteAt(encodeCopy(h.bin, h.salts[c], h.doc, c), c.offset(h.bin.size)); err != nil {
+			return fmt.Errorf("%s copy: %w", c, err)
 		}
-		h.damage[c] = nil
+		h.late = &h.damage[c]
 	}
 	return nil
 }

@@ -333,3 +333,98 @@ func TestCryptsetupAgreesOnLostHeaders(t *testing.T) {
 		}
 	}
 }
+
+// TestCommitEarly commits early again and again, fails every operation and lets
+// the power go: what an early commit has returned is there.
+func TestCommitEarly(t *testing.T) {
+	t.Parallel()
+	rng := rand.New(rand.NewPCG(1, 2))
+	dek := randomKey(t, luks.KeySize)
+	original := firstGeneration(t, dek)
+	var safes []*keysafe.Safe
+	for g := range uint64(4) {
+		safes = append(safes, newSafe(t, dek, g+2))
+	}
+	for _, mode := range faultdev.Modes() {
+		for op := 0; ; op++ {
+			name := fmt.Sprintf("operation %d %v", op, mode)
+			dev := faultdev.New(memory(t, original), &faultdev.Fault{Op: op, Mode: mode, Dead: true})
+			h, err := luks.Read(memory(t, original), smallDisk)
+			if err != nil {
+				t.Fatal(err)
+			}
+			last := uint64(1) // that is durable
+			for i, safe := range safes {
+				if err := h.SetSafe(safe); err != nil {
+					t.Fatal(err)
+				}
+				if err = h.CommitEarly(dev); err != nil {
+					break
+				}
+				last++
+				checkPowerLoss(t, dev, rng, name, last)
+				if i == 1 {
+					continue // a commit that follows at once
+				}
+				if err = h.Flush(dev); err != nil {
+					break
+				}
+				if len(h.Damaged()) != 0 {
+					t.Fatalf("%s: damage after a flush: %v", name, h.Damaged())
+				}
+			}
+			if dev.Injected() == faultdev.None {
+				if err != nil || last != 5 {
+					t.Fatalf("generation %d and error %v without a fault", last, err)
+				}
+				break
+			}
+			if !errors.Is(err, faultdev.ErrInjected) {
+				t.Fatalf("%s: fault is not reported: %v", name, err)
+			}
+			checkPowerLoss(t, dev, rng, name, last, last+1)
+			recommit(t, dev.Contents(), dek)
+		}
+	}
+}
+
+// TestCommitAfterKill commits a header whose earlier writer was killed before its
+// last flush, and lets the power go at every operation.
+func TestCommitAfterKill(t *testing.T) {
+	t.Parallel()
+	rng := rand.New(rand.NewPCG(1, 2))
+	dek := randomKey(t, luks.KeySize)
+	original := firstGeneration(t, dek)
+	second, third := newSafe(t, dek, 2), newSafe(t, dek, 3)
+	for op := 0; ; op++ {
+		dev := faultdev.New(memory(t, original), nil)
+		killed, err := luks.Read(dev, smallDisk)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := killed.SetSafe(second); err != nil {
+			t.Fatal(err)
+		}
+		if err := killed.CommitEarly(dev); err != nil {
+			t.Fatal(err)
+		}
+		h, err := luks.Read(dev, smallDisk)
+		if err != nil || len(h.Damaged()) != 0 {
+			t.Fatalf("who comes after finds %v, %v", h.Damaged(), err)
+		}
+		if err := h.SetSafe(third); err != nil {
+			t.Fatal(err)
+		}
+		dev.Inject(&faultdev.Fault{Op: op, Mode: faultdev.Torn, Dead: true})
+		err = h.Commit(dev)
+		if dev.Injected() == faultdev.None {
+			if err != nil || op == 0 {
+				t.Fatalf("commit without a fault: %v", err)
+			}
+			return
+		}
+		for range 10 {
+			checkPowerLoss(t, dev, rng, fmt.Sprintf("operation %d", op), 2, 3)
+		}
+	}
+}

@@ -101,6 +101,9 @@ type Header struct {
 	meta   *metadata
 	damage [2]error // by Copy; what is wrong with it on the storage, or nil
 	unsure []byte   // the copy that the next commit relies on, if it was only read: it may not be durable
+	// late is in damage, of the copy that the next flush makes durable and so
+	// good; nil: there is none.
+	late *error
 }
 
 // New makes the header of a new volume. Nothing is written until

@@ -18,8 +18,12 @@ const (
 	// zoneBusy is how much of a volume is rewritten at once while it is in use, in
 	// bytes, and zoneIdle what that grows to while nobody waits for it.
 	zoneBusy = 4 << 20
-	zoneIdle = 12 << 20
+	zoneIdle = 15 << 20
 )
+
+// pieceSize is how much of a zone is read, encrypted and written at once, in bytes:
+// it stays in the processor's cache, and is not little for the storage.
+const pieceSize = 512 << 10
 
 // zoneMax bounds the memory that a rekey takes, and how long requests wait.
 const zoneMax = 64 << 20
@@ -42,7 +46,7 @@ type RekeyOptions struct {
 	// Rate bounds how fast data are rewritten; nil: it is not bounded.
 	Rate *Rate
 	// Zone is how much is rewritten at once, in bytes; 0: 4 MiB while the volume is
-	// in use or the rate is bounded, else up to 12 MiB. It is rounded to whole
+	// in use or the rate is bounded, else up to 15 MiB. It is rounded to whole
 	// blocks and bounded by the space for the journal, which is decided when a rekey
 	// begins: under 16 MiB with the default data offset. A larger zone is faster and
 	// lets requests wait longer.
@@ -101,6 +105,19 @@ func (v *Volume) rekey(ctx context.Context, opts RekeyOptions) error {
 	if err != nil || finished {
 		return err
 	}
+	if err := r.run(ctx, opts); err != nil {
+		// The header's second copy is not left to who opens the volume next.
+		if late := r.header.Settle(r.storage); late != nil && !errors.Is(err, late) {
+			err = errors.Join(err, late)
+		}
+		return err
+	}
+	return r.finish()
+}
+
+// run moves the boundary to the end of the data.
+func (r *rekey) run(ctx context.Context, opts RekeyOptions) error {
+	v := r.v
 	pace := newPace(v, opts.Rate)
 	for v.boundary.Load() != allNew {
 		if err := pace.wait(ctx); err != nil {
@@ -121,7 +138,7 @@ func (v *Volume) rekey(ctx context.Context, opts RekeyOptions) error {
 			opts.Progress(min(v.boundary.Load(), size), size)
 		}
 	}
-	return r.finish()
+	return nil
 }
 
 // allNew is the boundary when all data are under the next key, also those that
@@ -230,7 +247,7 @@ func (r *rekey) begin(opts RekeyOptions) (finished bool, err error) {
 		r.zoneMin, r.zoneMax = bound(zoneBusy), bound(zoneIdle)
 	}
 	r.zone = r.zoneMin
-	r.buf = make([]byte, bufferSize)
+	r.buf = make([]byte, pieceSize)
 	return false, nil
 }
 
@@ -312,12 +329,26 @@ func (r *rekey) readHeader() (*luks.Header, error) {
 	return readHeader(r.v.dev)
 }
 
-// commit changes the header by change and writes it, inside locked.
+// commit changes the header by change and writes it, inside locked. The second
+// copy is durable after the next flush only, which the next step has anyway.
 func (r *rekey) commit(change func() error) error {
 	if err := change(); err != nil {
 		return err
 	}
-	return r.header.Commit(r.storage)
+	return r.header.CommitEarly(r.storage)
+}
+
+// flush makes all writes durable, the header's second copy included.
+func (r *rekey) flush() error { return r.header.Flush(r.storage) }
+
+// write writes to the storage, which begins with it at once: it works while the
+// next piece is read and encrypted, and the flush has less to wait for.
+func (r *rekey) write(p []byte, off int64) error {
+	_, err := r.storage.WriteAt(p, off)
+	if dev, ok := r.v.dev.(blockdev.EarlyFlusher); ok && err == nil {
+		dev.FlushEarly(off, int64(len(p)))
+	}
+	return err
 }
 
 // locked runs f while nobody else reads or writes the header, unless another
@@ -350,7 +381,10 @@ func (r *rekey) replaceNext(safe *keysafe.Safe) error {
 		return nil
 	}
 	return r.locked(func() error {
-		return r.commit(func() error { return r.header.SetNextSafe(safe) })
+		if err := r.header.SetNextSafe(safe); err != nil {
+			return err
+		}
+		return r.header.Commit(r.storage)
 	})
 }
 

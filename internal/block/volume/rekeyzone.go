@@ -39,7 +39,6 @@ func (r *rekey) step() (int64, error) {
 
 // move moves the boundary from start over the next n bytes, or less.
 func (r *rekey) move(start, n int64) (rewritten int64, err error) {
-	v := r.v
 	if n > r.zone {
 		if e := r.extentAt(start); e.Hole && e.Length >= n {
 			return 0, r.pass(start + n)
@@ -50,13 +49,32 @@ func (r *rekey) move(start, n int64) (rewritten int64, err error) {
 		r.old = make([]byte, n)
 	}
 	old := r.old[:n]
-	if _, err := v.dev.ReadAt(old, v.segment.Offset+start); err != nil {
+	if filled, err := r.save(start, old); err != nil {
 		return 0, err
-	}
-	if isZero(old) {
+	} else if !filled {
 		return 0, r.pass(start + n)
 	}
 	return n, r.rewrite(start, old)
+}
+
+// save reads the zone at start into old and writes it to the journal, unless it
+// is empty.
+func (r *rekey) save(start int64, old []byte) (filled bool, err error) {
+	saved := 0
+	for at := 0; at < len(old); {
+		end := min(at+pieceSize, len(old))
+		if _, err := r.v.dev.ReadAt(old[at:end], r.v.segment.Offset+start+int64(at)); err != nil {
+			return false, err
+		}
+		if saved > 0 || !isZero(old[at:end]) {
+			if err := r.write(old[saved:end], r.journal.Offset+int64(saved)); err != nil {
+				return false, err
+			}
+			saved = end
+		}
+		at = end
+	}
+	return saved > 0, nil
 }
 
 // next returns how much may be done at start: a zone, or a hole that is longer.
@@ -91,7 +109,7 @@ func (r *rekey) extentAt(start int64) blockdev.Extent {
 // discard that is not durable yet, and what was there before is no data under
 // the next key.
 func (r *rekey) pass(end int64) error {
-	if err := r.storage.Flush(); err != nil {
+	if err := r.flush(); err != nil {
 		return err
 	}
 	return r.advance(end)
@@ -112,17 +130,16 @@ func (r *rekey) advance(end int64) error {
 	}
 	finished := false
 	write := func() error {
-		return r.commit(func() error {
-			if finished {
-				return nil
+		if boundary != allNew {
+			return r.commit(func() error { return r.header.MarkClean(end) })
+		}
+		if !finished {
+			if err := r.header.FinishReencryption(); err != nil {
+				return err
 			}
-			if boundary != allNew {
-				return r.header.MarkClean(end)
-			}
-			err := r.header.FinishReencryption()
-			finished = err == nil
-			return err
-		})
+			finished = true
+		}
+		return r.header.Commit(r.storage)
 	}
 	err := write()
 	if err != nil {
@@ -142,20 +159,17 @@ func (r *rekey) lose(start, end int64, cause error) error {
 }
 
 // rewrite rewrites the zone at start, which is held and whose old ciphertext is
-// old.
+// old, and written to the journal.
 func (r *rekey) rewrite(start int64, old []byte) error {
 	v := r.v
-	if _, err := r.storage.WriteAt(old, r.journal.Offset); err != nil {
-		return err
-	}
-	if err := r.storage.Flush(); err != nil {
+	if err := r.flush(); err != nil {
 		return err
 	}
 	n := int64(len(old))
 	err := r.commit(func() error { return r.header.MarkHot(n, start+n == v.size.Load()) })
 	if err == nil {
 		if err = r.recrypt(start, old); err == nil {
-			err = r.storage.Flush()
+			err = r.flush()
 		}
 	}
 	if err == nil {
@@ -165,7 +179,7 @@ func (r *rekey) rewrite(start int64, old []byte) error {
 	// it says that it is not.
 	undo := restore(r.storage, v.segment.Offset+start, old, v.segment.SectorSize)
 	if undo == nil {
-		if undo = r.storage.Flush(); undo == nil {
+		if undo = r.flush(); undo == nil {
 			undo = r.commit(func() error { return r.header.MarkClean(start) })
 		}
 	}
@@ -182,8 +196,7 @@ func (r *rekey) recrypt(start int64, old []byte) error {
 		out, off := r.buf[:len(run)], start+int64(at)
 		v.cipher.Decrypt(out, run, tweak(off), sector)
 		v.next.Encrypt(out, out, tweak(off), sector)
-		_, err := r.storage.WriteAt(out, v.segment.Offset+off)
-		return err
+		return r.write(out, v.segment.Offset+off)
 	})
 }
 

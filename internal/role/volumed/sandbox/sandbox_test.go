@@ -146,6 +146,7 @@ func works(args []string) error {
 	_, err = file.ReadAt(make([]byte, 4), 1<<16)
 	try("read", err)
 	try("fdatasync", unix.Fdatasync(fd))
+	try("sync_file_range", unix.SyncFileRange(fd, 0, 1<<20, unix.SYNC_FILE_RANGE_WRITE))
 	try("truncate", file.Truncate(1<<20))
 	try("punch", unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, 0, 4096))
 	_, err = unix.Seek(fd, 0, unix.SEEK_DATA)
