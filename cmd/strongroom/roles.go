@@ -25,6 +25,7 @@ func newRoles() cli.Roles {
 		FormatVolume:  formatVolume,
 		InspectVolume: inspectVolume,
 		ServeVolume:   serveVolume,
+		EncryptVolume: encryptVolume,
 		RekeyVolume:   rekeyVolume,
 		DecryptVolume: decryptVolume,
 		FillVolume:    fillVolume,
@@ -68,6 +69,9 @@ func volumeInfo(file string, info volume.Info) cli.VolumeInfo {
 	if r := info.Rekey; r != nil {
 		v.Rekey = &cli.VolumeProgress{DoneBytes: r.Done, TotalBytes: r.Total}
 	}
+	if e := info.Encryption; e != nil {
+		v.Encryption = &cli.VolumeProgress{DoneBytes: e.Done, TotalBytes: e.Total}
+	}
 	for _, s := range info.Safes {
 		v.KeySafes = append(v.KeySafes, cli.VolumeSafe{Provider: s.KEK.Provider, KeyID: s.KEK.KeyID, Generation: s.Generation})
 	}
@@ -82,6 +86,14 @@ func serveVolume(ctx context.Context, v cli.VolumeServe, ready func(address stri
 		File: v.File, KeyFile: v.KeyFile, Socket: v.Socket, TCP: localvolume.TCP(v.TCP), VhostUser: v.VhostUser, Mount: v.Mount,
 		ReadOnly: v.ReadOnly, Direct: v.Direct, Ready: ready,
 	})
+}
+
+func encryptVolume(ctx context.Context, v cli.VolumeEncrypt, progress func(done, total int64)) (cli.VolumeInfo, error) {
+	info, err := localvolume.EncryptInPlace(ctx, localvolume.EncryptOptions{File: v.File, KeyFile: v.KeyFile, Rate: v.Rate, Progress: progress})
+	if err != nil {
+		return cli.VolumeInfo{}, err
+	}
+	return volumeInfo(v.File, info), nil
 }
 
 func rekeyVolume(ctx context.Context, v cli.VolumeRekey, progress func(done, total int64)) error {

@@ -32,6 +32,13 @@ func headerSeeds(f *testing.F) [][]byte {
 	if err := h.Commit(&ours); err != nil {
 		f.Fatal(err)
 	}
+	encrypting, err := luks.NewEncryption(luks.Options{UUID: testUUID, DEK: dek, DataOffset: 1 << 20}, 3<<20)
+	if err != nil {
+		f.Fatal(err)
+	}
+	if err := errors.Join(encrypting.MarkEncrypted(2<<20), encrypting.Commit(&ours)); err != nil {
+		f.Fatal(err)
+	}
 	seeds := ours.written
 	for _, name := range []string{"argon2id", "token", "reencrypt", "cbc"} {
 		b := golden(f, name)
@@ -120,6 +127,14 @@ func FuzzRead(f *testing.F) {
 		if s, err := h.Segment(); err == nil {
 			if n, err := s.Length(size); err != nil || n < 0 || n > size {
 				t.Errorf("Length(%d) of %+v = %d, %v", size, s, n, err)
+			}
+		}
+		if e, underWay, err := h.Encryption(); err == nil && underWay {
+			if e.Boundary < 0 || e.Boundary > e.Size || e.Shift <= 0 || e.Size < e.Shift || e.StorageMax() <= e.Size {
+				t.Errorf("encryption %+v", e)
+			}
+			if _, other, err := h.Reencryption(); other || !errors.Is(err, luks.ErrEncrypting) {
+				t.Errorf("it is a re-encryption too: %v", err)
 			}
 		}
 		if safes, err := h.Safes(); err != nil && safes != nil {

@@ -105,6 +105,9 @@ func (h *Header) addPassphrase(w Storage, dek, passphrase *keymem.Key, cost Argo
 // digestsFor returns the digests that a keyslot for dek belongs to: those of
 // the data, or during a deep rekey that of the key which it is.
 func (h *Header) digestsFor(dek *keymem.Key) ([]digest, error) {
+	if e, err := h.meta.encryptionInPlace(); err == nil {
+		return []digest{e.key}, h.VerifyEncryption(dek)
+	}
 	r, err := h.meta.reencryption()
 	if err != nil {
 		return h.meta.digestsOf(0), h.VerifyKey(dek)

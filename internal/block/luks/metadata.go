@@ -76,6 +76,14 @@ func (k keyslot) member(name string) string {
 	return f.optional(name).text()
 }
 
+// areaNumber returns a 64-bit number in the area that depends on its kind.
+func (k keyslot) areaNumber(name string) (int64, error) {
+	f := k.fields
+	f.d = new(decoder)
+	n := f.optional("area").get(name).decimal()
+	return n, f.d.err
+}
+
 type area struct{ offset, size int64 } // bytes; size 0: none
 
 type token struct {

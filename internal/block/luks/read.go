@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 )
 
 // Damage is what is wrong with one copy of a header that was read. The next
@@ -87,6 +88,9 @@ func read(r io.ReaderAt, size int64) (*Header, error) {
 	}
 
 	for i, s := range h.meta.segments {
+		if slices.Contains(s.flags, flagMoved) {
+			continue // cut off before the last commit of an encryption
+		}
 		if s.offset > size || s.size != dynamicSize && s.size > size-s.offset {
 			return nil, fmt.Errorf("%w: segment %d reaches beyond the %d bytes of the storage", ErrTruncated, i, size)
 		}

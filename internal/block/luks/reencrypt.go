@@ -84,6 +84,9 @@ func (h *Header) Reencryption() (Reencryption, bool, error) {
 	if len(h.meta.mandatory) == 0 {
 		return Reencryption{}, false, nil
 	}
+	if _, err := h.meta.encryptionInPlace(); err == nil {
+		return Reencryption{}, false, fmt.Errorf("cannot open LUKS2 volume %s: %w", h.bin.uuid, ErrEncrypting)
+	}
 	r, err := h.meta.reencryption()
 	if err != nil {
 		return Reencryption{}, false, fmt.Errorf("cannot go on with the re-encryption of LUKS2 volume %s: %w", h.bin.uuid, err)
@@ -170,9 +173,9 @@ func (s segment) encode() object {
 	if s.size != dynamicSize {
 		size = strconv.FormatInt(s.size, 10)
 	}
-	o := object{
-		"type": s.kind, "offset": strconv.FormatInt(s.offset, 10), "size": size,
-		"iv_tweak": strconv.FormatInt(s.ivTweak, 10), "encryption": s.encryption, "sector_size": number(s.sectorSize),
+	o := object{"type": s.kind, "offset": strconv.FormatInt(s.offset, 10), "size": size}
+	if s.kind == "crypt" {
+		o["iv_tweak"], o["encryption"], o["sector_size"] = strconv.FormatInt(s.ivTweak, 10), s.encryption, number(s.sectorSize)
 	}
 	if len(s.flags) > 0 {
 		flags := make([]any, len(s.flags))
@@ -185,13 +188,16 @@ func (s segment) encode() object {
 }
 
 // checkWritable returns an error for a header that this package may not write:
-// one with requirements, but for those of a re-encryption of ours.
+// one with requirements, but for those of a re-encryption or encryption of ours.
 func (h *Header) checkWritable() error {
 	if len(h.meta.mandatory) == 0 {
 		return nil
 	}
-	if _, err := h.meta.reencryption(); err != nil {
-		return h.checkRequirements()
+	if _, err := h.meta.reencryption(); err == nil {
+		return nil
 	}
-	return nil
+	if _, err := h.meta.encryptionInPlace(); err == nil {
+		return nil
+	}
+	return h.checkRequirements()
 }

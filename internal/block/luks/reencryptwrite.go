@@ -205,19 +205,11 @@ func sealDigest(r Reencryption, oldDEK, newDEK *keymem.Key, slot string) (object
 
 // sealPassword returns what the seal is a digest of.
 func sealPassword(r Reencryption, oldDEK, newDEK *keymem.Key) (*keymem.Key, error) {
-	segment := func(b []byte) []byte {
-		b = append(b, "crypt"...)
-		b = binary.BigEndian.AppendUint64(b, uint64(r.Segment.Offset))
-		b = append(b, "dynamic"...)
-		b = binary.BigEndian.AppendUint64(b, 0) // iv_tweak
-		b = append(b, Cipher...)
-		return binary.BigEndian.AppendUint32(b, uint32(r.Segment.SectorSize))
-	}
 	var tail []byte
 	tail = append(tail, modeReencrypt+directionForward+resilienceJournal...)
 	tail = binary.BigEndian.AppendUint64(tail, uint64(r.Journal.Offset))
 	tail = binary.BigEndian.AppendUint64(tail, uint64(r.Journal.Size))
-	tail = segment(segment(tail))
+	tail = appendCryptSeal(appendCryptSeal(tail, r.Segment), r.Segment)
 
 	password, err := keymem.New(len("v2") + oldDEK.Len() + newDEK.Len() + len(tail))
 	if err != nil {
@@ -230,6 +222,16 @@ func sealPassword(r Reencryption, oldDEK, newDEK *keymem.Key) (*keymem.Key, erro
 	runtime.KeepAlive(oldDEK)
 	runtime.KeepAlive(newDEK)
 	return password, nil
+}
+
+// appendCryptSeal appends what a seal covers of all of a volume's data.
+func appendCryptSeal(b []byte, s Segment) []byte {
+	b = append(b, "crypt"...)
+	b = binary.BigEndian.AppendUint64(b, uint64(s.Offset))
+	b = append(b, "dynamic"...)
+	b = binary.BigEndian.AppendUint64(b, 0) // iv_tweak
+	b = append(b, Cipher...)
+	return binary.BigEndian.AppendUint32(b, uint32(s.SectorSize))
 }
 
 // MarkHot says that the n bytes behind the boundary are about to be rewritten
@@ -330,6 +332,11 @@ func (r reencryption) end(doc object, keepNew bool) {
 		fields := g.(object)
 		fields["keyslots"] = without(fields["keyslots"].([]any), gone)
 	}
+	dropRequirements(doc)
+}
+
+// dropRequirements takes out of doc what only a re-encryption requires.
+func dropRequirements(doc object) {
 	config := doc["config"].(object)
 	requirements := config["requirements"].(object)
 	delete(requirements, "mandatory")

@@ -1,6 +1,7 @@
 package luks
 
 import (
+	"errors"
 	"fmt"
 	"strconv"
 
@@ -56,7 +57,7 @@ func (h *Header) SetSafe(s *keysafe.Safe) error {
 }
 
 func (h *Header) setSafe(s *keysafe.Safe) error {
-	if err := h.checkRequirements(); err != nil {
+	if err := h.checkRequirements(); err != nil && !errors.Is(err, ErrEncrypting) {
 		return err // with two safes, one cannot be the only one
 	}
 	doc := cloneJSON(h.doc)

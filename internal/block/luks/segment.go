@@ -83,6 +83,11 @@ func (h *Header) segment() (Segment, error) {
 // which know a certain feature may touch it.
 func (h *Header) checkRequirements() error {
 	names := h.meta.mandatory
+	if len(names) > 0 {
+		if _, err := h.meta.encryptionInPlace(); err == nil {
+			return ErrEncrypting
+		}
+	}
 	if i := slices.IndexFunc(names, isReencryption); i >= 0 {
 		return fmt.Errorf("%w (requirement %.40q)", ErrReencrypting, names[i])
 	}

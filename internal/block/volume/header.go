@@ -136,6 +136,7 @@ type Info struct {
 	Safes         []*keysafe.Safe // usually one; none if the key is kept elsewhere; during a deep rekey two, the new one last
 	Damage        []luks.Damage   // the header copy that is bad, if one is
 	Rekey         *RekeyInfo      // nil if no deep rekey is under way
+	Encryption    *RekeyInfo      // how far an encryption in place has come; nil if none is under way
 }
 
 // Inspect reads the header of the volume on dev. It needs no key, writes
@@ -154,20 +155,29 @@ func inspect(dev blockdev.Device) (Info, error) {
 	if err != nil {
 		return Info{}, err
 	}
-	segment, size, err := layout(h, dev.Size())
-	if err != nil {
-		return Info{}, err
-	}
 	safes, err := h.Safes()
 	if err != nil {
 		return Info{}, err
 	}
-	rekey, err := rekeyInfo(h, size)
-	if err != nil {
-		return Info{}, err
+	var (
+		segment           luks.Segment
+		size              int64
+		rekey, encryption *RekeyInfo
+	)
+	if e, underWay, encErr := h.Encryption(); encErr == nil && underWay {
+		segment, size = luks.Segment{Offset: e.Shift, SectorSize: diskSector}, e.Size
+		encryption = &RekeyInfo{Done: e.Size - e.Boundary, Total: e.Size}
+	} else {
+		if segment, size, err = layout(h, dev.Size()); err != nil {
+			return Info{}, err
+		}
+		if rekey, err = rekeyInfo(h, size); err != nil {
+			return Info{}, err
+		}
 	}
 	return Info{
 		Rekey:         rekey,
+		Encryption:    encryption,
 		UUID:          h.UUID(),
 		Label:         h.Label(),
 		Size:          size,

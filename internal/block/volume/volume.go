@@ -53,6 +53,9 @@ var (
 	// ErrRekeying: a deep rekey of the volume is under way. It opens with both DEKs
 	// only, and some operations have to wait for the end of it.
 	ErrRekeying = luks.ErrReencrypting
+	// ErrEncrypting: it was a plain disk whose encryption in place is not finished;
+	// see [EncryptInPlace].
+	ErrEncrypting = luks.ErrEncrypting
 	// ErrNotEmpty: there is something where a new volume was to be made.
 	ErrNotEmpty = errors.New("storage is not empty")
 	// ErrChanged: another program has changed the volume's layout while it was open.

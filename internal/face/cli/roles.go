@@ -29,6 +29,7 @@ type Roles struct {
 	// ServeVolume serves until ctx ends and calls ready with each address when it
 	// can be used.
 	ServeVolume   func(ctx context.Context, v VolumeServe, ready func(address string)) error
+	EncryptVolume func(ctx context.Context, v VolumeEncrypt, progress func(done, total int64)) (VolumeInfo, error)
 	RekeyVolume   func(ctx context.Context, v VolumeRekey, progress func(done, total int64)) error
 	DecryptVolume func(ctx context.Context, v VolumeDecrypt, progress func(done, total int64)) error
 	FillVolume    func(ctx context.Context, v VolumeFill, progress func(done, total int64)) error
@@ -85,6 +86,13 @@ type VolumeTCP struct {
 	ClientCAs string // file with the authorities of the clients' certificates
 }
 
+// VolumeEncrypt says which plain disk is encrypted in place.
+type VolumeEncrypt struct {
+	File    string
+	KeyFile string
+	Rate    int64 // bytes a second; 0: any number
+}
+
 // VolumeRekey says how to give a volume another key.
 type VolumeRekey struct {
 	File       string
@@ -130,6 +138,9 @@ type VolumeInfo struct {
 	Damage        []string     `json:"damage"` // what is wrong with a copy of the header
 	// Rekey is how far a deep rekey is; nil if none is under way.
 	Rekey *VolumeProgress `json:"rekey,omitempty"`
+	// Encryption is how far the encryption of a plain disk in place has come; nil: none is
+	// under way.
+	Encryption *VolumeProgress `json:"encryption,omitempty"`
 }
 
 // VolumeProgress is how far a rekey is.

@@ -16,7 +16,7 @@ recovery, for measuring, and for someone else's QEMU. No server is needed.
 A key file holds the 64 raw bytes of the volume's data encryption key, and must
 be readable by its owner only. Keep it on media that is encrypted or in memory.`,
 		newVolumeFormatCmd(env, roles), newVolumeInfoCmd(env, roles), newVolumeServeCmd(env, roles),
-		newVolumeRekeyCmd(env, roles), newVolumeDecryptCmd(env, roles), newVolumeFillCmd(env, roles),
+		newVolumeEncryptCmd(env, roles), newVolumeRekeyCmd(env, roles), newVolumeDecryptCmd(env, roles), newVolumeFillCmd(env, roles),
 		newVolumeAdoptCmd(env, roles))
 }
 
@@ -82,6 +82,9 @@ the address of the key that it needs. No key is needed, and nothing is changed.`
 			if r := info.Rekey; r != nil {
 				fields = append(fields, field{"Deep rekey", fmt.Sprintf("under way, %s of %s; both keys are needed", formatSize(r.DoneBytes), formatSize(r.TotalBytes))})
 			}
+			if e := info.Encryption; e != nil {
+				fields = append(fields, field{"Encryption", fmt.Sprintf("under way in place, %s of %s", formatSize(e.DoneBytes), formatSize(e.TotalBytes))})
+			}
 			for _, d := range info.Damage {
 				fields = append(fields, field{"Damage", d})
 			}
@@ -145,6 +148,48 @@ owner only.`,
 	f.BoolVar(&v.Direct, "direct", false, "read and write FILE past the page cache (O_DIRECT)")
 	cmd.MarkFlagsOneRequired("nbd", "nbd-tcp", "vhost-user", "fuse")
 	cmd.MarkFlagsRequiredTogether("nbd-tcp", "tls-cert", "tls-key", "tls-client-ca")
+	return cmd
+}
+
+func newVolumeEncryptCmd(env *Env, roles Roles) *cobra.Command {
+	var (
+		v    VolumeEncrypt
+		rate sizeValue
+	)
+	cmd := &cobra.Command{
+		Use:   "encrypt FILE",
+		Short: "Encrypt a plain disk where it is",
+		Long: `Make a plain (raw) disk that is not in use an encrypted volume in its own file,
+where there is no room for a second copy. The file grows by 32 MiB at first and by
+16 MiB in the end, less for disks under 16 MiB; it must be a regular file.
+
+Interrupted before anything was encrypted, the disk is as it was. Later nothing
+opens it until the same command, with the same key, has gone on to the end; it
+does so also after a crash or a power loss, and no data are lost.
+
+Holes stay holes: if there are any, "strongroom volume fill" makes the volume safe
+for dm-crypt. What was encrypted is not read back and compared: have a backup. The
+plain data are overwritten in the file; a file system that writes elsewhere, and
+flash, keep them until they reuse the space.
+
+For disks of VMs there is "strongroom vm encrypt".`,
+		Example: `  (umask 077; head -c 64 /dev/urandom > disk.key)
+  strongroom volume encrypt disk.raw --key-file disk.key --rate 100M`,
+		Args: exactArgs("the file"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			v.File, v.Rate = args[0], int64(rate)
+			show := newProgress(env)
+			info, err := roles.EncryptVolume(cmd.Context(), v, func(done, total int64) { show.bytes(v.File, "encrypting", done, total) })
+			show.end(v.File, err != nil)
+			show.close()
+			if err != nil {
+				return errs.Wrap(err, "cannot encrypt %s", v.File)
+			}
+			return env.printDone(info, "%s encrypted: %s, UUID %s", info.File, formatSize(info.SizeBytes), info.UUID)
+		},
+	}
+	addKeyFile(cmd, &v.KeyFile, "key-file", "`file` with its key, 64 raw bytes")
+	cmd.Flags().Var(&rate, "rate", "what may be encrypted in a second, such as 100M (default: no bound)")
 	return cmd
 }
 

@@ -129,7 +129,13 @@ func explain(err error) error {
 	case is(volume.ErrRekeying):
 		return errs.New(errs.InvalidState, "%w", err).
 			WithHint("finish it: strongroom volume rekey FILE --in-place --key-file OLD --new-key-file NEW")
-	case is(volume.ErrNotVolume, volume.ErrUnsupported, luks.ErrVersion, blockdev.ErrBadSize):
+	case is(volume.ErrEncrypting):
+		return errs.New(errs.InvalidState, "%w", err).WithHint("finish it: strongroom volume encrypt FILE --key-file KEY")
+	case is(volume.ErrEncrypted):
+		return errs.New(errs.InvalidState, "%w", err).WithHint("strongroom volume info FILE")
+	case is(volume.ErrUsed):
+		return errs.New(errs.InvalidState, "%w", err).WithHint("to begin again with the disk as it is now: truncate -s BYTES FILE")
+	case is(volume.ErrNotVolume, volume.ErrTooSmall, volume.ErrUnsupported, luks.ErrVersion, blockdev.ErrBadSize):
 		return errs.New(errs.Invalid, "%w", err)
 	case is(volume.ErrCorrupt, volume.ErrTruncated, volume.ErrVerify, volume.ErrChanged):
 		return errs.New(errs.Corrupt, "%w", err).WithHint("restore the file from a backup")
