@@ -156,13 +156,7 @@ func (e *encryption) begin(opts EncryptOptions) (err error) {
 	if size == 0 {
 		size = e.dev.Size()
 	}
-	shift := shifts[len(shifts)-1]
-	for _, s := range shifts {
-		if s <= size {
-			shift = s
-			break
-		}
-	}
+	shift := shiftOf(size)
 	block := int64(max(e.dev.BlockSize(), diskSector))
 	switch {
 	case size < shift:
@@ -211,6 +205,20 @@ func (e *encryption) begin(opts EncryptOptions) (err error) {
 	}
 	return e.writeImage()
 }
+
+// shiftOf returns how far the data of a disk of size bytes are moved.
+func shiftOf(size int64) int64 {
+	for _, shift := range shifts {
+		if shift <= size {
+			return shift
+		}
+	}
+	return shifts[len(shifts)-1]
+}
+
+// EncryptionStorage returns how long the storage of a disk of size bytes is, in
+// bytes, while the disk is encrypted in place.
+func EncryptionStorage(size int64) int64 { return size + 2*shiftOf(size) }
 
 // shrink gives the storage of a disk of which nothing was overwritten its size
 // back.
@@ -310,8 +318,9 @@ func (e *encryption) unused() error {
 		if _, err := e.dev.ReadAt(before, e.state.StorageMin()+off); err != nil {
 			return err
 		}
-		for i, b := range now {
-			if at := off + int64(i); b != before[i] && (at >= headersSize || b != image[at]) {
+		for i := int64(0); i < n; i += diskSector {
+			block, at := now[i:i+diskSector], off+i
+			if !bytes.Equal(block, before[i:i+diskSector]) && (at >= headersSize || !bytes.Equal(block, image[at:at+diskSector])) {
 				return fmt.Errorf("%w: it is plain, and ends at %d bytes; its first %d bytes of then are behind byte %d", ErrUsed, e.state.Size, e.state.Shift, e.state.StorageMin())
 			}
 		}

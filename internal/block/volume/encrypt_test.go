@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 	"testing"
 
+	"github.com/google/uuid"
+
 	"strongroom/internal/block/blockdev"
 	"strongroom/internal/block/blockdev/blockdevtest"
 	"strongroom/internal/block/blockdev/faultdev"
@@ -391,7 +393,7 @@ func TestCryptsetupFinishesEncryption(t *testing.T) {
 	dek := newKey(t, 64)
 	disk, want := plainDisk(t, rng, 3<<20+64<<10)
 	size := disk.Size()
-	opts := volume.EncryptOptions{DEK: dek, UUID: testUUID, Size: size}
+	opts := volume.EncryptOptions{DEK: dek, UUID: uuid.NewString(), Size: size} // which cryptsetup locks
 
 	// Begin, and add a passphrase for cryptsetup.
 	var begun *blockdev.Memory
@@ -437,7 +439,6 @@ func TestCryptsetupFinishesEncryption(t *testing.T) {
 			t.Errorf("no crash left %d bytes encrypted", done)
 		}
 	}
-	// One after another: cryptsetup locks the UUID.
 	for s, d := range crashed {
 		t.Run(fmt.Sprintf("%+v", s), func(t *testing.T) {
 			path := filepath.Join(t.TempDir(), "disk.luks")
