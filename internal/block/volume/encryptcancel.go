@@ -51,5 +51,13 @@ func cancelEncryption(dev blockdev.Resizer, size int64) error {
 			return err
 		}
 	}
+	// The start counts again, and not its copy, of which cutting the file may leave a
+	// part.
+	if err := dev.WriteZeroes(e.recordOffset(), headersSize, false); err != nil {
+		return err
+	}
+	if err := dev.Flush(); err != nil {
+		return err
+	}
 	return e.shrink(e.state.Size)
 }
