@@ -174,7 +174,10 @@ func elsewhere(t *testing.T, s *site) {
 	c.seen = len(c.events(t))
 	s.ok(t, "vm", "power-on", "copy")
 	c.await(t, guest.Note, "verify", "verified")
-	s.ok(t, "vm", "rekey", "copy", "--deep")
+	// It would take half an hour, and ends when its rate is changed.
+	id := s.begin(t, "vm", "rekey", "copy", "--deep", "--rate", "128K")
+	s.ok(t, "vm", "rekey", "copy", "--rate", "0")
+	s.ok(t, "task", "wait", id)
 	c.await(t, guest.OK, "write", "")
 	c.writes(t)
 	s.ok(t, "vm", "power-off", "copy")

@@ -1262,6 +1262,95 @@ func (x *AgentRekeyVMRequest) GetRate() int64 {
 	return 0
 }
 
+type AgentSetRekeyRateRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// In bytes a second; 0: any number.
+	Rate          int64 `protobuf:"varint,2,opt,name=rate,proto3" json:"rate,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AgentSetRekeyRateRequest) Reset() {
+	*x = AgentSetRekeyRateRequest{}
+	mi := &file_strongroom_v1_agent_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AgentSetRekeyRateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AgentSetRekeyRateRequest) ProtoMessage() {}
+
+func (x *AgentSetRekeyRateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_agent_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AgentSetRekeyRateRequest.ProtoReflect.Descriptor instead.
+func (*AgentSetRekeyRateRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *AgentSetRekeyRateRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *AgentSetRekeyRateRequest) GetRate() int64 {
+	if x != nil {
+		return x.Rate
+	}
+	return 0
+}
+
+type AgentSetRekeyRateResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AgentSetRekeyRateResponse) Reset() {
+	*x = AgentSetRekeyRateResponse{}
+	mi := &file_strongroom_v1_agent_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AgentSetRekeyRateResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AgentSetRekeyRateResponse) ProtoMessage() {}
+
+func (x *AgentSetRekeyRateResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_agent_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AgentSetRekeyRateResponse.ProtoReflect.Descriptor instead.
+func (*AgentSetRekeyRateResponse) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{19}
+}
+
 type AgentFillDisksRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -1272,7 +1361,7 @@ type AgentFillDisksRequest struct {
 
 func (x *AgentFillDisksRequest) Reset() {
 	*x = AgentFillDisksRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[18]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1284,7 +1373,7 @@ func (x *AgentFillDisksRequest) String() string {
 func (*AgentFillDisksRequest) ProtoMessage() {}
 
 func (x *AgentFillDisksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[18]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1297,7 +1386,7 @@ func (x *AgentFillDisksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentFillDisksRequest.ProtoReflect.Descriptor instead.
 func (*AgentFillDisksRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *AgentFillDisksRequest) GetId() string {
@@ -1325,7 +1414,7 @@ type AgentResizeDiskRequest struct {
 
 func (x *AgentResizeDiskRequest) Reset() {
 	*x = AgentResizeDiskRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[19]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1337,7 +1426,7 @@ func (x *AgentResizeDiskRequest) String() string {
 func (*AgentResizeDiskRequest) ProtoMessage() {}
 
 func (x *AgentResizeDiskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[19]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1350,7 +1439,7 @@ func (x *AgentResizeDiskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentResizeDiskRequest.ProtoReflect.Descriptor instead.
 func (*AgentResizeDiskRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *AgentResizeDiskRequest) GetId() string {
@@ -1386,7 +1475,7 @@ type AgentExportDiskKeyRequest struct {
 
 func (x *AgentExportDiskKeyRequest) Reset() {
 	*x = AgentExportDiskKeyRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[20]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1398,7 +1487,7 @@ func (x *AgentExportDiskKeyRequest) String() string {
 func (*AgentExportDiskKeyRequest) ProtoMessage() {}
 
 func (x *AgentExportDiskKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[20]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1411,7 +1500,7 @@ func (x *AgentExportDiskKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentExportDiskKeyRequest.ProtoReflect.Descriptor instead.
 func (*AgentExportDiskKeyRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *AgentExportDiskKeyRequest) GetId() string {
@@ -1444,7 +1533,7 @@ type AgentPowerOnVMRequest struct {
 
 func (x *AgentPowerOnVMRequest) Reset() {
 	*x = AgentPowerOnVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[21]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1456,7 +1545,7 @@ func (x *AgentPowerOnVMRequest) String() string {
 func (*AgentPowerOnVMRequest) ProtoMessage() {}
 
 func (x *AgentPowerOnVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[21]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1469,7 +1558,7 @@ func (x *AgentPowerOnVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentPowerOnVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentPowerOnVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *AgentPowerOnVMRequest) GetId() string {
@@ -1490,7 +1579,7 @@ type AgentPowerOffVMRequest struct {
 
 func (x *AgentPowerOffVMRequest) Reset() {
 	*x = AgentPowerOffVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[22]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1502,7 +1591,7 @@ func (x *AgentPowerOffVMRequest) String() string {
 func (*AgentPowerOffVMRequest) ProtoMessage() {}
 
 func (x *AgentPowerOffVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[22]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1515,7 +1604,7 @@ func (x *AgentPowerOffVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentPowerOffVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentPowerOffVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *AgentPowerOffVMRequest) GetId() string {
@@ -1550,7 +1639,7 @@ type AgentRegisterVMRequest struct {
 
 func (x *AgentRegisterVMRequest) Reset() {
 	*x = AgentRegisterVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[23]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1562,7 +1651,7 @@ func (x *AgentRegisterVMRequest) String() string {
 func (*AgentRegisterVMRequest) ProtoMessage() {}
 
 func (x *AgentRegisterVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[23]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1575,7 +1664,7 @@ func (x *AgentRegisterVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentRegisterVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentRegisterVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *AgentRegisterVMRequest) GetDatastore() string {
@@ -1608,7 +1697,7 @@ type AgentUnregisterVMRequest struct {
 
 func (x *AgentUnregisterVMRequest) Reset() {
 	*x = AgentUnregisterVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[24]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1620,7 +1709,7 @@ func (x *AgentUnregisterVMRequest) String() string {
 func (*AgentUnregisterVMRequest) ProtoMessage() {}
 
 func (x *AgentUnregisterVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[24]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1633,7 +1722,7 @@ func (x *AgentUnregisterVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentUnregisterVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentUnregisterVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *AgentUnregisterVMRequest) GetId() string {
@@ -1651,7 +1740,7 @@ type AgentUnregisterVMResponse struct {
 
 func (x *AgentUnregisterVMResponse) Reset() {
 	*x = AgentUnregisterVMResponse{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[25]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1663,7 +1752,7 @@ func (x *AgentUnregisterVMResponse) String() string {
 func (*AgentUnregisterVMResponse) ProtoMessage() {}
 
 func (x *AgentUnregisterVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[25]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1676,7 +1765,7 @@ func (x *AgentUnregisterVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentUnregisterVMResponse.ProtoReflect.Descriptor instead.
 func (*AgentUnregisterVMResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 type AgentDeleteVMRequest struct {
@@ -1688,7 +1777,7 @@ type AgentDeleteVMRequest struct {
 
 func (x *AgentDeleteVMRequest) Reset() {
 	*x = AgentDeleteVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[26]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1700,7 +1789,7 @@ func (x *AgentDeleteVMRequest) String() string {
 func (*AgentDeleteVMRequest) ProtoMessage() {}
 
 func (x *AgentDeleteVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[26]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1713,7 +1802,7 @@ func (x *AgentDeleteVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentDeleteVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentDeleteVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *AgentDeleteVMRequest) GetId() string {
@@ -1731,7 +1820,7 @@ type AgentDeleteVMResponse struct {
 
 func (x *AgentDeleteVMResponse) Reset() {
 	*x = AgentDeleteVMResponse{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[27]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1743,7 +1832,7 @@ func (x *AgentDeleteVMResponse) String() string {
 func (*AgentDeleteVMResponse) ProtoMessage() {}
 
 func (x *AgentDeleteVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[27]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1756,7 +1845,7 @@ func (x *AgentDeleteVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentDeleteVMResponse.ProtoReflect.Descriptor instead.
 func (*AgentDeleteVMResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 type AgentGetVMRequest struct {
@@ -1768,7 +1857,7 @@ type AgentGetVMRequest struct {
 
 func (x *AgentGetVMRequest) Reset() {
 	*x = AgentGetVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[28]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1780,7 +1869,7 @@ func (x *AgentGetVMRequest) String() string {
 func (*AgentGetVMRequest) ProtoMessage() {}
 
 func (x *AgentGetVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[28]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1793,7 +1882,7 @@ func (x *AgentGetVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentGetVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentGetVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *AgentGetVMRequest) GetId() string {
@@ -1812,7 +1901,7 @@ type AgentVMResponse struct {
 
 func (x *AgentVMResponse) Reset() {
 	*x = AgentVMResponse{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[29]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1824,7 +1913,7 @@ func (x *AgentVMResponse) String() string {
 func (*AgentVMResponse) ProtoMessage() {}
 
 func (x *AgentVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[29]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1837,7 +1926,7 @@ func (x *AgentVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentVMResponse.ProtoReflect.Descriptor instead.
 func (*AgentVMResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *AgentVMResponse) GetVm() *VM {
@@ -1957,7 +2046,11 @@ const file_strongroom_v1_agent_proto_rawDesc = "" +
 	"\x05disks\x18\x02 \x03(\tR\x05disks\x12'\n" +
 	"\x03key\x18\x03 \x01(\v2\x15.strongroom.v1.KeyRefR\x03key\x12\x12\n" +
 	"\x04deep\x18\x04 \x01(\bR\x04deep\x12\x12\n" +
-	"\x04rate\x18\x05 \x01(\x03R\x04rate\"=\n" +
+	"\x04rate\x18\x05 \x01(\x03R\x04rate\">\n" +
+	"\x18AgentSetRekeyRateRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04rate\x18\x02 \x01(\x03R\x04rate\"\x1b\n" +
+	"\x19AgentSetRekeyRateResponse\"=\n" +
 	"\x15AgentFillDisksRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05disks\x18\x02 \x03(\tR\x05disks\"[\n" +
@@ -1993,7 +2086,7 @@ const file_strongroom_v1_agent_proto_rawDesc = "" +
 	"\rEnrollService\x12E\n" +
 	"\x04Join\x12\x1a.strongroom.v1.JoinRequest\x1a\x1b.strongroom.v1.JoinResponse\"\x04\x90\xb5\x18\x01\x12X\n" +
 	"\tHeartbeat\x12\x1f.strongroom.v1.HeartbeatRequest\x1a .strongroom.v1.HeartbeatResponse\"\b\xa2\xb5\x18\x04host\x12m\n" +
-	"\x10RenewCertificate\x12&.strongroom.v1.RenewCertificateRequest\x1a'.strongroom.v1.RenewCertificateResponse\"\b\xa2\xb5\x18\x04host2\x8c\v\n" +
+	"\x10RenewCertificate\x12&.strongroom.v1.RenewCertificateRequest\x1a'.strongroom.v1.RenewCertificateResponse\"\b\xa2\xb5\x18\x04host2\xff\v\n" +
 	"\fAgentService\x12[\n" +
 	"\bSyncHost\x12\x1e.strongroom.v1.SyncHostRequest\x1a\x1f.strongroom.v1.SyncHostResponse\"\x0e\xa2\xb5\x18\n" +
 	"controller\x12_\n" +
@@ -2004,7 +2097,9 @@ const file_strongroom_v1_agent_proto_rawDesc = "" +
 	"\tDecryptVM\x12$.strongroom.v1.AgentDecryptVMRequest\x1a\x1c.strongroom.v1.AgentProgress\"\x0e\xa2\xb5\x18\n" +
 	"controller0\x01\x12]\n" +
 	"\aRekeyVM\x12\".strongroom.v1.AgentRekeyVMRequest\x1a\x1c.strongroom.v1.AgentProgress\"\x0e\xa2\xb5\x18\n" +
-	"controller0\x01\x12a\n" +
+	"controller0\x01\x12q\n" +
+	"\fSetRekeyRate\x12'.strongroom.v1.AgentSetRekeyRateRequest\x1a(.strongroom.v1.AgentSetRekeyRateResponse\"\x0e\xa2\xb5\x18\n" +
+	"controller\x12a\n" +
 	"\tFillDisks\x12$.strongroom.v1.AgentFillDisksRequest\x1a\x1c.strongroom.v1.AgentProgress\"\x0e\xa2\xb5\x18\n" +
 	"controller0\x01\x12c\n" +
 	"\n" +
@@ -2039,7 +2134,7 @@ func file_strongroom_v1_agent_proto_rawDescGZIP() []byte {
 	return file_strongroom_v1_agent_proto_rawDescData
 }
 
-var file_strongroom_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 33)
+var file_strongroom_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 35)
 var file_strongroom_v1_agent_proto_goTypes = []any{
 	(*JoinRequest)(nil),               // 0: strongroom.v1.JoinRequest
 	(*JoinResponse)(nil),              // 1: strongroom.v1.JoinResponse
@@ -2059,49 +2154,51 @@ var file_strongroom_v1_agent_proto_goTypes = []any{
 	(*AgentEncryptVMRequest)(nil),     // 15: strongroom.v1.AgentEncryptVMRequest
 	(*AgentDecryptVMRequest)(nil),     // 16: strongroom.v1.AgentDecryptVMRequest
 	(*AgentRekeyVMRequest)(nil),       // 17: strongroom.v1.AgentRekeyVMRequest
-	(*AgentFillDisksRequest)(nil),     // 18: strongroom.v1.AgentFillDisksRequest
-	(*AgentResizeDiskRequest)(nil),    // 19: strongroom.v1.AgentResizeDiskRequest
-	(*AgentExportDiskKeyRequest)(nil), // 20: strongroom.v1.AgentExportDiskKeyRequest
-	(*AgentPowerOnVMRequest)(nil),     // 21: strongroom.v1.AgentPowerOnVMRequest
-	(*AgentPowerOffVMRequest)(nil),    // 22: strongroom.v1.AgentPowerOffVMRequest
-	(*AgentRegisterVMRequest)(nil),    // 23: strongroom.v1.AgentRegisterVMRequest
-	(*AgentUnregisterVMRequest)(nil),  // 24: strongroom.v1.AgentUnregisterVMRequest
-	(*AgentUnregisterVMResponse)(nil), // 25: strongroom.v1.AgentUnregisterVMResponse
-	(*AgentDeleteVMRequest)(nil),      // 26: strongroom.v1.AgentDeleteVMRequest
-	(*AgentDeleteVMResponse)(nil),     // 27: strongroom.v1.AgentDeleteVMResponse
-	(*AgentGetVMRequest)(nil),         // 28: strongroom.v1.AgentGetVMRequest
-	(*AgentVMResponse)(nil),           // 29: strongroom.v1.AgentVMResponse
-	nil,                               // 30: strongroom.v1.JoinRequest.CapabilitiesEntry
-	nil,                               // 31: strongroom.v1.HeartbeatRequest.CapabilitiesEntry
-	nil,                               // 32: strongroom.v1.AgentCreateVMRequest.PassphrasesEntry
-	(*VM)(nil),                        // 33: strongroom.v1.VM
-	(*KeyRef)(nil),                    // 34: strongroom.v1.KeyRef
-	(*timestamppb.Timestamp)(nil),     // 35: google.protobuf.Timestamp
-	(*VMSettings)(nil),                // 36: strongroom.v1.VMSettings
-	(*NewDisk)(nil),                   // 37: strongroom.v1.NewDisk
-	(*ExportDiskKeyResponse)(nil),     // 38: strongroom.v1.ExportDiskKeyResponse
+	(*AgentSetRekeyRateRequest)(nil),  // 18: strongroom.v1.AgentSetRekeyRateRequest
+	(*AgentSetRekeyRateResponse)(nil), // 19: strongroom.v1.AgentSetRekeyRateResponse
+	(*AgentFillDisksRequest)(nil),     // 20: strongroom.v1.AgentFillDisksRequest
+	(*AgentResizeDiskRequest)(nil),    // 21: strongroom.v1.AgentResizeDiskRequest
+	(*AgentExportDiskKeyRequest)(nil), // 22: strongroom.v1.AgentExportDiskKeyRequest
+	(*AgentPowerOnVMRequest)(nil),     // 23: strongroom.v1.AgentPowerOnVMRequest
+	(*AgentPowerOffVMRequest)(nil),    // 24: strongroom.v1.AgentPowerOffVMRequest
+	(*AgentRegisterVMRequest)(nil),    // 25: strongroom.v1.AgentRegisterVMRequest
+	(*AgentUnregisterVMRequest)(nil),  // 26: strongroom.v1.AgentUnregisterVMRequest
+	(*AgentUnregisterVMResponse)(nil), // 27: strongroom.v1.AgentUnregisterVMResponse
+	(*AgentDeleteVMRequest)(nil),      // 28: strongroom.v1.AgentDeleteVMRequest
+	(*AgentDeleteVMResponse)(nil),     // 29: strongroom.v1.AgentDeleteVMResponse
+	(*AgentGetVMRequest)(nil),         // 30: strongroom.v1.AgentGetVMRequest
+	(*AgentVMResponse)(nil),           // 31: strongroom.v1.AgentVMResponse
+	nil,                               // 32: strongroom.v1.JoinRequest.CapabilitiesEntry
+	nil,                               // 33: strongroom.v1.HeartbeatRequest.CapabilitiesEntry
+	nil,                               // 34: strongroom.v1.AgentCreateVMRequest.PassphrasesEntry
+	(*VM)(nil),                        // 35: strongroom.v1.VM
+	(*KeyRef)(nil),                    // 36: strongroom.v1.KeyRef
+	(*timestamppb.Timestamp)(nil),     // 37: google.protobuf.Timestamp
+	(*VMSettings)(nil),                // 38: strongroom.v1.VMSettings
+	(*NewDisk)(nil),                   // 39: strongroom.v1.NewDisk
+	(*ExportDiskKeyResponse)(nil),     // 40: strongroom.v1.ExportDiskKeyResponse
 }
 var file_strongroom_v1_agent_proto_depIdxs = []int32{
-	30, // 0: strongroom.v1.JoinRequest.capabilities:type_name -> strongroom.v1.JoinRequest.CapabilitiesEntry
-	31, // 1: strongroom.v1.HeartbeatRequest.capabilities:type_name -> strongroom.v1.HeartbeatRequest.CapabilitiesEntry
+	32, // 0: strongroom.v1.JoinRequest.capabilities:type_name -> strongroom.v1.JoinRequest.CapabilitiesEntry
+	33, // 1: strongroom.v1.HeartbeatRequest.capabilities:type_name -> strongroom.v1.HeartbeatRequest.CapabilitiesEntry
 	3,  // 2: strongroom.v1.HeartbeatRequest.providers:type_name -> strongroom.v1.HeldProvider
-	33, // 3: strongroom.v1.HeartbeatRequest.vms:type_name -> strongroom.v1.VM
+	35, // 3: strongroom.v1.HeartbeatRequest.vms:type_name -> strongroom.v1.VM
 	9,  // 4: strongroom.v1.SyncHostRequest.providers:type_name -> strongroom.v1.WantedProvider
 	10, // 5: strongroom.v1.SyncHostRequest.datastores:type_name -> strongroom.v1.WantedDatastore
 	8,  // 6: strongroom.v1.SyncHostRequest.keks:type_name -> strongroom.v1.WantedKEK
-	34, // 7: strongroom.v1.WantedKEK.key:type_name -> strongroom.v1.KeyRef
-	35, // 8: strongroom.v1.WantedProvider.created:type_name -> google.protobuf.Timestamp
+	36, // 7: strongroom.v1.WantedKEK.key:type_name -> strongroom.v1.KeyRef
+	37, // 8: strongroom.v1.WantedProvider.created:type_name -> google.protobuf.Timestamp
 	3,  // 9: strongroom.v1.SyncHostResponse.providers:type_name -> strongroom.v1.HeldProvider
 	12, // 10: strongroom.v1.SyncHostResponse.datastores:type_name -> strongroom.v1.DatastoreSpace
-	34, // 11: strongroom.v1.SyncHostResponse.missing_keks:type_name -> strongroom.v1.KeyRef
-	33, // 12: strongroom.v1.AgentProgress.result:type_name -> strongroom.v1.VM
-	36, // 13: strongroom.v1.AgentCreateVMRequest.settings:type_name -> strongroom.v1.VMSettings
-	37, // 14: strongroom.v1.AgentCreateVMRequest.disks:type_name -> strongroom.v1.NewDisk
-	34, // 15: strongroom.v1.AgentCreateVMRequest.key:type_name -> strongroom.v1.KeyRef
-	32, // 16: strongroom.v1.AgentCreateVMRequest.passphrases:type_name -> strongroom.v1.AgentCreateVMRequest.PassphrasesEntry
-	34, // 17: strongroom.v1.AgentEncryptVMRequest.key:type_name -> strongroom.v1.KeyRef
-	34, // 18: strongroom.v1.AgentRekeyVMRequest.key:type_name -> strongroom.v1.KeyRef
-	33, // 19: strongroom.v1.AgentVMResponse.vm:type_name -> strongroom.v1.VM
+	36, // 11: strongroom.v1.SyncHostResponse.missing_keks:type_name -> strongroom.v1.KeyRef
+	35, // 12: strongroom.v1.AgentProgress.result:type_name -> strongroom.v1.VM
+	38, // 13: strongroom.v1.AgentCreateVMRequest.settings:type_name -> strongroom.v1.VMSettings
+	39, // 14: strongroom.v1.AgentCreateVMRequest.disks:type_name -> strongroom.v1.NewDisk
+	36, // 15: strongroom.v1.AgentCreateVMRequest.key:type_name -> strongroom.v1.KeyRef
+	34, // 16: strongroom.v1.AgentCreateVMRequest.passphrases:type_name -> strongroom.v1.AgentCreateVMRequest.PassphrasesEntry
+	36, // 17: strongroom.v1.AgentEncryptVMRequest.key:type_name -> strongroom.v1.KeyRef
+	36, // 18: strongroom.v1.AgentRekeyVMRequest.key:type_name -> strongroom.v1.KeyRef
+	35, // 19: strongroom.v1.AgentVMResponse.vm:type_name -> strongroom.v1.VM
 	0,  // 20: strongroom.v1.EnrollService.Join:input_type -> strongroom.v1.JoinRequest
 	2,  // 21: strongroom.v1.EnrollService.Heartbeat:input_type -> strongroom.v1.HeartbeatRequest
 	5,  // 22: strongroom.v1.EnrollService.RenewCertificate:input_type -> strongroom.v1.RenewCertificateRequest
@@ -2110,34 +2207,36 @@ var file_strongroom_v1_agent_proto_depIdxs = []int32{
 	15, // 25: strongroom.v1.AgentService.EncryptVM:input_type -> strongroom.v1.AgentEncryptVMRequest
 	16, // 26: strongroom.v1.AgentService.DecryptVM:input_type -> strongroom.v1.AgentDecryptVMRequest
 	17, // 27: strongroom.v1.AgentService.RekeyVM:input_type -> strongroom.v1.AgentRekeyVMRequest
-	18, // 28: strongroom.v1.AgentService.FillDisks:input_type -> strongroom.v1.AgentFillDisksRequest
-	19, // 29: strongroom.v1.AgentService.ResizeDisk:input_type -> strongroom.v1.AgentResizeDiskRequest
-	20, // 30: strongroom.v1.AgentService.ExportDiskKey:input_type -> strongroom.v1.AgentExportDiskKeyRequest
-	21, // 31: strongroom.v1.AgentService.PowerOnVM:input_type -> strongroom.v1.AgentPowerOnVMRequest
-	22, // 32: strongroom.v1.AgentService.PowerOffVM:input_type -> strongroom.v1.AgentPowerOffVMRequest
-	23, // 33: strongroom.v1.AgentService.RegisterVM:input_type -> strongroom.v1.AgentRegisterVMRequest
-	24, // 34: strongroom.v1.AgentService.UnregisterVM:input_type -> strongroom.v1.AgentUnregisterVMRequest
-	26, // 35: strongroom.v1.AgentService.DeleteVM:input_type -> strongroom.v1.AgentDeleteVMRequest
-	28, // 36: strongroom.v1.AgentService.GetVM:input_type -> strongroom.v1.AgentGetVMRequest
-	1,  // 37: strongroom.v1.EnrollService.Join:output_type -> strongroom.v1.JoinResponse
-	4,  // 38: strongroom.v1.EnrollService.Heartbeat:output_type -> strongroom.v1.HeartbeatResponse
-	6,  // 39: strongroom.v1.EnrollService.RenewCertificate:output_type -> strongroom.v1.RenewCertificateResponse
-	11, // 40: strongroom.v1.AgentService.SyncHost:output_type -> strongroom.v1.SyncHostResponse
-	13, // 41: strongroom.v1.AgentService.CreateVM:output_type -> strongroom.v1.AgentProgress
-	13, // 42: strongroom.v1.AgentService.EncryptVM:output_type -> strongroom.v1.AgentProgress
-	13, // 43: strongroom.v1.AgentService.DecryptVM:output_type -> strongroom.v1.AgentProgress
-	13, // 44: strongroom.v1.AgentService.RekeyVM:output_type -> strongroom.v1.AgentProgress
-	13, // 45: strongroom.v1.AgentService.FillDisks:output_type -> strongroom.v1.AgentProgress
-	29, // 46: strongroom.v1.AgentService.ResizeDisk:output_type -> strongroom.v1.AgentVMResponse
-	38, // 47: strongroom.v1.AgentService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
-	29, // 48: strongroom.v1.AgentService.PowerOnVM:output_type -> strongroom.v1.AgentVMResponse
-	29, // 49: strongroom.v1.AgentService.PowerOffVM:output_type -> strongroom.v1.AgentVMResponse
-	29, // 50: strongroom.v1.AgentService.RegisterVM:output_type -> strongroom.v1.AgentVMResponse
-	25, // 51: strongroom.v1.AgentService.UnregisterVM:output_type -> strongroom.v1.AgentUnregisterVMResponse
-	27, // 52: strongroom.v1.AgentService.DeleteVM:output_type -> strongroom.v1.AgentDeleteVMResponse
-	29, // 53: strongroom.v1.AgentService.GetVM:output_type -> strongroom.v1.AgentVMResponse
-	37, // [37:54] is the sub-list for method output_type
-	20, // [20:37] is the sub-list for method input_type
+	18, // 28: strongroom.v1.AgentService.SetRekeyRate:input_type -> strongroom.v1.AgentSetRekeyRateRequest
+	20, // 29: strongroom.v1.AgentService.FillDisks:input_type -> strongroom.v1.AgentFillDisksRequest
+	21, // 30: strongroom.v1.AgentService.ResizeDisk:input_type -> strongroom.v1.AgentResizeDiskRequest
+	22, // 31: strongroom.v1.AgentService.ExportDiskKey:input_type -> strongroom.v1.AgentExportDiskKeyRequest
+	23, // 32: strongroom.v1.AgentService.PowerOnVM:input_type -> strongroom.v1.AgentPowerOnVMRequest
+	24, // 33: strongroom.v1.AgentService.PowerOffVM:input_type -> strongroom.v1.AgentPowerOffVMRequest
+	25, // 34: strongroom.v1.AgentService.RegisterVM:input_type -> strongroom.v1.AgentRegisterVMRequest
+	26, // 35: strongroom.v1.AgentService.UnregisterVM:input_type -> strongroom.v1.AgentUnregisterVMRequest
+	28, // 36: strongroom.v1.AgentService.DeleteVM:input_type -> strongroom.v1.AgentDeleteVMRequest
+	30, // 37: strongroom.v1.AgentService.GetVM:input_type -> strongroom.v1.AgentGetVMRequest
+	1,  // 38: strongroom.v1.EnrollService.Join:output_type -> strongroom.v1.JoinResponse
+	4,  // 39: strongroom.v1.EnrollService.Heartbeat:output_type -> strongroom.v1.HeartbeatResponse
+	6,  // 40: strongroom.v1.EnrollService.RenewCertificate:output_type -> strongroom.v1.RenewCertificateResponse
+	11, // 41: strongroom.v1.AgentService.SyncHost:output_type -> strongroom.v1.SyncHostResponse
+	13, // 42: strongroom.v1.AgentService.CreateVM:output_type -> strongroom.v1.AgentProgress
+	13, // 43: strongroom.v1.AgentService.EncryptVM:output_type -> strongroom.v1.AgentProgress
+	13, // 44: strongroom.v1.AgentService.DecryptVM:output_type -> strongroom.v1.AgentProgress
+	13, // 45: strongroom.v1.AgentService.RekeyVM:output_type -> strongroom.v1.AgentProgress
+	19, // 46: strongroom.v1.AgentService.SetRekeyRate:output_type -> strongroom.v1.AgentSetRekeyRateResponse
+	13, // 47: strongroom.v1.AgentService.FillDisks:output_type -> strongroom.v1.AgentProgress
+	31, // 48: strongroom.v1.AgentService.ResizeDisk:output_type -> strongroom.v1.AgentVMResponse
+	40, // 49: strongroom.v1.AgentService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
+	31, // 50: strongroom.v1.AgentService.PowerOnVM:output_type -> strongroom.v1.AgentVMResponse
+	31, // 51: strongroom.v1.AgentService.PowerOffVM:output_type -> strongroom.v1.AgentVMResponse
+	31, // 52: strongroom.v1.AgentService.RegisterVM:output_type -> strongroom.v1.AgentVMResponse
+	27, // 53: strongroom.v1.AgentService.UnregisterVM:output_type -> strongroom.v1.AgentUnregisterVMResponse
+	29, // 54: strongroom.v1.AgentService.DeleteVM:output_type -> strongroom.v1.AgentDeleteVMResponse
+	31, // 55: strongroom.v1.AgentService.GetVM:output_type -> strongroom.v1.AgentVMResponse
+	38, // [38:56] is the sub-list for method output_type
+	20, // [20:38] is the sub-list for method input_type
 	20, // [20:20] is the sub-list for extension type_name
 	20, // [20:20] is the sub-list for extension extendee
 	0,  // [0:20] is the sub-list for field type_name
@@ -2156,7 +2255,7 @@ func file_strongroom_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_strongroom_v1_agent_proto_rawDesc), len(file_strongroom_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   33,
+			NumMessages:   35,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -1169,6 +1169,59 @@ func (x *RekeyVMRequest) GetRate() int64 {
 	return 0
 }
 
+type SetRekeyRateRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// In bytes a second; 0: any number.
+	Rate          int64 `protobuf:"varint,2,opt,name=rate,proto3" json:"rate,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetRekeyRateRequest) Reset() {
+	*x = SetRekeyRateRequest{}
+	mi := &file_strongroom_v1_vm_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetRekeyRateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetRekeyRateRequest) ProtoMessage() {}
+
+func (x *SetRekeyRateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_vm_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetRekeyRateRequest.ProtoReflect.Descriptor instead.
+func (*SetRekeyRateRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *SetRekeyRateRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *SetRekeyRateRequest) GetRate() int64 {
+	if x != nil {
+		return x.Rate
+	}
+	return 0
+}
+
 type FillDisksRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -1180,7 +1233,7 @@ type FillDisksRequest struct {
 
 func (x *FillDisksRequest) Reset() {
 	*x = FillDisksRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[15]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1192,7 +1245,7 @@ func (x *FillDisksRequest) String() string {
 func (*FillDisksRequest) ProtoMessage() {}
 
 func (x *FillDisksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[15]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1205,7 +1258,7 @@ func (x *FillDisksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FillDisksRequest.ProtoReflect.Descriptor instead.
 func (*FillDisksRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{15}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *FillDisksRequest) GetName() string {
@@ -1234,7 +1287,7 @@ type ResizeDiskRequest struct {
 
 func (x *ResizeDiskRequest) Reset() {
 	*x = ResizeDiskRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[16]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1246,7 +1299,7 @@ func (x *ResizeDiskRequest) String() string {
 func (*ResizeDiskRequest) ProtoMessage() {}
 
 func (x *ResizeDiskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[16]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1259,7 +1312,7 @@ func (x *ResizeDiskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeDiskRequest.ProtoReflect.Descriptor instead.
 func (*ResizeDiskRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{16}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ResizeDiskRequest) GetName() string {
@@ -1295,7 +1348,7 @@ type ExportDiskKeyRequest struct {
 
 func (x *ExportDiskKeyRequest) Reset() {
 	*x = ExportDiskKeyRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[17]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1307,7 +1360,7 @@ func (x *ExportDiskKeyRequest) String() string {
 func (*ExportDiskKeyRequest) ProtoMessage() {}
 
 func (x *ExportDiskKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[17]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1320,7 +1373,7 @@ func (x *ExportDiskKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportDiskKeyRequest.ProtoReflect.Descriptor instead.
 func (*ExportDiskKeyRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{17}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ExportDiskKeyRequest) GetName() string {
@@ -1355,7 +1408,7 @@ type ExportDiskKeyResponse struct {
 
 func (x *ExportDiskKeyResponse) Reset() {
 	*x = ExportDiskKeyResponse{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[18]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1367,7 +1420,7 @@ func (x *ExportDiskKeyResponse) String() string {
 func (*ExportDiskKeyResponse) ProtoMessage() {}
 
 func (x *ExportDiskKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[18]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1380,7 +1433,7 @@ func (x *ExportDiskKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportDiskKeyResponse.ProtoReflect.Descriptor instead.
 func (*ExportDiskKeyResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{18}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ExportDiskKeyResponse) GetParcel() []byte {
@@ -1426,7 +1479,7 @@ type VolumeLayout struct {
 
 func (x *VolumeLayout) Reset() {
 	*x = VolumeLayout{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[19]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1438,7 +1491,7 @@ func (x *VolumeLayout) String() string {
 func (*VolumeLayout) ProtoMessage() {}
 
 func (x *VolumeLayout) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[19]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1451,7 +1504,7 @@ func (x *VolumeLayout) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeLayout.ProtoReflect.Descriptor instead.
 func (*VolumeLayout) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{19}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *VolumeLayout) GetVm() string {
@@ -1558,7 +1611,7 @@ type RegisterVMRequest struct {
 
 func (x *RegisterVMRequest) Reset() {
 	*x = RegisterVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[20]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1570,7 +1623,7 @@ func (x *RegisterVMRequest) String() string {
 func (*RegisterVMRequest) ProtoMessage() {}
 
 func (x *RegisterVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[20]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1583,7 +1636,7 @@ func (x *RegisterVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterVMRequest.ProtoReflect.Descriptor instead.
 func (*RegisterVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{20}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *RegisterVMRequest) GetDatastore() string {
@@ -1623,7 +1676,7 @@ type UnregisterVMRequest struct {
 
 func (x *UnregisterVMRequest) Reset() {
 	*x = UnregisterVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[21]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1635,7 +1688,7 @@ func (x *UnregisterVMRequest) String() string {
 func (*UnregisterVMRequest) ProtoMessage() {}
 
 func (x *UnregisterVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[21]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1648,7 +1701,7 @@ func (x *UnregisterVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnregisterVMRequest.ProtoReflect.Descriptor instead.
 func (*UnregisterVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{21}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *UnregisterVMRequest) GetName() string {
@@ -1667,7 +1720,7 @@ type DeleteVMRequest struct {
 
 func (x *DeleteVMRequest) Reset() {
 	*x = DeleteVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[22]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1679,7 +1732,7 @@ func (x *DeleteVMRequest) String() string {
 func (*DeleteVMRequest) ProtoMessage() {}
 
 func (x *DeleteVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[22]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1692,7 +1745,7 @@ func (x *DeleteVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVMRequest.ProtoReflect.Descriptor instead.
 func (*DeleteVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{22}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *DeleteVMRequest) GetName() string {
@@ -1711,7 +1764,7 @@ type UnlockVMRequest struct {
 
 func (x *UnlockVMRequest) Reset() {
 	*x = UnlockVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[23]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1723,7 +1776,7 @@ func (x *UnlockVMRequest) String() string {
 func (*UnlockVMRequest) ProtoMessage() {}
 
 func (x *UnlockVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[23]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1736,7 +1789,7 @@ func (x *UnlockVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockVMRequest.ProtoReflect.Descriptor instead.
 func (*UnlockVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{23}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *UnlockVMRequest) GetName() string {
@@ -1849,7 +1902,10 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"\bprovider\x18\x02 \x01(\tR\bprovider\x12\x12\n" +
 	"\x04deep\x18\x03 \x01(\bR\x04deep\x12\x14\n" +
 	"\x05disks\x18\x04 \x03(\tR\x05disks\x12\x12\n" +
-	"\x04rate\x18\x05 \x01(\x03R\x04rate\"<\n" +
+	"\x04rate\x18\x05 \x01(\x03R\x04rate\"=\n" +
+	"\x13SetRekeyRateRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04rate\x18\x02 \x01(\x03R\x04rate\"<\n" +
 	"\x10FillDisksRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05disks\x18\x02 \x03(\tR\x05disks\"Z\n" +
@@ -1894,7 +1950,7 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"\x0fDeleteVMRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"%\n" +
 	"\x0fUnlockVMRequest\x12\x12\n" +
-	"\x04name\x18\x01 \x01(\tR\x04name2\xdb\v\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name2\xbf\f\n" +
 	"\tVMService\x12d\n" +
 	"\bCreateVM\x12\x1e.strongroom.v1.CreateVMRequest\x1a\x13.strongroom.v1.Task\"#\x8a\xb5\x18\x1fVirtualMachine.Inventory.Create\x12Y\n" +
 	"\aListVMs\x12\x1d.strongroom.v1.ListVMsRequest\x1a\x1e.strongroom.v1.ListVMsResponse\"\x0f\x8a\xb5\x18\vSystem.Read\x12H\n" +
@@ -1904,7 +1960,8 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"PowerOffVM\x12 .strongroom.v1.PowerOffVMRequest\x1a\x13.strongroom.v1.Task\"$\x8a\xb5\x18 VirtualMachine.Interact.PowerOff\x12\\\n" +
 	"\tEncryptVM\x12\x1f.strongroom.v1.EncryptVMRequest\x1a\x13.strongroom.v1.Task\"\x19\x8a\xb5\x18\x15Cryptographer.Encrypt\x12\\\n" +
 	"\tDecryptVM\x12\x1f.strongroom.v1.DecryptVMRequest\x1a\x13.strongroom.v1.Task\"\x19\x8a\xb5\x18\x15Cryptographer.Decrypt\x12X\n" +
-	"\aRekeyVM\x12\x1d.strongroom.v1.RekeyVMRequest\x1a\x13.strongroom.v1.Task\"\x19\x8a\xb5\x18\x15Cryptographer.Recrypt\x12_\n" +
+	"\aRekeyVM\x12\x1d.strongroom.v1.RekeyVMRequest\x1a\x13.strongroom.v1.Task\"\x19\x8a\xb5\x18\x15Cryptographer.Recrypt\x12b\n" +
+	"\fSetRekeyRate\x12\".strongroom.v1.SetRekeyRateRequest\x1a\x13.strongroom.v1.Task\"\x19\x8a\xb5\x18\x15Cryptographer.Recrypt\x12_\n" +
 	"\tFillDisks\x12\x1f.strongroom.v1.FillDisksRequest\x1a\x13.strongroom.v1.Task\"\x1c\x8a\xb5\x18\x18Datastore.FileManagement\x12i\n" +
 	"\n" +
 	"ResizeDisk\x12 .strongroom.v1.ResizeDiskRequest\x1a\x13.strongroom.v1.Task\"$\x8a\xb5\x18 VirtualMachine.Config.DiskExtend\x12t\n" +
@@ -1927,7 +1984,7 @@ func file_strongroom_v1_vm_proto_rawDescGZIP() []byte {
 	return file_strongroom_v1_vm_proto_rawDescData
 }
 
-var file_strongroom_v1_vm_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
+var file_strongroom_v1_vm_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
 var file_strongroom_v1_vm_proto_goTypes = []any{
 	(*KeyRef)(nil),                // 0: strongroom.v1.KeyRef
 	(*VM)(nil),                    // 1: strongroom.v1.VM
@@ -1944,30 +2001,31 @@ var file_strongroom_v1_vm_proto_goTypes = []any{
 	(*EncryptVMRequest)(nil),      // 12: strongroom.v1.EncryptVMRequest
 	(*DecryptVMRequest)(nil),      // 13: strongroom.v1.DecryptVMRequest
 	(*RekeyVMRequest)(nil),        // 14: strongroom.v1.RekeyVMRequest
-	(*FillDisksRequest)(nil),      // 15: strongroom.v1.FillDisksRequest
-	(*ResizeDiskRequest)(nil),     // 16: strongroom.v1.ResizeDiskRequest
-	(*ExportDiskKeyRequest)(nil),  // 17: strongroom.v1.ExportDiskKeyRequest
-	(*ExportDiskKeyResponse)(nil), // 18: strongroom.v1.ExportDiskKeyResponse
-	(*VolumeLayout)(nil),          // 19: strongroom.v1.VolumeLayout
-	(*RegisterVMRequest)(nil),     // 20: strongroom.v1.RegisterVMRequest
-	(*UnregisterVMRequest)(nil),   // 21: strongroom.v1.UnregisterVMRequest
-	(*DeleteVMRequest)(nil),       // 22: strongroom.v1.DeleteVMRequest
-	(*UnlockVMRequest)(nil),       // 23: strongroom.v1.UnlockVMRequest
-	(*timestamppb.Timestamp)(nil), // 24: google.protobuf.Timestamp
-	(*Task)(nil),                  // 25: strongroom.v1.Task
+	(*SetRekeyRateRequest)(nil),   // 15: strongroom.v1.SetRekeyRateRequest
+	(*FillDisksRequest)(nil),      // 16: strongroom.v1.FillDisksRequest
+	(*ResizeDiskRequest)(nil),     // 17: strongroom.v1.ResizeDiskRequest
+	(*ExportDiskKeyRequest)(nil),  // 18: strongroom.v1.ExportDiskKeyRequest
+	(*ExportDiskKeyResponse)(nil), // 19: strongroom.v1.ExportDiskKeyResponse
+	(*VolumeLayout)(nil),          // 20: strongroom.v1.VolumeLayout
+	(*RegisterVMRequest)(nil),     // 21: strongroom.v1.RegisterVMRequest
+	(*UnregisterVMRequest)(nil),   // 22: strongroom.v1.UnregisterVMRequest
+	(*DeleteVMRequest)(nil),       // 23: strongroom.v1.DeleteVMRequest
+	(*UnlockVMRequest)(nil),       // 24: strongroom.v1.UnlockVMRequest
+	(*timestamppb.Timestamp)(nil), // 25: google.protobuf.Timestamp
+	(*Task)(nil),                  // 26: strongroom.v1.Task
 }
 var file_strongroom_v1_vm_proto_depIdxs = []int32{
 	0,  // 0: strongroom.v1.VM.key:type_name -> strongroom.v1.KeyRef
 	2,  // 1: strongroom.v1.VM.disks:type_name -> strongroom.v1.Disk
 	4,  // 2: strongroom.v1.VM.settings:type_name -> strongroom.v1.VMSettings
-	24, // 3: strongroom.v1.VM.created:type_name -> google.protobuf.Timestamp
+	25, // 3: strongroom.v1.VM.created:type_name -> google.protobuf.Timestamp
 	0,  // 4: strongroom.v1.Disk.key:type_name -> strongroom.v1.KeyRef
 	3,  // 5: strongroom.v1.Disk.rekey:type_name -> strongroom.v1.DiskRekey
 	0,  // 6: strongroom.v1.DiskRekey.key:type_name -> strongroom.v1.KeyRef
 	4,  // 7: strongroom.v1.CreateVMRequest.settings:type_name -> strongroom.v1.VMSettings
 	5,  // 8: strongroom.v1.CreateVMRequest.disks:type_name -> strongroom.v1.NewDisk
 	1,  // 9: strongroom.v1.ListVMsResponse.vms:type_name -> strongroom.v1.VM
-	19, // 10: strongroom.v1.ExportDiskKeyResponse.layout:type_name -> strongroom.v1.VolumeLayout
+	20, // 10: strongroom.v1.ExportDiskKeyResponse.layout:type_name -> strongroom.v1.VolumeLayout
 	0,  // 11: strongroom.v1.VolumeLayout.key:type_name -> strongroom.v1.KeyRef
 	6,  // 12: strongroom.v1.VMService.CreateVM:input_type -> strongroom.v1.CreateVMRequest
 	7,  // 13: strongroom.v1.VMService.ListVMs:input_type -> strongroom.v1.ListVMsRequest
@@ -1977,30 +2035,32 @@ var file_strongroom_v1_vm_proto_depIdxs = []int32{
 	12, // 17: strongroom.v1.VMService.EncryptVM:input_type -> strongroom.v1.EncryptVMRequest
 	13, // 18: strongroom.v1.VMService.DecryptVM:input_type -> strongroom.v1.DecryptVMRequest
 	14, // 19: strongroom.v1.VMService.RekeyVM:input_type -> strongroom.v1.RekeyVMRequest
-	15, // 20: strongroom.v1.VMService.FillDisks:input_type -> strongroom.v1.FillDisksRequest
-	16, // 21: strongroom.v1.VMService.ResizeDisk:input_type -> strongroom.v1.ResizeDiskRequest
-	17, // 22: strongroom.v1.VMService.ExportDiskKey:input_type -> strongroom.v1.ExportDiskKeyRequest
-	20, // 23: strongroom.v1.VMService.RegisterVM:input_type -> strongroom.v1.RegisterVMRequest
-	21, // 24: strongroom.v1.VMService.UnregisterVM:input_type -> strongroom.v1.UnregisterVMRequest
-	22, // 25: strongroom.v1.VMService.DeleteVM:input_type -> strongroom.v1.DeleteVMRequest
-	23, // 26: strongroom.v1.VMService.UnlockVM:input_type -> strongroom.v1.UnlockVMRequest
-	25, // 27: strongroom.v1.VMService.CreateVM:output_type -> strongroom.v1.Task
-	8,  // 28: strongroom.v1.VMService.ListVMs:output_type -> strongroom.v1.ListVMsResponse
-	1,  // 29: strongroom.v1.VMService.GetVM:output_type -> strongroom.v1.VM
-	25, // 30: strongroom.v1.VMService.PowerOnVM:output_type -> strongroom.v1.Task
-	25, // 31: strongroom.v1.VMService.PowerOffVM:output_type -> strongroom.v1.Task
-	25, // 32: strongroom.v1.VMService.EncryptVM:output_type -> strongroom.v1.Task
-	25, // 33: strongroom.v1.VMService.DecryptVM:output_type -> strongroom.v1.Task
-	25, // 34: strongroom.v1.VMService.RekeyVM:output_type -> strongroom.v1.Task
-	25, // 35: strongroom.v1.VMService.FillDisks:output_type -> strongroom.v1.Task
-	25, // 36: strongroom.v1.VMService.ResizeDisk:output_type -> strongroom.v1.Task
-	18, // 37: strongroom.v1.VMService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
-	25, // 38: strongroom.v1.VMService.RegisterVM:output_type -> strongroom.v1.Task
-	25, // 39: strongroom.v1.VMService.UnregisterVM:output_type -> strongroom.v1.Task
-	25, // 40: strongroom.v1.VMService.DeleteVM:output_type -> strongroom.v1.Task
-	25, // 41: strongroom.v1.VMService.UnlockVM:output_type -> strongroom.v1.Task
-	27, // [27:42] is the sub-list for method output_type
-	12, // [12:27] is the sub-list for method input_type
+	15, // 20: strongroom.v1.VMService.SetRekeyRate:input_type -> strongroom.v1.SetRekeyRateRequest
+	16, // 21: strongroom.v1.VMService.FillDisks:input_type -> strongroom.v1.FillDisksRequest
+	17, // 22: strongroom.v1.VMService.ResizeDisk:input_type -> strongroom.v1.ResizeDiskRequest
+	18, // 23: strongroom.v1.VMService.ExportDiskKey:input_type -> strongroom.v1.ExportDiskKeyRequest
+	21, // 24: strongroom.v1.VMService.RegisterVM:input_type -> strongroom.v1.RegisterVMRequest
+	22, // 25: strongroom.v1.VMService.UnregisterVM:input_type -> strongroom.v1.UnregisterVMRequest
+	23, // 26: strongroom.v1.VMService.DeleteVM:input_type -> strongroom.v1.DeleteVMRequest
+	24, // 27: strongroom.v1.VMService.UnlockVM:input_type -> strongroom.v1.UnlockVMRequest
+	26, // 28: strongroom.v1.VMService.CreateVM:output_type -> strongroom.v1.Task
+	8,  // 29: strongroom.v1.VMService.ListVMs:output_type -> strongroom.v1.ListVMsResponse
+	1,  // 30: strongroom.v1.VMService.GetVM:output_type -> strongroom.v1.VM
+	26, // 31: strongroom.v1.VMService.PowerOnVM:output_type -> strongroom.v1.Task
+	26, // 32: strongroom.v1.VMService.PowerOffVM:output_type -> strongroom.v1.Task
+	26, // 33: strongroom.v1.VMService.EncryptVM:output_type -> strongroom.v1.Task
+	26, // 34: strongroom.v1.VMService.DecryptVM:output_type -> strongroom.v1.Task
+	26, // 35: strongroom.v1.VMService.RekeyVM:output_type -> strongroom.v1.Task
+	26, // 36: strongroom.v1.VMService.SetRekeyRate:output_type -> strongroom.v1.Task
+	26, // 37: strongroom.v1.VMService.FillDisks:output_type -> strongroom.v1.Task
+	26, // 38: strongroom.v1.VMService.ResizeDisk:output_type -> strongroom.v1.Task
+	19, // 39: strongroom.v1.VMService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
+	26, // 40: strongroom.v1.VMService.RegisterVM:output_type -> strongroom.v1.Task
+	26, // 41: strongroom.v1.VMService.UnregisterVM:output_type -> strongroom.v1.Task
+	26, // 42: strongroom.v1.VMService.DeleteVM:output_type -> strongroom.v1.Task
+	26, // 43: strongroom.v1.VMService.UnlockVM:output_type -> strongroom.v1.Task
+	28, // [28:44] is the sub-list for method output_type
+	12, // [12:28] is the sub-list for method input_type
 	12, // [12:12] is the sub-list for extension type_name
 	12, // [12:12] is the sub-list for extension extendee
 	0,  // [0:12] is the sub-list for field type_name
@@ -2019,7 +2079,7 @@ func file_strongroom_v1_vm_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_strongroom_v1_vm_proto_rawDesc), len(file_strongroom_v1_vm_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   24,
+			NumMessages:   25,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -308,6 +308,36 @@ func (e *Engine) Cancel(ctx context.Context, id string) (Task, error) {
 	return out, nil
 }
 
+// SetArgs replaces the arguments of a task that has not ended by what change
+// makes of them. A step that is at work has those of before; the next one, and
+// this one when it is begun again, have the new ones. An error of change is
+// returned, and nothing is changed.
+func (e *Engine) SetArgs(ctx context.Context, id string, change func(args json.RawMessage) (any, error)) (Task, error) {
+	var out Task
+	err := e.write(ctx, func(tx *store.Tx) error {
+		t, err := e.tasks.In(tx).Get(ctx, id)
+		if err != nil {
+			return noTask(err, id)
+		}
+		if t.State.Ended() || t.Undoing {
+			return errs.New(errs.InvalidState, "it has ended, or is being undone")
+		}
+		args, err := change(t.Args)
+		if err != nil {
+			return err
+		}
+		if t.Args, err = json.Marshal(args); err != nil {
+			return err
+		}
+		out = t
+		return e.tasks.In(tx).Put(ctx, id, t)
+	})
+	if err != nil {
+		return Task{}, errs.Wrap(err, "cannot change task %s", id)
+	}
+	return out, nil
+}
+
 // beyondReturn reports whether a step without return has begun.
 func (e *Engine) beyondReturn(t Task) bool {
 	k := e.kinds[t.Kind]

@@ -111,7 +111,7 @@ func TestErrors(t *testing.T) {
 		{"vm create x --datastore d --provider kp-1", nil, 2, "--provider needs --encrypt"},
 		{"vm encrypt x --wait --no-wait", nil, 2, "strongroom: "},
 		{"vm rekey --all web-1", nil, 2, "strongroom: --all and the names of VMs exclude each other\n"},
-		{"vm rekey web-1 --rate 1M", nil, 2, "--rate is for a --deep rekey\n"},
+		{"vm rekey --all --rate 1M", nil, 2, "--rate without --deep changes the rekey of the VMs named, and nothing else\n"},
 		{"vm rekey", nil, 2, "strongroom: strongroom vm rekey needs a VM's name, or --all\n"},
 		{"vm delete web-1", nil, 2, "strongroom: cannot delete the VMs: this needs a confirmation, and there is no terminal to ask: Delete web-1 with all data?\nhint: add --yes\n"},
 		{"provider default", nil, 2, "needs either the provider's name or --clear"},
@@ -176,6 +176,22 @@ func TestOthersGoOn(t *testing.T) {
 	}
 	if !strings.Contains(stderr, "vm/web-1: copying disk-0: 25% of 4 MiB\n") || !strings.Contains(stderr, "cannot rekey VM web-2: no key") {
 		t.Errorf("stderr %q", stderr)
+	}
+}
+
+// TestRekeyRate: a rate by itself changes the rekeys under way.
+func TestRekeyRate(t *testing.T) {
+	t.Parallel()
+	s := newSession(t)
+	stdout, stderr, code := s.run(t, "vm", "rekey", "web-1", "web-2", "--rate", "20M")
+	if code != 0 || stdout != "rekey of web-1: 20 MiB a second\nrekey of web-2: 20 MiB a second\n" {
+		t.Errorf("exit code %d, stdout %q, stderr %q", code, stdout, stderr)
+	}
+	if stdout, _, code := s.run(t, "vm", "rekey", "web-1", "--rate", "0"); code != 0 || stdout != "rekey of web-1: without a bound\n" {
+		t.Errorf("exit code %d, stdout %q", code, stdout)
+	}
+	if got, want := s.seen(), []string{"SetRekeyRate web-1 0", "SetRekeyRate web-1 20971520", "SetRekeyRate web-2 20971520"}; !slices.Equal(got, want) {
+		t.Errorf("calls %q, want %q", got, want)
 	}
 }
 

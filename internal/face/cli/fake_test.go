@@ -223,6 +223,11 @@ func (c *controller) DecryptVM(_ context.Context, r *connect.Request[strongroomv
 	return c.task("Decrypt", r.Msg.GetName(), r.Msg.GetDisks())
 }
 
+func (c *controller) SetRekeyRate(_ context.Context, r *connect.Request[strongroomv1.SetRekeyRateRequest]) (*connect.Response[strongroomv1.Task], error) {
+	c.called("SetRekeyRate %s %d", r.Msg.GetName(), r.Msg.GetRate())
+	return connect.NewResponse(&strongroomv1.Task{Id: "t-1"}), nil
+}
+
 func (c *controller) RekeyVM(_ context.Context, r *connect.Request[strongroomv1.RekeyVMRequest]) (*connect.Response[strongroomv1.Task], error) {
 	how := fmt.Sprintf("%s %v", r.Msg.GetProvider(), r.Msg.GetDeep())
 	if rate := r.Msg.GetRate(); rate > 0 {

@@ -151,10 +151,12 @@ func newVMRekeyCmd(env *Env) *cobra.Command {
 		Long: `Give VMs a new key encryption key (shallow rekey): fast, in any power state, the
 guest does not notice. With --deep give them new data encryption keys too: the
 disks are rewritten in place, in any power state, while the guest goes on; its
-requests go first. --rate bounds what a VM's rekey may rewrite.
+requests go first. --rate bounds what a VM's rekey may rewrite; with --rate and
+without --deep, a deep rekey that is under way changes its rate at once (0: no
+bound), and nothing else happens.
 
 A deep rekey that is interrupted goes on by itself; one that is canceled stops,
-and the next one with --deep goes on with it (give another --rate so). Until its
+and the next one with --deep goes on with it. Until its
 end the VM needs both keys, and "strongroom vm show" tells how far it is. Where no
 data were moved yet it is undone.
 
@@ -163,10 +165,14 @@ to a new provider. Keep the backup of the old one as long as copies of the VMs
 (backups, replicas) need it. Needs the privilege Cryptographer.Recrypt.`,
 		Example: `  strongroom vm rekey web-1
   strongroom vm rekey --all --provider kp-2
-  strongroom vm rekey web-1 --deep --rate 100M`,
+  strongroom vm rekey web-1 --deep --rate 100M
+  strongroom vm rekey web-1 --rate 20M`,
 		RunE: env.withClient("rekey the VMs", func(cmd *cobra.Command, c *client.Client, args []string) error {
-			if rate > 0 && !deep {
-				return usageError(cmd, "--rate is for a --deep rekey")
+			if cmd.Flags().Changed("rate") && !deep {
+				if provider != "" || pick.all || len(pick.disks) > 0 || len(args) == 0 {
+					return usageError(cmd, "--rate without --deep changes the rekey of the VMs named, and nothing else")
+				}
+				return env.setRekeyRate(cmd.Context(), c, int64(rate), args)
 			}
 			names, err := pick.names(cmd.Context(), c, args, (*strongroomv1.VM).GetEncrypted)
 			if err != nil {
@@ -187,9 +193,32 @@ to a new provider. Keep the backup of the old one as long as copies of the VMs
 	pick.add(env, cmd, "encrypted")
 	cmd.Flags().StringVar(&provider, "provider", "", "the provider of the new key (default: the one that each VM uses)")
 	cmd.Flags().BoolVar(&deep, "deep", false, "change the data encryption keys too, and rewrite the disks")
-	cmd.Flags().Var(&rate, "rate", "what a deep rekey may rewrite in a second, such as 100M (default: no bound)")
+	cmd.Flags().Var(&rate, "rate", "what a deep rekey may rewrite in a second, such as 100M (default: no bound); without --deep, of one that is under way")
 	env.completeFlag(cmd, "provider", providerNames)
 	return cmd
+}
+
+// setRekeyRate changes the rate of deep rekeys that are under way.
+func (env *Env) setRekeyRate(ctx context.Context, c *client.Client, rate int64, names []string) error {
+	var failed failures
+	for _, name := range names {
+		t, err := client.Call(ctx, c.VM().SetRekeyRate, &strongroomv1.SetRekeyRateRequest{Name: name, Rate: rate})
+		if err != nil {
+			failed = append(failed, cannot(err, "change the rekey of VM %s", name))
+			continue
+		}
+		bound := "without a bound"
+		if rate > 0 {
+			bound = formatSize(rate) + " a second"
+		}
+		if err := env.printDone(t, "rekey of %s: %s", name, bound); err != nil {
+			return err
+		}
+	}
+	if len(failed) > 0 {
+		return failed
+	}
+	return nil
 }
 
 func newVMUnlockCmd(env *Env) *cobra.Command {

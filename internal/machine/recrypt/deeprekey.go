@@ -10,13 +10,13 @@ import (
 )
 
 // DeepRekey gives the disk in file name a new DEK, under the KEK named by ref,
-// and rewrites its data in place, at most rate bytes a second (0: any number).
+// and rewrites its data in place, no faster than rate, which may change meanwhile.
 // It goes on with a deep rekey that is under way, whoever began it, and then has
 // its new key under ref too.
 //
 // Interrupted or failed, it leaves a disk that needs both KEKs, unless no data
 // had been moved yet; the next call goes on.
-func DeepRekey(ctx context.Context, folder Folder, name string, ref keysafe.Ref, keks KEKs, rate int64, progress Progress) error {
+func DeepRekey(ctx context.Context, folder Folder, name string, ref keysafe.Ref, keks KEKs, rate *volume.Rate, progress Progress) error {
 	vol, safes, err := OpenRekeying(ctx, folder, name, keks)
 	if err != nil {
 		return err
@@ -28,13 +28,13 @@ func DeepRekey(ctx context.Context, folder Folder, name string, ref keysafe.Ref,
 	return probe(ctx, folder, name, keks)
 }
 
-func deepRekey(ctx context.Context, vol *volume.Volume, safes Safes, ref keysafe.Ref, keks KEKs, rate int64, progress Progress) error {
+func deepRekey(ctx context.Context, vol *volume.Volume, safes Safes, ref keysafe.Ref, keks KEKs, rate *volume.Rate, progress Progress) error {
 	dek, safe, err := NextDEK(ctx, vol.UUID(), safes, ref, keks)
 	if err != nil {
 		return err
 	}
 	defer dek.Close()
-	err = vol.Rekey(ctx, volume.RekeyOptions{NewDEK: dek, NewSafe: safe, Rate: volume.NewRate(rate), Progress: progress})
+	err = vol.Rekey(ctx, volume.RekeyOptions{NewDEK: dek, NewSafe: safe, Rate: rate, Progress: progress})
 	if err == nil {
 		return nil
 	}

@@ -30,7 +30,7 @@ func TestDeepRekeyGoesOn(t *testing.T) {
 	dir, want := rekeyDir(t, keys)
 	reason := errors.New("the operator has changed his mind")
 	ctx, cancel := context.WithCancelCause(t.Context())
-	err := recrypt.DeepRekey(ctx, dir, luksName, reference("2"), keys.get, 0, func(int64, int64) { cancel(reason) })
+	err := recrypt.DeepRekey(ctx, dir, luksName, reference("2"), keys.get, nil, func(int64, int64) { cancel(reason) })
 	if !errors.Is(err, reason) {
 		t.Errorf("error %v", err)
 	}
@@ -59,14 +59,14 @@ func TestDeepRekeyGoesOn(t *testing.T) {
 	for _, missing := range []string{"1", "2"} { // it needs both KEKs
 		only := keyring{"1": keys["1"], "2": keys["2"], "3": keys["3"]}
 		delete(only, missing)
-		if err := recrypt.DeepRekey(t.Context(), dir, luksName, reference("3"), only.get, 0, nil); !errors.Is(err, errNoKEK) {
+		if err := recrypt.DeepRekey(t.Context(), dir, luksName, reference("3"), only.get, nil, nil); !errors.Is(err, errNoKEK) {
 			t.Errorf("without KEK %s: %v", missing, err)
 		}
 	}
 	if !bytes.Equal(readFile(t, dir, luksName), before) {
 		t.Error("the disk was changed")
 	}
-	check(t, recrypt.DeepRekey(t.Context(), dir, luksName, reference("3"), keys.get, 0, nil))
+	check(t, recrypt.DeepRekey(t.Context(), dir, luksName, reference("3"), keys.get, nil, nil))
 	check(t, recrypt.Decrypt(t.Context(), dir, luksName, plainName, keyring{"3": keys["3"]}.get, nil))
 	if !bytes.Equal(readFile(t, dir, plainName), want) {
 		t.Error("contents differ")
@@ -86,7 +86,7 @@ func TestDeepRekeyUndone(t *testing.T) {
 			cancel(reason) // the last moment before the header tells of the rekey
 		}
 		return keys.get(context.WithoutCancel(ctx), ref)
-	}, 0, nil)
+	}, nil, nil)
 	if !errors.Is(err, reason) {
 		t.Errorf("error %v", err)
 	}

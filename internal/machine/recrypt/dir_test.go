@@ -93,7 +93,7 @@ func TestAll(t *testing.T) {
 	}
 
 	check(t, recrypt.ShallowRekey(ctx, dir, luksName, reference("2"), keys.get))
-	check(t, recrypt.DeepRekey(ctx, dir, luksName, reference("3"), keys.get, 0, progress))
+	check(t, recrypt.DeepRekey(ctx, dir, luksName, reference("3"), keys.get, nil, progress))
 	if last != int64(len(want)) || total != last {
 		t.Errorf("deep rekey: progress ended at %d of %d", last, total)
 	}
@@ -164,7 +164,7 @@ func TestInUse(t *testing.T) {
 		"encrypt":       recrypt.Encrypt(ctx, dir, plainName, "disk-1.luks", reference("1"), keys.get, nil),
 		"decrypt":       recrypt.Decrypt(ctx, dir, luksName, "disk-1.raw", keys.get, nil),
 		"shallow rekey": recrypt.ShallowRekey(ctx, dir, luksName, reference("2"), keys.get),
-		"deep rekey":    recrypt.DeepRekey(ctx, dir, luksName, reference("2"), keys.get, 0, nil),
+		"deep rekey":    recrypt.DeepRekey(ctx, dir, luksName, reference("2"), keys.get, nil, nil),
 	} {
 		if !errors.Is(err, blockdev.ErrInUse) {
 			t.Errorf("%s of a disk in use: %v", what, err)
@@ -259,7 +259,7 @@ func TestDamaged(t *testing.T) {
 		for what, err := range map[string]error{
 			"decrypt":       recrypt.Decrypt(t.Context(), dir, luksName, "disk-1.raw", keys.get, nil),
 			"shallow rekey": recrypt.ShallowRekey(t.Context(), dir, luksName, reference("2"), keys.get),
-			"deep rekey":    recrypt.DeepRekey(t.Context(), dir, luksName, reference("2"), keys.get, 0, nil),
+			"deep rekey":    recrypt.DeepRekey(t.Context(), dir, luksName, reference("2"), keys.get, nil, nil),
 		} {
 			if !errors.Is(err, c.want) {
 				t.Errorf("%s of a disk that is %s: %v, want %v", what, name, err, c.want)
@@ -359,7 +359,7 @@ func TestFull(t *testing.T) {
 		check(t, dir.Remove(plainName))
 		check(t, unix.Mount("tmpfs", dir.Path, "tmpfs", unix.MS_REMOUNT, "size=6m"))
 		for what, err := range map[string]error{
-			"deep rekey": recrypt.DeepRekey(t.Context(), dir, luksName, reference("2"), keys.get, 0, nil),
+			"deep rekey": recrypt.DeepRekey(t.Context(), dir, luksName, reference("2"), keys.get, nil, nil),
 			"decrypt":    recrypt.Decrypt(t.Context(), dir, luksName, plainName, keys.get, nil),
 		} {
 			if !errors.Is(err, blockdev.ErrNoSpace) {

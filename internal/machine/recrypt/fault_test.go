@@ -92,7 +92,7 @@ var operations = []operation{
 		return recrypt.ShallowRekey(ctx, f, disk, reference("new"), keks)
 	}},
 	{"deep rekey", luksName, luksName, "new", true, func(ctx context.Context, f recrypt.Folder, disk string, keks recrypt.KEKs) error {
-		return recrypt.DeepRekey(ctx, f, disk, reference("new"), keks, 0, nil)
+		return recrypt.DeepRekey(ctx, f, disk, reference("new"), keks, nil, nil)
 	}},
 }
 

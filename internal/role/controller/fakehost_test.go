@@ -52,6 +52,7 @@ type fakeHost struct {
 	calls    map[string]int              // by method
 	syncs    []*strongroomv1.SyncHostRequest
 	created  *strongroomv1.AgentCreateVMRequest // the last one
+	rates    []int64                            // that rekeys were set to
 	// fault is asked before each call and says how it ends; nil: as it should.
 	fault func(method string, call int) fault
 }
@@ -426,6 +427,13 @@ func (h *fakeHost) DecryptVM(_ context.Context, req *connect.Request[strongroomv
 
 func (h *fakeHost) RekeyVM(_ context.Context, req *connect.Request[strongroomv1.AgentRekeyVMRequest], out *connect.ServerStream[strongroomv1.AgentProgress]) error {
 	return h.work(out, req.Msg.GetId(), func(vm *strongroomv1.VM) { wrap(vm, req.Msg.GetKey()) })
+}
+
+func (h *fakeHost) SetRekeyRate(_ context.Context, req *connect.Request[strongroomv1.AgentSetRekeyRateRequest]) (*connect.Response[strongroomv1.AgentSetRekeyRateResponse], error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.rates = append(h.rates, req.Msg.GetRate())
+	return connect.NewResponse(&strongroomv1.AgentSetRekeyRateResponse{}), nil
 }
 
 func (h *fakeHost) answer(id string, f func(*strongroomv1.VM)) (*connect.Response[strongroomv1.AgentVMResponse], error) {

@@ -2,6 +2,7 @@ package controller
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"slices"
 
@@ -366,6 +367,57 @@ func (c vms) RekeyVM(ctx context.Context, req *connect.Request[strongroomv1.Reke
 		return nil, err
 	}
 	return c.submit(ctx, taskRekey, v.Name, args)
+}
+
+// SetRekeyRate changes the arguments of the task and then tells the host. A task
+// that is only about to call the host looks at them again when it has: see
+// [Controller.rekey].
+func (c vms) SetRekeyRate(ctx context.Context, req *connect.Request[strongroomv1.SetRekeyRateRequest]) (*connect.Response[strongroomv1.Task], error) {
+	v, err := c.inv.VM(ctx, req.Msg.GetName())
+	if err != nil {
+		return nil, err
+	}
+	rate, err := rate(req.Msg.GetRate())
+	if err != nil {
+		return nil, err
+	}
+	active, err := c.tasks.List(ctx, 0, true)
+	if err != nil {
+		return nil, err
+	}
+	for _, t := range active {
+		var a vmArgs
+		if t.Kind != taskRekey || t.Target != "vm/"+v.Name || json.Unmarshal(t.Args, &a) != nil || !a.Deep {
+			continue
+		}
+		t, err := c.tasks.SetArgs(ctx, t.ID, func(args json.RawMessage) (any, error) {
+			err := json.Unmarshal(args, &a)
+			a.Rate = rate
+			return a, err
+		})
+		if err != nil {
+			return nil, err
+		}
+		h, err := c.inv.HostByID(ctx, a.HostID)
+		if err != nil {
+			return nil, err
+		}
+		if err := c.tellRate(ctx, h, a); err != nil {
+			return nil, err
+		}
+		return connect.NewResponse(taskToAPI(t)), nil
+	}
+	return nil, errs.New(errs.InvalidState, "no deep rekey of VM %s is under way", v.Name).WithHint("strongroom vm rekey %s --deep --rate RATE", v.Name)
+}
+
+// tellRate tells a host the rate of a deep rekey. One that does not answer, or
+// has none at work, gets it from the task when that goes on.
+func (c *Controller) tellRate(ctx context.Context, h inventory.Host, a vmArgs) error {
+	_, err := callHost(ctx, h, c.agents.of(h).SetRekeyRate, &strongroomv1.AgentSetRekeyRateRequest{Id: a.ID, Rate: a.Rate})
+	if errors.Is(err, errUnreachable) || errs.KindOf(err) == errs.InvalidState {
+		return nil
+	}
+	return err
 }
 
 func (c vms) FillDisks(ctx context.Context, req *connect.Request[strongroomv1.FillDisksRequest]) (*connect.Response[strongroomv1.Task], error) {

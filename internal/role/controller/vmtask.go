@@ -2,8 +2,10 @@ package controller
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"log/slog"
+	"sync"
 	"time"
 
 	strongroomv1 "strongroom/api/strongroom/v1"
@@ -376,7 +378,34 @@ func (c *Controller) rekey(ctx context.Context, r *task.Run, h inventory.Host, a
 	if err := c.equipVM(ctx, h, a); err != nil {
 		return nil, err
 	}
-	return streamHost(ctx, h, c.agents.of(h).RekeyVM, &strongroomv1.AgentRekeyVMRequest{Id: a.ID, Disks: a.Disks, Key: keyToAPI(a.Key), Deep: a.Deep, Rate: a.Rate}, progress(ctx, r))
+	tell := progress(ctx, r)
+	if a.Deep {
+		tell = c.checkRate(ctx, r, h, a, tell)
+	}
+	return streamHost(ctx, h, c.agents.of(h).RekeyVM, &strongroomv1.AgentRekeyVMRequest{Id: a.ID, Disks: a.Disks, Key: keyToAPI(a.Key), Deep: a.Deep, Rate: a.Rate}, tell)
+}
+
+// checkRate returns tell, which at the first progress, when the host is at work,
+// also looks whether the rate was changed since the step began: the host was
+// told of that too early. If it cannot be told now, the rate stays as it was.
+func (c *Controller) checkRate(ctx context.Context, r *task.Run, h inventory.Host, a vmArgs, tell func(*strongroomv1.AgentProgress)) func(*strongroomv1.AgentProgress) {
+	var once sync.Once
+	return func(p *strongroomv1.AgentProgress) {
+		once.Do(func() {
+			t, err := c.tasks.Get(ctx, r.Task().ID)
+			now := a
+			if err == nil {
+				err = json.Unmarshal(t.Args, &now)
+			}
+			if err == nil && now.Rate != a.Rate {
+				err = c.tellRate(ctx, h, now)
+			}
+			if err != nil {
+				c.log.LogAttrs(ctx, slog.LevelWarn, "cannot tell the rate of a rekey", slog.String("task", r.Task().ID), slog.Any("err", err))
+			}
+		})
+		tell(p)
+	}
 }
 
 func (c *Controller) fill(ctx context.Context, r *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {

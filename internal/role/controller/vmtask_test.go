@@ -159,6 +159,40 @@ func TestPassphraseIsSealed(t *testing.T) {
 	}
 }
 
+// TestRekeyRate changes the rate of a deep rekey before the host is at work on it.
+func TestRekeyRate(t *testing.T) {
+	t.Parallel()
+	s, h := ready(t)
+	s.success(s.create("web-1", true))
+	set := func(rate int64) error {
+		_, err := client.Call(t.Context(), s.admin.VM().SetRekeyRate, &strongroomv1.SetRekeyRateRequest{Name: "web-1", Rate: rate})
+		return err
+	}
+	if err := set(1); errs.KindOf(err) != errs.InvalidState || errs.HintOf(err) == "" {
+		t.Errorf("without a rekey: %v", err)
+	}
+	proceed := make(chan struct{})
+	h.failing("RekeyVM", 1, fault{hang: proceed})
+	task := must[strongroomv1.Task](t)(client.Call(t.Context(), s.admin.VM().RekeyVM, &strongroomv1.RekeyVMRequest{Name: "web-1", Deep: true, Rate: 1 << 20}))
+	eventually(t, "the host is asked for a rekey", func() bool { return h.count("RekeyVM") == 1 })
+	if err := set(-1); errs.KindOf(err) != errs.Invalid {
+		t.Errorf("a negative rate: %v", err)
+	}
+	if err := set(5 << 20); err != nil {
+		t.Fatal(err)
+	}
+	close(proceed)
+	if _, err := s.ended(task); err != nil {
+		t.Fatal(err)
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	// Once at once, and once more when the host had begun with the rate of before.
+	if !slices.Equal(h.rates, []int64{5 << 20, 5 << 20}) {
+		t.Errorf("the host was told %v", h.rates)
+	}
+}
+
 func TestHostsError(t *testing.T) {
 	t.Parallel()
 	s, h := ready(t)

@@ -247,6 +247,13 @@ func (a *agent) RekeyVM(ctx context.Context, req *connect.Request[strongroomv1.A
 	})
 }
 
+func (a *agent) SetRekeyRate(_ context.Context, req *connect.Request[strongroomv1.AgentSetRekeyRateRequest]) (*connect.Response[strongroomv1.AgentSetRekeyRateResponse], error) {
+	if err := a.host.setRekeyRate(req.Msg.GetId(), req.Msg.GetRate()); err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&strongroomv1.AgentSetRekeyRateResponse{}), nil
+}
+
 func (a *agent) FillDisks(ctx context.Context, req *connect.Request[strongroomv1.AgentFillDisksRequest], out *connect.ServerStream[strongroomv1.AgentProgress]) error {
 	return a.stream(ctx, out, req.Msg.GetId(), func(r report) error {
 		return a.host.fillDisks(ctx, req.Msg.GetId(), req.Msg.GetDisks(), r)

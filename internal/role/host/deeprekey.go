@@ -7,6 +7,7 @@ import (
 	"time"
 
 	strongroomv1 "strongroom/api/strongroom/v1"
+	"strongroom/internal/block/volume"
 	"strongroom/internal/block/volumectl"
 	"strongroom/internal/crypto/keysafe"
 	"strongroom/internal/errs"
@@ -28,26 +29,48 @@ const (
 // deepRekeyVM gives the encrypted ones among the disks named new DEKs under the
 // KEK at ref. The volume process of a VM that runs does it, this process that of
 // one that is off; when the VM is powered on or off, it goes on there.
-func (h *Host) deepRekeyVM(ctx context.Context, id string, disks []string, ref keysafe.Ref, rate int64, r report) error {
+func (h *Host) deepRekeyVM(ctx context.Context, id string, disks []string, ref keysafe.Ref, perSecond int64, r report) error {
+	rate := volume.NewRate(perSecond)
 	for {
 		m, err := h.machine(id)
 		if err != nil {
 			return err
 		}
+		end := m.rekeysAt(rate)
 		if running := m.run(); running != nil {
 			err = h.deepRekeyRunning(ctx, m, running, disks, ref, rate, r)
 		} else {
 			err = h.deepRekeyOffline(ctx, id, disks, ref, rate, r)
 		}
+		end()
 		if !errors.Is(err, errPowerChanged) || ctx.Err() != nil {
 			return err
 		}
 	}
 }
 
+// setRekeyRate changes how fast the deep rekey of a VM that is under way here may
+// rewrite, in bytes a second; 0: any number.
+func (h *Host) setRekeyRate(id string, perSecond int64) error {
+	m, err := h.machine(id)
+	if err != nil {
+		return err
+	}
+	if perSecond < 0 {
+		return errs.New(errs.Invalid, "a rate of %d bytes a second", perSecond)
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.rekeyRate == nil {
+		return errs.New(errs.InvalidState, "no deep rekey of %s is at work", m.reg.Name)
+	}
+	m.rekeyRate.Set(perSecond)
+	return nil
+}
+
 // deepRekeyOffline rekeys the disks of a VM that is off, until it is to be
 // powered on.
-func (h *Host) deepRekeyOffline(ctx context.Context, id string, disks []string, ref keysafe.Ref, rate int64, r report) error {
+func (h *Host) deepRekeyOffline(ctx context.Context, id string, disks []string, ref keysafe.Ref, rate *volume.Rate, r report) error {
 	o, err := h.takeOffline(ctx, id, "this")
 	if errors.Is(err, errPoweredOn) {
 		return errPowerChanged
@@ -77,7 +100,7 @@ func (h *Host) deepRekeyOffline(ctx context.Context, id string, disks []string, 
 
 // deepRekeyRunning rekeys the disks of a VM that runs, until it is off. The VM is
 // not reserved meanwhile: whatever else wants it finds its disks being rekeyed.
-func (h *Host) deepRekeyRunning(ctx context.Context, m *machine, running *running, disks []string, ref keysafe.Ref, rate int64, r report) error {
+func (h *Host) deepRekeyRunning(ctx context.Context, m *machine, running *running, disks []string, ref keysafe.Ref, rate *volume.Rate, r report) error {
 	o, err := h.online(m)
 	if err != nil {
 		return err
@@ -126,7 +149,7 @@ type liveRekey struct {
 	disk    string
 	path    string
 	ref     keysafe.Ref
-	rate    int64
+	rate    *volume.Rate
 }
 
 // run follows the rekey to its end. It finds one at work that an earlier agent
@@ -140,8 +163,8 @@ func (l *liveRekey) run(ctx context.Context, progress recrypt.Progress) error {
 		case err != nil:
 		case rekey != nil && rekey.Running:
 			progress(rekey.Done, rekey.Total)
-			if rekey.Rate != l.rate {
-				err = l.running.process().Rekey(ctx, l.disk, nil, nil, l.rate)
+			if rate := l.rate.PerSecond(); rekey.Rate != rate {
+				err = l.running.process().Rekey(ctx, l.disk, nil, nil, rate)
 			}
 		case began && rekey != nil && rekey.Failure != nil:
 			return rekey.Failure.Err()
@@ -206,7 +229,7 @@ func (l *liveRekey) begin(ctx context.Context, began bool) (finished bool, err e
 	if p == nil {
 		return false, errRestarting()
 	}
-	return false, p.Rekey(ctx, l.disk, dek, safe, l.rate)
+	return false, p.Rekey(ctx, l.disk, dek, safe, l.rate.PerSecond())
 }
 
 // wait returns when it is time to look again, or with err if that will not pass

@@ -10,7 +10,49 @@ import (
 	strongroomv1 "strongroom/api/strongroom/v1"
 	"strongroom/internal/crypto/keysafe"
 	"strongroom/internal/errs"
+	"strongroom/internal/machine/recrypt"
 )
+
+// TestRekeyRateChanges: a deep rekey that would take months ends at once, when
+// its rate is changed.
+func TestRekeyRateChanges(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	ref := b.newRef(t)
+	req := request("web-1", ref)
+	req.Disks = []*strongroomv1.NewDisk{{SizeBytes: 12 << 20}}
+	check(t, b.createVM(t.Context(), req, quiet))
+	id := req.GetId()
+	wantKind(t, "without a rekey", b.setRekeyRate(id, 1), errs.InvalidState)
+	wantKind(t, "a VM that is not here", b.setRekeyRate("web-9", 1), errs.NotFound)
+	o, err := b.takeOffline(t.Context(), id, "a test")
+	check(t, err)
+	vol, _, err := recrypt.OpenVolume(t.Context(), o.folder(), "disk-0.luks", b.kek)
+	check(t, err)
+	_, err = vol.WriteAt(bytes.Repeat([]byte("the guest wrote "), 12<<20/16), 0)
+	check(t, err)
+	check(t, vol.Close())
+	o.release()
+
+	moved, ended := make(chan struct{}, 100), make(chan error, 1)
+	go func() {
+		ended <- b.rekeyVM(t.Context(), id, nil, b.newRef(t), depth{deep: true, rate: 1}, func(_ string, done, _ int64, _ string) {
+			if done > 0 {
+				moved <- struct{}{}
+			}
+		})
+	}()
+	<-moved
+	select {
+	case err := <-ended:
+		t.Fatalf("it has ended: %v", err)
+	default:
+	}
+	wantKind(t, "a negative rate", b.setRekeyRate(id, -1), errs.Invalid)
+	check(t, b.setRekeyRate(id, 0))
+	check(t, <-ended)
+	wantKind(t, "at the end", b.setRekeyRate(id, 1), errs.InvalidState)
+}
 
 // TestDeepRekeyGivesWay: a deep rekey of a VM that is off makes room for a
 // power-on, and goes on afterwards; in between nothing else touches the disk, and

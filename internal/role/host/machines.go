@@ -9,6 +9,7 @@ import (
 	"time"
 
 	strongroomv1 "strongroom/api/strongroom/v1"
+	"strongroom/internal/block/volume"
 	"strongroom/internal/errs"
 	"strongroom/internal/machine/bundle"
 	"strongroom/internal/machine/recrypt"
@@ -29,6 +30,9 @@ type machine struct {
 	// interrupt stops the operation under way, so that the VM can be powered on;
 	// nil if there is none that may be stopped.
 	interrupt context.CancelCauseFunc
+	// rekeyRate is that of the deep rekey that this agent has under way; nil:
+	// there is none.
+	rekeyRate *volume.Rate
 }
 
 func newMachine(reg registered) *machine {
@@ -49,6 +53,21 @@ func (m *machine) setPlace(reg registered) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.reg = reg
+}
+
+// rekeysAt notes the rate of a deep rekey until end is called, or another deep
+// rekey begins while this one is being stopped.
+func (m *machine) rekeysAt(rate *volume.Rate) (end func()) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.rekeyRate = rate
+	return func() {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		if m.rekeyRate == rate {
+			m.rekeyRate = nil
+		}
+	}
 }
 
 func (m *machine) run() *running {

@@ -52,6 +52,9 @@ const (
 	AgentServiceDecryptVMProcedure = "/strongroom.v1.AgentService/DecryptVM"
 	// AgentServiceRekeyVMProcedure is the fully-qualified name of the AgentService's RekeyVM RPC.
 	AgentServiceRekeyVMProcedure = "/strongroom.v1.AgentService/RekeyVM"
+	// AgentServiceSetRekeyRateProcedure is the fully-qualified name of the AgentService's SetRekeyRate
+	// RPC.
+	AgentServiceSetRekeyRateProcedure = "/strongroom.v1.AgentService/SetRekeyRate"
 	// AgentServiceFillDisksProcedure is the fully-qualified name of the AgentService's FillDisks RPC.
 	AgentServiceFillDisksProcedure = "/strongroom.v1.AgentService/FillDisks"
 	// AgentServiceResizeDiskProcedure is the fully-qualified name of the AgentService's ResizeDisk RPC.
@@ -213,6 +216,8 @@ type AgentServiceClient interface {
 	EncryptVM(context.Context, *connect.Request[v1.AgentEncryptVMRequest]) (*connect.ServerStreamForClient[v1.AgentProgress], error)
 	DecryptVM(context.Context, *connect.Request[v1.AgentDecryptVMRequest]) (*connect.ServerStreamForClient[v1.AgentProgress], error)
 	RekeyVM(context.Context, *connect.Request[v1.AgentRekeyVMRequest]) (*connect.ServerStreamForClient[v1.AgentProgress], error)
+	// SetRekeyRate changes the rate of a deep rekey that RekeyVM has under way.
+	SetRekeyRate(context.Context, *connect.Request[v1.AgentSetRekeyRateRequest]) (*connect.Response[v1.AgentSetRekeyRateResponse], error)
 	FillDisks(context.Context, *connect.Request[v1.AgentFillDisksRequest]) (*connect.ServerStreamForClient[v1.AgentProgress], error)
 	ResizeDisk(context.Context, *connect.Request[v1.AgentResizeDiskRequest]) (*connect.Response[v1.AgentVMResponse], error)
 	ExportDiskKey(context.Context, *connect.Request[v1.AgentExportDiskKeyRequest]) (*connect.Response[v1.ExportDiskKeyResponse], error)
@@ -263,6 +268,12 @@ func NewAgentServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 			httpClient,
 			baseURL+AgentServiceRekeyVMProcedure,
 			connect.WithSchema(agentServiceMethods.ByName("RekeyVM")),
+			connect.WithClientOptions(opts...),
+		),
+		setRekeyRate: connect.NewClient[v1.AgentSetRekeyRateRequest, v1.AgentSetRekeyRateResponse](
+			httpClient,
+			baseURL+AgentServiceSetRekeyRateProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("SetRekeyRate")),
 			connect.WithClientOptions(opts...),
 		),
 		fillDisks: connect.NewClient[v1.AgentFillDisksRequest, v1.AgentProgress](
@@ -329,6 +340,7 @@ type agentServiceClient struct {
 	encryptVM     *connect.Client[v1.AgentEncryptVMRequest, v1.AgentProgress]
 	decryptVM     *connect.Client[v1.AgentDecryptVMRequest, v1.AgentProgress]
 	rekeyVM       *connect.Client[v1.AgentRekeyVMRequest, v1.AgentProgress]
+	setRekeyRate  *connect.Client[v1.AgentSetRekeyRateRequest, v1.AgentSetRekeyRateResponse]
 	fillDisks     *connect.Client[v1.AgentFillDisksRequest, v1.AgentProgress]
 	resizeDisk    *connect.Client[v1.AgentResizeDiskRequest, v1.AgentVMResponse]
 	exportDiskKey *connect.Client[v1.AgentExportDiskKeyRequest, v1.ExportDiskKeyResponse]
@@ -363,6 +375,11 @@ func (c *agentServiceClient) DecryptVM(ctx context.Context, req *connect.Request
 // RekeyVM calls strongroom.v1.AgentService.RekeyVM.
 func (c *agentServiceClient) RekeyVM(ctx context.Context, req *connect.Request[v1.AgentRekeyVMRequest]) (*connect.ServerStreamForClient[v1.AgentProgress], error) {
 	return c.rekeyVM.CallServerStream(ctx, req)
+}
+
+// SetRekeyRate calls strongroom.v1.AgentService.SetRekeyRate.
+func (c *agentServiceClient) SetRekeyRate(ctx context.Context, req *connect.Request[v1.AgentSetRekeyRateRequest]) (*connect.Response[v1.AgentSetRekeyRateResponse], error) {
+	return c.setRekeyRate.CallUnary(ctx, req)
 }
 
 // FillDisks calls strongroom.v1.AgentService.FillDisks.
@@ -419,6 +436,8 @@ type AgentServiceHandler interface {
 	EncryptVM(context.Context, *connect.Request[v1.AgentEncryptVMRequest], *connect.ServerStream[v1.AgentProgress]) error
 	DecryptVM(context.Context, *connect.Request[v1.AgentDecryptVMRequest], *connect.ServerStream[v1.AgentProgress]) error
 	RekeyVM(context.Context, *connect.Request[v1.AgentRekeyVMRequest], *connect.ServerStream[v1.AgentProgress]) error
+	// SetRekeyRate changes the rate of a deep rekey that RekeyVM has under way.
+	SetRekeyRate(context.Context, *connect.Request[v1.AgentSetRekeyRateRequest]) (*connect.Response[v1.AgentSetRekeyRateResponse], error)
 	FillDisks(context.Context, *connect.Request[v1.AgentFillDisksRequest], *connect.ServerStream[v1.AgentProgress]) error
 	ResizeDisk(context.Context, *connect.Request[v1.AgentResizeDiskRequest]) (*connect.Response[v1.AgentVMResponse], error)
 	ExportDiskKey(context.Context, *connect.Request[v1.AgentExportDiskKeyRequest]) (*connect.Response[v1.ExportDiskKeyResponse], error)
@@ -465,6 +484,12 @@ func NewAgentServiceHandler(svc AgentServiceHandler, opts ...connect.HandlerOpti
 		AgentServiceRekeyVMProcedure,
 		svc.RekeyVM,
 		connect.WithSchema(agentServiceMethods.ByName("RekeyVM")),
+		connect.WithHandlerOptions(opts...),
+	)
+	agentServiceSetRekeyRateHandler := connect.NewUnaryHandler(
+		AgentServiceSetRekeyRateProcedure,
+		svc.SetRekeyRate,
+		connect.WithSchema(agentServiceMethods.ByName("SetRekeyRate")),
 		connect.WithHandlerOptions(opts...),
 	)
 	agentServiceFillDisksHandler := connect.NewServerStreamHandler(
@@ -533,6 +558,8 @@ func NewAgentServiceHandler(svc AgentServiceHandler, opts ...connect.HandlerOpti
 			agentServiceDecryptVMHandler.ServeHTTP(w, r)
 		case AgentServiceRekeyVMProcedure:
 			agentServiceRekeyVMHandler.ServeHTTP(w, r)
+		case AgentServiceSetRekeyRateProcedure:
+			agentServiceSetRekeyRateHandler.ServeHTTP(w, r)
 		case AgentServiceFillDisksProcedure:
 			agentServiceFillDisksHandler.ServeHTTP(w, r)
 		case AgentServiceResizeDiskProcedure:
@@ -578,6 +605,10 @@ func (UnimplementedAgentServiceHandler) DecryptVM(context.Context, *connect.Requ
 
 func (UnimplementedAgentServiceHandler) RekeyVM(context.Context, *connect.Request[v1.AgentRekeyVMRequest], *connect.ServerStream[v1.AgentProgress]) error {
 	return connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.AgentService.RekeyVM is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) SetRekeyRate(context.Context, *connect.Request[v1.AgentSetRekeyRateRequest]) (*connect.Response[v1.AgentSetRekeyRateResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.AgentService.SetRekeyRate is not implemented"))
 }
 
 func (UnimplementedAgentServiceHandler) FillDisks(context.Context, *connect.Request[v1.AgentFillDisksRequest], *connect.ServerStream[v1.AgentProgress]) error {

@@ -49,6 +49,8 @@ const (
 	VMServiceDecryptVMProcedure = "/strongroom.v1.VMService/DecryptVM"
 	// VMServiceRekeyVMProcedure is the fully-qualified name of the VMService's RekeyVM RPC.
 	VMServiceRekeyVMProcedure = "/strongroom.v1.VMService/RekeyVM"
+	// VMServiceSetRekeyRateProcedure is the fully-qualified name of the VMService's SetRekeyRate RPC.
+	VMServiceSetRekeyRateProcedure = "/strongroom.v1.VMService/SetRekeyRate"
 	// VMServiceFillDisksProcedure is the fully-qualified name of the VMService's FillDisks RPC.
 	VMServiceFillDisksProcedure = "/strongroom.v1.VMService/FillDisks"
 	// VMServiceResizeDiskProcedure is the fully-qualified name of the VMService's ResizeDisk RPC.
@@ -79,6 +81,9 @@ type VMServiceClient interface {
 	// RekeyVM gives a VM a new KEK (shallow) or new DEKs too (deep), in any power
 	// state. A deep rekey goes on with one that is under way.
 	RekeyVM(context.Context, *connect.Request[v1.RekeyVMRequest]) (*connect.Response[v1.Task], error)
+	// SetRekeyRate changes how fast the deep rekey of a VM that is under way may
+	// rewrite, at once; its task has the new rate also when it goes on later.
+	SetRekeyRate(context.Context, *connect.Request[v1.SetRekeyRateRequest]) (*connect.Response[v1.Task], error)
 	// FillDisks makes thin disks of a VM that is powered off safe for dm-crypt:
 	// zeros are written to all of their sectors that were never written.
 	FillDisks(context.Context, *connect.Request[v1.FillDisksRequest]) (*connect.Response[v1.Task], error)
@@ -159,6 +164,12 @@ func NewVMServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...c
 			connect.WithSchema(vMServiceMethods.ByName("RekeyVM")),
 			connect.WithClientOptions(opts...),
 		),
+		setRekeyRate: connect.NewClient[v1.SetRekeyRateRequest, v1.Task](
+			httpClient,
+			baseURL+VMServiceSetRekeyRateProcedure,
+			connect.WithSchema(vMServiceMethods.ByName("SetRekeyRate")),
+			connect.WithClientOptions(opts...),
+		),
 		fillDisks: connect.NewClient[v1.FillDisksRequest, v1.Task](
 			httpClient,
 			baseURL+VMServiceFillDisksProcedure,
@@ -214,6 +225,7 @@ type vMServiceClient struct {
 	encryptVM     *connect.Client[v1.EncryptVMRequest, v1.Task]
 	decryptVM     *connect.Client[v1.DecryptVMRequest, v1.Task]
 	rekeyVM       *connect.Client[v1.RekeyVMRequest, v1.Task]
+	setRekeyRate  *connect.Client[v1.SetRekeyRateRequest, v1.Task]
 	fillDisks     *connect.Client[v1.FillDisksRequest, v1.Task]
 	resizeDisk    *connect.Client[v1.ResizeDiskRequest, v1.Task]
 	exportDiskKey *connect.Client[v1.ExportDiskKeyRequest, v1.ExportDiskKeyResponse]
@@ -261,6 +273,11 @@ func (c *vMServiceClient) DecryptVM(ctx context.Context, req *connect.Request[v1
 // RekeyVM calls strongroom.v1.VMService.RekeyVM.
 func (c *vMServiceClient) RekeyVM(ctx context.Context, req *connect.Request[v1.RekeyVMRequest]) (*connect.Response[v1.Task], error) {
 	return c.rekeyVM.CallUnary(ctx, req)
+}
+
+// SetRekeyRate calls strongroom.v1.VMService.SetRekeyRate.
+func (c *vMServiceClient) SetRekeyRate(ctx context.Context, req *connect.Request[v1.SetRekeyRateRequest]) (*connect.Response[v1.Task], error) {
+	return c.setRekeyRate.CallUnary(ctx, req)
 }
 
 // FillDisks calls strongroom.v1.VMService.FillDisks.
@@ -312,6 +329,9 @@ type VMServiceHandler interface {
 	// RekeyVM gives a VM a new KEK (shallow) or new DEKs too (deep), in any power
 	// state. A deep rekey goes on with one that is under way.
 	RekeyVM(context.Context, *connect.Request[v1.RekeyVMRequest]) (*connect.Response[v1.Task], error)
+	// SetRekeyRate changes how fast the deep rekey of a VM that is under way may
+	// rewrite, at once; its task has the new rate also when it goes on later.
+	SetRekeyRate(context.Context, *connect.Request[v1.SetRekeyRateRequest]) (*connect.Response[v1.Task], error)
 	// FillDisks makes thin disks of a VM that is powered off safe for dm-crypt:
 	// zeros are written to all of their sectors that were never written.
 	FillDisks(context.Context, *connect.Request[v1.FillDisksRequest]) (*connect.Response[v1.Task], error)
@@ -388,6 +408,12 @@ func NewVMServiceHandler(svc VMServiceHandler, opts ...connect.HandlerOption) (s
 		connect.WithSchema(vMServiceMethods.ByName("RekeyVM")),
 		connect.WithHandlerOptions(opts...),
 	)
+	vMServiceSetRekeyRateHandler := connect.NewUnaryHandler(
+		VMServiceSetRekeyRateProcedure,
+		svc.SetRekeyRate,
+		connect.WithSchema(vMServiceMethods.ByName("SetRekeyRate")),
+		connect.WithHandlerOptions(opts...),
+	)
 	vMServiceFillDisksHandler := connect.NewUnaryHandler(
 		VMServiceFillDisksProcedure,
 		svc.FillDisks,
@@ -448,6 +474,8 @@ func NewVMServiceHandler(svc VMServiceHandler, opts ...connect.HandlerOption) (s
 			vMServiceDecryptVMHandler.ServeHTTP(w, r)
 		case VMServiceRekeyVMProcedure:
 			vMServiceRekeyVMHandler.ServeHTTP(w, r)
+		case VMServiceSetRekeyRateProcedure:
+			vMServiceSetRekeyRateHandler.ServeHTTP(w, r)
 		case VMServiceFillDisksProcedure:
 			vMServiceFillDisksHandler.ServeHTTP(w, r)
 		case VMServiceResizeDiskProcedure:
@@ -501,6 +529,10 @@ func (UnimplementedVMServiceHandler) DecryptVM(context.Context, *connect.Request
 
 func (UnimplementedVMServiceHandler) RekeyVM(context.Context, *connect.Request[v1.RekeyVMRequest]) (*connect.Response[v1.Task], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.VMService.RekeyVM is not implemented"))
+}
+
+func (UnimplementedVMServiceHandler) SetRekeyRate(context.Context, *connect.Request[v1.SetRekeyRateRequest]) (*connect.Response[v1.Task], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.VMService.SetRekeyRate is not implemented"))
 }
 
 func (UnimplementedVMServiceHandler) FillDisks(context.Context, *connect.Request[v1.FillDisksRequest]) (*connect.Response[v1.Task], error) {
