@@ -35,6 +35,8 @@ var (
 	ErrBadSize = errors.New("size is negative, no multiple of the block size, or fixed by the storage")
 	// ErrNoDirect: the storage does not do direct I/O.
 	ErrNoDirect = errors.New("direct I/O is not possible here")
+	// ErrNoClone: the storage cannot share blocks between the two devices.
+	ErrNoClone = errors.New("the storage cannot clone it")
 	// ErrNotStorage: what a path names cannot be a device.
 	ErrNotStorage = errors.New("it is neither a regular file nor a block device")
 )
@@ -107,6 +109,16 @@ type Extenter interface {
 	// a hint: data that happens to be zero may be reported as data, a hole
 	// never as anything but zeros.
 	NextExtent(off int64) (Extent, error)
+}
+
+// Cloner is a Device that can take over the contents of another one without
+// copying them: both share their blocks until one of them is written.
+type Cloner interface {
+	Device
+	// CloneFrom gives the device the size and contents of src, which is flushed.
+	// It returns [ErrNoClone], and then has changed nothing, if the storage does
+	// not do that; the caller copies instead. It becomes durable with a Flush.
+	CloneFrom(src Device) error
 }
 
 // HeaderLocker is a Device whose header another program may read or write while

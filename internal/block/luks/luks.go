@@ -121,8 +121,8 @@ func newHeader(opts Options) (*Header, error) {
 	if opts.UUID == "" {
 		opts.UUID = uuid.NewString()
 	}
-	if id, err := uuid.Parse(opts.UUID); err != nil || id.String() != opts.UUID {
-		return nil, fmt.Errorf("%q is not a UUID in canonical form", opts.UUID)
+	if err := checkUUID(opts.UUID); err != nil {
+		return nil, err
 	}
 	if opts.SectorSize == 0 {
 		opts.SectorSize = 512
@@ -206,6 +206,23 @@ func (h *Header) SetLabel(label string) error {
 		return fmt.Errorf("cannot set label: %w", err)
 	}
 	h.bin.label = label
+	return nil
+}
+
+// SetUUID changes the volume's UUID, given in its canonical form. A key safe in
+// the header belongs to the old one: [Header.SetSafe] replaces it.
+func (h *Header) SetUUID(id string) error {
+	if err := checkUUID(id); err != nil {
+		return fmt.Errorf("cannot set UUID: %w", err)
+	}
+	h.bin.uuid = id
+	return nil
+}
+
+func checkUUID(id string) error {
+	if parsed, err := uuid.Parse(id); err != nil || parsed.String() != id {
+		return fmt.Errorf("%q is not a UUID in canonical form", id)
+	}
 	return nil
 }
 

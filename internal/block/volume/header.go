@@ -214,6 +214,16 @@ func ReplaceSafe(dev blockdev.Device, safe *keysafe.Safe) error {
 	return replaceSafe(dev, safe, func(*luks.Header) error { return nil })
 }
 
+// Reidentify makes of a copy of a volume, which is not open, a volume of its own:
+// with another UUID and, in place of the original's, a key safe for it. The DEK,
+// the data and passphrases stay. It commits both header copies, durably; after an
+// error the header may be either. It returns [ErrWrongSafe] if the safe is nil or
+// its owner is not [Owner] of uuid, [ErrRekeying] during a deep rekey, and then
+// changes nothing.
+func Reidentify(dev blockdev.Device, uuid string, safe *keysafe.Safe) error {
+	return replaceSafe(dev, safe, func(h *luks.Header) error { return h.SetUUID(uuid) })
+}
+
 // ReplaceSafe does the same for an open volume, which goes on working
 // meanwhile. It also returns [ErrChanged] if the header is not that of the
 // volume which was opened.
@@ -244,9 +254,9 @@ func (v *Volume) unchanged(h *luks.Header) error {
 	return nil
 }
 
-// replaceSafe commits a header with the safe if the header passes check. The
-// header is read anew each time: a failed commit leaves what only the storage
-// knows.
+// replaceSafe commits a header with the safe if the header passes check, which may
+// change it. The header is read anew each time: a failed commit leaves what only
+// the storage knows.
 func replaceSafe(dev blockdev.Device, safe *keysafe.Safe, check func(*luks.Header) error) error {
 	if safe == nil {
 		return fmt.Errorf("cannot replace key safe: %w: there is none", ErrWrongSafe)
