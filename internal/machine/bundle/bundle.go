@@ -142,6 +142,9 @@ var (
 // ValidName reports whether s can be a VM's, a folder's or a disk's name.
 func ValidName(s string) bool { return namePattern.MatchString(s) }
 
+// ValidID reports whether s can be a VM's id.
+func ValidID(s string) bool { return canonicalUUID(s) }
+
 // Validate returns an error of kind [errs.Invalid] unless vm keeps every rule
 // of the format.
 func (vm *VM) Validate() error {

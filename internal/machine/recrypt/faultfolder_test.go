@@ -27,6 +27,7 @@ type faultFolder struct {
 	names   map[string]*node // as seen now
 	durable map[string]*node // as of the last sync
 	pending []func(map[string]*node)
+	reflink bool // its files can be clones
 }
 
 var _ recrypt.Folder = (*faultFolder)(nil)
@@ -209,7 +210,10 @@ type handle struct {
 	closed bool
 }
 
-var _ blockdev.Extenter = (*handle)(nil)
+var (
+	_ blockdev.Extenter = (*handle)(nil)
+	_ blockdev.Cloner   = (*handle)(nil)
+)
 
 // do runs a request as one operation of the folder.
 func (h *handle) do(what string, request func(*faultdev.Device) error) error {
@@ -254,6 +258,43 @@ func (h *handle) Flush() error { return h.do("flush", (*faultdev.Device).Flush) 
 
 func (h *handle) Resize(size int64) error {
 	return h.do("resize", func(d *faultdev.Device) error { return d.Resize(size) })
+}
+
+// CloneFrom is one operation, which a fault does in part at most.
+func (h *handle) CloneFrom(src blockdev.Device) error {
+	if !h.folder.reflink {
+		return blockdev.ErrNoClone
+	}
+	type piece struct {
+		off  int64
+		data []byte
+	}
+	var pieces []piece
+	for off := int64(0); off < src.Size(); {
+		e, err := src.(blockdev.Extenter).NextExtent(off)
+		if err != nil {
+			return err
+		}
+		if !e.Hole {
+			p := piece{off, make([]byte, e.Length)}
+			if _, err := src.ReadAt(p.data, off); err != nil {
+				return err
+			}
+			pieces = append(pieces, p)
+		}
+		off += e.Length
+	}
+	return h.do("clone", func(d *faultdev.Device) error {
+		if err := d.Resize(src.Size()); err != nil {
+			return err
+		}
+		for _, p := range pieces {
+			if _, err := d.WriteAt(p.data, p.off); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
 }
 
 func (h *handle) NextExtent(off int64) (blockdev.Extent, error) { return h.node.dev.NextExtent(off) }
