@@ -40,6 +40,16 @@ func operations() []interrupted {
 			},
 			".creating-*/disk-0.luks.new", false, true,
 		},
+		{
+			"clone", func(t *testing.T, s *site, vm string) {
+				t.Helper()
+				if _, err := os.Lstat(s.folder("original")); os.IsNotExist(err) {
+					create("--encrypt")(t, s, "original")
+				}
+			},
+			func(vm string) []string { return []string{"vm", "clone", "original", vm, "--recrypt"} },
+			".creating-*/disk-0.luks.new", false, true,
+		},
 		{"encrypt", create(), func(vm string) []string { return []string{"vm", "encrypt", vm} }, "VM/disk-0.luks.new", false, true},
 		{"decrypt", create("--encrypt"), func(vm string) []string { return []string{"vm", "decrypt", vm, "--yes"} }, "VM/disk-0.raw.new", true, false},
 	}
@@ -144,7 +154,7 @@ func cancels(t *testing.T, s *site, sum string) {
 			if left := s.leftovers(t); len(left) > 0 {
 				t.Errorf("left over: %v", left)
 			}
-			if op.name == "create" {
+			if op.name == "create" || op.name == "clone" {
 				s.refused(t, refusal{3, vm, "strongroom vm ls"}, "vm", "show", vm)
 				if _, err := os.Lstat(s.folder(vm)); !os.IsNotExist(err) {
 					t.Errorf("the VM's folder is there: %v", err)

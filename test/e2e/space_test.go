@@ -135,6 +135,22 @@ func TestFullDatastore(t *testing.T) {
 			unchanged(t, c.after)
 		})
 	}
+	t.Run("clone", func(t *testing.T) {
+		s.ok(t, "vm", "encrypt", "web-1")
+		for _, args := range [][]string{{"vm", "clone", "web-1", "web-2"}, {"vm", "clone", "web-1", "web-2", "--recrypt"}} {
+			free := fill(t, s.store, 8<<20)
+			s.refused(t, noSpace, args...)
+			unchanged(t, true)
+			s.refused(t, refusal{3, "web-2", "strongroom vm ls"}, "vm", "show", "web-2")
+			free()
+			s.ok(t, args...)
+			if s.content(t, "web-2", "disk-0") != sum {
+				t.Error("the clone does not hold what its original does")
+			}
+			s.ok(t, "vm", "delete", "web-2", "--yes")
+		}
+		s.ok(t, "vm", "decrypt", "web-1", "--yes")
+	})
 	t.Run("deep rekey", func(t *testing.T) { // in place, it needs room for its journal only
 		s.ok(t, "vm", "encrypt", "web-1")
 		deep := []string{"vm", "rekey", "web-1", "--deep"}

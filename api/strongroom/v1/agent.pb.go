@@ -1052,6 +1052,94 @@ func (x *AgentCreateVMRequest) GetPassphrases() map[uint32][]byte {
 	return nil
 }
 
+type AgentCloneVMRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Of the clone; the controller chooses it, so that a repeated call is known.
+	Id        string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Name      string `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Datastore string `protobuf:"bytes,3,opt,name=datastore,proto3" json:"datastore,omitempty"`
+	// The VM that is cloned, on this host and powered off.
+	SourceId string `protobuf:"bytes,4,opt,name=source_id,json=sourceId,proto3" json:"source_id,omitempty"`
+	// The clone's KEK; unset if the source has no encrypted disk.
+	Key *KeyRef `protobuf:"bytes,5,opt,name=key,proto3" json:"key,omitempty"`
+	// New DEKs too.
+	Recrypt       bool `protobuf:"varint,6,opt,name=recrypt,proto3" json:"recrypt,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AgentCloneVMRequest) Reset() {
+	*x = AgentCloneVMRequest{}
+	mi := &file_strongroom_v1_agent_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AgentCloneVMRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AgentCloneVMRequest) ProtoMessage() {}
+
+func (x *AgentCloneVMRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_agent_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AgentCloneVMRequest.ProtoReflect.Descriptor instead.
+func (*AgentCloneVMRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *AgentCloneVMRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *AgentCloneVMRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *AgentCloneVMRequest) GetDatastore() string {
+	if x != nil {
+		return x.Datastore
+	}
+	return ""
+}
+
+func (x *AgentCloneVMRequest) GetSourceId() string {
+	if x != nil {
+		return x.SourceId
+	}
+	return ""
+}
+
+func (x *AgentCloneVMRequest) GetKey() *KeyRef {
+	if x != nil {
+		return x.Key
+	}
+	return nil
+}
+
+func (x *AgentCloneVMRequest) GetRecrypt() bool {
+	if x != nil {
+		return x.Recrypt
+	}
+	return false
+}
+
 type AgentEncryptVMRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -1065,7 +1153,7 @@ type AgentEncryptVMRequest struct {
 
 func (x *AgentEncryptVMRequest) Reset() {
 	*x = AgentEncryptVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[15]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1077,7 +1165,7 @@ func (x *AgentEncryptVMRequest) String() string {
 func (*AgentEncryptVMRequest) ProtoMessage() {}
 
 func (x *AgentEncryptVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[15]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1090,7 +1178,7 @@ func (x *AgentEncryptVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentEncryptVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentEncryptVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{15}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *AgentEncryptVMRequest) GetId() string {
@@ -1132,7 +1220,7 @@ type AgentDecryptVMRequest struct {
 
 func (x *AgentDecryptVMRequest) Reset() {
 	*x = AgentDecryptVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[16]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1144,7 +1232,7 @@ func (x *AgentDecryptVMRequest) String() string {
 func (*AgentDecryptVMRequest) ProtoMessage() {}
 
 func (x *AgentDecryptVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[16]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1157,7 +1245,7 @@ func (x *AgentDecryptVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentDecryptVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentDecryptVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *AgentDecryptVMRequest) GetId() string {
@@ -1199,7 +1287,7 @@ type AgentRekeyVMRequest struct {
 
 func (x *AgentRekeyVMRequest) Reset() {
 	*x = AgentRekeyVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[17]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1211,7 +1299,7 @@ func (x *AgentRekeyVMRequest) String() string {
 func (*AgentRekeyVMRequest) ProtoMessage() {}
 
 func (x *AgentRekeyVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[17]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1224,7 +1312,7 @@ func (x *AgentRekeyVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentRekeyVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentRekeyVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *AgentRekeyVMRequest) GetId() string {
@@ -1273,7 +1361,7 @@ type AgentSetRekeyRateRequest struct {
 
 func (x *AgentSetRekeyRateRequest) Reset() {
 	*x = AgentSetRekeyRateRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[18]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1285,7 +1373,7 @@ func (x *AgentSetRekeyRateRequest) String() string {
 func (*AgentSetRekeyRateRequest) ProtoMessage() {}
 
 func (x *AgentSetRekeyRateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[18]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1298,7 +1386,7 @@ func (x *AgentSetRekeyRateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentSetRekeyRateRequest.ProtoReflect.Descriptor instead.
 func (*AgentSetRekeyRateRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *AgentSetRekeyRateRequest) GetId() string {
@@ -1323,7 +1411,7 @@ type AgentSetRekeyRateResponse struct {
 
 func (x *AgentSetRekeyRateResponse) Reset() {
 	*x = AgentSetRekeyRateResponse{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[19]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1335,7 +1423,7 @@ func (x *AgentSetRekeyRateResponse) String() string {
 func (*AgentSetRekeyRateResponse) ProtoMessage() {}
 
 func (x *AgentSetRekeyRateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[19]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1348,7 +1436,7 @@ func (x *AgentSetRekeyRateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentSetRekeyRateResponse.ProtoReflect.Descriptor instead.
 func (*AgentSetRekeyRateResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 type AgentFillDisksRequest struct {
@@ -1361,7 +1449,7 @@ type AgentFillDisksRequest struct {
 
 func (x *AgentFillDisksRequest) Reset() {
 	*x = AgentFillDisksRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[20]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1373,7 +1461,7 @@ func (x *AgentFillDisksRequest) String() string {
 func (*AgentFillDisksRequest) ProtoMessage() {}
 
 func (x *AgentFillDisksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[20]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1386,7 +1474,7 @@ func (x *AgentFillDisksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentFillDisksRequest.ProtoReflect.Descriptor instead.
 func (*AgentFillDisksRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *AgentFillDisksRequest) GetId() string {
@@ -1414,7 +1502,7 @@ type AgentResizeDiskRequest struct {
 
 func (x *AgentResizeDiskRequest) Reset() {
 	*x = AgentResizeDiskRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[21]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1426,7 +1514,7 @@ func (x *AgentResizeDiskRequest) String() string {
 func (*AgentResizeDiskRequest) ProtoMessage() {}
 
 func (x *AgentResizeDiskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[21]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1439,7 +1527,7 @@ func (x *AgentResizeDiskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentResizeDiskRequest.ProtoReflect.Descriptor instead.
 func (*AgentResizeDiskRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *AgentResizeDiskRequest) GetId() string {
@@ -1475,7 +1563,7 @@ type AgentExportDiskKeyRequest struct {
 
 func (x *AgentExportDiskKeyRequest) Reset() {
 	*x = AgentExportDiskKeyRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[22]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1487,7 +1575,7 @@ func (x *AgentExportDiskKeyRequest) String() string {
 func (*AgentExportDiskKeyRequest) ProtoMessage() {}
 
 func (x *AgentExportDiskKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[22]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1500,7 +1588,7 @@ func (x *AgentExportDiskKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentExportDiskKeyRequest.ProtoReflect.Descriptor instead.
 func (*AgentExportDiskKeyRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *AgentExportDiskKeyRequest) GetId() string {
@@ -1533,7 +1621,7 @@ type AgentPowerOnVMRequest struct {
 
 func (x *AgentPowerOnVMRequest) Reset() {
 	*x = AgentPowerOnVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[23]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1545,7 +1633,7 @@ func (x *AgentPowerOnVMRequest) String() string {
 func (*AgentPowerOnVMRequest) ProtoMessage() {}
 
 func (x *AgentPowerOnVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[23]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1558,7 +1646,7 @@ func (x *AgentPowerOnVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentPowerOnVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentPowerOnVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *AgentPowerOnVMRequest) GetId() string {
@@ -1579,7 +1667,7 @@ type AgentPowerOffVMRequest struct {
 
 func (x *AgentPowerOffVMRequest) Reset() {
 	*x = AgentPowerOffVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[24]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1591,7 +1679,7 @@ func (x *AgentPowerOffVMRequest) String() string {
 func (*AgentPowerOffVMRequest) ProtoMessage() {}
 
 func (x *AgentPowerOffVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[24]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1604,7 +1692,7 @@ func (x *AgentPowerOffVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentPowerOffVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentPowerOffVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *AgentPowerOffVMRequest) GetId() string {
@@ -1639,7 +1727,7 @@ type AgentRegisterVMRequest struct {
 
 func (x *AgentRegisterVMRequest) Reset() {
 	*x = AgentRegisterVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[25]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1651,7 +1739,7 @@ func (x *AgentRegisterVMRequest) String() string {
 func (*AgentRegisterVMRequest) ProtoMessage() {}
 
 func (x *AgentRegisterVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[25]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1664,7 +1752,7 @@ func (x *AgentRegisterVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentRegisterVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentRegisterVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *AgentRegisterVMRequest) GetDatastore() string {
@@ -1697,7 +1785,7 @@ type AgentUnregisterVMRequest struct {
 
 func (x *AgentUnregisterVMRequest) Reset() {
 	*x = AgentUnregisterVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[26]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1709,7 +1797,7 @@ func (x *AgentUnregisterVMRequest) String() string {
 func (*AgentUnregisterVMRequest) ProtoMessage() {}
 
 func (x *AgentUnregisterVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[26]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1722,7 +1810,7 @@ func (x *AgentUnregisterVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentUnregisterVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentUnregisterVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *AgentUnregisterVMRequest) GetId() string {
@@ -1740,7 +1828,7 @@ type AgentUnregisterVMResponse struct {
 
 func (x *AgentUnregisterVMResponse) Reset() {
 	*x = AgentUnregisterVMResponse{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[27]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1752,7 +1840,7 @@ func (x *AgentUnregisterVMResponse) String() string {
 func (*AgentUnregisterVMResponse) ProtoMessage() {}
 
 func (x *AgentUnregisterVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[27]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1765,7 +1853,7 @@ func (x *AgentUnregisterVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentUnregisterVMResponse.ProtoReflect.Descriptor instead.
 func (*AgentUnregisterVMResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 type AgentDeleteVMRequest struct {
@@ -1777,7 +1865,7 @@ type AgentDeleteVMRequest struct {
 
 func (x *AgentDeleteVMRequest) Reset() {
 	*x = AgentDeleteVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[28]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1789,7 +1877,7 @@ func (x *AgentDeleteVMRequest) String() string {
 func (*AgentDeleteVMRequest) ProtoMessage() {}
 
 func (x *AgentDeleteVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[28]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1802,7 +1890,7 @@ func (x *AgentDeleteVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentDeleteVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentDeleteVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *AgentDeleteVMRequest) GetId() string {
@@ -1820,7 +1908,7 @@ type AgentDeleteVMResponse struct {
 
 func (x *AgentDeleteVMResponse) Reset() {
 	*x = AgentDeleteVMResponse{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[29]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1832,7 +1920,7 @@ func (x *AgentDeleteVMResponse) String() string {
 func (*AgentDeleteVMResponse) ProtoMessage() {}
 
 func (x *AgentDeleteVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[29]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1845,7 +1933,7 @@ func (x *AgentDeleteVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentDeleteVMResponse.ProtoReflect.Descriptor instead.
 func (*AgentDeleteVMResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{30}
 }
 
 type AgentGetVMRequest struct {
@@ -1857,7 +1945,7 @@ type AgentGetVMRequest struct {
 
 func (x *AgentGetVMRequest) Reset() {
 	*x = AgentGetVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[30]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1869,7 +1957,7 @@ func (x *AgentGetVMRequest) String() string {
 func (*AgentGetVMRequest) ProtoMessage() {}
 
 func (x *AgentGetVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[30]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1882,7 +1970,7 @@ func (x *AgentGetVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentGetVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentGetVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{30}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *AgentGetVMRequest) GetId() string {
@@ -1901,7 +1989,7 @@ type AgentVMResponse struct {
 
 func (x *AgentVMResponse) Reset() {
 	*x = AgentVMResponse{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[31]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1913,7 +2001,7 @@ func (x *AgentVMResponse) String() string {
 func (*AgentVMResponse) ProtoMessage() {}
 
 func (x *AgentVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[31]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1926,7 +2014,7 @@ func (x *AgentVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentVMResponse.ProtoReflect.Descriptor instead.
 func (*AgentVMResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{31}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *AgentVMResponse) GetVm() *VM {
@@ -2031,7 +2119,14 @@ const file_strongroom_v1_agent_proto_rawDesc = "" +
 	"\vpassphrases\x18\a \x03(\v24.strongroom.v1.AgentCreateVMRequest.PassphrasesEntryR\vpassphrases\x1a>\n" +
 	"\x10PassphrasesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\rR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\fR\x05value:\x028\x01\"z\n" +
+	"\x05value\x18\x02 \x01(\fR\x05value:\x028\x01\"\xb7\x01\n" +
+	"\x13AgentCloneVMRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1c\n" +
+	"\tdatastore\x18\x03 \x01(\tR\tdatastore\x12\x1b\n" +
+	"\tsource_id\x18\x04 \x01(\tR\bsourceId\x12'\n" +
+	"\x03key\x18\x05 \x01(\v2\x15.strongroom.v1.KeyRefR\x03key\x12\x18\n" +
+	"\arecrypt\x18\x06 \x01(\bR\arecrypt\"z\n" +
 	"\x15AgentEncryptVMRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05disks\x18\x02 \x03(\tR\x05disks\x12'\n" +
@@ -2086,11 +2181,13 @@ const file_strongroom_v1_agent_proto_rawDesc = "" +
 	"\rEnrollService\x12E\n" +
 	"\x04Join\x12\x1a.strongroom.v1.JoinRequest\x1a\x1b.strongroom.v1.JoinResponse\"\x04\x90\xb5\x18\x01\x12X\n" +
 	"\tHeartbeat\x12\x1f.strongroom.v1.HeartbeatRequest\x1a .strongroom.v1.HeartbeatResponse\"\b\xa2\xb5\x18\x04host\x12m\n" +
-	"\x10RenewCertificate\x12&.strongroom.v1.RenewCertificateRequest\x1a'.strongroom.v1.RenewCertificateResponse\"\b\xa2\xb5\x18\x04host2\xff\v\n" +
+	"\x10RenewCertificate\x12&.strongroom.v1.RenewCertificateRequest\x1a'.strongroom.v1.RenewCertificateResponse\"\b\xa2\xb5\x18\x04host2\xde\f\n" +
 	"\fAgentService\x12[\n" +
 	"\bSyncHost\x12\x1e.strongroom.v1.SyncHostRequest\x1a\x1f.strongroom.v1.SyncHostResponse\"\x0e\xa2\xb5\x18\n" +
 	"controller\x12_\n" +
 	"\bCreateVM\x12#.strongroom.v1.AgentCreateVMRequest\x1a\x1c.strongroom.v1.AgentProgress\"\x0e\xa2\xb5\x18\n" +
+	"controller0\x01\x12]\n" +
+	"\aCloneVM\x12\".strongroom.v1.AgentCloneVMRequest\x1a\x1c.strongroom.v1.AgentProgress\"\x0e\xa2\xb5\x18\n" +
 	"controller0\x01\x12a\n" +
 	"\tEncryptVM\x12$.strongroom.v1.AgentEncryptVMRequest\x1a\x1c.strongroom.v1.AgentProgress\"\x0e\xa2\xb5\x18\n" +
 	"controller0\x01\x12a\n" +
@@ -2134,7 +2231,7 @@ func file_strongroom_v1_agent_proto_rawDescGZIP() []byte {
 	return file_strongroom_v1_agent_proto_rawDescData
 }
 
-var file_strongroom_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 35)
+var file_strongroom_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 36)
 var file_strongroom_v1_agent_proto_goTypes = []any{
 	(*JoinRequest)(nil),               // 0: strongroom.v1.JoinRequest
 	(*JoinResponse)(nil),              // 1: strongroom.v1.JoinResponse
@@ -2151,95 +2248,99 @@ var file_strongroom_v1_agent_proto_goTypes = []any{
 	(*DatastoreSpace)(nil),            // 12: strongroom.v1.DatastoreSpace
 	(*AgentProgress)(nil),             // 13: strongroom.v1.AgentProgress
 	(*AgentCreateVMRequest)(nil),      // 14: strongroom.v1.AgentCreateVMRequest
-	(*AgentEncryptVMRequest)(nil),     // 15: strongroom.v1.AgentEncryptVMRequest
-	(*AgentDecryptVMRequest)(nil),     // 16: strongroom.v1.AgentDecryptVMRequest
-	(*AgentRekeyVMRequest)(nil),       // 17: strongroom.v1.AgentRekeyVMRequest
-	(*AgentSetRekeyRateRequest)(nil),  // 18: strongroom.v1.AgentSetRekeyRateRequest
-	(*AgentSetRekeyRateResponse)(nil), // 19: strongroom.v1.AgentSetRekeyRateResponse
-	(*AgentFillDisksRequest)(nil),     // 20: strongroom.v1.AgentFillDisksRequest
-	(*AgentResizeDiskRequest)(nil),    // 21: strongroom.v1.AgentResizeDiskRequest
-	(*AgentExportDiskKeyRequest)(nil), // 22: strongroom.v1.AgentExportDiskKeyRequest
-	(*AgentPowerOnVMRequest)(nil),     // 23: strongroom.v1.AgentPowerOnVMRequest
-	(*AgentPowerOffVMRequest)(nil),    // 24: strongroom.v1.AgentPowerOffVMRequest
-	(*AgentRegisterVMRequest)(nil),    // 25: strongroom.v1.AgentRegisterVMRequest
-	(*AgentUnregisterVMRequest)(nil),  // 26: strongroom.v1.AgentUnregisterVMRequest
-	(*AgentUnregisterVMResponse)(nil), // 27: strongroom.v1.AgentUnregisterVMResponse
-	(*AgentDeleteVMRequest)(nil),      // 28: strongroom.v1.AgentDeleteVMRequest
-	(*AgentDeleteVMResponse)(nil),     // 29: strongroom.v1.AgentDeleteVMResponse
-	(*AgentGetVMRequest)(nil),         // 30: strongroom.v1.AgentGetVMRequest
-	(*AgentVMResponse)(nil),           // 31: strongroom.v1.AgentVMResponse
-	nil,                               // 32: strongroom.v1.JoinRequest.CapabilitiesEntry
-	nil,                               // 33: strongroom.v1.HeartbeatRequest.CapabilitiesEntry
-	nil,                               // 34: strongroom.v1.AgentCreateVMRequest.PassphrasesEntry
-	(*VM)(nil),                        // 35: strongroom.v1.VM
-	(*KeyRef)(nil),                    // 36: strongroom.v1.KeyRef
-	(*timestamppb.Timestamp)(nil),     // 37: google.protobuf.Timestamp
-	(*VMSettings)(nil),                // 38: strongroom.v1.VMSettings
-	(*NewDisk)(nil),                   // 39: strongroom.v1.NewDisk
-	(*ExportDiskKeyResponse)(nil),     // 40: strongroom.v1.ExportDiskKeyResponse
+	(*AgentCloneVMRequest)(nil),       // 15: strongroom.v1.AgentCloneVMRequest
+	(*AgentEncryptVMRequest)(nil),     // 16: strongroom.v1.AgentEncryptVMRequest
+	(*AgentDecryptVMRequest)(nil),     // 17: strongroom.v1.AgentDecryptVMRequest
+	(*AgentRekeyVMRequest)(nil),       // 18: strongroom.v1.AgentRekeyVMRequest
+	(*AgentSetRekeyRateRequest)(nil),  // 19: strongroom.v1.AgentSetRekeyRateRequest
+	(*AgentSetRekeyRateResponse)(nil), // 20: strongroom.v1.AgentSetRekeyRateResponse
+	(*AgentFillDisksRequest)(nil),     // 21: strongroom.v1.AgentFillDisksRequest
+	(*AgentResizeDiskRequest)(nil),    // 22: strongroom.v1.AgentResizeDiskRequest
+	(*AgentExportDiskKeyRequest)(nil), // 23: strongroom.v1.AgentExportDiskKeyRequest
+	(*AgentPowerOnVMRequest)(nil),     // 24: strongroom.v1.AgentPowerOnVMRequest
+	(*AgentPowerOffVMRequest)(nil),    // 25: strongroom.v1.AgentPowerOffVMRequest
+	(*AgentRegisterVMRequest)(nil),    // 26: strongroom.v1.AgentRegisterVMRequest
+	(*AgentUnregisterVMRequest)(nil),  // 27: strongroom.v1.AgentUnregisterVMRequest
+	(*AgentUnregisterVMResponse)(nil), // 28: strongroom.v1.AgentUnregisterVMResponse
+	(*AgentDeleteVMRequest)(nil),      // 29: strongroom.v1.AgentDeleteVMRequest
+	(*AgentDeleteVMResponse)(nil),     // 30: strongroom.v1.AgentDeleteVMResponse
+	(*AgentGetVMRequest)(nil),         // 31: strongroom.v1.AgentGetVMRequest
+	(*AgentVMResponse)(nil),           // 32: strongroom.v1.AgentVMResponse
+	nil,                               // 33: strongroom.v1.JoinRequest.CapabilitiesEntry
+	nil,                               // 34: strongroom.v1.HeartbeatRequest.CapabilitiesEntry
+	nil,                               // 35: strongroom.v1.AgentCreateVMRequest.PassphrasesEntry
+	(*VM)(nil),                        // 36: strongroom.v1.VM
+	(*KeyRef)(nil),                    // 37: strongroom.v1.KeyRef
+	(*timestamppb.Timestamp)(nil),     // 38: google.protobuf.Timestamp
+	(*VMSettings)(nil),                // 39: strongroom.v1.VMSettings
+	(*NewDisk)(nil),                   // 40: strongroom.v1.NewDisk
+	(*ExportDiskKeyResponse)(nil),     // 41: strongroom.v1.ExportDiskKeyResponse
 }
 var file_strongroom_v1_agent_proto_depIdxs = []int32{
-	32, // 0: strongroom.v1.JoinRequest.capabilities:type_name -> strongroom.v1.JoinRequest.CapabilitiesEntry
-	33, // 1: strongroom.v1.HeartbeatRequest.capabilities:type_name -> strongroom.v1.HeartbeatRequest.CapabilitiesEntry
+	33, // 0: strongroom.v1.JoinRequest.capabilities:type_name -> strongroom.v1.JoinRequest.CapabilitiesEntry
+	34, // 1: strongroom.v1.HeartbeatRequest.capabilities:type_name -> strongroom.v1.HeartbeatRequest.CapabilitiesEntry
 	3,  // 2: strongroom.v1.HeartbeatRequest.providers:type_name -> strongroom.v1.HeldProvider
-	35, // 3: strongroom.v1.HeartbeatRequest.vms:type_name -> strongroom.v1.VM
+	36, // 3: strongroom.v1.HeartbeatRequest.vms:type_name -> strongroom.v1.VM
 	9,  // 4: strongroom.v1.SyncHostRequest.providers:type_name -> strongroom.v1.WantedProvider
 	10, // 5: strongroom.v1.SyncHostRequest.datastores:type_name -> strongroom.v1.WantedDatastore
 	8,  // 6: strongroom.v1.SyncHostRequest.keks:type_name -> strongroom.v1.WantedKEK
-	36, // 7: strongroom.v1.WantedKEK.key:type_name -> strongroom.v1.KeyRef
-	37, // 8: strongroom.v1.WantedProvider.created:type_name -> google.protobuf.Timestamp
+	37, // 7: strongroom.v1.WantedKEK.key:type_name -> strongroom.v1.KeyRef
+	38, // 8: strongroom.v1.WantedProvider.created:type_name -> google.protobuf.Timestamp
 	3,  // 9: strongroom.v1.SyncHostResponse.providers:type_name -> strongroom.v1.HeldProvider
 	12, // 10: strongroom.v1.SyncHostResponse.datastores:type_name -> strongroom.v1.DatastoreSpace
-	36, // 11: strongroom.v1.SyncHostResponse.missing_keks:type_name -> strongroom.v1.KeyRef
-	35, // 12: strongroom.v1.AgentProgress.result:type_name -> strongroom.v1.VM
-	38, // 13: strongroom.v1.AgentCreateVMRequest.settings:type_name -> strongroom.v1.VMSettings
-	39, // 14: strongroom.v1.AgentCreateVMRequest.disks:type_name -> strongroom.v1.NewDisk
-	36, // 15: strongroom.v1.AgentCreateVMRequest.key:type_name -> strongroom.v1.KeyRef
-	34, // 16: strongroom.v1.AgentCreateVMRequest.passphrases:type_name -> strongroom.v1.AgentCreateVMRequest.PassphrasesEntry
-	36, // 17: strongroom.v1.AgentEncryptVMRequest.key:type_name -> strongroom.v1.KeyRef
-	36, // 18: strongroom.v1.AgentRekeyVMRequest.key:type_name -> strongroom.v1.KeyRef
-	35, // 19: strongroom.v1.AgentVMResponse.vm:type_name -> strongroom.v1.VM
-	0,  // 20: strongroom.v1.EnrollService.Join:input_type -> strongroom.v1.JoinRequest
-	2,  // 21: strongroom.v1.EnrollService.Heartbeat:input_type -> strongroom.v1.HeartbeatRequest
-	5,  // 22: strongroom.v1.EnrollService.RenewCertificate:input_type -> strongroom.v1.RenewCertificateRequest
-	7,  // 23: strongroom.v1.AgentService.SyncHost:input_type -> strongroom.v1.SyncHostRequest
-	14, // 24: strongroom.v1.AgentService.CreateVM:input_type -> strongroom.v1.AgentCreateVMRequest
-	15, // 25: strongroom.v1.AgentService.EncryptVM:input_type -> strongroom.v1.AgentEncryptVMRequest
-	16, // 26: strongroom.v1.AgentService.DecryptVM:input_type -> strongroom.v1.AgentDecryptVMRequest
-	17, // 27: strongroom.v1.AgentService.RekeyVM:input_type -> strongroom.v1.AgentRekeyVMRequest
-	18, // 28: strongroom.v1.AgentService.SetRekeyRate:input_type -> strongroom.v1.AgentSetRekeyRateRequest
-	20, // 29: strongroom.v1.AgentService.FillDisks:input_type -> strongroom.v1.AgentFillDisksRequest
-	21, // 30: strongroom.v1.AgentService.ResizeDisk:input_type -> strongroom.v1.AgentResizeDiskRequest
-	22, // 31: strongroom.v1.AgentService.ExportDiskKey:input_type -> strongroom.v1.AgentExportDiskKeyRequest
-	23, // 32: strongroom.v1.AgentService.PowerOnVM:input_type -> strongroom.v1.AgentPowerOnVMRequest
-	24, // 33: strongroom.v1.AgentService.PowerOffVM:input_type -> strongroom.v1.AgentPowerOffVMRequest
-	25, // 34: strongroom.v1.AgentService.RegisterVM:input_type -> strongroom.v1.AgentRegisterVMRequest
-	26, // 35: strongroom.v1.AgentService.UnregisterVM:input_type -> strongroom.v1.AgentUnregisterVMRequest
-	28, // 36: strongroom.v1.AgentService.DeleteVM:input_type -> strongroom.v1.AgentDeleteVMRequest
-	30, // 37: strongroom.v1.AgentService.GetVM:input_type -> strongroom.v1.AgentGetVMRequest
-	1,  // 38: strongroom.v1.EnrollService.Join:output_type -> strongroom.v1.JoinResponse
-	4,  // 39: strongroom.v1.EnrollService.Heartbeat:output_type -> strongroom.v1.HeartbeatResponse
-	6,  // 40: strongroom.v1.EnrollService.RenewCertificate:output_type -> strongroom.v1.RenewCertificateResponse
-	11, // 41: strongroom.v1.AgentService.SyncHost:output_type -> strongroom.v1.SyncHostResponse
-	13, // 42: strongroom.v1.AgentService.CreateVM:output_type -> strongroom.v1.AgentProgress
-	13, // 43: strongroom.v1.AgentService.EncryptVM:output_type -> strongroom.v1.AgentProgress
-	13, // 44: strongroom.v1.AgentService.DecryptVM:output_type -> strongroom.v1.AgentProgress
-	13, // 45: strongroom.v1.AgentService.RekeyVM:output_type -> strongroom.v1.AgentProgress
-	19, // 46: strongroom.v1.AgentService.SetRekeyRate:output_type -> strongroom.v1.AgentSetRekeyRateResponse
-	13, // 47: strongroom.v1.AgentService.FillDisks:output_type -> strongroom.v1.AgentProgress
-	31, // 48: strongroom.v1.AgentService.ResizeDisk:output_type -> strongroom.v1.AgentVMResponse
-	40, // 49: strongroom.v1.AgentService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
-	31, // 50: strongroom.v1.AgentService.PowerOnVM:output_type -> strongroom.v1.AgentVMResponse
-	31, // 51: strongroom.v1.AgentService.PowerOffVM:output_type -> strongroom.v1.AgentVMResponse
-	31, // 52: strongroom.v1.AgentService.RegisterVM:output_type -> strongroom.v1.AgentVMResponse
-	27, // 53: strongroom.v1.AgentService.UnregisterVM:output_type -> strongroom.v1.AgentUnregisterVMResponse
-	29, // 54: strongroom.v1.AgentService.DeleteVM:output_type -> strongroom.v1.AgentDeleteVMResponse
-	31, // 55: strongroom.v1.AgentService.GetVM:output_type -> strongroom.v1.AgentVMResponse
-	38, // [38:56] is the sub-list for method output_type
-	20, // [20:38] is the sub-list for method input_type
-	20, // [20:20] is the sub-list for extension type_name
-	20, // [20:20] is the sub-list for extension extendee
-	0,  // [0:20] is the sub-list for field type_name
+	37, // 11: strongroom.v1.SyncHostResponse.missing_keks:type_name -> strongroom.v1.KeyRef
+	36, // 12: strongroom.v1.AgentProgress.result:type_name -> strongroom.v1.VM
+	39, // 13: strongroom.v1.AgentCreateVMRequest.settings:type_name -> strongroom.v1.VMSettings
+	40, // 14: strongroom.v1.AgentCreateVMRequest.disks:type_name -> strongroom.v1.NewDisk
+	37, // 15: strongroom.v1.AgentCreateVMRequest.key:type_name -> strongroom.v1.KeyRef
+	35, // 16: strongroom.v1.AgentCreateVMRequest.passphrases:type_name -> strongroom.v1.AgentCreateVMRequest.PassphrasesEntry
+	37, // 17: strongroom.v1.AgentCloneVMRequest.key:type_name -> strongroom.v1.KeyRef
+	37, // 18: strongroom.v1.AgentEncryptVMRequest.key:type_name -> strongroom.v1.KeyRef
+	37, // 19: strongroom.v1.AgentRekeyVMRequest.key:type_name -> strongroom.v1.KeyRef
+	36, // 20: strongroom.v1.AgentVMResponse.vm:type_name -> strongroom.v1.VM
+	0,  // 21: strongroom.v1.EnrollService.Join:input_type -> strongroom.v1.JoinRequest
+	2,  // 22: strongroom.v1.EnrollService.Heartbeat:input_type -> strongroom.v1.HeartbeatRequest
+	5,  // 23: strongroom.v1.EnrollService.RenewCertificate:input_type -> strongroom.v1.RenewCertificateRequest
+	7,  // 24: strongroom.v1.AgentService.SyncHost:input_type -> strongroom.v1.SyncHostRequest
+	14, // 25: strongroom.v1.AgentService.CreateVM:input_type -> strongroom.v1.AgentCreateVMRequest
+	15, // 26: strongroom.v1.AgentService.CloneVM:input_type -> strongroom.v1.AgentCloneVMRequest
+	16, // 27: strongroom.v1.AgentService.EncryptVM:input_type -> strongroom.v1.AgentEncryptVMRequest
+	17, // 28: strongroom.v1.AgentService.DecryptVM:input_type -> strongroom.v1.AgentDecryptVMRequest
+	18, // 29: strongroom.v1.AgentService.RekeyVM:input_type -> strongroom.v1.AgentRekeyVMRequest
+	19, // 30: strongroom.v1.AgentService.SetRekeyRate:input_type -> strongroom.v1.AgentSetRekeyRateRequest
+	21, // 31: strongroom.v1.AgentService.FillDisks:input_type -> strongroom.v1.AgentFillDisksRequest
+	22, // 32: strongroom.v1.AgentService.ResizeDisk:input_type -> strongroom.v1.AgentResizeDiskRequest
+	23, // 33: strongroom.v1.AgentService.ExportDiskKey:input_type -> strongroom.v1.AgentExportDiskKeyRequest
+	24, // 34: strongroom.v1.AgentService.PowerOnVM:input_type -> strongroom.v1.AgentPowerOnVMRequest
+	25, // 35: strongroom.v1.AgentService.PowerOffVM:input_type -> strongroom.v1.AgentPowerOffVMRequest
+	26, // 36: strongroom.v1.AgentService.RegisterVM:input_type -> strongroom.v1.AgentRegisterVMRequest
+	27, // 37: strongroom.v1.AgentService.UnregisterVM:input_type -> strongroom.v1.AgentUnregisterVMRequest
+	29, // 38: strongroom.v1.AgentService.DeleteVM:input_type -> strongroom.v1.AgentDeleteVMRequest
+	31, // 39: strongroom.v1.AgentService.GetVM:input_type -> strongroom.v1.AgentGetVMRequest
+	1,  // 40: strongroom.v1.EnrollService.Join:output_type -> strongroom.v1.JoinResponse
+	4,  // 41: strongroom.v1.EnrollService.Heartbeat:output_type -> strongroom.v1.HeartbeatResponse
+	6,  // 42: strongroom.v1.EnrollService.RenewCertificate:output_type -> strongroom.v1.RenewCertificateResponse
+	11, // 43: strongroom.v1.AgentService.SyncHost:output_type -> strongroom.v1.SyncHostResponse
+	13, // 44: strongroom.v1.AgentService.CreateVM:output_type -> strongroom.v1.AgentProgress
+	13, // 45: strongroom.v1.AgentService.CloneVM:output_type -> strongroom.v1.AgentProgress
+	13, // 46: strongroom.v1.AgentService.EncryptVM:output_type -> strongroom.v1.AgentProgress
+	13, // 47: strongroom.v1.AgentService.DecryptVM:output_type -> strongroom.v1.AgentProgress
+	13, // 48: strongroom.v1.AgentService.RekeyVM:output_type -> strongroom.v1.AgentProgress
+	20, // 49: strongroom.v1.AgentService.SetRekeyRate:output_type -> strongroom.v1.AgentSetRekeyRateResponse
+	13, // 50: strongroom.v1.AgentService.FillDisks:output_type -> strongroom.v1.AgentProgress
+	32, // 51: strongroom.v1.AgentService.ResizeDisk:output_type -> strongroom.v1.AgentVMResponse
+	41, // 52: strongroom.v1.AgentService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
+	32, // 53: strongroom.v1.AgentService.PowerOnVM:output_type -> strongroom.v1.AgentVMResponse
+	32, // 54: strongroom.v1.AgentService.PowerOffVM:output_type -> strongroom.v1.AgentVMResponse
+	32, // 55: strongroom.v1.AgentService.RegisterVM:output_type -> strongroom.v1.AgentVMResponse
+	28, // 56: strongroom.v1.AgentService.UnregisterVM:output_type -> strongroom.v1.AgentUnregisterVMResponse
+	30, // 57: strongroom.v1.AgentService.DeleteVM:output_type -> strongroom.v1.AgentDeleteVMResponse
+	32, // 58: strongroom.v1.AgentService.GetVM:output_type -> strongroom.v1.AgentVMResponse
+	40, // [40:59] is the sub-list for method output_type
+	21, // [21:40] is the sub-list for method input_type
+	21, // [21:21] is the sub-list for extension type_name
+	21, // [21:21] is the sub-list for extension extendee
+	0,  // [0:21] is the sub-list for field type_name
 }
 
 func init() { file_strongroom_v1_agent_proto_init() }
@@ -2255,7 +2356,7 @@ func file_strongroom_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_strongroom_v1_agent_proto_rawDesc), len(file_strongroom_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   35,
+			NumMessages:   36,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

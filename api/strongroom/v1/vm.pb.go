@@ -731,6 +731,87 @@ func (x *CreateVMRequest) GetProvider() string {
 	return ""
 }
 
+type CloneVMRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The VM that is cloned.
+	Name  string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Clone string `protobuf:"bytes,2,opt,name=clone,proto3" json:"clone,omitempty"`
+	// Where the clone goes; empty: the source's datastore.
+	Datastore string `protobuf:"bytes,3,opt,name=datastore,proto3" json:"datastore,omitempty"`
+	// The provider of the clone's KEK; empty: that of the source.
+	Provider string `protobuf:"bytes,4,opt,name=provider,proto3" json:"provider,omitempty"`
+	// Give the clone's disks DEKs of their own. They are rewritten; else they share
+	// blocks with the source where the datastore can do that.
+	Recrypt       bool `protobuf:"varint,5,opt,name=recrypt,proto3" json:"recrypt,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CloneVMRequest) Reset() {
+	*x = CloneVMRequest{}
+	mi := &file_strongroom_v1_vm_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CloneVMRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CloneVMRequest) ProtoMessage() {}
+
+func (x *CloneVMRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_vm_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CloneVMRequest.ProtoReflect.Descriptor instead.
+func (*CloneVMRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *CloneVMRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *CloneVMRequest) GetClone() string {
+	if x != nil {
+		return x.Clone
+	}
+	return ""
+}
+
+func (x *CloneVMRequest) GetDatastore() string {
+	if x != nil {
+		return x.Datastore
+	}
+	return ""
+}
+
+func (x *CloneVMRequest) GetProvider() string {
+	if x != nil {
+		return x.Provider
+	}
+	return ""
+}
+
+func (x *CloneVMRequest) GetRecrypt() bool {
+	if x != nil {
+		return x.Recrypt
+	}
+	return false
+}
+
 type ListVMsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -739,7 +820,7 @@ type ListVMsRequest struct {
 
 func (x *ListVMsRequest) Reset() {
 	*x = ListVMsRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[7]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -751,7 +832,7 @@ func (x *ListVMsRequest) String() string {
 func (*ListVMsRequest) ProtoMessage() {}
 
 func (x *ListVMsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[7]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -764,7 +845,7 @@ func (x *ListVMsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVMsRequest.ProtoReflect.Descriptor instead.
 func (*ListVMsRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{7}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{8}
 }
 
 type ListVMsResponse struct {
@@ -776,7 +857,7 @@ type ListVMsResponse struct {
 
 func (x *ListVMsResponse) Reset() {
 	*x = ListVMsResponse{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[8]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -788,7 +869,7 @@ func (x *ListVMsResponse) String() string {
 func (*ListVMsResponse) ProtoMessage() {}
 
 func (x *ListVMsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[8]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -801,7 +882,7 @@ func (x *ListVMsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVMsResponse.ProtoReflect.Descriptor instead.
 func (*ListVMsResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{8}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ListVMsResponse) GetVms() []*VM {
@@ -820,7 +901,7 @@ type GetVMRequest struct {
 
 func (x *GetVMRequest) Reset() {
 	*x = GetVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[9]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -832,7 +913,7 @@ func (x *GetVMRequest) String() string {
 func (*GetVMRequest) ProtoMessage() {}
 
 func (x *GetVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[9]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -845,7 +926,7 @@ func (x *GetVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetVMRequest.ProtoReflect.Descriptor instead.
 func (*GetVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{9}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *GetVMRequest) GetName() string {
@@ -864,7 +945,7 @@ type PowerOnVMRequest struct {
 
 func (x *PowerOnVMRequest) Reset() {
 	*x = PowerOnVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[10]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -876,7 +957,7 @@ func (x *PowerOnVMRequest) String() string {
 func (*PowerOnVMRequest) ProtoMessage() {}
 
 func (x *PowerOnVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[10]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -889,7 +970,7 @@ func (x *PowerOnVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PowerOnVMRequest.ProtoReflect.Descriptor instead.
 func (*PowerOnVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{10}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *PowerOnVMRequest) GetName() string {
@@ -912,7 +993,7 @@ type PowerOffVMRequest struct {
 
 func (x *PowerOffVMRequest) Reset() {
 	*x = PowerOffVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[11]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -924,7 +1005,7 @@ func (x *PowerOffVMRequest) String() string {
 func (*PowerOffVMRequest) ProtoMessage() {}
 
 func (x *PowerOffVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[11]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -937,7 +1018,7 @@ func (x *PowerOffVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PowerOffVMRequest.ProtoReflect.Descriptor instead.
 func (*PowerOffVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{11}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *PowerOffVMRequest) GetName() string {
@@ -975,7 +1056,7 @@ type EncryptVMRequest struct {
 
 func (x *EncryptVMRequest) Reset() {
 	*x = EncryptVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[12]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -987,7 +1068,7 @@ func (x *EncryptVMRequest) String() string {
 func (*EncryptVMRequest) ProtoMessage() {}
 
 func (x *EncryptVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[12]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1000,7 +1081,7 @@ func (x *EncryptVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EncryptVMRequest.ProtoReflect.Descriptor instead.
 func (*EncryptVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{12}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *EncryptVMRequest) GetName() string {
@@ -1042,7 +1123,7 @@ type DecryptVMRequest struct {
 
 func (x *DecryptVMRequest) Reset() {
 	*x = DecryptVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[13]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1054,7 +1135,7 @@ func (x *DecryptVMRequest) String() string {
 func (*DecryptVMRequest) ProtoMessage() {}
 
 func (x *DecryptVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[13]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1067,7 +1148,7 @@ func (x *DecryptVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecryptVMRequest.ProtoReflect.Descriptor instead.
 func (*DecryptVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{13}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *DecryptVMRequest) GetName() string {
@@ -1106,7 +1187,7 @@ type RekeyVMRequest struct {
 
 func (x *RekeyVMRequest) Reset() {
 	*x = RekeyVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[14]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1118,7 +1199,7 @@ func (x *RekeyVMRequest) String() string {
 func (*RekeyVMRequest) ProtoMessage() {}
 
 func (x *RekeyVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[14]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1131,7 +1212,7 @@ func (x *RekeyVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RekeyVMRequest.ProtoReflect.Descriptor instead.
 func (*RekeyVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{14}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *RekeyVMRequest) GetName() string {
@@ -1180,7 +1261,7 @@ type SetRekeyRateRequest struct {
 
 func (x *SetRekeyRateRequest) Reset() {
 	*x = SetRekeyRateRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[15]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1192,7 +1273,7 @@ func (x *SetRekeyRateRequest) String() string {
 func (*SetRekeyRateRequest) ProtoMessage() {}
 
 func (x *SetRekeyRateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[15]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1205,7 +1286,7 @@ func (x *SetRekeyRateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetRekeyRateRequest.ProtoReflect.Descriptor instead.
 func (*SetRekeyRateRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{15}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *SetRekeyRateRequest) GetName() string {
@@ -1233,7 +1314,7 @@ type FillDisksRequest struct {
 
 func (x *FillDisksRequest) Reset() {
 	*x = FillDisksRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[16]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1245,7 +1326,7 @@ func (x *FillDisksRequest) String() string {
 func (*FillDisksRequest) ProtoMessage() {}
 
 func (x *FillDisksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[16]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1258,7 +1339,7 @@ func (x *FillDisksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FillDisksRequest.ProtoReflect.Descriptor instead.
 func (*FillDisksRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{16}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *FillDisksRequest) GetName() string {
@@ -1287,7 +1368,7 @@ type ResizeDiskRequest struct {
 
 func (x *ResizeDiskRequest) Reset() {
 	*x = ResizeDiskRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[17]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1299,7 +1380,7 @@ func (x *ResizeDiskRequest) String() string {
 func (*ResizeDiskRequest) ProtoMessage() {}
 
 func (x *ResizeDiskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[17]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1312,7 +1393,7 @@ func (x *ResizeDiskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeDiskRequest.ProtoReflect.Descriptor instead.
 func (*ResizeDiskRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{17}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ResizeDiskRequest) GetName() string {
@@ -1348,7 +1429,7 @@ type ExportDiskKeyRequest struct {
 
 func (x *ExportDiskKeyRequest) Reset() {
 	*x = ExportDiskKeyRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[18]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1360,7 +1441,7 @@ func (x *ExportDiskKeyRequest) String() string {
 func (*ExportDiskKeyRequest) ProtoMessage() {}
 
 func (x *ExportDiskKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[18]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1373,7 +1454,7 @@ func (x *ExportDiskKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportDiskKeyRequest.ProtoReflect.Descriptor instead.
 func (*ExportDiskKeyRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{18}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ExportDiskKeyRequest) GetName() string {
@@ -1408,7 +1489,7 @@ type ExportDiskKeyResponse struct {
 
 func (x *ExportDiskKeyResponse) Reset() {
 	*x = ExportDiskKeyResponse{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[19]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1420,7 +1501,7 @@ func (x *ExportDiskKeyResponse) String() string {
 func (*ExportDiskKeyResponse) ProtoMessage() {}
 
 func (x *ExportDiskKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[19]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1433,7 +1514,7 @@ func (x *ExportDiskKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportDiskKeyResponse.ProtoReflect.Descriptor instead.
 func (*ExportDiskKeyResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{19}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ExportDiskKeyResponse) GetParcel() []byte {
@@ -1479,7 +1560,7 @@ type VolumeLayout struct {
 
 func (x *VolumeLayout) Reset() {
 	*x = VolumeLayout{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[20]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1491,7 +1572,7 @@ func (x *VolumeLayout) String() string {
 func (*VolumeLayout) ProtoMessage() {}
 
 func (x *VolumeLayout) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[20]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1504,7 +1585,7 @@ func (x *VolumeLayout) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeLayout.ProtoReflect.Descriptor instead.
 func (*VolumeLayout) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{20}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *VolumeLayout) GetVm() string {
@@ -1611,7 +1692,7 @@ type RegisterVMRequest struct {
 
 func (x *RegisterVMRequest) Reset() {
 	*x = RegisterVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[21]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1623,7 +1704,7 @@ func (x *RegisterVMRequest) String() string {
 func (*RegisterVMRequest) ProtoMessage() {}
 
 func (x *RegisterVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[21]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1636,7 +1717,7 @@ func (x *RegisterVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterVMRequest.ProtoReflect.Descriptor instead.
 func (*RegisterVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{21}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *RegisterVMRequest) GetDatastore() string {
@@ -1676,7 +1757,7 @@ type UnregisterVMRequest struct {
 
 func (x *UnregisterVMRequest) Reset() {
 	*x = UnregisterVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[22]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1688,7 +1769,7 @@ func (x *UnregisterVMRequest) String() string {
 func (*UnregisterVMRequest) ProtoMessage() {}
 
 func (x *UnregisterVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[22]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1701,7 +1782,7 @@ func (x *UnregisterVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnregisterVMRequest.ProtoReflect.Descriptor instead.
 func (*UnregisterVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{22}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *UnregisterVMRequest) GetName() string {
@@ -1720,7 +1801,7 @@ type DeleteVMRequest struct {
 
 func (x *DeleteVMRequest) Reset() {
 	*x = DeleteVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[23]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1732,7 +1813,7 @@ func (x *DeleteVMRequest) String() string {
 func (*DeleteVMRequest) ProtoMessage() {}
 
 func (x *DeleteVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[23]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1745,7 +1826,7 @@ func (x *DeleteVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVMRequest.ProtoReflect.Descriptor instead.
 func (*DeleteVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{23}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *DeleteVMRequest) GetName() string {
@@ -1764,7 +1845,7 @@ type UnlockVMRequest struct {
 
 func (x *UnlockVMRequest) Reset() {
 	*x = UnlockVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[24]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1776,7 +1857,7 @@ func (x *UnlockVMRequest) String() string {
 func (*UnlockVMRequest) ProtoMessage() {}
 
 func (x *UnlockVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[24]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1789,7 +1870,7 @@ func (x *UnlockVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockVMRequest.ProtoReflect.Descriptor instead.
 func (*UnlockVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{24}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *UnlockVMRequest) GetName() string {
@@ -1876,7 +1957,13 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"\bsettings\x18\x04 \x01(\v2\x19.strongroom.v1.VMSettingsR\bsettings\x12,\n" +
 	"\x05disks\x18\x05 \x03(\v2\x16.strongroom.v1.NewDiskR\x05disks\x12\x18\n" +
 	"\aencrypt\x18\x06 \x01(\bR\aencrypt\x12\x1a\n" +
-	"\bprovider\x18\a \x01(\tR\bprovider\"\x10\n" +
+	"\bprovider\x18\a \x01(\tR\bprovider\"\x8e\x01\n" +
+	"\x0eCloneVMRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
+	"\x05clone\x18\x02 \x01(\tR\x05clone\x12\x1c\n" +
+	"\tdatastore\x18\x03 \x01(\tR\tdatastore\x12\x1a\n" +
+	"\bprovider\x18\x04 \x01(\tR\bprovider\x12\x18\n" +
+	"\arecrypt\x18\x05 \x01(\bR\arecrypt\"\x10\n" +
 	"\x0eListVMsRequest\"6\n" +
 	"\x0fListVMsResponse\x12#\n" +
 	"\x03vms\x18\x01 \x03(\v2\x11.strongroom.v1.VMR\x03vms\"\"\n" +
@@ -1950,9 +2037,10 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"\x0fDeleteVMRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"%\n" +
 	"\x0fUnlockVMRequest\x12\x12\n" +
-	"\x04name\x18\x01 \x01(\tR\x04name2\xbf\f\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name2\xa5\r\n" +
 	"\tVMService\x12d\n" +
-	"\bCreateVM\x12\x1e.strongroom.v1.CreateVMRequest\x1a\x13.strongroom.v1.Task\"#\x8a\xb5\x18\x1fVirtualMachine.Inventory.Create\x12Y\n" +
+	"\bCreateVM\x12\x1e.strongroom.v1.CreateVMRequest\x1a\x13.strongroom.v1.Task\"#\x8a\xb5\x18\x1fVirtualMachine.Inventory.Create\x12d\n" +
+	"\aCloneVM\x12\x1d.strongroom.v1.CloneVMRequest\x1a\x13.strongroom.v1.Task\"%\x8a\xb5\x18!VirtualMachine.Provisioning.Clone\x12Y\n" +
 	"\aListVMs\x12\x1d.strongroom.v1.ListVMsRequest\x1a\x1e.strongroom.v1.ListVMsResponse\"\x0f\x8a\xb5\x18\vSystem.Read\x12H\n" +
 	"\x05GetVM\x12\x1b.strongroom.v1.GetVMRequest\x1a\x11.strongroom.v1.VM\"\x0f\x8a\xb5\x18\vSystem.Read\x12f\n" +
 	"\tPowerOnVM\x12\x1f.strongroom.v1.PowerOnVMRequest\x1a\x13.strongroom.v1.Task\"#\x8a\xb5\x18\x1fVirtualMachine.Interact.PowerOn\x12i\n" +
@@ -1984,7 +2072,7 @@ func file_strongroom_v1_vm_proto_rawDescGZIP() []byte {
 	return file_strongroom_v1_vm_proto_rawDescData
 }
 
-var file_strongroom_v1_vm_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
+var file_strongroom_v1_vm_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
 var file_strongroom_v1_vm_proto_goTypes = []any{
 	(*KeyRef)(nil),                // 0: strongroom.v1.KeyRef
 	(*VM)(nil),                    // 1: strongroom.v1.VM
@@ -1993,74 +2081,77 @@ var file_strongroom_v1_vm_proto_goTypes = []any{
 	(*VMSettings)(nil),            // 4: strongroom.v1.VMSettings
 	(*NewDisk)(nil),               // 5: strongroom.v1.NewDisk
 	(*CreateVMRequest)(nil),       // 6: strongroom.v1.CreateVMRequest
-	(*ListVMsRequest)(nil),        // 7: strongroom.v1.ListVMsRequest
-	(*ListVMsResponse)(nil),       // 8: strongroom.v1.ListVMsResponse
-	(*GetVMRequest)(nil),          // 9: strongroom.v1.GetVMRequest
-	(*PowerOnVMRequest)(nil),      // 10: strongroom.v1.PowerOnVMRequest
-	(*PowerOffVMRequest)(nil),     // 11: strongroom.v1.PowerOffVMRequest
-	(*EncryptVMRequest)(nil),      // 12: strongroom.v1.EncryptVMRequest
-	(*DecryptVMRequest)(nil),      // 13: strongroom.v1.DecryptVMRequest
-	(*RekeyVMRequest)(nil),        // 14: strongroom.v1.RekeyVMRequest
-	(*SetRekeyRateRequest)(nil),   // 15: strongroom.v1.SetRekeyRateRequest
-	(*FillDisksRequest)(nil),      // 16: strongroom.v1.FillDisksRequest
-	(*ResizeDiskRequest)(nil),     // 17: strongroom.v1.ResizeDiskRequest
-	(*ExportDiskKeyRequest)(nil),  // 18: strongroom.v1.ExportDiskKeyRequest
-	(*ExportDiskKeyResponse)(nil), // 19: strongroom.v1.ExportDiskKeyResponse
-	(*VolumeLayout)(nil),          // 20: strongroom.v1.VolumeLayout
-	(*RegisterVMRequest)(nil),     // 21: strongroom.v1.RegisterVMRequest
-	(*UnregisterVMRequest)(nil),   // 22: strongroom.v1.UnregisterVMRequest
-	(*DeleteVMRequest)(nil),       // 23: strongroom.v1.DeleteVMRequest
-	(*UnlockVMRequest)(nil),       // 24: strongroom.v1.UnlockVMRequest
-	(*timestamppb.Timestamp)(nil), // 25: google.protobuf.Timestamp
-	(*Task)(nil),                  // 26: strongroom.v1.Task
+	(*CloneVMRequest)(nil),        // 7: strongroom.v1.CloneVMRequest
+	(*ListVMsRequest)(nil),        // 8: strongroom.v1.ListVMsRequest
+	(*ListVMsResponse)(nil),       // 9: strongroom.v1.ListVMsResponse
+	(*GetVMRequest)(nil),          // 10: strongroom.v1.GetVMRequest
+	(*PowerOnVMRequest)(nil),      // 11: strongroom.v1.PowerOnVMRequest
+	(*PowerOffVMRequest)(nil),     // 12: strongroom.v1.PowerOffVMRequest
+	(*EncryptVMRequest)(nil),      // 13: strongroom.v1.EncryptVMRequest
+	(*DecryptVMRequest)(nil),      // 14: strongroom.v1.DecryptVMRequest
+	(*RekeyVMRequest)(nil),        // 15: strongroom.v1.RekeyVMRequest
+	(*SetRekeyRateRequest)(nil),   // 16: strongroom.v1.SetRekeyRateRequest
+	(*FillDisksRequest)(nil),      // 17: strongroom.v1.FillDisksRequest
+	(*ResizeDiskRequest)(nil),     // 18: strongroom.v1.ResizeDiskRequest
+	(*ExportDiskKeyRequest)(nil),  // 19: strongroom.v1.ExportDiskKeyRequest
+	(*ExportDiskKeyResponse)(nil), // 20: strongroom.v1.ExportDiskKeyResponse
+	(*VolumeLayout)(nil),          // 21: strongroom.v1.VolumeLayout
+	(*RegisterVMRequest)(nil),     // 22: strongroom.v1.RegisterVMRequest
+	(*UnregisterVMRequest)(nil),   // 23: strongroom.v1.UnregisterVMRequest
+	(*DeleteVMRequest)(nil),       // 24: strongroom.v1.DeleteVMRequest
+	(*UnlockVMRequest)(nil),       // 25: strongroom.v1.UnlockVMRequest
+	(*timestamppb.Timestamp)(nil), // 26: google.protobuf.Timestamp
+	(*Task)(nil),                  // 27: strongroom.v1.Task
 }
 var file_strongroom_v1_vm_proto_depIdxs = []int32{
 	0,  // 0: strongroom.v1.VM.key:type_name -> strongroom.v1.KeyRef
 	2,  // 1: strongroom.v1.VM.disks:type_name -> strongroom.v1.Disk
 	4,  // 2: strongroom.v1.VM.settings:type_name -> strongroom.v1.VMSettings
-	25, // 3: strongroom.v1.VM.created:type_name -> google.protobuf.Timestamp
+	26, // 3: strongroom.v1.VM.created:type_name -> google.protobuf.Timestamp
 	0,  // 4: strongroom.v1.Disk.key:type_name -> strongroom.v1.KeyRef
 	3,  // 5: strongroom.v1.Disk.rekey:type_name -> strongroom.v1.DiskRekey
 	0,  // 6: strongroom.v1.DiskRekey.key:type_name -> strongroom.v1.KeyRef
 	4,  // 7: strongroom.v1.CreateVMRequest.settings:type_name -> strongroom.v1.VMSettings
 	5,  // 8: strongroom.v1.CreateVMRequest.disks:type_name -> strongroom.v1.NewDisk
 	1,  // 9: strongroom.v1.ListVMsResponse.vms:type_name -> strongroom.v1.VM
-	20, // 10: strongroom.v1.ExportDiskKeyResponse.layout:type_name -> strongroom.v1.VolumeLayout
+	21, // 10: strongroom.v1.ExportDiskKeyResponse.layout:type_name -> strongroom.v1.VolumeLayout
 	0,  // 11: strongroom.v1.VolumeLayout.key:type_name -> strongroom.v1.KeyRef
 	6,  // 12: strongroom.v1.VMService.CreateVM:input_type -> strongroom.v1.CreateVMRequest
-	7,  // 13: strongroom.v1.VMService.ListVMs:input_type -> strongroom.v1.ListVMsRequest
-	9,  // 14: strongroom.v1.VMService.GetVM:input_type -> strongroom.v1.GetVMRequest
-	10, // 15: strongroom.v1.VMService.PowerOnVM:input_type -> strongroom.v1.PowerOnVMRequest
-	11, // 16: strongroom.v1.VMService.PowerOffVM:input_type -> strongroom.v1.PowerOffVMRequest
-	12, // 17: strongroom.v1.VMService.EncryptVM:input_type -> strongroom.v1.EncryptVMRequest
-	13, // 18: strongroom.v1.VMService.DecryptVM:input_type -> strongroom.v1.DecryptVMRequest
-	14, // 19: strongroom.v1.VMService.RekeyVM:input_type -> strongroom.v1.RekeyVMRequest
-	15, // 20: strongroom.v1.VMService.SetRekeyRate:input_type -> strongroom.v1.SetRekeyRateRequest
-	16, // 21: strongroom.v1.VMService.FillDisks:input_type -> strongroom.v1.FillDisksRequest
-	17, // 22: strongroom.v1.VMService.ResizeDisk:input_type -> strongroom.v1.ResizeDiskRequest
-	18, // 23: strongroom.v1.VMService.ExportDiskKey:input_type -> strongroom.v1.ExportDiskKeyRequest
-	21, // 24: strongroom.v1.VMService.RegisterVM:input_type -> strongroom.v1.RegisterVMRequest
-	22, // 25: strongroom.v1.VMService.UnregisterVM:input_type -> strongroom.v1.UnregisterVMRequest
-	23, // 26: strongroom.v1.VMService.DeleteVM:input_type -> strongroom.v1.DeleteVMRequest
-	24, // 27: strongroom.v1.VMService.UnlockVM:input_type -> strongroom.v1.UnlockVMRequest
-	26, // 28: strongroom.v1.VMService.CreateVM:output_type -> strongroom.v1.Task
-	8,  // 29: strongroom.v1.VMService.ListVMs:output_type -> strongroom.v1.ListVMsResponse
-	1,  // 30: strongroom.v1.VMService.GetVM:output_type -> strongroom.v1.VM
-	26, // 31: strongroom.v1.VMService.PowerOnVM:output_type -> strongroom.v1.Task
-	26, // 32: strongroom.v1.VMService.PowerOffVM:output_type -> strongroom.v1.Task
-	26, // 33: strongroom.v1.VMService.EncryptVM:output_type -> strongroom.v1.Task
-	26, // 34: strongroom.v1.VMService.DecryptVM:output_type -> strongroom.v1.Task
-	26, // 35: strongroom.v1.VMService.RekeyVM:output_type -> strongroom.v1.Task
-	26, // 36: strongroom.v1.VMService.SetRekeyRate:output_type -> strongroom.v1.Task
-	26, // 37: strongroom.v1.VMService.FillDisks:output_type -> strongroom.v1.Task
-	26, // 38: strongroom.v1.VMService.ResizeDisk:output_type -> strongroom.v1.Task
-	19, // 39: strongroom.v1.VMService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
-	26, // 40: strongroom.v1.VMService.RegisterVM:output_type -> strongroom.v1.Task
-	26, // 41: strongroom.v1.VMService.UnregisterVM:output_type -> strongroom.v1.Task
-	26, // 42: strongroom.v1.VMService.DeleteVM:output_type -> strongroom.v1.Task
-	26, // 43: strongroom.v1.VMService.UnlockVM:output_type -> strongroom.v1.Task
-	28, // [28:44] is the sub-list for method output_type
-	12, // [12:28] is the sub-list for method input_type
+	7,  // 13: strongroom.v1.VMService.CloneVM:input_type -> strongroom.v1.CloneVMRequest
+	8,  // 14: strongroom.v1.VMService.ListVMs:input_type -> strongroom.v1.ListVMsRequest
+	10, // 15: strongroom.v1.VMService.GetVM:input_type -> strongroom.v1.GetVMRequest
+	11, // 16: strongroom.v1.VMService.PowerOnVM:input_type -> strongroom.v1.PowerOnVMRequest
+	12, // 17: strongroom.v1.VMService.PowerOffVM:input_type -> strongroom.v1.PowerOffVMRequest
+	13, // 18: strongroom.v1.VMService.EncryptVM:input_type -> strongroom.v1.EncryptVMRequest
+	14, // 19: strongroom.v1.VMService.DecryptVM:input_type -> strongroom.v1.DecryptVMRequest
+	15, // 20: strongroom.v1.VMService.RekeyVM:input_type -> strongroom.v1.RekeyVMRequest
+	16, // 21: strongroom.v1.VMService.SetRekeyRate:input_type -> strongroom.v1.SetRekeyRateRequest
+	17, // 22: strongroom.v1.VMService.FillDisks:input_type -> strongroom.v1.FillDisksRequest
+	18, // 23: strongroom.v1.VMService.ResizeDisk:input_type -> strongroom.v1.ResizeDiskRequest
+	19, // 24: strongroom.v1.VMService.ExportDiskKey:input_type -> strongroom.v1.ExportDiskKeyRequest
+	22, // 25: strongroom.v1.VMService.RegisterVM:input_type -> strongroom.v1.RegisterVMRequest
+	23, // 26: strongroom.v1.VMService.UnregisterVM:input_type -> strongroom.v1.UnregisterVMRequest
+	24, // 27: strongroom.v1.VMService.DeleteVM:input_type -> strongroom.v1.DeleteVMRequest
+	25, // 28: strongroom.v1.VMService.UnlockVM:input_type -> strongroom.v1.UnlockVMRequest
+	27, // 29: strongroom.v1.VMService.CreateVM:output_type -> strongroom.v1.Task
+	27, // 30: strongroom.v1.VMService.CloneVM:output_type -> strongroom.v1.Task
+	9,  // 31: strongroom.v1.VMService.ListVMs:output_type -> strongroom.v1.ListVMsResponse
+	1,  // 32: strongroom.v1.VMService.GetVM:output_type -> strongroom.v1.VM
+	27, // 33: strongroom.v1.VMService.PowerOnVM:output_type -> strongroom.v1.Task
+	27, // 34: strongroom.v1.VMService.PowerOffVM:output_type -> strongroom.v1.Task
+	27, // 35: strongroom.v1.VMService.EncryptVM:output_type -> strongroom.v1.Task
+	27, // 36: strongroom.v1.VMService.DecryptVM:output_type -> strongroom.v1.Task
+	27, // 37: strongroom.v1.VMService.RekeyVM:output_type -> strongroom.v1.Task
+	27, // 38: strongroom.v1.VMService.SetRekeyRate:output_type -> strongroom.v1.Task
+	27, // 39: strongroom.v1.VMService.FillDisks:output_type -> strongroom.v1.Task
+	27, // 40: strongroom.v1.VMService.ResizeDisk:output_type -> strongroom.v1.Task
+	20, // 41: strongroom.v1.VMService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
+	27, // 42: strongroom.v1.VMService.RegisterVM:output_type -> strongroom.v1.Task
+	27, // 43: strongroom.v1.VMService.UnregisterVM:output_type -> strongroom.v1.Task
+	27, // 44: strongroom.v1.VMService.DeleteVM:output_type -> strongroom.v1.Task
+	27, // 45: strongroom.v1.VMService.UnlockVM:output_type -> strongroom.v1.Task
+	29, // [29:46] is the sub-list for method output_type
+	12, // [12:29] is the sub-list for method input_type
 	12, // [12:12] is the sub-list for extension type_name
 	12, // [12:12] is the sub-list for extension extendee
 	0,  // [0:12] is the sub-list for field type_name
@@ -2079,7 +2170,7 @@ func file_strongroom_v1_vm_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_strongroom_v1_vm_proto_rawDesc), len(file_strongroom_v1_vm_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   25,
+			NumMessages:   26,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

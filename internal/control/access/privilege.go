@@ -49,6 +49,7 @@ func privileges() map[Privilege]string {
 		"VirtualMachine.Inventory.Move":               "Move a VM.",
 		"VirtualMachine.Inventory.Register":           "Register a VM.",
 		"VirtualMachine.Inventory.Unregister":         "Unregister a VM.",
+		"VirtualMachine.Provisioning.Clone":           "Clone a VM.",
 		"VirtualMachine.State.CreateSnapshot":         "Make a snapshot.",
 		"VirtualMachine.State.RemoveSnapshot":         "Remove a snapshot.",
 		"VirtualMachine.State.RevertToSnapshot":       "Go back to a snapshot.",

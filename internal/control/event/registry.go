@@ -69,6 +69,7 @@ const (
 	CryptoOperation = "strongroom.crypto.Operation"
 	VMCreated       = "strongroom.vm.Created"
 	VMLUKSAdopted   = "strongroom.vm.crypto.LUKSAdopted"
+	VMCloned        = "strongroom.vm.Cloned"
 	VMRegistered    = "strongroom.vm.Registered"
 	VMUnregistered  = "strongroom.vm.Unregistered"
 	VMDeleted       = "strongroom.vm.Deleted"
@@ -135,6 +136,7 @@ func Types() []Type {
 		{CryptoOperation, Info, "{principal}: {operation} of {target} with key {key_id} of {provider}"},
 		{VMCreated, Info, "{principal} created {target}"},
 		{VMLUKSAdopted, Warning, "Disks of {target} have the volume keys of LUKS images; whoever opened those reads every copy of the disks, until: strongroom vm rekey {vm} --deep"},
+		{VMCloned, Info, "{principal} made {target} as a clone of vm/{source}"},
 		{VMRegistered, Info, "{principal} registered {target}"},
 		{VMUnregistered, Info, "{principal} unregistered {target}"},
 		{VMDeleted, Info, "{principal} deleted {target}"},

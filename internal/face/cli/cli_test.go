@@ -146,6 +146,8 @@ func TestCalls(t *testing.T) {
 		{"vm rekey --all --provider kp-2 --no-wait", []string{"Rekey web-1 kp-2 false", "Rekey web-2 kp-2 false"}},
 		{"vm rekey a b --deep", []string{"Rekey a  true", "Rekey b  true"}},
 		{"disk resize a disk-0 --size 2G", []string{"Resize a disk-0 2147483648"}},
+		{"vm clone a b", []string{`Clone a b "" "" recrypt false`}},
+		{"vm clone a b --datastore ds-2 --provider kp-2 --recrypt", []string{`Clone a b "ds-2" "kp-2" recrypt true`}},
 		{"disk fill a", []string{"Fill a []"}},
 		{"disk fill a disk-0 disk-1", []string{"Fill a [disk-0 disk-1]"}},
 		{"vm rekey a --deep --rate 100M", []string{"Rekey a  true at 104857600"}},

@@ -236,6 +236,11 @@ func (c *controller) RekeyVM(_ context.Context, r *connect.Request[strongroomv1.
 	return c.task("Rekey", r.Msg.GetName(), how)
 }
 
+func (c *controller) CloneVM(_ context.Context, r *connect.Request[strongroomv1.CloneVMRequest]) (*connect.Response[strongroomv1.Task], error) {
+	m := r.Msg
+	return c.task("Clone", m.GetName(), fmt.Sprintf("%s %q %q recrypt %v", m.GetClone(), m.GetDatastore(), m.GetProvider(), m.GetRecrypt()))
+}
+
 func (c *controller) FillDisks(_ context.Context, r *connect.Request[strongroomv1.FillDisksRequest]) (*connect.Response[strongroomv1.Task], error) {
 	return c.task("Fill", r.Msg.GetName(), r.Msg.GetDisks())
 }

@@ -20,7 +20,7 @@ can be copied, replicated and registered elsewhere as it is.
 
 While the controller is away, ls, show, power-on and power-off work with a
 host's local socket: --server unix:/PATH.`,
-		newVMCreateCmd(env), newVMLsCmd(env), newVMShowCmd(env),
+		newVMCreateCmd(env), newVMCloneCmd(env), newVMLsCmd(env), newVMShowCmd(env),
 		newVMPowerOnCmd(env), newVMPowerOffCmd(env),
 		newVMEncryptCmd(env), newVMDecryptCmd(env), newVMRekeyCmd(env),
 		newVMRegisterCmd(env), newVMUnregisterCmd(env), newVMDeleteCmd(env), newVMUnlockCmd(env))

@@ -412,6 +412,20 @@ func (h *fakeHost) CreateVM(_ context.Context, req *connect.Request[strongroomv1
 	return h.work(out, m.GetId(), func(*strongroomv1.VM) {})
 }
 
+func (h *fakeHost) CloneVM(_ context.Context, req *connect.Request[strongroomv1.AgentCloneVMRequest], out *connect.ServerStream[strongroomv1.AgentProgress]) error {
+	m := req.Msg
+	h.mu.Lock()
+	source, err := h.find(m.GetSourceId())
+	if err == nil && h.vms[m.GetId()] == nil {
+		h.vms[m.GetId()] = h.newVM(m.GetId(), m.GetName(), m.GetDatastore(), m.GetKey(), len(source.GetDisks()))
+	}
+	h.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	return h.work(out, m.GetId(), func(*strongroomv1.VM) {})
+}
+
 func (h *fakeHost) EncryptVM(_ context.Context, req *connect.Request[strongroomv1.AgentEncryptVMRequest], out *connect.ServerStream[strongroomv1.AgentProgress]) error {
 	return h.work(out, req.Msg.GetId(), func(vm *strongroomv1.VM) { wrap(vm, req.Msg.GetKey()) })
 }

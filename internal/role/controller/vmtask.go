@@ -19,6 +19,7 @@ import (
 // The kinds of task on VMs.
 const (
 	taskCreate     = "vm.create"
+	taskClone      = "vm.clone"
 	taskPowerOn    = "vm.power-on"
 	taskPowerOff   = "vm.power-off"
 	taskEncrypt    = "vm.encrypt"
@@ -52,6 +53,10 @@ type vmArgs struct {
 	Rate     int64    `json:"rate,omitempty"` // bytes a second that are copied or rewritten while the VM runs; 0: any number
 	Size     int64    `json:"size,omitempty"` // of a disk that is resized, in bytes
 
+	Source   string `json:"source,omitempty"`    // id of the VM that is cloned
+	SourceVM string `json:"source_vm,omitempty"` // and its name
+	Recrypt  bool   `json:"recrypt,omitempty"`
+
 	Hard           bool   `json:"hard,omitempty"`
 	TimeoutSeconds uint32 `json:"timeout_seconds,omitempty"`
 
@@ -81,6 +86,11 @@ func (c *Controller) taskKinds() []task.Kind {
 		{Name: taskCreate, Steps: []task.StepFuncs{
 			newKey,
 			{Name: "create the VM folder", Do: c.step(c.createOnHost), Undo: c.step(c.deleteOnHost)},
+			{Name: "add to the inventory", Do: c.step(c.addCreated)},
+		}},
+		{Name: taskClone, Steps: []task.StepFuncs{
+			newKey,
+			{Name: "clone the VM folder", Do: c.step(c.cloneOnHost), Undo: c.step(c.deleteOnHost)},
 			{Name: "add to the inventory", Do: c.step(c.addCreated)},
 		}},
 		{Name: taskRegister, Steps: []task.StepFuncs{
@@ -165,6 +175,12 @@ func (c *Controller) conclude(ctx context.Context, t task.Task, a vmArgs, err er
 		tell.Args["depth"] = depth(a)
 		entry.Action += "." + depth(a)
 	}
+	if t.Kind == taskClone {
+		entry.Details["source"], tell.Args["source"] = "/vm/"+a.SourceVM, a.SourceVM
+		if a.Recrypt {
+			entry.Action += ".recrypt"
+		}
+	}
 	if t.Undoing {
 		entry.Action += ".undo"
 	}
@@ -195,6 +211,9 @@ func locks(kind, vm string, a vmArgs) []string {
 	switch {
 	case kind == taskPowerOn || kind == taskPowerOff:
 		return []string{power}
+	case kind == taskClone:
+		source := "vm/" + a.SourceVM
+		return []string{power, disks, source, source + "/disks"}
 	case kind == taskRekey && a.Deep, kind == taskEncrypt, kind == taskDecrypt:
 		return []string{disks}
 	}
@@ -214,6 +233,8 @@ func doneEvent(kind string) string {
 	switch kind {
 	case taskCreate:
 		return event.VMCreated
+	case taskClone:
+		return event.VMCloned
 	case taskRegister:
 		return event.VMRegistered
 	case taskUnregister:

@@ -229,6 +229,10 @@ func (a *agent) CreateVM(ctx context.Context, req *connect.Request[strongroomv1.
 	return a.stream(ctx, out, req.Msg.GetId(), func(r report) error { return a.host.createVM(ctx, req.Msg, r) })
 }
 
+func (a *agent) CloneVM(ctx context.Context, req *connect.Request[strongroomv1.AgentCloneVMRequest], out *connect.ServerStream[strongroomv1.AgentProgress]) error {
+	return a.stream(ctx, out, req.Msg.GetId(), func(r report) error { return a.host.cloneVM(ctx, req.Msg, r) })
+}
+
 func (a *agent) EncryptVM(ctx context.Context, req *connect.Request[strongroomv1.AgentEncryptVMRequest], out *connect.ServerStream[strongroomv1.AgentProgress]) error {
 	return a.stream(ctx, out, req.Msg.GetId(), func(r report) error {
 		return a.host.encryptVM(ctx, req.Msg.GetId(), req.Msg.GetDisks(), ref(req.Msg.GetKey()), req.Msg.GetRate(), r)

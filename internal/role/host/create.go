@@ -29,19 +29,30 @@ import (
 // no valid name of a VM folder, so nothing half made is ever registered.
 func creating(id string) string { return ".creating-" + id }
 
-// createVM makes a VM and registers it. The whole folder is made under another
-// name and renamed when it is durable; a call that was interrupted is begun
-// anew, one that had ended is recognised by the VM's id.
+// createVM makes a VM and registers it.
 func (h *Host) createVM(ctx context.Context, req *strongroomv1.AgentCreateVMRequest, r report) error {
 	root, err := h.secrets.datastorePath(req.GetDatastore())
 	if err != nil {
 		return err
 	}
-	reg := registered{ID: req.GetId(), Name: req.GetName(), Datastore: req.GetDatastore(), Folder: req.GetName()}
 	vm, err := newVM(req)
 	if err != nil {
 		return err
 	}
+	return h.makeFolder(ctx, req.GetDatastore(), vm, "VM created", func(work string) error {
+		return h.fillFolder(ctx, root, work, vm, req, r)
+	})
+}
+
+// makeFolder makes the folder of a new VM and registers it. The whole folder is
+// filled under another name and renamed when it is durable; a call that was
+// interrupted is begun anew, one that had ended is recognised by the VM's id.
+func (h *Host) makeFolder(ctx context.Context, datastore string, vm *bundle.VM, done string, fill func(work string) error) error {
+	root, err := h.secrets.datastorePath(datastore)
+	if err != nil {
+		return err
+	}
+	reg := registered{ID: vm.ID, Name: vm.Name, Datastore: datastore, Folder: vm.Name}
 	// A call that is repeated may find the first one still at its end.
 	release, err := h.machineOf(reg).acquire(ctx)
 	if err != nil {
@@ -67,7 +78,7 @@ func (h *Host) createVM(ctx context.Context, req *strongroomv1.AgentCreateVMRequ
 	if err := os.Mkdir(work, 0o700); err != nil {
 		return err
 	}
-	if err := h.fillFolder(ctx, root, work, vm, req, r); err != nil {
+	if err := fill(work); err != nil {
 		return errors.Join(err, os.RemoveAll(work))
 	}
 	if err := os.Rename(work, dir); err != nil {
@@ -76,7 +87,7 @@ func (h *Host) createVM(ctx context.Context, req *strongroomv1.AgentCreateVMRequ
 	if err := syncDir(root); err != nil {
 		return err
 	}
-	h.log.LogAttrs(ctx, slog.LevelInfo, "VM created", slog.String("vm", reg.Name))
+	h.log.LogAttrs(ctx, slog.LevelInfo, done, slog.String("vm", reg.Name))
 	return h.register(reg)
 }
 

@@ -46,6 +46,8 @@ const (
 	AgentServiceSyncHostProcedure = "/strongroom.v1.AgentService/SyncHost"
 	// AgentServiceCreateVMProcedure is the fully-qualified name of the AgentService's CreateVM RPC.
 	AgentServiceCreateVMProcedure = "/strongroom.v1.AgentService/CreateVM"
+	// AgentServiceCloneVMProcedure is the fully-qualified name of the AgentService's CloneVM RPC.
+	AgentServiceCloneVMProcedure = "/strongroom.v1.AgentService/CloneVM"
 	// AgentServiceEncryptVMProcedure is the fully-qualified name of the AgentService's EncryptVM RPC.
 	AgentServiceEncryptVMProcedure = "/strongroom.v1.AgentService/EncryptVM"
 	// AgentServiceDecryptVMProcedure is the fully-qualified name of the AgentService's DecryptVM RPC.
@@ -213,6 +215,7 @@ type AgentServiceClient interface {
 	// not in it are dropped from the host's memory and sealed configuration.
 	SyncHost(context.Context, *connect.Request[v1.SyncHostRequest]) (*connect.Response[v1.SyncHostResponse], error)
 	CreateVM(context.Context, *connect.Request[v1.AgentCreateVMRequest]) (*connect.ServerStreamForClient[v1.AgentProgress], error)
+	CloneVM(context.Context, *connect.Request[v1.AgentCloneVMRequest]) (*connect.ServerStreamForClient[v1.AgentProgress], error)
 	EncryptVM(context.Context, *connect.Request[v1.AgentEncryptVMRequest]) (*connect.ServerStreamForClient[v1.AgentProgress], error)
 	DecryptVM(context.Context, *connect.Request[v1.AgentDecryptVMRequest]) (*connect.ServerStreamForClient[v1.AgentProgress], error)
 	RekeyVM(context.Context, *connect.Request[v1.AgentRekeyVMRequest]) (*connect.ServerStreamForClient[v1.AgentProgress], error)
@@ -250,6 +253,12 @@ func NewAgentServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 			httpClient,
 			baseURL+AgentServiceCreateVMProcedure,
 			connect.WithSchema(agentServiceMethods.ByName("CreateVM")),
+			connect.WithClientOptions(opts...),
+		),
+		cloneVM: connect.NewClient[v1.AgentCloneVMRequest, v1.AgentProgress](
+			httpClient,
+			baseURL+AgentServiceCloneVMProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("CloneVM")),
 			connect.WithClientOptions(opts...),
 		),
 		encryptVM: connect.NewClient[v1.AgentEncryptVMRequest, v1.AgentProgress](
@@ -337,6 +346,7 @@ func NewAgentServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 type agentServiceClient struct {
 	syncHost      *connect.Client[v1.SyncHostRequest, v1.SyncHostResponse]
 	createVM      *connect.Client[v1.AgentCreateVMRequest, v1.AgentProgress]
+	cloneVM       *connect.Client[v1.AgentCloneVMRequest, v1.AgentProgress]
 	encryptVM     *connect.Client[v1.AgentEncryptVMRequest, v1.AgentProgress]
 	decryptVM     *connect.Client[v1.AgentDecryptVMRequest, v1.AgentProgress]
 	rekeyVM       *connect.Client[v1.AgentRekeyVMRequest, v1.AgentProgress]
@@ -360,6 +370,11 @@ func (c *agentServiceClient) SyncHost(ctx context.Context, req *connect.Request[
 // CreateVM calls strongroom.v1.AgentService.CreateVM.
 func (c *agentServiceClient) CreateVM(ctx context.Context, req *connect.Request[v1.AgentCreateVMRequest]) (*connect.ServerStreamForClient[v1.AgentProgress], error) {
 	return c.createVM.CallServerStream(ctx, req)
+}
+
+// CloneVM calls strongroom.v1.AgentService.CloneVM.
+func (c *agentServiceClient) CloneVM(ctx context.Context, req *connect.Request[v1.AgentCloneVMRequest]) (*connect.ServerStreamForClient[v1.AgentProgress], error) {
+	return c.cloneVM.CallServerStream(ctx, req)
 }
 
 // EncryptVM calls strongroom.v1.AgentService.EncryptVM.
@@ -433,6 +448,7 @@ type AgentServiceHandler interface {
 	// not in it are dropped from the host's memory and sealed configuration.
 	SyncHost(context.Context, *connect.Request[v1.SyncHostRequest]) (*connect.Response[v1.SyncHostResponse], error)
 	CreateVM(context.Context, *connect.Request[v1.AgentCreateVMRequest], *connect.ServerStream[v1.AgentProgress]) error
+	CloneVM(context.Context, *connect.Request[v1.AgentCloneVMRequest], *connect.ServerStream[v1.AgentProgress]) error
 	EncryptVM(context.Context, *connect.Request[v1.AgentEncryptVMRequest], *connect.ServerStream[v1.AgentProgress]) error
 	DecryptVM(context.Context, *connect.Request[v1.AgentDecryptVMRequest], *connect.ServerStream[v1.AgentProgress]) error
 	RekeyVM(context.Context, *connect.Request[v1.AgentRekeyVMRequest], *connect.ServerStream[v1.AgentProgress]) error
@@ -466,6 +482,12 @@ func NewAgentServiceHandler(svc AgentServiceHandler, opts ...connect.HandlerOpti
 		AgentServiceCreateVMProcedure,
 		svc.CreateVM,
 		connect.WithSchema(agentServiceMethods.ByName("CreateVM")),
+		connect.WithHandlerOptions(opts...),
+	)
+	agentServiceCloneVMHandler := connect.NewServerStreamHandler(
+		AgentServiceCloneVMProcedure,
+		svc.CloneVM,
+		connect.WithSchema(agentServiceMethods.ByName("CloneVM")),
 		connect.WithHandlerOptions(opts...),
 	)
 	agentServiceEncryptVMHandler := connect.NewServerStreamHandler(
@@ -552,6 +574,8 @@ func NewAgentServiceHandler(svc AgentServiceHandler, opts ...connect.HandlerOpti
 			agentServiceSyncHostHandler.ServeHTTP(w, r)
 		case AgentServiceCreateVMProcedure:
 			agentServiceCreateVMHandler.ServeHTTP(w, r)
+		case AgentServiceCloneVMProcedure:
+			agentServiceCloneVMHandler.ServeHTTP(w, r)
 		case AgentServiceEncryptVMProcedure:
 			agentServiceEncryptVMHandler.ServeHTTP(w, r)
 		case AgentServiceDecryptVMProcedure:
@@ -593,6 +617,10 @@ func (UnimplementedAgentServiceHandler) SyncHost(context.Context, *connect.Reque
 
 func (UnimplementedAgentServiceHandler) CreateVM(context.Context, *connect.Request[v1.AgentCreateVMRequest], *connect.ServerStream[v1.AgentProgress]) error {
 	return connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.AgentService.CreateVM is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) CloneVM(context.Context, *connect.Request[v1.AgentCloneVMRequest], *connect.ServerStream[v1.AgentProgress]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.AgentService.CloneVM is not implemented"))
 }
 
 func (UnimplementedAgentServiceHandler) EncryptVM(context.Context, *connect.Request[v1.AgentEncryptVMRequest], *connect.ServerStream[v1.AgentProgress]) error {

@@ -35,6 +35,8 @@ const (
 const (
 	// VMServiceCreateVMProcedure is the fully-qualified name of the VMService's CreateVM RPC.
 	VMServiceCreateVMProcedure = "/strongroom.v1.VMService/CreateVM"
+	// VMServiceCloneVMProcedure is the fully-qualified name of the VMService's CloneVM RPC.
+	VMServiceCloneVMProcedure = "/strongroom.v1.VMService/CloneVM"
 	// VMServiceListVMsProcedure is the fully-qualified name of the VMService's ListVMs RPC.
 	VMServiceListVMsProcedure = "/strongroom.v1.VMService/ListVMs"
 	// VMServiceGetVMProcedure is the fully-qualified name of the VMService's GetVM RPC.
@@ -70,6 +72,10 @@ const (
 // VMServiceClient is a client for the strongroom.v1.VMService service.
 type VMServiceClient interface {
 	CreateVM(context.Context, *connect.Request[v1.CreateVMRequest]) (*connect.Response[v1.Task], error)
+	// CloneVM makes a VM from one that is powered off. Of an encrypted one it needs
+	// Cryptographer.Clone too, with recrypt Cryptographer.Recrypt, and in any case
+	// VirtualMachine.Inventory.CreateFromExisting for the clone.
+	CloneVM(context.Context, *connect.Request[v1.CloneVMRequest]) (*connect.Response[v1.Task], error)
 	ListVMs(context.Context, *connect.Request[v1.ListVMsRequest]) (*connect.Response[v1.ListVMsResponse], error)
 	GetVM(context.Context, *connect.Request[v1.GetVMRequest]) (*connect.Response[v1.VM], error)
 	PowerOnVM(context.Context, *connect.Request[v1.PowerOnVMRequest]) (*connect.Response[v1.Task], error)
@@ -120,6 +126,12 @@ func NewVMServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...c
 			httpClient,
 			baseURL+VMServiceCreateVMProcedure,
 			connect.WithSchema(vMServiceMethods.ByName("CreateVM")),
+			connect.WithClientOptions(opts...),
+		),
+		cloneVM: connect.NewClient[v1.CloneVMRequest, v1.Task](
+			httpClient,
+			baseURL+VMServiceCloneVMProcedure,
+			connect.WithSchema(vMServiceMethods.ByName("CloneVM")),
 			connect.WithClientOptions(opts...),
 		),
 		listVMs: connect.NewClient[v1.ListVMsRequest, v1.ListVMsResponse](
@@ -218,6 +230,7 @@ func NewVMServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...c
 // vMServiceClient implements VMServiceClient.
 type vMServiceClient struct {
 	createVM      *connect.Client[v1.CreateVMRequest, v1.Task]
+	cloneVM       *connect.Client[v1.CloneVMRequest, v1.Task]
 	listVMs       *connect.Client[v1.ListVMsRequest, v1.ListVMsResponse]
 	getVM         *connect.Client[v1.GetVMRequest, v1.VM]
 	powerOnVM     *connect.Client[v1.PowerOnVMRequest, v1.Task]
@@ -238,6 +251,11 @@ type vMServiceClient struct {
 // CreateVM calls strongroom.v1.VMService.CreateVM.
 func (c *vMServiceClient) CreateVM(ctx context.Context, req *connect.Request[v1.CreateVMRequest]) (*connect.Response[v1.Task], error) {
 	return c.createVM.CallUnary(ctx, req)
+}
+
+// CloneVM calls strongroom.v1.VMService.CloneVM.
+func (c *vMServiceClient) CloneVM(ctx context.Context, req *connect.Request[v1.CloneVMRequest]) (*connect.Response[v1.Task], error) {
+	return c.cloneVM.CallUnary(ctx, req)
 }
 
 // ListVMs calls strongroom.v1.VMService.ListVMs.
@@ -318,6 +336,10 @@ func (c *vMServiceClient) UnlockVM(ctx context.Context, req *connect.Request[v1.
 // VMServiceHandler is an implementation of the strongroom.v1.VMService service.
 type VMServiceHandler interface {
 	CreateVM(context.Context, *connect.Request[v1.CreateVMRequest]) (*connect.Response[v1.Task], error)
+	// CloneVM makes a VM from one that is powered off. Of an encrypted one it needs
+	// Cryptographer.Clone too, with recrypt Cryptographer.Recrypt, and in any case
+	// VirtualMachine.Inventory.CreateFromExisting for the clone.
+	CloneVM(context.Context, *connect.Request[v1.CloneVMRequest]) (*connect.Response[v1.Task], error)
 	ListVMs(context.Context, *connect.Request[v1.ListVMsRequest]) (*connect.Response[v1.ListVMsResponse], error)
 	GetVM(context.Context, *connect.Request[v1.GetVMRequest]) (*connect.Response[v1.VM], error)
 	PowerOnVM(context.Context, *connect.Request[v1.PowerOnVMRequest]) (*connect.Response[v1.Task], error)
@@ -364,6 +386,12 @@ func NewVMServiceHandler(svc VMServiceHandler, opts ...connect.HandlerOption) (s
 		VMServiceCreateVMProcedure,
 		svc.CreateVM,
 		connect.WithSchema(vMServiceMethods.ByName("CreateVM")),
+		connect.WithHandlerOptions(opts...),
+	)
+	vMServiceCloneVMHandler := connect.NewUnaryHandler(
+		VMServiceCloneVMProcedure,
+		svc.CloneVM,
+		connect.WithSchema(vMServiceMethods.ByName("CloneVM")),
 		connect.WithHandlerOptions(opts...),
 	)
 	vMServiceListVMsHandler := connect.NewUnaryHandler(
@@ -460,6 +488,8 @@ func NewVMServiceHandler(svc VMServiceHandler, opts ...connect.HandlerOption) (s
 		switch r.URL.Path {
 		case VMServiceCreateVMProcedure:
 			vMServiceCreateVMHandler.ServeHTTP(w, r)
+		case VMServiceCloneVMProcedure:
+			vMServiceCloneVMHandler.ServeHTTP(w, r)
 		case VMServiceListVMsProcedure:
 			vMServiceListVMsHandler.ServeHTTP(w, r)
 		case VMServiceGetVMProcedure:
@@ -501,6 +531,10 @@ type UnimplementedVMServiceHandler struct{}
 
 func (UnimplementedVMServiceHandler) CreateVM(context.Context, *connect.Request[v1.CreateVMRequest]) (*connect.Response[v1.Task], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.VMService.CreateVM is not implemented"))
+}
+
+func (UnimplementedVMServiceHandler) CloneVM(context.Context, *connect.Request[v1.CloneVMRequest]) (*connect.Response[v1.Task], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.VMService.CloneVM is not implemented"))
 }
 
 func (UnimplementedVMServiceHandler) ListVMs(context.Context, *connect.Request[v1.ListVMsRequest]) (*connect.Response[v1.ListVMsResponse], error) {

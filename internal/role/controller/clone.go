@@ -1,0 +1,83 @@
+package controller
+
+import (
+	"cmp"
+	"context"
+
+	"connectrpc.com/connect"
+	"github.com/google/uuid"
+
+	strongroomv1 "strongroom/api/strongroom/v1"
+	"strongroom/internal/control/inventory"
+	"strongroom/internal/control/task"
+	"strongroom/internal/errs"
+)
+
+// CloneVM clones on the host of the source, which has its folder.
+func (c vms) CloneVM(ctx context.Context, req *connect.Request[strongroomv1.CloneVMRequest]) (*connect.Response[strongroomv1.Task], error) {
+	m := req.Msg
+	if err := inventory.CheckName("VM", m.GetClone()); err != nil {
+		return nil, err
+	}
+	v, source, err := c.on(ctx, m.GetName())
+	if err != nil {
+		return nil, err
+	}
+	if err := c.mayClone(ctx, v, m); err != nil {
+		return nil, err
+	}
+	switch _, err := c.inv.VM(ctx, m.GetClone()); {
+	case err == nil:
+		return nil, errs.New(errs.Exists, "there is a VM %s already", m.GetClone()).WithHint("strongroom vm show %s", m.GetClone())
+	case v.PowerState == inventory.PoweredOn:
+		return nil, errs.New(errs.InvalidState, "cloning needs VM %s to be powered off: a copy of disks that change is no state they ever had", v.Name).
+			WithHint("strongroom vm power-off %s", v.Name)
+	case !v.Encrypted() && (m.GetRecrypt() || m.GetProvider() != ""):
+		return nil, errs.New(errs.InvalidState, "VM %s is not encrypted, so its clone has no key to change", v.Name).WithHint("strongroom vm encrypt %s", v.Name)
+	}
+	if !m.GetRecrypt() {
+		if err := notRekeying(v, v.Disks); err != nil {
+			return nil, err
+		}
+	}
+	datastore := cmp.Or(m.GetDatastore(), v.Datastore)
+	h, err := c.inv.HostByID(ctx, source.HostID)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := c.place(ctx, datastore, h.Name); err != nil {
+		return nil, err
+	}
+	args := vmArgs{ID: uuid.NewString(), Name: m.GetClone(), HostID: h.ID, Datastore: datastore, Source: v.ID, SourceVM: v.Name, Recrypt: m.GetRecrypt()}
+	if v.Encrypted() {
+		if err := c.chooseRekeyKey(ctx, &args, v, nil, m.GetProvider()); err != nil {
+			return nil, err
+		}
+	}
+	return c.submit(ctx, taskClone, args.Name, args)
+}
+
+// mayClone checks the privileges that a clone needs beside the declared one.
+func (c vms) mayClone(ctx context.Context, v inventory.VM, m *strongroomv1.CloneVMRequest) error {
+	who, source := callerOf(ctx).principal, vmObject(v.Name)
+	err := c.access.Check(ctx, who, "VirtualMachine.Inventory.CreateFromExisting", vmObject(m.GetClone()))
+	if err == nil && v.Encrypted() {
+		err = c.access.Check(ctx, who, "Cryptographer.Clone", source)
+	}
+	if err == nil && v.Encrypted() && m.GetRecrypt() {
+		err = c.access.Check(ctx, who, "Cryptographer.Recrypt", source)
+	}
+	return err
+}
+
+func (c *Controller) cloneOnHost(ctx context.Context, r *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {
+	if err := c.syncHost(ctx, h.ID); err != nil {
+		return nil, err
+	}
+	if err := c.equipVM(ctx, h, vmArgs{ID: a.Source, Key: a.Key}); err != nil {
+		return nil, err
+	}
+	return streamHost(ctx, h, c.agents.of(h).CloneVM, &strongroomv1.AgentCloneVMRequest{
+		Id: a.ID, Name: a.Name, Datastore: a.Datastore, SourceId: a.Source, Key: keyToAPI(a.Key), Recrypt: a.Recrypt,
+	}, progress(ctx, r))
+}
