@@ -135,7 +135,7 @@ func (b *bench) cloneFails(t *testing.T, rng *rand.Rand, c cloning, reflink, inO
 func TestCloneWhileRekeying(t *testing.T) {
 	t.Parallel()
 	b := newBench(t, luksName)
-	from := b.folder
+	var from *faultFolder
 	for op := 0; ; op++ { // killed at each operation in turn, until that leaves one under way
 		from = b.folder.clone(&faultdev.Fault{Op: op, Mode: faultdev.Done, Dead: true})
 		if err := recrypt.DeepRekey(t.Context(), from, luksName, reference("next"), b.with(t, "next").get, 0, nil); err == nil {
