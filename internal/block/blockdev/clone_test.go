@@ -9,14 +9,14 @@ import (
 	"golang.org/x/sys/unix"
 
 	"strongroom/internal/block/blockdev"
-	"strongroom/internal/block/blockdev/blockdevtest"
+	"strongroom/test/reflink"
 )
 
 // TestCloneFrom: the clone has the same contents and shares their blocks, until
 // either is written.
 func TestCloneFrom(t *testing.T) {
 	t.Parallel()
-	dir := blockdevtest.ReflinkDir(t)
+	dir := reflink.Dir(t)
 	const size = 32<<20 + 512
 	src := open(t, filepath.Join(dir, "src"), blockdev.FileOptions{Create: true})
 	check(t, src.Resize(size))

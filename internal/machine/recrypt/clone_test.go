@@ -14,6 +14,7 @@ import (
 	"strongroom/internal/block/blockdev/faultdev"
 	"strongroom/internal/block/volume"
 	"strongroom/internal/machine/recrypt"
+	"strongroom/test/reflink"
 )
 
 // cloning is a way to make a clone's disk.
@@ -166,7 +167,7 @@ func (b *bench) with(t *testing.T, name string) keyring {
 // TestCloneOnReflinks clones a disk on a file system that shares blocks.
 func TestCloneOnReflinks(t *testing.T) {
 	t.Parallel()
-	root := blockdevtest.ReflinkDir(t)
+	root := reflink.Dir(t)
 	from, to := recrypt.Dir{Path: root}, recrypt.Dir{Path: t.TempDir()}
 	keys := newKeyring(t, "old", "new")
 	vol, err := recrypt.NewVolume(t.Context(), from, luksName, 16<<20, false, reference("old"), keys.get)

@@ -12,11 +12,11 @@ import (
 	"github.com/google/uuid"
 
 	strongroomv1 "strongroom/api/strongroom/v1"
-	"strongroom/internal/block/blockdev/blockdevtest"
 	"strongroom/internal/crypto/keysafe"
 	"strongroom/internal/errs"
 	"strongroom/internal/machine/bundle"
 	"strongroom/internal/machine/recrypt"
+	"strongroom/test/reflink"
 )
 
 // cloneRequest returns one for a clone of the VM with that id.
@@ -62,7 +62,7 @@ func TestClone(t *testing.T) {
 			b := newBench(t)
 			roots := map[string]string{"ds-1": b.root, "ds-2": t.TempDir()}
 			if where == "reflinked" {
-				roots["ds-1"] = blockdevtest.ReflinkDir(t)
+				roots["ds-1"] = reflink.Dir(t)
 			}
 			b.root = roots["ds-1"]
 			check(t, b.syncDatastores([]*strongroomv1.WantedDatastore{

@@ -1,16 +1,18 @@
-package blockdevtest
+// Package reflink makes file systems for tests whose files can share blocks.
+package reflink
 
 import (
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"testing"
 )
 
-// ReflinkDir returns a directory on a file system of its own, an XFS of 320 MiB
+// Dir returns a directory on a file system of its own, an XFS of 320 MiB
 // whose files can share blocks, until the test ends. Only root can mount one:
 // others skip the test.
-func ReflinkDir(t testing.TB) string {
+func Dir(t testing.TB) string {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("a file system with reflinks is mounted by root only")
@@ -23,9 +25,10 @@ func ReflinkDir(t testing.TB) string {
 			t.Fatalf("%v: %v\n%s", args, err, out)
 		}
 	}
-	check(t, os.WriteFile(image, nil, 0o600))
-	check(t, os.Truncate(image, 320<<20)) // about the least that mkfs.xfs takes
-	check(t, os.Mkdir(mount, 0o700))
+	// About the least that mkfs.xfs takes.
+	if err := errors.Join(os.WriteFile(image, nil, 0o600), os.Truncate(image, 320<<20), os.Mkdir(mount, 0o700)); err != nil {
+		t.Fatal(err)
+	}
 	run("mkfs.xfs", "-q", "-m", "reflink=1", image)
 	run("mount", "-o", "loop", image, mount)
 	t.Cleanup(func() { run("umount", "--lazy", mount) })
