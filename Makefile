@@ -22,9 +22,10 @@ test: setup build check unit race purego arm64 fuzz ## everything: what .ci/run 
 setup:
 	@scripts/setup.sh
 
-build: ## bin/strongroom
+build: ## bin/strongroom, and beside it what loads an HSM's library
 	@mkdir -p bin
 	CGO_ENABLED=0 $(GO) build -trimpath -o $(BIN) ./cmd/strongroom
+	$(GO) build -trimpath -o $(dir $(BIN)) ./cmd/strongroom-pkcs11
 
 check: ## format, vet, staticcheck, generated files
 	@out=$$($(TOOL) gofumpt -l $$(git ls-files --cached --others --exclude-standard '*.go' ':!*.pb.go' ':!*.connect.go')); \

@@ -33,6 +33,7 @@ qemu-nbd             qemu-utils          block peer in tests
 qemu-aarch64         qemu-user           arm64 code, in tests
 swtpm                swtpm               TPM of hosts and guests
 swtpm_setup          swtpm-tools         TPM with an EK certificate, in tests
+softhsm2-util        softhsm2            HSM of a KMS, in tests
 nbdkit               nbdkit              NBD peer in tests and benchmarks
 nbdinfo              libnbd-bin          NBD peer in tests
 nbdcopy              libnbd-bin          NBD peer in tests
@@ -48,7 +49,7 @@ fio                  fio                 benchmarks, load in tests
 /usr/bin/pykmip-server python3-pykmip    KMIP peer in tests
 openssl              openssl             peer for PKCS#12 and AES in tests
 ps                   procps              tests look for leftover processes
-gcc                  gcc                 go test -race
+gcc                  gcc                 go test -race; strongroom-pkcs11
 /usr/include/stdlib.h libc6-dev          go test -race
 /etc/ssl/certs/ca-certificates.crt ca-certificates  fetching Go modules
 /bin/busybox         busybox-static      user land of test guests

@@ -154,7 +154,7 @@ var reserved = []struct {
 	by       []string
 	why      string
 }{
-	{"os/exec", []string{"internal/machine/qemu", "internal/machine/vtpm", "internal/machine/volumeproc", "internal/machine/image", "internal/crypto/xts/xtsbench", "test"}, "whoever starts processes can be made to start the wrong one"},
+	{"os/exec", []string{"internal/keys/hsm", "internal/machine/qemu", "internal/machine/vtpm", "internal/machine/volumeproc", "internal/machine/image", "internal/crypto/xts/xtsbench", "test"}, "whoever starts processes can be made to start the wrong one"},
 	{"unsafe", []string{"api/strongroom", "internal/crypto/xts", "internal/crypto/keymem", "internal/block/blockdev", "internal/block/vhostuser", "internal/role/volumed/sandbox", "test/bench/ioengine"}, "memory safety is reviewed in few places"},
 	{"math/rand", []string{"test"}, "randomness comes from crypto/rand"},
 	{"math/rand/v2", []string{"test", "internal/block/blockdev/faultdev", "internal/block/blockdev/blockdevtest", "internal/control/store"}, "randomness comes from crypto/rand; only tests, which replay a seed, and the jitter of a retry may use another source"},

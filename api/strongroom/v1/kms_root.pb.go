@@ -227,6 +227,7 @@ type SetKMSRootRequest struct {
 	//	*SetKMSRootRequest_Passphrase
 	//	*SetKMSRootRequest_Shares
 	//	*SetKMSRootRequest_Tpm
+	//	*SetKMSRootRequest_Hsm
 	Source        isSetKMSRootRequest_Source `protobuf_oneof:"source"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -305,6 +306,15 @@ func (x *SetKMSRootRequest) GetTpm() *KMSRootTPM {
 	return nil
 }
 
+func (x *SetKMSRootRequest) GetHsm() *KMSRootHSM {
+	if x != nil {
+		if x, ok := x.Source.(*SetKMSRootRequest_Hsm); ok {
+			return x.Hsm
+		}
+	}
+	return nil
+}
+
 type isSetKMSRootRequest_Source interface {
 	isSetKMSRootRequest_Source()
 }
@@ -325,6 +335,10 @@ type SetKMSRootRequest_Tpm struct {
 	Tpm *KMSRootTPM `protobuf:"bytes,4,opt,name=tpm,proto3,oneof"`
 }
 
+type SetKMSRootRequest_Hsm struct {
+	Hsm *KMSRootHSM `protobuf:"bytes,5,opt,name=hsm,proto3,oneof"`
+}
+
 func (*SetKMSRootRequest_KeyFile) isSetKMSRootRequest_Source() {}
 
 func (*SetKMSRootRequest_Passphrase) isSetKMSRootRequest_Source() {}
@@ -332,6 +346,8 @@ func (*SetKMSRootRequest_Passphrase) isSetKMSRootRequest_Source() {}
 func (*SetKMSRootRequest_Shares) isSetKMSRootRequest_Source() {}
 
 func (*SetKMSRootRequest_Tpm) isSetKMSRootRequest_Source() {}
+
+func (*SetKMSRootRequest_Hsm) isSetKMSRootRequest_Source() {}
 
 type KMSRootKeyFile struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -532,6 +548,78 @@ func (x *KMSRootTPM) GetPcrs() []uint32 {
 	return nil
 }
 
+type KMSRootHSM struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The path of the vendor's PKCS #11 library on the server.
+	Module string `protobuf:"bytes,1,opt,name=module,proto3" json:"module,omitempty"`
+	// The label of the token.
+	Token string `protobuf:"bytes,2,opt,name=token,proto3" json:"token,omitempty"`
+	// The label of its AES key, which is made if there is none.
+	Key string `protobuf:"bytes,3,opt,name=key,proto3" json:"key,omitempty"`
+	// The path of a file on the server whose first line is the user's PIN.
+	PinFile       string `protobuf:"bytes,4,opt,name=pin_file,json=pinFile,proto3" json:"pin_file,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KMSRootHSM) Reset() {
+	*x = KMSRootHSM{}
+	mi := &file_strongroom_v1_kms_root_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KMSRootHSM) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KMSRootHSM) ProtoMessage() {}
+
+func (x *KMSRootHSM) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_kms_root_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KMSRootHSM.ProtoReflect.Descriptor instead.
+func (*KMSRootHSM) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_kms_root_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *KMSRootHSM) GetModule() string {
+	if x != nil {
+		return x.Module
+	}
+	return ""
+}
+
+func (x *KMSRootHSM) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
+}
+
+func (x *KMSRootHSM) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *KMSRootHSM) GetPinFile() string {
+	if x != nil {
+		return x.PinFile
+	}
+	return ""
+}
+
 type SetKMSRootResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The texts of the shares, which are kept nowhere.
@@ -542,7 +630,7 @@ type SetKMSRootResponse struct {
 
 func (x *SetKMSRootResponse) Reset() {
 	*x = SetKMSRootResponse{}
-	mi := &file_strongroom_v1_kms_root_proto_msgTypes[9]
+	mi := &file_strongroom_v1_kms_root_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -554,7 +642,7 @@ func (x *SetKMSRootResponse) String() string {
 func (*SetKMSRootResponse) ProtoMessage() {}
 
 func (x *SetKMSRootResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_root_proto_msgTypes[9]
+	mi := &file_strongroom_v1_kms_root_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -567,7 +655,7 @@ func (x *SetKMSRootResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetKMSRootResponse.ProtoReflect.Descriptor instead.
 func (*SetKMSRootResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_root_proto_rawDescGZIP(), []int{9}
+	return file_strongroom_v1_kms_root_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *SetKMSRootResponse) GetShares() [][]byte {
@@ -588,7 +676,7 @@ type ConfirmKMSRootRequest struct {
 
 func (x *ConfirmKMSRootRequest) Reset() {
 	*x = ConfirmKMSRootRequest{}
-	mi := &file_strongroom_v1_kms_root_proto_msgTypes[10]
+	mi := &file_strongroom_v1_kms_root_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -600,7 +688,7 @@ func (x *ConfirmKMSRootRequest) String() string {
 func (*ConfirmKMSRootRequest) ProtoMessage() {}
 
 func (x *ConfirmKMSRootRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_root_proto_msgTypes[10]
+	mi := &file_strongroom_v1_kms_root_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -613,7 +701,7 @@ func (x *ConfirmKMSRootRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfirmKMSRootRequest.ProtoReflect.Descriptor instead.
 func (*ConfirmKMSRootRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_root_proto_rawDescGZIP(), []int{10}
+	return file_strongroom_v1_kms_root_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ConfirmKMSRootRequest) GetSecrets() [][]byte {
@@ -637,14 +725,15 @@ const file_strongroom_v1_kms_root_proto_rawDesc = "" +
 	"\vdescription\x18\x01 \x01(\tR\vdescription\x12\x16\n" +
 	"\x06people\x18\x02 \x01(\rR\x06people\"*\n" +
 	"\x10UnsealKMSRequest\x12\x16\n" +
-	"\x06secret\x18\x01 \x01(\fR\x06secret\"\x84\x02\n" +
+	"\x06secret\x18\x01 \x01(\fR\x06secret\"\xb3\x02\n" +
 	"\x11SetKMSRootRequest\x12:\n" +
 	"\bkey_file\x18\x01 \x01(\v2\x1d.strongroom.v1.KMSRootKeyFileH\x00R\akeyFile\x12B\n" +
 	"\n" +
 	"passphrase\x18\x02 \x01(\v2 .strongroom.v1.KMSRootPassphraseH\x00R\n" +
 	"passphrase\x126\n" +
 	"\x06shares\x18\x03 \x01(\v2\x1c.strongroom.v1.KMSRootSharesH\x00R\x06shares\x12-\n" +
-	"\x03tpm\x18\x04 \x01(\v2\x19.strongroom.v1.KMSRootTPMH\x00R\x03tpmB\b\n" +
+	"\x03tpm\x18\x04 \x01(\v2\x19.strongroom.v1.KMSRootTPMH\x00R\x03tpm\x12-\n" +
+	"\x03hsm\x18\x05 \x01(\v2\x19.strongroom.v1.KMSRootHSMH\x00R\x03hsmB\b\n" +
 	"\x06source\"$\n" +
 	"\x0eKMSRootKeyFile\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\"3\n" +
@@ -658,7 +747,13 @@ const file_strongroom_v1_kms_root_proto_rawDesc = "" +
 	"\n" +
 	"KMSRootTPM\x12\x16\n" +
 	"\x06device\x18\x01 \x01(\tR\x06device\x12\x12\n" +
-	"\x04pcrs\x18\x02 \x03(\rR\x04pcrs\",\n" +
+	"\x04pcrs\x18\x02 \x03(\rR\x04pcrs\"g\n" +
+	"\n" +
+	"KMSRootHSM\x12\x16\n" +
+	"\x06module\x18\x01 \x01(\tR\x06module\x12\x14\n" +
+	"\x05token\x18\x02 \x01(\tR\x05token\x12\x10\n" +
+	"\x03key\x18\x03 \x01(\tR\x03key\x12\x19\n" +
+	"\bpin_file\x18\x04 \x01(\tR\apinFile\",\n" +
 	"\x12SetKMSRootResponse\x12\x16\n" +
 	"\x06shares\x18\x01 \x03(\fR\x06shares\"1\n" +
 	"\x15ConfirmKMSRootRequest\x12\x18\n" +
@@ -683,7 +778,7 @@ func file_strongroom_v1_kms_root_proto_rawDescGZIP() []byte {
 	return file_strongroom_v1_kms_root_proto_rawDescData
 }
 
-var file_strongroom_v1_kms_root_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
+var file_strongroom_v1_kms_root_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
 var file_strongroom_v1_kms_root_proto_goTypes = []any{
 	(*GetKMSSealRequest)(nil),     // 0: strongroom.v1.GetKMSSealRequest
 	(*KMSSeal)(nil),               // 1: strongroom.v1.KMSSeal
@@ -694,8 +789,9 @@ var file_strongroom_v1_kms_root_proto_goTypes = []any{
 	(*KMSRootPassphrase)(nil),     // 6: strongroom.v1.KMSRootPassphrase
 	(*KMSRootShares)(nil),         // 7: strongroom.v1.KMSRootShares
 	(*KMSRootTPM)(nil),            // 8: strongroom.v1.KMSRootTPM
-	(*SetKMSRootResponse)(nil),    // 9: strongroom.v1.SetKMSRootResponse
-	(*ConfirmKMSRootRequest)(nil), // 10: strongroom.v1.ConfirmKMSRootRequest
+	(*KMSRootHSM)(nil),            // 9: strongroom.v1.KMSRootHSM
+	(*SetKMSRootResponse)(nil),    // 10: strongroom.v1.SetKMSRootResponse
+	(*ConfirmKMSRootRequest)(nil), // 11: strongroom.v1.ConfirmKMSRootRequest
 }
 var file_strongroom_v1_kms_root_proto_depIdxs = []int32{
 	2,  // 0: strongroom.v1.KMSSeal.sources:type_name -> strongroom.v1.KMSRootSource
@@ -703,19 +799,20 @@ var file_strongroom_v1_kms_root_proto_depIdxs = []int32{
 	6,  // 2: strongroom.v1.SetKMSRootRequest.passphrase:type_name -> strongroom.v1.KMSRootPassphrase
 	7,  // 3: strongroom.v1.SetKMSRootRequest.shares:type_name -> strongroom.v1.KMSRootShares
 	8,  // 4: strongroom.v1.SetKMSRootRequest.tpm:type_name -> strongroom.v1.KMSRootTPM
-	0,  // 5: strongroom.v1.KMSRootService.GetKMSSeal:input_type -> strongroom.v1.GetKMSSealRequest
-	3,  // 6: strongroom.v1.KMSRootService.UnsealKMS:input_type -> strongroom.v1.UnsealKMSRequest
-	4,  // 7: strongroom.v1.KMSRootService.SetKMSRoot:input_type -> strongroom.v1.SetKMSRootRequest
-	10, // 8: strongroom.v1.KMSRootService.ConfirmKMSRoot:input_type -> strongroom.v1.ConfirmKMSRootRequest
-	1,  // 9: strongroom.v1.KMSRootService.GetKMSSeal:output_type -> strongroom.v1.KMSSeal
-	1,  // 10: strongroom.v1.KMSRootService.UnsealKMS:output_type -> strongroom.v1.KMSSeal
-	9,  // 11: strongroom.v1.KMSRootService.SetKMSRoot:output_type -> strongroom.v1.SetKMSRootResponse
-	1,  // 12: strongroom.v1.KMSRootService.ConfirmKMSRoot:output_type -> strongroom.v1.KMSSeal
-	9,  // [9:13] is the sub-list for method output_type
-	5,  // [5:9] is the sub-list for method input_type
-	5,  // [5:5] is the sub-list for extension type_name
-	5,  // [5:5] is the sub-list for extension extendee
-	0,  // [0:5] is the sub-list for field type_name
+	9,  // 5: strongroom.v1.SetKMSRootRequest.hsm:type_name -> strongroom.v1.KMSRootHSM
+	0,  // 6: strongroom.v1.KMSRootService.GetKMSSeal:input_type -> strongroom.v1.GetKMSSealRequest
+	3,  // 7: strongroom.v1.KMSRootService.UnsealKMS:input_type -> strongroom.v1.UnsealKMSRequest
+	4,  // 8: strongroom.v1.KMSRootService.SetKMSRoot:input_type -> strongroom.v1.SetKMSRootRequest
+	11, // 9: strongroom.v1.KMSRootService.ConfirmKMSRoot:input_type -> strongroom.v1.ConfirmKMSRootRequest
+	1,  // 10: strongroom.v1.KMSRootService.GetKMSSeal:output_type -> strongroom.v1.KMSSeal
+	1,  // 11: strongroom.v1.KMSRootService.UnsealKMS:output_type -> strongroom.v1.KMSSeal
+	10, // 12: strongroom.v1.KMSRootService.SetKMSRoot:output_type -> strongroom.v1.SetKMSRootResponse
+	1,  // 13: strongroom.v1.KMSRootService.ConfirmKMSRoot:output_type -> strongroom.v1.KMSSeal
+	10, // [10:14] is the sub-list for method output_type
+	6,  // [6:10] is the sub-list for method input_type
+	6,  // [6:6] is the sub-list for extension type_name
+	6,  // [6:6] is the sub-list for extension extendee
+	0,  // [0:6] is the sub-list for field type_name
 }
 
 func init() { file_strongroom_v1_kms_root_proto_init() }
@@ -729,6 +826,7 @@ func file_strongroom_v1_kms_root_proto_init() {
 		(*SetKMSRootRequest_Passphrase)(nil),
 		(*SetKMSRootRequest_Shares)(nil),
 		(*SetKMSRootRequest_Tpm)(nil),
+		(*SetKMSRootRequest_Hsm)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -736,7 +834,7 @@ func file_strongroom_v1_kms_root_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_strongroom_v1_kms_root_proto_rawDesc), len(file_strongroom_v1_kms_root_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   11,
+			NumMessages:   12,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -112,7 +112,8 @@ func waitServing(ctx context.Context, c *client.Client) error {
 func newKMSRootCmd(env *Env) *cobra.Command {
 	return newGroup("root", "Where the root key of a key management server comes from",
 		`The root key opens the server's vault, and with it every key. It comes from a key
-file (at first), a passphrase, shares that several people hold, or a TPM.
+file (at first), a passphrase, shares that several people hold, a TPM, or an
+HSM.
 
 A change makes a new root key: the old key file, passphrase or shares do not open
 the vault any more. Copies of the vault from before they open as they did.`,
@@ -150,7 +151,7 @@ func newKMSRootSetCmd(env *Env) *cobra.Command {
 under a new root key after the new source has proved that it opens; then the old
 source is retired. Interrupted at any point, the server opens by the old source or
 by the new one: it tells which.`,
-		newKMSRootSetKeyFileCmd(env), newKMSRootSetPassphraseCmd(env), newKMSRootSetSharesCmd(env), newKMSRootSetTPMCmd(env))
+		newKMSRootSetKeyFileCmd(env), newKMSRootSetPassphraseCmd(env), newKMSRootSetSharesCmd(env), newKMSRootSetTPMCmd(env), newKMSRootSetHSMCmd(env))
 }
 
 // setRoot makes both steps of a change; secrets makes the second's of the
@@ -280,6 +281,34 @@ is lost, so are all keys: keep a backup.`,
 	}
 	cmd.Flags().StringVar(&device, "device", "/dev/tpmrm0", "the TPM's `device` on the server, or unix:/PATH of an emulator")
 	cmd.Flags().UintSliceVar(&pcrs, "pcrs", []uint{7}, "the PCRs that must not change, 0 to 23")
+	return cmd
+}
+
+func newKMSRootSetHSMCmd(env *Env) *cobra.Command {
+	h := &strongroomv1.KMSRootHSM{}
+	cmd := &cobra.Command{
+		Use:   "hsm",
+		Short: "Wrap the root key in a hardware security module",
+		Long: `Wrap a new root key under an AES-256 key in a hardware security module, by PKCS #11
+(AES-GCM). The key is made in the token if it has none of that label, and never
+leaves it. The module is asked once, when the server starts; its vendor's library is
+loaded into a process of its own, strongroom-pkcs11.
+
+When the key in the module is lost, so are all keys: keep a backup of the token.`,
+		Example: "  strongroom kms root set hsm --module /usr/lib/softhsm/libsofthsm2.so --token kms --pin-file /etc/strongroom/hsm.pin",
+		Args:    noArgs,
+		RunE: env.withClient("change the root key's source", func(cmd *cobra.Command, c *client.Client, _ []string) error {
+			req := &strongroomv1.SetKMSRootRequest{Source: &strongroomv1.SetKMSRootRequest_Hsm{Hsm: h}}
+			return env.setRoot(cmd.Context(), c, req, func(*strongroomv1.SetKMSRootResponse) ([][]byte, error) { return nil, nil })
+		}),
+	}
+	cmd.Flags().StringVar(&h.Module, "module", "", "the vendor's PKCS #11 library, a `file` on the server")
+	cmd.Flags().StringVar(&h.Token, "token", "", "the token's label")
+	cmd.Flags().StringVar(&h.Key, "key", "strongroom-kms", "the label of the AES key in it")
+	cmd.Flags().StringVar(&h.PinFile, "pin-file", "", "`file` on the server whose first line is the user's PIN, mode 0600")
+	for _, needed := range []string{"module", "token", "pin-file"} {
+		must(cmd.MarkFlagRequired(needed))
+	}
 	return cmd
 }
 

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 
 	"strongroom/internal/crypto/keyfile"
@@ -14,8 +15,15 @@ import (
 	"strongroom/internal/crypto/sealed"
 	"strongroom/internal/crypto/shamir"
 	"strongroom/internal/errs"
+	"strongroom/internal/keys/hsm"
+	"strongroom/test/softhsm"
 	"strongroom/test/swtpm"
 )
+
+func TestMain(m *testing.M) { os.Exit(softhsm.Main(m)) }
+
+// tokens are made one after another: each takes the first free slot.
+var tokens sync.Mutex
 
 // cheap is Argon2id as tests can pay it.
 var cheap = Cost{Time: 1, MemoryKiB: 64, Threads: 1}
@@ -115,6 +123,13 @@ func ways(s *safe) []way {
 		}},
 		{"TPM", func(root *keymem.Key) (Source, []shamir.Share, error) {
 			src, err := NewTPM(context.Background(), "unix:"+swtpm.Start(s.t).Socket(), []int{7}, root)
+			return src, nil, err
+		}, nothing},
+		{"HSM", func(root *keymem.Key) (Source, []shamir.Share, error) {
+			tokens.Lock()
+			label, pinFile := softhsm.Token(s.t)
+			tokens.Unlock()
+			src, err := NewHSM(context.Background(), hsm.Key{Module: softhsm.Module(s.t), Token: label, Label: "root", PINFile: pinFile}, root)
 			return src, nil, err
 		}, nothing},
 	}
@@ -448,6 +463,7 @@ func FuzzDecode(f *testing.F) {
 	f.Add([]byte(vectorFile))
 	f.Add([]byte(`{"version":1,"sources":[{"keyFile":{"path":"/k"}},{"shares":{"set":"00000000","threshold":2,"count":3,"wrapped":"AA=="}}]}`))
 	f.Add([]byte(`{"version":1,"sources":[{"tpm":{"device":"/dev/tpmrm0","sealed":{"pcrs":[7],"parent":"AA==","public":"AA==","private":"AA=="},"wrapped":"AA=="}}]}`))
+	f.Add([]byte(`{"version":1,"sources":[{"hsm":{"module":"/m.so","token":"t","label":"k","pinFile":"/p","wrappedKey":"AA==","wrapped":"AA=="}}]}`))
 	f.Add([]byte(`{"version":1,"sources":[{}]}`))
 	f.Add([]byte(`{"version":1,"sources":[{"keyFile":{"path":"/k"}}]}x`))
 	f.Fuzz(func(t *testing.T, text []byte) {

@@ -1,5 +1,5 @@
 // Package rootkey says where the root key of a vault comes from: a key file, a
-// passphrase, shares that several people hold, or a TPM (docs/spec/root-key.md). A
+// passphrase, shares that several people hold, a TPM or an HSM (docs/spec/root-key.md). A
 // [Source] is one such way; a [Lock] is what one vault has, through changes.
 //
 // The package knows no role: whoever has a vault (package vault) can have a Lock
@@ -47,6 +47,7 @@ type Source struct {
 	Passphrase *Passphrase `json:"passphrase,omitempty"`
 	Shares     *Shares     `json:"shares,omitempty"`
 	TPM        *TPM        `json:"tpm,omitempty"`
+	HSM        *HSM        `json:"hsm,omitempty"`
 }
 
 // Given is what people gave to open a source. Its owner closes it.
@@ -104,6 +105,8 @@ func (s Source) String() string {
 		return fmt.Sprintf("%d of %d shares", s.Shares.Threshold, s.Shares.Count)
 	case s.TPM != nil:
 		return fmt.Sprintf("TPM %s, PCRs %v", s.TPM.Device, s.TPM.Sealed.PCRs)
+	case s.HSM != nil:
+		return "HSM, " + s.HSM.String()
 	}
 	return "none"
 }
@@ -111,7 +114,7 @@ func (s Source) String() string {
 // Open returns the root key, which the caller closes. given must hold what the
 // source needs, and stays the caller's. It returns an error of kind
 // [errs.Denied] for a wrong passphrase or wrong shares; those of a TPM are
-// [tpm.Unseal]'s.
+// [tpm.Unseal]'s, those of an HSM [hsm.Key.Unwrap]'s.
 func (s Source) Open(ctx context.Context, given Given) (*keymem.Key, error) {
 	switch {
 	case s.KeyFile != nil:
@@ -122,6 +125,8 @@ func (s Source) Open(ctx context.Context, given Given) (*keymem.Key, error) {
 		return s.Shares.open(given.Shares)
 	case s.TPM != nil:
 		return s.TPM.open(ctx)
+	case s.HSM != nil:
+		return s.HSM.open(ctx)
 	}
 	return nil, errs.New(errs.Corrupt, "the root key has no source")
 }
@@ -159,6 +164,10 @@ func (s Source) check() error {
 	if s.TPM != nil {
 		parts++
 		err = s.TPM.check()
+	}
+	if s.HSM != nil {
+		parts++
+		err = s.HSM.check()
 	}
 	if parts != 1 {
 		return fmt.Errorf("a source of %d kinds", parts)

@@ -17,6 +17,7 @@ import (
 	"strongroom/internal/crypto/sealed"
 	"strongroom/internal/crypto/shamir"
 	"strongroom/internal/errs"
+	"strongroom/internal/keys/hsm"
 	"strongroom/internal/keys/rootkey"
 	"strongroom/internal/keys/tpm"
 )
@@ -184,6 +185,12 @@ func beginOf(ctx context.Context, m *strongroomv1.SetKMSRootRequest) (func(root 
 		}
 		return func(root *keymem.Key) (rootkey.Source, []shamir.Share, error) {
 			source, err := rootkey.NewTPM(ctx, s.Tpm.GetDevice(), pcrs, root)
+			return source, nil, err
+		}, nil
+	case *strongroomv1.SetKMSRootRequest_Hsm:
+		key := hsm.Key{Module: s.Hsm.GetModule(), Token: s.Hsm.GetToken(), Label: s.Hsm.GetKey(), PINFile: s.Hsm.GetPinFile()}
+		return func(root *keymem.Key) (rootkey.Source, []shamir.Share, error) {
+			source, err := rootkey.NewHSM(ctx, key, root)
 			return source, nil, err
 		}, nil
 	}
