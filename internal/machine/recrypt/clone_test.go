@@ -139,7 +139,7 @@ func TestCloneWhileRekeying(t *testing.T) {
 	var from *faultFolder
 	for op := 0; ; op++ { // killed at each operation in turn, until that leaves one under way
 		from = b.folder.clone(&faultdev.Fault{Op: op, Mode: faultdev.Done, Dead: true})
-		if err := recrypt.DeepRekey(t.Context(), from, luksName, reference("next"), b.with(t, "next").get, 0, nil); err == nil {
+		if err := recrypt.DeepRekey(t.Context(), from, luksName, reference("next"), b.with(t, "next").get, nil, nil); err == nil {
 			t.Fatal("no rekey was interrupted")
 		}
 		from.inject(nil)
