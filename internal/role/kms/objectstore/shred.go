@@ -15,8 +15,10 @@ import (
 
 const (
 	// shredPause is the least time between two passes; a pass that took long is
-	// followed by a pause ten times as long, for it reads every record.
-	shredPause = time.Second
+	// followed by a pause ten times as long, for it reads every record, but never
+	// by more than shredPauseMax: it may have taken long for waiting.
+	shredPause    = time.Second
+	shredPauseMax = 20 * time.Second
 	// moveBatch and moveBytes bound what one transaction moves to another
 	// epoch, in records and in their bytes.
 	moveBatch = 64
@@ -35,7 +37,7 @@ func (s *Store) Run(ctx context.Context) error {
 		}
 		began := time.Now()
 		err := s.Shred(ctx)
-		pause := max(shredPause, 10*time.Since(began))
+		pause := min(max(shredPause, 10*time.Since(began)), shredPauseMax)
 		if err != nil && ctx.Err() == nil {
 			pause = shredPause // it waited rather than worked
 			s.log.LogAttrs(ctx, slog.LevelError, "destroyed keys not shredded yet", slog.Any("err", err))
