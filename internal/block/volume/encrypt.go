@@ -216,10 +216,6 @@ func shiftOf(size int64) int64 {
 	return shifts[len(shifts)-1]
 }
 
-// EncryptionStorage returns how long the storage of a disk of size bytes is, in
-// bytes, while the disk is encrypted in place.
-func EncryptionStorage(size int64) int64 { return size + 2*shiftOf(size) }
-
 // shrink gives the storage of a disk of which nothing was overwritten its size
 // back.
 func (e *encryption) shrink(size int64) error {
