@@ -291,8 +291,8 @@ func newKMSRootSetHSMCmd(env *Env) *cobra.Command {
 		Short: "Wrap the root key in a hardware security module",
 		Long: `Wrap a new root key under an AES-256 key in a hardware security module, by PKCS #11
 (AES-GCM). The key is made in the token if it has none of that label, and never
-leaves it. The module is asked once, when the server starts; its vendor's library is
-loaded into a process of its own, strongroom-pkcs11.
+leaves it. The module is asked once, when the server starts; its vendor's library
+is loaded into a process of its own, strongroom-pkcs11.
 
 When the key in the module is lost, so are all keys: keep a backup of the token.`,
 		Example: "  strongroom kms root set hsm --module /usr/lib/softhsm/libsofthsm2.so --token kms --pin-file /etc/strongroom/hsm.pin",
