@@ -221,14 +221,10 @@ func TestFaults(t *testing.T) {
 	}
 	_, err := start.WriteAt(first, 0)
 	check(t, err)
-	step := 1
-	if blockdevtest.RaceDetector {
-		step = 7 // every operation fails in the run without it, which does the same
-	}
 	for _, newFails := range []bool{false, true} {
 		for _, mode := range faultdev.Modes() {
 			for _, dead := range []bool{false, true} {
-				for op := 0; ; op += step {
+				for op := 0; ; op += blockdevtest.FaultStep {
 					fault := &faultdev.Fault{Op: op, Mode: mode, Dead: dead}
 					from, to := faultdev.New(start.Clone(), nil), faultdev.New(blockdev.NewMemory(size, 512), nil)
 					faulty := from

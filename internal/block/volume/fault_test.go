@@ -37,13 +37,9 @@ func openFaulty(dev *faultdev.Device, dek *keymem.Key) (*volume.Volume, error) {
 // until none is left to fail. test returns the error of what it tried.
 func atEveryFault(t *testing.T, disk *blockdev.Memory, test func(t *testing.T, dev *faultdev.Device) error) {
 	t.Helper()
-	step := 1
-	if blockdevtest.RaceDetector {
-		step = 7 // every operation fails in the run without it, which does the same
-	}
 	for _, mode := range faultdev.Modes() {
 		for _, dead := range []bool{false, true} {
-			for op := 0; ; op += step {
+			for op := 0; ; op += blockdevtest.FaultStep {
 				dev := faultdev.New(disk.Clone(), &faultdev.Fault{Op: op, Mode: mode, Dead: dead})
 				ok := t.Run(fmt.Sprintf("%s/%d/dead=%v", mode, op, dead), func(t *testing.T) {
 					err := test(t, dev)

@@ -75,7 +75,7 @@ func TestCloneFaults(t *testing.T) {
 			b := newBench(t, c.disk)
 			n := 0
 			for b.cloneFails(t, rng, c, reflink, inOriginal, faultdev.Fault{Op: n, Mode: mode}) {
-				n++
+				n += blockdevtest.FaultStep
 			}
 			if n < 2 {
 				t.Errorf("only %d operations were there to fail", n)

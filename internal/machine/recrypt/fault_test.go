@@ -279,7 +279,7 @@ func TestFaults(t *testing.T) {
 					b := newBench(t, o.before)
 					n := 0
 					for b.fails(t, rng, o, faultdev.Fault{Op: n, Mode: mode, Dead: dead}) {
-						n++
+						n += blockdevtest.FaultStep
 					}
 					if n < 10 {
 						t.Errorf("only %d operations were there to fail", n)

@@ -6,3 +6,8 @@ package blockdevtest
 // is given at random, so allocations cannot be counted, and all is ten times as
 // slow.
 const RaceDetector = true
+
+// FaultStep is how far a test that fails every operation in turn goes from one to
+// the next. Every one fails in the run without the race detector, which does the
+// same.
+const FaultStep = 7
