@@ -27,6 +27,7 @@ import (
 	"strongroom/internal/crypto/keymem"
 	"strongroom/internal/crypto/sealed"
 	"strongroom/internal/crypto/shamir"
+	"strongroom/internal/durable"
 	"strongroom/internal/errs"
 )
 
@@ -244,23 +245,7 @@ func writeFile(path string, sources []Source) error {
 	if err != nil {
 		return err
 	}
-	tmp := path + ".new"
-	f, err := os.OpenFile(tmp, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(text)
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return errors.Join(err, os.Remove(tmp))
-	}
-	if err := os.Rename(tmp, path); err != nil {
-		return err
-	}
-	dir, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	return errors.Join(dir.Sync(), dir.Close())
+	return durable.WriteFile(path, text)
 }
 
 // wrap returns root sealed under kek, for a source of that kind.

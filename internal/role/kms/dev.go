@@ -9,6 +9,7 @@ import (
 
 	"strongroom/internal/control/directory"
 	"strongroom/internal/crypto/clientcert"
+	"strongroom/internal/durable"
 	"strongroom/internal/errs"
 )
 
@@ -47,8 +48,8 @@ func (k *KMS) EnsureFirstApplication(ctx context.Context) error {
 		return err
 	}
 	// The certificate's file is written last: it tells that all is done.
-	if err := writeFile(keyPath, key); err != nil {
+	if err := durable.WriteFile(keyPath, key); err != nil {
 		return err
 	}
-	return writeFile(certPath, cert)
+	return durable.WriteFile(certPath, cert)
 }

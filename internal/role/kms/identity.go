@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"strongroom/internal/control/pki"
+	"strongroom/internal/durable"
 	"strongroom/internal/errs"
 	"strongroom/internal/keys/kmip/kmipserver"
 )
@@ -105,7 +106,7 @@ func (k *KMS) makeServer(path string) (tls.Certificate, error) {
 	if err != nil {
 		return tls.Certificate{}, err
 	}
-	if err := writeFile(path, sealed); err != nil {
+	if err := durable.WriteFile(path, sealed); err != nil {
 		return tls.Certificate{}, err
 	}
 	return k.chain(cert, key), nil
@@ -134,27 +135,6 @@ func (k *KMS) loadServer(path string) (tls.Certificate, error) {
 		return tls.Certificate{}, errs.New(errs.Corrupt, "its key is not ECDSA")
 	}
 	return k.chain(pair.Leaf, key), nil
-}
-
-// writeFile replaces the file at path, mode 0600, durably.
-func writeFile(path string, b []byte) error {
-	tmp := path + ".new"
-	f, err := os.OpenFile(tmp, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(b)
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(tmp, path); err != nil {
-		return err
-	}
-	dir, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	return errors.Join(dir.Sync(), dir.Close())
 }
 
 // tlsConfig is that of the KMIP server. Any client certificate, or none, passes

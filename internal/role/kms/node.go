@@ -18,6 +18,7 @@ import (
 	"strongroom/internal/control/pki"
 	"strongroom/internal/control/store"
 	"strongroom/internal/daemon"
+	"strongroom/internal/durable"
 	"strongroom/internal/errs"
 	"strongroom/internal/role/kms/cluster"
 	"strongroom/internal/role/kms/objectstore"
@@ -84,7 +85,7 @@ func (m *membership) write(path string) error {
 	if err != nil {
 		return err
 	}
-	return writeFile(path, append(b, '\n'))
+	return durable.WriteFile(path, append(b, '\n'))
 }
 
 // self is this node as others are to know it.

@@ -1,0 +1,34 @@
+// Package durable replaces small files so that a crash or a power loss at any
+// instant leaves the old contents or the new ones. Sealed contents are package
+// sealed's.
+package durable
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+)
+
+// WriteFile makes b, which stays the caller's, the contents of the file at path,
+// mode 0600, and returns when file and name are on disk. On the way there is a file
+// path+".new"; one that a crash left is overwritten. After an error the file has
+// the old contents or the new ones. Two writers of one path must not meet.
+func WriteFile(path string, b []byte) error {
+	tmp := path + ".new"
+	f, err := os.OpenFile(tmp, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(b)
+	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return errors.Join(err, os.Remove(tmp))
+	}
+	if err := os.Rename(tmp, path); err != nil {
+		return err
+	}
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	return errors.Join(dir.Sync(), dir.Close())
+}
