@@ -1,6 +1,6 @@
 // Package durable replaces small files so that a crash or a power loss at any
-// instant leaves the old contents or the new ones. Sealed contents are package
-// sealed's.
+// instant leaves the old contents or the new ones, and makes names durable. Sealed
+// contents are package sealed's.
 package durable
 
 import (
@@ -26,7 +26,13 @@ func WriteFile(path string, b []byte) error {
 	if err := os.Rename(tmp, path); err != nil {
 		return err
 	}
-	dir, err := os.Open(filepath.Dir(path))
+	return SyncDir(filepath.Dir(path))
+}
+
+// SyncDir returns when the names in the directory at path, as they are now, are on
+// disk: those of new, renamed and removed files.
+func SyncDir(path string) error {
+	dir, err := os.Open(path)
 	if err != nil {
 		return err
 	}

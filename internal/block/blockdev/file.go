@@ -10,6 +10,8 @@ import (
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
+
+	"strongroom/internal/durable"
 )
 
 // FileOptions say how a file is opened. The zero value opens an existing file
@@ -103,7 +105,8 @@ func OpenFile(path string, opts FileOptions) (*File, error) {
 	}
 	file, err := NewFile(f, opts)
 	if err == nil && opts.Create {
-		if err = syncDir(filepath.Dir(path)); err != nil {
+		if err = durable.SyncDir(filepath.Dir(path)); err != nil {
+			err = fmt.Errorf("cannot make a new file durable: %w", err)
 			file.Close()
 		}
 	}
@@ -472,17 +475,4 @@ func (f *File) NextExtent(off int64) (Extent, error) {
 		end = min(off+int64(f.blockSize), size)
 	}
 	return Extent{Offset: off, Length: min(end, size) - off}, nil
-}
-
-// syncDir makes the names in a directory durable.
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return fmt.Errorf("cannot make a new file durable: %w", err)
-	}
-	defer d.Close()
-	if err := d.Sync(); err != nil {
-		return fmt.Errorf("cannot make a new file durable: %w", err)
-	}
-	return nil
 }

@@ -28,6 +28,7 @@ import (
 	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
 
+	"strongroom/internal/durable"
 	"strongroom/internal/errs"
 	"strongroom/internal/filelock"
 )
@@ -230,7 +231,7 @@ func (l *Log) begin() error {
 		err = os.Rename(tmp, path)
 	}
 	if err == nil {
-		err = syncDir(l.cfg.Dir)
+		err = durable.SyncDir(l.cfg.Dir)
 	}
 	if err != nil {
 		f.Close()
@@ -241,15 +242,6 @@ func (l *Log) begin() error {
 	}
 	l.f, l.size = f, int64(len(b))
 	return nil
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
 }
 
 // resume goes on with the newest file.

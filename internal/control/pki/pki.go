@@ -32,6 +32,7 @@ import (
 	"strings"
 	"time"
 
+	"strongroom/internal/durable"
 	"strongroom/internal/errs"
 )
 
@@ -217,10 +218,10 @@ func writeCA(dir string, certificate, key []byte, sealer Sealer) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	if err := writeFile(filepath.Join(dir, caKeyFile), sealed); err != nil {
+	if err := durable.WriteFile(filepath.Join(dir, caKeyFile), sealed); err != nil {
 		return err
 	}
-	return writeFile(filepath.Join(dir, caCertFile), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: certificate}))
+	return durable.WriteFile(filepath.Join(dir, caCertFile), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: certificate}))
 }
 
 func loadCA(certPath, keyPath string, sealer Sealer) (*CA, error) {
@@ -378,33 +379,4 @@ func readFile(path string) ([]byte, error) {
 		return nil, errs.New(errs.Corrupt, "%s has %d bytes, limit %d", path, info.Size(), maxCAFile)
 	}
 	return os.ReadFile(path)
-}
-
-// writeFile writes a file of mode 0600 that is either whole and on disk or not
-// there.
-func writeFile(path string, b []byte) error {
-	tmp, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-*") // mode 0600
-	if err != nil {
-		return err
-	}
-	defer os.Remove(tmp.Name())
-	_, err = tmp.Write(b)
-	if err == nil {
-		err = tmp.Sync()
-	}
-	if cerr := tmp.Close(); err == nil {
-		err = cerr
-	}
-	if err == nil {
-		err = os.Rename(tmp.Name(), path)
-	}
-	if err != nil {
-		return err
-	}
-	dir, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	return dir.Sync()
 }

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/durable"
 	"strongroom/internal/errs"
 )
 
@@ -103,7 +104,7 @@ func write(path string, key *keymem.Key) error {
 	if err := place(f.Name(), path); err != nil {
 		return errors.Join(err, os.Remove(f.Name()))
 	}
-	if err := syncDir(dir); err != nil {
+	if err := durable.SyncDir(dir); err != nil {
 		return fmt.Errorf("cannot make its name durable: %w", err)
 	}
 	return nil
@@ -138,12 +139,4 @@ func place(from, to string) error {
 		}
 	}
 	return err
-}
-
-func syncDir(path string) error {
-	dir, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(dir.Sync(), dir.Close())
 }

@@ -6,6 +6,8 @@ import (
 	"os"
 
 	"golang.org/x/sys/unix"
+
+	"strongroom/internal/durable"
 )
 
 // fileSystem is what this package needs of one. Tests put a failing one in
@@ -47,11 +49,4 @@ func orNil(f *os.File, err error) (file, error) {
 func (osFS) rename(oldPath, newPath string) error { return os.Rename(oldPath, newPath) }
 func (osFS) remove(path string) error             { return os.Remove(path) }
 
-func (osFS) syncDir(path string) error {
-	d, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
-}
+func (osFS) syncDir(path string) error { return durable.SyncDir(path) }

@@ -13,6 +13,7 @@ import (
 
 	strongroomv1 "strongroom/api/strongroom/v1"
 	"strongroom/client"
+	"strongroom/internal/durable"
 	"strongroom/internal/errs"
 )
 
@@ -339,5 +340,5 @@ func (env *Env) writeShares(dir string, shares [][]byte) (read [][]byte, err err
 		}
 		read = append(read, again)
 	}
-	return read, syncDir(dir)
+	return read, durable.SyncDir(dir)
 }

@@ -14,6 +14,7 @@ import (
 
 	strongroomv1 "strongroom/api/strongroom/v1"
 	"strongroom/client"
+	"strongroom/internal/durable"
 	"strongroom/internal/errs"
 )
 
@@ -113,7 +114,7 @@ func storeBackup(out string, p12 []byte) (sum [sha256.Size]byte, err error) {
 		}
 	}()
 	_, err = f.Write(p12)
-	if err = errors.Join(err, f.Sync(), f.Close(), syncDir(filepath.Dir(out))); err != nil {
+	if err = errors.Join(err, f.Sync(), f.Close(), durable.SyncDir(filepath.Dir(out))); err != nil {
 		return sum, err
 	}
 	read, err := os.ReadFile(out)
@@ -125,15 +126,6 @@ func storeBackup(out string, p12 []byte) (sum [sha256.Size]byte, err error) {
 		return sum, errs.New(errs.Corrupt, "%s does not hold what was written to it", out)
 	}
 	return sha256.Sum256(read), nil
-}
-
-// syncDir makes the names in a folder durable.
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }
 
 func backupAdvice(name, out string, noPassword bool) string {

@@ -29,6 +29,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"strongroom/internal/crypto/keysafe"
+	"strongroom/internal/durable"
 	"strongroom/internal/errs"
 )
 
@@ -307,15 +308,7 @@ func write(dir string, vm *VM) error {
 	if err := os.Rename(f.Name(), filepath.Join(dir, FileName)); err != nil {
 		return err
 	}
-	return syncDir(dir)
-}
-
-func syncDir(dir string) error {
-	f, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(f.Sync(), f.Close())
+	return durable.SyncDir(dir)
 }
 
 // Unfinished returns the names of files in the folder that an interrupted
@@ -354,7 +347,7 @@ func Remove(dir string, vm *VM) error {
 			return fmt.Errorf("cannot delete VM folder: %w", err)
 		}
 		if i == 0 {
-			if err := syncDir(dir); err != nil {
+			if err := durable.SyncDir(dir); err != nil {
 				return err
 			}
 		}
@@ -363,5 +356,5 @@ func Remove(dir string, vm *VM) error {
 		return errs.New(errs.InvalidState, "cannot delete VM folder: %w", err).
 			WithHint("look at what is left in %s", dir)
 	}
-	return syncDir(filepath.Dir(dir))
+	return durable.SyncDir(filepath.Dir(dir))
 }

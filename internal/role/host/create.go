@@ -19,6 +19,7 @@ import (
 	"strongroom/internal/crypto/keymem"
 	"strongroom/internal/crypto/keysafe"
 	"strongroom/internal/crypto/parcel"
+	"strongroom/internal/durable"
 	"strongroom/internal/errs"
 	"strongroom/internal/machine/bundle"
 	"strongroom/internal/machine/image"
@@ -84,7 +85,7 @@ func (h *Host) makeFolder(ctx context.Context, datastore string, vm *bundle.VM, 
 	if err := os.Rename(work, dir); err != nil {
 		return errors.Join(err, os.RemoveAll(work))
 	}
-	if err := syncDir(root); err != nil {
+	if err := durable.SyncDir(root); err != nil {
 		return err
 	}
 	h.log.LogAttrs(ctx, slog.LevelInfo, done, slog.String("vm", reg.Name))
@@ -327,12 +328,4 @@ func (h *Host) unregister(id string) error {
 		h.mu.Unlock()
 	}
 	return err
-}
-
-func syncDir(path string) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(f.Sync(), f.Close())
 }

@@ -11,6 +11,7 @@ import (
 	"strongroom/internal/block/blockdev"
 	"strongroom/internal/block/volume"
 	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/durable"
 	"strongroom/internal/errs"
 )
 
@@ -127,7 +128,7 @@ func replace(ctx context.Context, file string, stat fs.FileInfo, old *volume.Vol
 	if err := os.Rename(name, file); err != nil {
 		return explain(err)
 	}
-	return syncDir(filepath.Dir(file))
+	return durable.SyncDir(filepath.Dir(file))
 }
 
 // DecryptOptions say where a volume's data are written.
@@ -198,13 +199,4 @@ func keepOwner(name string, like fs.FileInfo) error {
 		err = errors.Join(err, os.Chown(name, int(sys.Uid), int(sys.Gid)))
 	}
 	return err
-}
-
-// syncDir makes the names in a folder durable.
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }
