@@ -1,7 +1,7 @@
 package qemu
 
 // TryTCG runs the probe's guest by translation, which works everywhere.
-func TryTCG() error { return TryWith("qemu-system-x86_64") }
+func TryTCG(dir string) error { return TryWith("qemu-system-x86_64", dir) }
 
 // TryWith does it with another program in the place of QEMU.
-func TryWith(binary string) error { return try(binary, TCG) }
+func TryWith(binary, dir string) error { return try(binary, dir, TCG) }

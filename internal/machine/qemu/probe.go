@@ -30,6 +30,7 @@ const vhostTimeout = 30 * time.Second
 // Prober finds out once what works here.
 type Prober struct {
 	binary string
+	dir    string
 	once   sync.Once
 	accel  Accel
 	why    error
@@ -39,12 +40,13 @@ type Prober struct {
 }
 
 // NewProber returns a Prober for the QEMU at path binary, or the one in PATH if
-// it is empty.
-func NewProber(binary string) *Prober {
+// it is empty. The folder at path dir is the Prober's own, and there only while it
+// tries something; what a killed process left of it is removed.
+func NewProber(binary, dir string) *Prober {
 	if binary == "" {
 		binary = "qemu-system-x86_64"
 	}
-	return &Prober{binary: binary}
+	return &Prober{binary: binary, dir: dir}
 }
 
 // Probe returns [KVM] if a guest really runs under it, else [TCG] and why not
@@ -53,7 +55,7 @@ func NewProber(binary string) *Prober {
 func (p *Prober) Probe() (Accel, error) {
 	p.once.Do(func() {
 		p.accel = KVM
-		if p.why = try(p.binary, KVM); p.why != nil {
+		if p.why = try(p.binary, p.dir, KVM); p.why != nil {
 			p.accel = TCG
 		}
 	})
@@ -66,7 +68,7 @@ func (p *Prober) Probe() (Accel, error) {
 // ones no time.
 func (p *Prober) VhostUser() error {
 	accel, _ := p.Probe()
-	p.vhostOnce.Do(func() { p.vhostWhy = tryVhostUser(p.binary, accel) })
+	p.vhostOnce.Do(func() { p.vhostWhy = tryVhostUser(p.binary, p.dir, accel) })
 	return p.vhostWhy
 }
 
@@ -74,7 +76,7 @@ func (p *Prober) VhostUser() error {
 const exitCode = 0x10<<1 | 1
 
 // try boots a guest that ends at once.
-func try(binary string, accel Accel) error {
+func try(binary, dir string, accel Accel) error {
 	if accel == KVM {
 		f, err := os.OpenFile("/dev/kvm", os.O_RDWR|syscall.O_NONBLOCK, 0)
 		if err != nil {
@@ -82,8 +84,7 @@ func try(binary string, accel Accel) error {
 		}
 		f.Close()
 	}
-	dir, err := os.MkdirTemp("", "strongroom-probe-")
-	if err != nil {
+	if err := makeAnew(dir); err != nil {
 		return err
 	}
 	defer os.RemoveAll(dir)
@@ -95,9 +96,8 @@ func try(binary string, accel Accel) error {
 }
 
 // tryVhostUser boots the same guest from a vhost-user disk of ours.
-func tryVhostUser(binary string, accel Accel) (err error) {
-	dir, err := os.MkdirTemp("", "strongroom-probe-")
-	if err != nil {
+func tryVhostUser(binary, dir string, accel Accel) (err error) {
+	if err := makeAnew(dir); err != nil {
 		return err
 	}
 	defer os.RemoveAll(dir)
@@ -122,6 +122,13 @@ func tryVhostUser(binary string, accel Accel) (err error) {
 	c := Config{MemoryMiB: 32, Machine: "q35", Disks: []Disk{d}}
 	return boot(binary, dir, accel, vhostTimeout, "-machine", c.machine()+c.memoryBackend(), "-object", encode(c.memory()),
 		"-chardev", d.chardev(), "-device", encode(d.device("", 1)))
+}
+
+func makeAnew(dir string) error {
+	if err := os.RemoveAll(dir); err != nil {
+		return err
+	}
+	return os.MkdirAll(dir, 0o700)
 }
 
 // boot runs a QEMU with the debug-exit device, and returns nil if its guest ends

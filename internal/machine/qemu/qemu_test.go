@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"net"
 	"os"
@@ -23,8 +24,8 @@ import (
 
 // TestMain lets the test binary be a process that probes until it is killed.
 func TestMain(m *testing.M) {
-	if len(os.Args) == 3 && os.Args[1] == "probe" {
-		_ = qemu.TryWith(os.Args[2])
+	if len(os.Args) == 4 && os.Args[1] == "probe" {
+		_ = qemu.TryWith(os.Args[2], os.Args[3])
 		os.Exit(1)
 	}
 	goleak.VerifyTestMain(m)
@@ -337,7 +338,8 @@ func TestGuest(t *testing.T) {
 
 func TestProbe(t *testing.T) {
 	t.Parallel()
-	p := qemu.NewProber("")
+	dir := filepath.Join(shortDir(t), "probe")
+	p := qemu.NewProber("", dir)
 	accel, why := p.Probe()
 	t.Logf("accelerator %s (%v)", accel, why)
 	if (accel == qemu.KVM) != (why == nil) {
@@ -347,7 +349,7 @@ func TestProbe(t *testing.T) {
 	if again, _ := p.Probe(); again != accel || time.Since(began) > 100*time.Millisecond {
 		t.Errorf("second answer %s after %v", again, time.Since(began))
 	}
-	if err := qemu.TryTCG(); err != nil {
+	if err := qemu.TryTCG(dir); err != nil {
 		t.Errorf("translation does not work: %v", err)
 	}
 	began = time.Now()
@@ -355,12 +357,19 @@ func TestProbe(t *testing.T) {
 		t.Errorf("vhost-user does not work: %v", err)
 	}
 	t.Logf("vhost-user was tried in %v", time.Since(began))
-	broken := qemu.NewProber("/bin/false")
+	t.Log("a killed process left something")
+	if err := os.MkdirAll(filepath.Join(dir, "vhost.sock"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	broken := qemu.NewProber("/bin/false", dir)
 	if accel, why := broken.Probe(); accel != qemu.TCG || why == nil {
 		t.Errorf("with a broken QEMU: %s, %v", accel, why)
 	}
 	if err := broken.VhostUser(); err == nil {
 		t.Error("vhost-user works with a broken QEMU")
+	}
+	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("its folder is left: %v", err)
 	}
 }
 
@@ -373,7 +382,7 @@ func TestProbeEndsWithUs(t *testing.T) {
 	if err := os.WriteFile(hang, []byte("#!/bin/sh\necho $$ >"+pidFile+".new && mv "+pidFile+".new "+pidFile+"\nexec sleep 300\n"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	prober := exec.Command(os.Args[0], "probe", hang)
+	prober := exec.Command(os.Args[0], "probe", hang, filepath.Join(dir, "probe"))
 	if err := prober.Start(); err != nil {
 		t.Fatal(err)
 	}

@@ -82,7 +82,7 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) error {
 
 	life, end := context.WithCancel(context.WithoutCancel(ctx))
 	h := &Host{
-		cfg: cfg, log: log.With(slog.String("host", s.identity.Name)), secrets: s, prober: qemu.NewProber(""), bootID: readBootID(), instance: uuid.NewString(),
+		cfg: cfg, log: log.With(slog.String("host", s.identity.Name)), secrets: s, prober: qemu.NewProber("", filepath.Join(cfg.RunDir, "probe")), bootID: readBootID(), instance: uuid.NewString(),
 		machines: map[string]*machine{}, life: life, changed: make(chan struct{}, 1), unlocking: make(chan struct{}, 1),
 	}
 	defer func() {
