@@ -36,9 +36,21 @@ const (
 	HeaderMax = 64 << 10
 )
 
-// ReadConfig returns the text of the configuration file at path, at most 64
-// KiB.
-func ReadConfig(path string) ([]byte, error) {
+// LoadConfig reads the configuration file of a role, at most 64 KiB, and has parse
+// decode ([DecodeConfig]) and check it. role is its name in errors.
+func LoadConfig[Config any](path, role string, parse func(text []byte) (Config, error)) (Config, error) {
+	text, err := readConfig(path)
+	if err != nil {
+		return *new(Config), fmt.Errorf("cannot read %s configuration: %w", role, err)
+	}
+	c, err := parse(text)
+	if err != nil {
+		return *new(Config), fmt.Errorf("cannot read %s configuration %s: %w", role, path, err)
+	}
+	return c, nil
+}
+
+func readConfig(path string) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, err

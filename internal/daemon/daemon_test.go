@@ -2,7 +2,9 @@ package daemon_test
 
 import (
 	"context"
+	"errors"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
 	"os"
@@ -18,7 +20,7 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-func TestReadConfig(t *testing.T) {
+func TestLoadConfig(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	for _, c := range []struct {
@@ -30,13 +32,19 @@ func TestReadConfig(t *testing.T) {
 		if err := os.WriteFile(path, []byte(strings.Repeat("#", c.size)), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		text, err := daemon.ReadConfig(path)
-		if (err == nil) != c.ok || c.ok && len(text) != c.size {
-			t.Errorf("%s: %d bytes, %v", c.name, len(text), err)
+		n, err := daemon.LoadConfig(path, "host", func(text []byte) (int, error) { return len(text), nil })
+		if (err == nil) != c.ok || c.ok && n != c.size {
+			t.Errorf("%s: %d bytes, %v", c.name, n, err)
 		}
 	}
-	if _, err := daemon.ReadConfig(filepath.Join(dir, "missing")); !os.IsNotExist(err) {
+	missing := filepath.Join(dir, "missing")
+	if _, err := daemon.LoadConfig(missing, "host", func([]byte) (int, error) { return 0, nil }); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("missing file: %v", err)
+	}
+	empty := filepath.Join(dir, "empty")
+	n, err := daemon.LoadConfig(empty, "host", func([]byte) (int, error) { return 1, errors.New("line 1: no") })
+	if want := "cannot read host configuration " + empty + ": line 1: no"; err == nil || err.Error() != want || n != 0 {
+		t.Errorf("what cannot be parsed: %d, %v, want %s", n, err, want)
 	}
 }
 

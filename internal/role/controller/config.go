@@ -61,15 +61,7 @@ func (d Duration) MarshalText() ([]byte, error) { return []byte(time.Duration(d)
 
 // LoadConfig reads and checks the configuration file at path.
 func LoadConfig(path string) (Config, error) {
-	text, err := daemon.ReadConfig(path)
-	if err != nil {
-		return Config{}, fmt.Errorf("cannot read controller configuration: %w", err)
-	}
-	c, err := ParseConfig(text)
-	if err != nil {
-		return Config{}, fmt.Errorf("cannot read controller configuration %s: %w", path, err)
-	}
-	return c, nil
+	return daemon.LoadConfig(path, "controller", ParseConfig)
 }
 
 // ParseConfig reads a configuration file's text and fills in the defaults.

@@ -56,15 +56,7 @@ type Config struct {
 
 // LoadConfig reads and checks the configuration file at path.
 func LoadConfig(path string) (Config, error) {
-	text, err := daemon.ReadConfig(path)
-	if err != nil {
-		return Config{}, fmt.Errorf("cannot read host configuration: %w", err)
-	}
-	c, err := ParseConfig(text)
-	if err != nil {
-		return Config{}, fmt.Errorf("cannot read host configuration %s: %w", path, err)
-	}
-	return c, nil
+	return daemon.LoadConfig(path, "host", ParseConfig)
 }
 
 // ParseConfig reads a configuration file's text and fills in the defaults.

@@ -106,15 +106,7 @@ func (c *ClusterConfig) withDefaults() (err error) {
 
 // LoadConfig reads and checks the configuration file at path.
 func LoadConfig(path string) (Config, error) {
-	text, err := daemon.ReadConfig(path)
-	if err != nil {
-		return Config{}, fmt.Errorf("cannot read KMS configuration: %w", err)
-	}
-	c, err := ParseConfig(text)
-	if err != nil {
-		return Config{}, fmt.Errorf("cannot read KMS configuration %s: %w", path, err)
-	}
-	return c, nil
+	return daemon.LoadConfig(path, "KMS", ParseConfig)
 }
 
 // ParseConfig reads a configuration file's text and fills in the defaults.
