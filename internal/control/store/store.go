@@ -26,10 +26,12 @@ import (
 	"sync"
 	"time"
 
+	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/server/v3/embed"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3client"
+	"go.etcd.io/etcd/server/v3/etcdserver/api/v3rpc"
 
 	"strongroom/internal/errs"
 )
@@ -100,6 +102,7 @@ type Config struct {
 type DB struct {
 	etcd   *embed.Etcd
 	client *clientv3.Client
+	kv     etcdserverpb.KVServer // for what the client cannot do in process: streams
 	// unlock releases our lock of the directory. Without that lock a second
 	// process would wait for etcd's own one for ever, without a word.
 	unlock    func()
@@ -131,7 +134,7 @@ func Open(ctx context.Context, cfg Config) (*DB, error) {
 		unlock()
 		return nil, fmt.Errorf("cannot open state database in %s: %w", cfg.Dir, err)
 	}
-	return &DB{etcd: etcd, client: v3client.New(etcd.Server), unlock: unlock, clustered: cfg.Cluster != nil, closing: make(chan struct{})}, nil
+	return &DB{etcd: etcd, client: v3client.New(etcd.Server), kv: v3rpc.NewKVServer(etcd.Server), unlock: unlock, clustered: cfg.Cluster != nil, closing: make(chan struct{})}, nil
 }
 
 func start(ctx context.Context, cfg Config) (*embed.Etcd, error) {

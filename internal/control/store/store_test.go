@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -489,6 +490,16 @@ func TestRawTable(t *testing.T) {
 		if err := raw.In(tx).Scan(ctx, "a/", func(store.Entry[[]byte]) bool { seen++; return seen < 3 }); err != nil || seen != 3 {
 			t.Errorf("a scan that was ended saw %d, %v", seen, err)
 		}
+		var between []string
+		if err := raw.In(tx).ScanBetween(ctx, "a/0003", "a/0005", func(e store.Entry[[]byte]) bool {
+			between = append(between, e.Key)
+			return true
+		}); err != nil || !slices.Equal(between, []string{"a/0003", "a/0004"}) {
+			t.Errorf("a scan between two keys saw %q, %v", between, err)
+		}
+		if err := raw.In(tx).ScanBetween(ctx, "a/0005", "a/0005", func(store.Entry[[]byte]) bool { t.Error("there is something between a key and itself"); return true }); err != nil {
+			return err
+		}
 		first, err := raw.In(tx).Entry(ctx, "a/0000")
 		if err != nil || first.Revision == 0 {
 			t.Errorf("entry: %+v, %v", first, err)
@@ -504,5 +515,61 @@ func TestRawTable(t *testing.T) {
 	})
 	if err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestScanOfHistory has what a scan reads compacted away under it: the
+// transaction begins anew, with the current state.
+func TestScanOfHistory(t *testing.T) {
+	t.Parallel()
+	ctx := t.Context()
+	db, err := store.Open(ctx, store.Config{Dir: t.TempDir()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	raw := store.NewRawTable(db, "test-raw")
+	put := func(from, to int, value string) {
+		if err := db.Txn(ctx, func(tx *store.Tx) error {
+			for i := from; i < to; i++ {
+				if err := raw.In(tx).Set(fmt.Sprintf("%04d", i), []byte(value)); err != nil {
+					return err
+				}
+			}
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	put(0, 1000, "old")
+	runs, seen := 0, 0
+	err = db.View(ctx, func(tx *store.Tx) error {
+		runs, seen = runs+1, 0
+		return raw.In(tx).Scan(ctx, "", func(e store.Entry[[]byte]) bool {
+			if want := map[int]string{1: "old", 2: "new"}[runs]; string(e.Value) != want {
+				t.Errorf("run %d: %s = %q", runs, e.Key, e.Value)
+			}
+			if seen++; runs == 1 && seen == 1 {
+				put(0, 1000, "new")
+				rev, err := db.Revision(ctx)
+				if err == nil {
+					err = db.Compact(ctx, rev)
+				}
+				if err != nil {
+					t.Error(err)
+				}
+			}
+			return true
+		})
+	})
+	if err != nil || runs != 2 || seen != 1000 {
+		t.Errorf("%d runs, the last saw %d records: %v", runs, seen, err)
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	err = db.View(ctx, func(tx *store.Tx) error {
+		return raw.In(tx).Scan(ctx, "", func(store.Entry[[]byte]) bool { cancel(); return true })
+	})
+	if !errors.Is(err, context.Canceled) {
+		t.Errorf("a scan whose context ended: %v", err)
 	}
 }

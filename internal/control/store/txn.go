@@ -212,30 +212,6 @@ func (x TxTable[T]) Entries(ctx context.Context, prefix string) ([]Entry[T], err
 	return out, nil
 }
 
-// Scan calls f with the records whose keys start with prefix, in order of keys,
-// until f returns false. It sees neither tx's own writes nor, at commit, changes
-// by others: it is for answers, not for decisions about what to write.
-func (x TxTable[T]) Scan(ctx context.Context, prefix string, f func(Entry[T]) bool) error {
-	for after := ""; ; {
-		entries, rev, err := x.t.scanAt(ctx, Range{Prefix: prefix, After: after, Limit: scanPage}, x.tx.rev)
-		if err != nil {
-			return err
-		}
-		if x.tx.rev == 0 {
-			x.tx.rev = rev
-		}
-		for _, e := range entries {
-			if !f(e) {
-				return nil
-			}
-		}
-		if len(entries) < scanPage {
-			return nil
-		}
-		after = entries[len(entries)-1].Key
-	}
-}
-
 // Create stores v at key at commit, or returns [ErrExists].
 func (x TxTable[T]) Create(ctx context.Context, key string, v T) error {
 	switch _, err := x.Get(ctx, key); {
