@@ -82,7 +82,7 @@ type Event struct {
 // record tells the observer what came of an operation and returns the error
 // that the client is to see.
 func (r *request) record(op kmip.Operation, took time.Duration, err error) error {
-	e := Event{Client: r.client, Peer: r.peer, Operation: op, Object: r.object, Duration: took}
+	e := Event{Client: r.client, Peer: r.conn.peer, Operation: op, Object: r.object, Duration: took}
 	if err != nil {
 		e.Reason = kmip.ResultReasonGeneralFailure
 		if told := (*Refusal)(nil); errors.As(err, &told) {

@@ -135,7 +135,7 @@ func FuzzMessage(f *testing.F) {
 			}
 			return
 		}
-		checkAnswer(t, s.answer(context.Background(), state, "fuzz", message))
+		checkAnswer(t, s.answer(context.Background(), &connection{state: state, peer: "fuzz"}, message))
 	})
 }
 

@@ -1,10 +1,11 @@
 package kmipserver
 
 import (
-	"slices"
+	"crypto/sha256"
 
 	"github.com/ovh/kmip-go"
 	"github.com/ovh/kmip-go/payloads"
+	"github.com/ovh/kmip-go/ttlv"
 )
 
 // locateMax is how many identifiers one answer holds at most.
@@ -12,7 +13,8 @@ const locateMax = 10000
 
 // locate finds objects, newest first, and members of a group oldest first.
 // Destroyed objects are found only by someone who asks for their state or for
-// their Destroy Date.
+// their Destroy Date. It looks no further than to the end of the page that was
+// asked for, and tells how many objects there are only where it has seen all.
 func (r *request) locate(p *payloads.LocateRequestPayload) (kmip.OperationPayload, error) {
 	if p.MaximumItems < 0 || p.OffsetItems < 0 {
 		return nil, refuse(kmip.ResultReasonInvalidField, "a negative number of items")
@@ -37,8 +39,20 @@ func (r *request) locate(p *payloads.LocateRequestPayload) (kmip.OperationPayloa
 	if storage == 0 {
 		storage = kmip.StorageStatusOnlineStorage
 	}
+	page := page{query: r.fingerprint(p), offset: int(p.OffsetItems)}
+	query.Newest = p.ObjectGroupMember == 0 // of a group, the oldest is the next to use
+	skip := page.offset
+	if page.offset > 0 && r.conn.next.query == page.query && r.conn.next.offset == page.offset {
+		query.After, skip = r.conn.next.after, 0
+	}
+	limit := locateMax
+	if p.MaximumItems > 0 {
+		limit = min(limit, int(p.MaximumItems))
+	}
 	var found []string
+	passed := 0
 	err := r.server.store.View(r.ctx, r.client.Account, func(v Reader) error {
+		found, passed = nil, 0
 		for o, err := range v.Find(query) {
 			if err != nil {
 				return err
@@ -55,8 +69,14 @@ func (r *request) locate(p *payloads.LocateRequestPayload) (kmip.OperationPayloa
 			if storage&where == 0 || destroyed(o) && !wantsDestroyed || p.ObjectGroupMember == kmip.ObjectGroupMemberFresh && !fresh {
 				continue
 			}
-			if matches(o, p.Attribute) {
-				found = append(found, o.ID)
+			if !matches(o, p.Attribute) {
+				continue
+			}
+			if passed++; passed <= skip {
+				continue
+			}
+			if found = append(found, o.ID); len(found) == limit {
+				break
 			}
 		}
 		return nil
@@ -64,23 +84,40 @@ func (r *request) locate(p *payloads.LocateRequestPayload) (kmip.OperationPayloa
 	if err != nil {
 		return nil, err
 	}
-	out := &payloads.LocateResponsePayload{}
-	if p.OffsetItems > 0 {
-		located := int32(len(found))
+	out := &payloads.LocateResponsePayload{UniqueIdentifier: found}
+	if len(found) == limit {
+		r.conn.next = page.behind(found)
+	} else if page.offset > 0 { // all have been seen
+		located := int32(page.offset - skip + passed)
 		out.LocatedItems = &located
 	}
-	if p.ObjectGroupMember == 0 { // of a group, the oldest is the next to use
-		slices.Reverse(found)
-	}
-	found = found[min(int(p.OffsetItems), len(found)):]
-	limit := locateMax
-	if p.MaximumItems > 0 {
-		limit = min(limit, int(p.MaximumItems))
-	}
-	out.UniqueIdentifier = found[:min(limit, len(found))]
 	r.placeholder = ""
-	if len(out.UniqueIdentifier) == 1 {
-		r.placeholder = out.UniqueIdentifier[0]
+	if len(found) == 1 {
+		r.placeholder = found[0]
 	}
 	return out, nil
+}
+
+// page is a place in what a Locate finds. A connection keeps the one at which its
+// last ended, for the next to go on from there: to skip what was found costs as
+// much as to find it.
+type page struct {
+	query  [sha256.Size]byte // what is looked for, and whose
+	offset int               // Offset Items
+	after  string            // the object in front of it
+}
+
+// behind returns the page that begins where this one, found, ends.
+func (p page) behind(found []string) page {
+	return page{query: p.query, offset: p.offset + len(found), after: found[len(found)-1]}
+}
+
+// fingerprint stands for what p looks for, whatever page of it.
+func (r *request) fingerprint(p *payloads.LocateRequestPayload) [sha256.Size]byte {
+	q := *p
+	q.MaximumItems, q.OffsetItems = 0, 0
+	enc := ttlv.NewTTLVEncoder()
+	enc.TextString(kmip.TagUniqueIdentifier, r.client.Account)
+	enc.TagAny(kmip.TagRequestPayload, &q)
+	return sha256.Sum256(enc.Bytes())
 }

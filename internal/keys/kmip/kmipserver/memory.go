@@ -3,6 +3,7 @@ package kmipserver
 import (
 	"context"
 	"iter"
+	"slices"
 	"sync"
 
 	"github.com/ovh/kmip-go"
@@ -130,7 +131,14 @@ func (t *memoryTx) Find(q Query) iter.Seq2[*Object, error] {
 		if q.Name != "" {
 			ids = t.shelf.names[q.Name]
 		}
+		ids = slices.Sorted(slices.Values(ids))
+		if q.Newest {
+			slices.Reverse(ids)
+		}
 		for _, id := range ids {
+			if !q.Passes(id) {
+				continue
+			}
 			o := t.shelf.objects[id].clone()
 			o.Material = nil
 			if !yield(o, nil) {

@@ -2,7 +2,6 @@ package kmipserver
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -38,7 +37,7 @@ type request struct {
 	ctx     context.Context // of this one request; batch items get it from here
 	server  *Server
 	client  Client
-	peer    string // network address, for the record
+	conn    *connection
 	version kmip.ProtocolVersion
 	now     time.Time
 	// placeholder is the ID Placeholder (KMIP 1.4 section 4): what the batch's
@@ -167,7 +166,7 @@ func supports(v kmip.ProtocolVersion) bool {
 }
 
 // answer runs the batch of message and returns the encoded response.
-func (s *Server) answer(ctx context.Context, state tls.ConnectionState, peer string, message []byte) []byte {
+func (s *Server) answer(ctx context.Context, c *connection, message []byte) []byte {
 	e, err := s.decode(message)
 	version := e.header.ProtocolVersion
 	if !supports(version) {
@@ -179,7 +178,7 @@ func (s *Server) answer(ctx context.Context, state tls.ConnectionState, peer str
 		}
 		return s.refuseMessage(kmip.V1_4, refuse(kmip.ResultReasonInvalidMessage, "protocol version %v is not supported", version))
 	}
-	r := &request{ctx: ctx, server: s, peer: peer, version: version, now: s.now().Truncate(time.Second).UTC()}
+	r := &request{ctx: ctx, server: s, conn: c, version: version, now: s.now().Truncate(time.Second).UTC()}
 	defer func() {
 		for _, b := range r.wipe {
 			keymem.Wipe(b)
@@ -192,7 +191,7 @@ func (s *Server) answer(ctx context.Context, state tls.ConnectionState, peer str
 		err = s.checkHeader(e)
 	}
 	if err == nil {
-		err = r.authenticate(state, e.header.Authentication)
+		err = r.authenticate(e.header.Authentication)
 	}
 	if unavailable(err) {
 		return nil
@@ -232,22 +231,22 @@ func (s *Server) checkHeader(e envelope) error {
 	return nil
 }
 
-func (r *request) authenticate(state tls.ConnectionState, a *kmip.Authentication) error {
+func (r *request) authenticate(a *kmip.Authentication) error {
 	var credentials []kmip.Credential
 	if a != nil {
 		credentials = append(append(credentials, a.Credential), a.AdditionalCredential...)
 	}
-	client, err := r.server.authenticate(r.ctx, state, credentials)
+	client, err := r.server.authenticate(r.ctx, r.conn.state, credentials)
 	if err == nil {
 		r.client = client
 		return nil
 	}
 	if unavailable(err) {
-		r.server.log.LogAttrs(r.ctx, slog.LevelError, "kmip client not looked up", slog.String("peer", r.peer), slog.Any("err", err))
+		r.server.log.LogAttrs(r.ctx, slog.LevelError, "kmip client not looked up", slog.String("peer", r.conn.peer), slog.Any("err", err))
 		return err
 	}
-	r.server.log.LogAttrs(r.ctx, slog.LevelInfo, "kmip client refused", slog.String("peer", r.peer), slog.Any("err", err))
-	if err := r.server.observe(r.ctx, Event{Peer: r.peer, Reason: kmip.ResultReasonAuthenticationNotSuccessful}); err != nil {
+	r.server.log.LogAttrs(r.ctx, slog.LevelInfo, "kmip client refused", slog.String("peer", r.conn.peer), slog.Any("err", err))
+	if err := r.server.observe(r.ctx, Event{Peer: r.conn.peer, Reason: kmip.ResultReasonAuthenticationNotSuccessful}); err != nil {
 		r.server.log.LogAttrs(r.ctx, slog.LevelError, "kmip refusal not recorded", slog.Any("err", err))
 	}
 	if told := (*Refusal)(nil); errors.As(err, &told) {

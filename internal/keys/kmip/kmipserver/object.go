@@ -49,9 +49,23 @@ type Layout struct {
 // not have.
 var ErrNoObject = errors.New("no such object")
 
-// Query narrows what a store looks through.
+// Query narrows what a store looks through. An object is newer than another if
+// its identifier is greater.
 type Query struct {
-	Name string // objects with this Name attribute only; "" for all
+	Name   string // objects with this Name attribute only; "" for all
+	Newest bool   // newest first, not oldest
+	After  string // only what comes, in this order, after the identifier; "" for all
+}
+
+// Passes reports whether what q asks for comes after an identifier.
+func (q Query) Passes(id string) bool {
+	switch {
+	case q.After == "":
+		return true
+	case q.Newest:
+		return id < q.After
+	}
+	return id > q.After
 }
 
 // Reader is a consistent view of one account's objects. Objects it returns are
@@ -60,8 +74,8 @@ type Query struct {
 type Reader interface {
 	// Get returns an object or ErrNoObject.
 	Get(id string) (*Object, error)
-	// Find returns the objects that match q, oldest first. They come without
-	// their Material and are not for [Tx.Put].
+	// Find returns the objects that match q, in the order that q asks for. They
+	// come without their Material and are not for [Tx.Put].
 	Find(q Query) iter.Seq2[*Object, error]
 }
 

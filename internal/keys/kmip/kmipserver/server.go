@@ -229,6 +229,7 @@ func (s *Server) serveConnection(ctx context.Context, raw net.Conn) {
 		log.LogAttrs(ctx, slog.LevelDebug, "kmip handshake failed", slog.Any("err", err))
 		return
 	}
+	c := &connection{state: conn.ConnectionState(), peer: conn.RemoteAddr().String()}
 	in := bufio.NewReaderSize(conn, 4096)
 	for ctx.Err() == nil {
 		conn.SetReadDeadline(time.Now().Add(s.limits.Idle))
@@ -238,7 +239,7 @@ func (s *Server) serveConnection(ctx context.Context, raw net.Conn) {
 		conn.SetReadDeadline(time.Now().Add(s.limits.Request))
 		message, err := kmipwire.Read(in, kmip.TagRequestMessage, s.limits.wire())
 		if err == nil {
-			err = s.exchange(ctx, conn, message)
+			err = s.exchange(ctx, c, conn, message)
 			keymem.Wipe(message)
 		} else if answer, ok := s.answerMalformed(err); ok {
 			conn.SetWriteDeadline(time.Now().Add(s.limits.Request))
@@ -254,13 +255,20 @@ func (s *Server) serveConnection(ctx context.Context, raw net.Conn) {
 	}
 }
 
+// connection is who a client's connection is from, and what is kept for it.
+type connection struct {
+	state tls.ConnectionState
+	peer  string // network address, for the record
+	next  page   // of its last Locate; used by one request at a time
+}
+
 var errUnavailable = errors.New("the server cannot answer now")
 
 // exchange answers one message, unless that is impossible now.
-func (s *Server) exchange(ctx context.Context, conn *tls.Conn, message []byte) error {
+func (s *Server) exchange(ctx context.Context, c *connection, conn *tls.Conn, message []byte) error {
 	ctx, cancel := context.WithTimeout(ctx, s.limits.Request)
 	defer cancel()
-	answer := s.answer(ctx, conn.ConnectionState(), conn.RemoteAddr().String(), message)
+	answer := s.answer(ctx, c, message)
 	if answer == nil {
 		return errUnavailable
 	}

@@ -15,7 +15,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"iter"
 	"log/slog"
 	"net/url"
 	"slices"
@@ -245,57 +244,6 @@ func (v *view) open(id string) (*entry, error) {
 func isID(id string) bool {
 	u, err := uuid.Parse(id)
 	return err == nil && u.String() == id
-}
-
-// Find implements [kmipserver.Reader].
-func (v *view) Find(q kmipserver.Query) iter.Seq2[*kmipserver.Object, error] {
-	if q.Name != "" {
-		return v.named(q.Name)
-	}
-	return func(yield func(*kmipserver.Object, error) bool) {
-		prefix, done := accountPrefix(v.account), false
-		err := v.s.objects.In(v.tx).Scan(v.ctx, prefix, func(e store.Entry[[]byte]) bool {
-			id := e.Key[len(prefix):]
-			o, _, err := unseal(v.s.ring, v.account, id, e.Value)
-			if err != nil {
-				yield(nil, fmt.Errorf("object %s: %w", id, err))
-				done = true
-				return false
-			}
-			o.Material.Close()
-			o.Material = nil
-			done = !yield(o, nil)
-			return !done
-		})
-		if err != nil && !done {
-			yield(nil, err)
-		}
-	}
-}
-
-// named finds by the index, which it makes part of what the transaction
-// depends on: a name that another takes meanwhile is noticed.
-func (v *view) named(name string) iter.Seq2[*kmipserver.Object, error] {
-	return func(yield func(*kmipserver.Object, error) bool) {
-		prefix := namePrefix(v.account, name)
-		index, err := v.s.names.In(v.tx).Entries(v.ctx, prefix)
-		if err != nil {
-			yield(nil, err)
-			return
-		}
-		for _, at := range index {
-			e, err := v.open(at.Key[len(prefix):])
-			if err != nil {
-				yield(nil, err)
-				return
-			}
-			o := copyOf(e.object)
-			o.Material = nil
-			if !yield(o, nil) {
-				return
-			}
-		}
-	}
 }
 
 // update is one transaction that writes.

@@ -347,3 +347,84 @@ func TestReadersAndWriters(t *testing.T) {
 	readers.Wait()
 	n.want(t, ids[5], nil)
 }
+
+// TestOrder looks through objects in both orders, from the ends and from within,
+// of which some were made together and some years apart.
+func TestOrder(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	ctx := t.Context()
+	var ids []string // oldest first
+	now := time.Now().UnixMilli()
+	at := func(ms int64, times int) {
+		for i := range times {
+			ids = append(ids, fmt.Sprintf("%s-7%03x-8000-%012x", firstID(ms), i>>8, i))
+		}
+	}
+	at(0, 2)
+	at(1, 1)
+	at(now-20*365*86400_000, 3)
+	at(now-3600_000, 2*windowMax) // within one millisecond
+	for i := range int64(windowMax + 3) {
+		at(now-3000_000+i, 1)
+	}
+	at(now-1, 1)
+	at(now+86400_000, 1) // of a node whose clock is wrong
+	at(1<<48-1, 1)
+	for some := range slices.Chunk(ids, 500) {
+		err := n.Update(ctx, account, func(tx kmipserver.Tx) error {
+			for _, id := range some {
+				o := newKey(t, "")
+				o.ID = id
+				if err := tx.Put(o); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	look := func(q kmipserver.Query, most int) (found []string) {
+		t.Helper()
+		err := n.View(ctx, account, func(r kmipserver.Reader) error {
+			found = nil
+			for o, err := range r.Find(q) {
+				if err != nil {
+					return err
+				}
+				if found = append(found, o.ID); len(found) == most {
+					break
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return found
+	}
+	newest := slices.Clone(ids)
+	slices.Reverse(newest)
+	for _, c := range []struct {
+		q    kmipserver.Query
+		from []string
+	}{{kmipserver.Query{}, ids}, {kmipserver.Query{Newest: true}, newest}} {
+		if found := look(c.q, 0); !slices.Equal(found, c.from) {
+			t.Errorf("%+v: %d of %d objects, or in another order", c.q, len(found), len(c.from))
+		}
+		for at := 0; at < len(c.from); at += 331 {
+			c.q.After = c.from[at]
+			want := c.from[at+1:]
+			want = want[:min(10, len(want))]
+			if found := look(c.q, 10); !slices.Equal(found, want) {
+				t.Errorf("%+v: %v, want %v", c.q, found, want)
+			}
+		}
+		c.q.After = c.from[len(c.from)-1]
+		if found := look(c.q, 0); len(found) != 0 {
+			t.Errorf("behind the last: %v", found)
+		}
+	}
+}
