@@ -8,6 +8,7 @@ import (
 	"github.com/google/uuid"
 
 	strongroomv1 "strongroom/api/strongroom/v1"
+	"strongroom/internal/control/guard"
 	"strongroom/internal/control/inventory"
 	"strongroom/internal/control/task"
 	"strongroom/internal/errs"
@@ -59,7 +60,7 @@ func (c vms) CloneVM(ctx context.Context, req *connect.Request[strongroomv1.Clon
 
 // mayClone checks the privileges that a clone needs beside the declared one.
 func (c vms) mayClone(ctx context.Context, v inventory.VM, m *strongroomv1.CloneVMRequest) error {
-	who, source := callerOf(ctx).principal, vmObject(v.Name)
+	who, source := guard.CallerOf(ctx).Principal, vmObject(v.Name)
 	err := c.access.Check(ctx, who, "VirtualMachine.Inventory.CreateFromExisting", vmObject(m.GetClone()))
 	if err == nil && v.Encrypted() {
 		err = c.access.Check(ctx, who, "Cryptographer.Clone", source)

@@ -140,7 +140,7 @@ func open(ctx context.Context, cfg Config, log *slog.Logger, hashing access.Hash
 	if err := c.ensureAdministrator(ctx); err != nil {
 		return nil, err
 	}
-	started := event.New{Type: event.SystemStarted, Principal: caller{}.name(), Args: map[string]string{"version": Version}}
+	started := event.New{Type: event.SystemStarted, Principal: self, Args: map[string]string{"version": Version}}
 	if _, err := c.events.Post(ctx, started); err != nil {
 		return nil, err
 	}

@@ -13,6 +13,7 @@ import (
 
 	strongroomv1 "strongroom/api/strongroom/v1"
 	"strongroom/internal/control/event"
+	"strongroom/internal/control/guard"
 	"strongroom/internal/control/inventory"
 	"strongroom/internal/control/pki"
 	"strongroom/internal/crypto/parcel"
@@ -102,7 +103,7 @@ func checkFacts(f facts) (host string, err error) {
 }
 
 func (c enroll) Heartbeat(ctx context.Context, req *connect.Request[strongroomv1.HeartbeatRequest]) (*connect.Response[strongroomv1.HeartbeatResponse], error) {
-	m, id := req.Msg, callerOf(ctx).host
+	m, id := req.Msg, guard.CallerOf(ctx).Host
 	if len(m.GetVms()) > vmsMax {
 		return nil, errs.New(errs.Invalid, "%d VMs are more than %d", len(m.GetVms()), vmsMax)
 	}
@@ -152,7 +153,7 @@ func (c enroll) Heartbeat(ctx context.Context, req *connect.Request[strongroomv1
 }
 
 func (c enroll) RenewCertificate(ctx context.Context, req *connect.Request[strongroomv1.RenewCertificateRequest]) (*connect.Response[strongroomv1.RenewCertificateResponse], error) {
-	h, err := c.inv.HostByID(ctx, callerOf(ctx).host)
+	h, err := c.inv.HostByID(ctx, guard.CallerOf(ctx).Host)
 	if err != nil {
 		return nil, err
 	}

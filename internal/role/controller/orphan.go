@@ -17,6 +17,7 @@ import (
 	strongroomv1 "strongroom/api/strongroom/v1"
 	"strongroom/internal/control/audit"
 	"strongroom/internal/control/event"
+	"strongroom/internal/control/guard"
 	"strongroom/internal/control/inventory"
 	"strongroom/internal/control/task"
 	"strongroom/internal/errs"
@@ -283,7 +284,7 @@ func (c providers) DestroyOrphanKeys(ctx context.Context, req *connect.Request[s
 		return nil, err
 	}
 	t, err := c.tasks.Submit(ctx, task.Request{
-		Kind: taskDestroyOrphans, Target: "provider/" + name, Locks: []string{"provider/" + name + "/orphans"}, Owner: callerOf(ctx).principal.String(),
+		Kind: taskDestroyOrphans, Target: "provider/" + name, Locks: []string{"provider/" + name + "/orphans"}, Owner: guard.CallerOf(ctx).Principal.String(),
 		Args: orphanArgs{Provider: name, Before: before.AsTime()},
 	})
 	if err != nil {

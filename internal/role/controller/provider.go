@@ -148,7 +148,7 @@ func (c providers) ExportProvider(ctx context.Context, req *connect.Request[stro
 // auditBackup records that a backup was made, and whether a password protects it.
 func (c *Controller) auditBackup(ctx context.Context, name string, protected bool) error {
 	_, err := c.audit.Append(audit.Entry{
-		Actor: callerOf(ctx).name(), Action: "provider.export", Object: "/provider/" + name, Outcome: audit.Success,
+		Actor: callerName(ctx), Action: "provider.export", Object: "/provider/" + name, Outcome: audit.Success,
 		Details: map[string]string{"password": map[bool]string{true: "set", false: "none"}[protected]},
 	})
 	return errs.Wrap(err, "cannot write the audit log")

@@ -256,7 +256,7 @@ func (c *Controller) noteSync(ctx context.Context, h inventory.Host, res *strong
 // failure to tell is logged and not returned.
 func (c *Controller) post(ctx context.Context, n event.New) {
 	if n.Principal == "" {
-		n.Principal = callerOf(ctx).name()
+		n.Principal = callerName(ctx)
 	}
 	if _, err := c.events.Post(context.WithoutCancel(ctx), n); err != nil {
 		c.log.LogAttrs(ctx, slog.LevelError, "event not stored", slog.String("type", n.Type), slog.Any("err", err))

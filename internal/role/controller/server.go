@@ -7,6 +7,7 @@ import (
 
 	"strongroom/api/rule"
 	"strongroom/api/strongroom/v1/strongroomv1connect"
+	"strongroom/internal/control/guard"
 	"strongroom/internal/control/pki"
 	"strongroom/internal/daemon"
 	"strongroom/internal/errs"
@@ -28,10 +29,11 @@ func (c *Controller) apiServer() (*http.Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	options := []connect.HandlerOption{connect.WithInterceptors(&guard{c, rules}), connect.WithReadMaxBytes(requestMax)}
+	options := []connect.HandlerOption{connect.WithInterceptors(c.newGuard(rules)), connect.WithReadMaxBytes(requestMax)}
+	users := guard.Users{Access: c.access, Post: c.post, Version: Version}
 	mux := http.NewServeMux()
-	mux.Handle(strongroomv1connect.NewSessionServiceHandler(sessions{c}, options...))
-	mux.Handle(strongroomv1connect.NewAccessServiceHandler(accounts{c}, options...))
+	mux.Handle(strongroomv1connect.NewSessionServiceHandler(users.Sessions(), options...))
+	mux.Handle(strongroomv1connect.NewAccessServiceHandler(users.Accounts(), options...))
 	mux.Handle(strongroomv1connect.NewClusterServiceHandler(clusters{c}, options...))
 	mux.Handle(strongroomv1connect.NewHostServiceHandler(hosts{c}, options...))
 	mux.Handle(strongroomv1connect.NewDatastoreServiceHandler(datastores{c}, options...))
@@ -48,7 +50,7 @@ func (c *Controller) apiServer() (*http.Server, error) {
 		return nil
 	}
 	return &http.Server{
-		Handler: withConnection(mux), TLSConfig: pki.ServerConfig(c.credential, c.ca.Certificate(), true, accept),
+		Handler: guard.WithConnection(mux), TLSConfig: pki.ServerConfig(c.credential, c.ca.Certificate(), true, accept),
 		ReadHeaderTimeout: daemon.HeaderTimeout, MaxHeaderBytes: daemon.HeaderMax,
 	}, nil
 }

@@ -12,6 +12,7 @@ import (
 	strongroomv1 "strongroom/api/strongroom/v1"
 	"strongroom/internal/control/audit"
 	"strongroom/internal/control/event"
+	"strongroom/internal/control/guard"
 	"strongroom/internal/control/inventory"
 	"strongroom/internal/control/task"
 	"strongroom/internal/crypto/keymem"
@@ -66,7 +67,7 @@ func (c *Controller) submit(ctx context.Context, kind, vm string, args vmArgs) (
 			return nil, err
 		}
 	}
-	t, err := c.tasks.Submit(ctx, task.Request{Kind: kind, Target: "vm/" + vm, Locks: locks(kind, vm, args), Owner: callerOf(ctx).principal.String(), Args: args})
+	t, err := c.tasks.Submit(ctx, task.Request{Kind: kind, Target: "vm/" + vm, Locks: locks(kind, vm, args), Owner: guard.CallerOf(ctx).Principal.String(), Args: args})
 	if err != nil {
 		return nil, err
 	}
@@ -135,7 +136,7 @@ func (c vms) CreateVM(ctx context.Context, req *connect.Request[strongroomv1.Cre
 		return nil, err
 	}
 	if m.GetEncrypt() {
-		if err := c.access.Check(ctx, callerOf(ctx).principal, "Cryptographer.EncryptNew", vmObject(m.GetName())); err != nil {
+		if err := c.access.Check(ctx, guard.CallerOf(ctx).Principal, "Cryptographer.EncryptNew", vmObject(m.GetName())); err != nil {
 			return nil, err
 		}
 	}
@@ -482,7 +483,7 @@ func (c vms) ExportDiskKey(ctx context.Context, req *connect.Request[strongroomv
 	}
 	key := res.GetLayout().GetKey()
 	_, err = c.audit.Append(audit.Entry{
-		Actor: callerOf(ctx).name(), Action: "disk.export-key", Object: "/vm/" + v.Name, Outcome: audit.Success,
+		Actor: callerName(ctx), Action: "disk.export-key", Object: "/vm/" + v.Name, Outcome: audit.Success,
 		Details: map[string]string{"disk": disk, "uuid": res.GetLayout().GetUuid(), "provider": key.GetProvider(), "key_id": key.GetKeyId()},
 	})
 	if err != nil {

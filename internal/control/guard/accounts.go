@@ -1,0 +1,124 @@
+package guard
+
+import (
+	"context"
+	"slices"
+	"time"
+
+	"connectrpc.com/connect"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	strongroomv1 "strongroom/api/strongroom/v1"
+	"strongroom/internal/control/access"
+	"strongroom/internal/control/event"
+	"strongroom/internal/errs"
+)
+
+type accounts struct{ Users }
+
+func (a accounts) CreateUser(ctx context.Context, req *connect.Request[strongroomv1.CreateUserRequest]) (*connect.Response[strongroomv1.User], error) {
+	m := req.Msg
+	defer clear(m.GetPassword())
+	if err := a.mayGive(ctx, m.GetRoles()); err != nil {
+		return nil, err
+	}
+	if err := a.Access.CreateUser(ctx, m.GetName(), m.GetPassword(), m.GetRoles()); err != nil {
+		return nil, err
+	}
+	a.Post(ctx, event.New{Type: event.UserCreated, Target: "user/" + m.GetName()})
+	return connect.NewResponse(&strongroomv1.User{Name: m.GetName(), Roles: m.GetRoles(), Created: timestamppb.New(time.Now().Truncate(time.Second))}), nil
+}
+
+// mayGive refuses to give a role that allows more than the caller may: else
+// whoever may make users could make one that may do all.
+func (a accounts) mayGive(ctx context.Context, roles []string) error {
+	own, err := a.Access.PrivilegesOn(ctx, CallerOf(ctx).Principal, access.Root)
+	if err != nil {
+		return err
+	}
+	all, err := a.Access.Roles(ctx)
+	if err != nil {
+		return err
+	}
+	for _, role := range all {
+		if !slices.Contains(roles, role.Name) {
+			continue
+		}
+		for _, priv := range role.Privileges {
+			if !slices.Contains(own, priv) {
+				return errs.New(errs.Denied, "role %s allows %s, which you may not give because you do not have it", role.Name, priv)
+			}
+		}
+	}
+	return nil
+}
+
+func (a accounts) ListUsers(ctx context.Context, _ *connect.Request[strongroomv1.ListUsersRequest]) (*connect.Response[strongroomv1.ListUsersResponse], error) {
+	users, err := a.Access.Users(ctx)
+	if err != nil {
+		return nil, err
+	}
+	res := &strongroomv1.ListUsersResponse{}
+	for _, u := range users {
+		res.Users = append(res.Users, &strongroomv1.User{Name: u.Name, Roles: u.Roles, Created: timestamppb.New(u.Created)})
+	}
+	return connect.NewResponse(res), nil
+}
+
+func (a accounts) DeleteUser(ctx context.Context, req *connect.Request[strongroomv1.DeleteUserRequest]) (*connect.Response[strongroomv1.DeleteUserResponse], error) {
+	if err := a.Access.DeleteUser(ctx, req.Msg.GetName()); err != nil {
+		return nil, err
+	}
+	a.Post(ctx, event.New{Type: event.UserDeleted, Target: "user/" + req.Msg.GetName()})
+	return connect.NewResponse(&strongroomv1.DeleteUserResponse{}), nil
+}
+
+func (a accounts) ChangePassword(ctx context.Context, req *connect.Request[strongroomv1.ChangePasswordRequest]) (*connect.Response[strongroomv1.ChangePasswordResponse], error) {
+	defer clear(req.Msg.GetOldPassword())
+	defer clear(req.Msg.GetNewPassword())
+	p, err := user(ctx, "%s has no password")
+	if err != nil {
+		return nil, err
+	}
+	if err := a.Access.ChangePassword(ctx, p.Name, req.Msg.GetOldPassword(), req.Msg.GetNewPassword(), p.Token); err != nil {
+		return nil, err
+	}
+	a.Post(ctx, event.New{Type: event.UserPasswordChanged, Target: "user/" + p.Name})
+	return connect.NewResponse(&strongroomv1.ChangePasswordResponse{}), nil
+}
+
+func (a accounts) ListRoles(ctx context.Context, _ *connect.Request[strongroomv1.ListRolesRequest]) (*connect.Response[strongroomv1.ListRolesResponse], error) {
+	roles, err := a.Access.Roles(ctx)
+	if err != nil {
+		return nil, err
+	}
+	res := &strongroomv1.ListRolesResponse{}
+	for _, r := range roles {
+		out := &strongroomv1.Role{Name: r.Name, Description: r.Description}
+		for _, p := range r.Privileges {
+			out.Privileges = append(out.Privileges, string(p))
+		}
+		res.Roles = append(res.Roles, out)
+	}
+	return connect.NewResponse(res), nil
+}
+
+func (a accounts) CreateToken(ctx context.Context, req *connect.Request[strongroomv1.CreateTokenRequest]) (*connect.Response[strongroomv1.CreateTokenResponse], error) {
+	p, err := user(ctx, "tokens are for users, and %s is none")
+	if err != nil {
+		return nil, err
+	}
+	seconds := req.Msg.GetLifetimeSeconds()
+	if seconds < 0 || seconds > int64(access.MaxTokenLife/time.Second) {
+		return nil, errs.New(errs.Invalid, "a lifetime of %d seconds is not 0 to %d", seconds, int64(access.MaxTokenLife/time.Second))
+	}
+	life := time.Duration(seconds) * time.Second
+	if life == 0 {
+		life = tokenLifeDefault
+	}
+	text, t, err := a.Access.IssueToken(ctx, p.Name, req.Msg.GetDescription(), life)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&strongroomv1.CreateTokenResponse{Token: text, Expires: timestamppb.New(t.Expires)}), nil
+}
