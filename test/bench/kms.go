@@ -171,8 +171,10 @@ func preparePyKMIP(_ context.Context, dir, _ string) (*kmsServer, error) {
 			return nil, err
 		}
 	}
+	process := exec.Command(pykmipProgram, "-f", own+"/server.conf", "-l", own+"/server.log")
+	process.Env = append(os.Environ(), "TMPDIR="+own) // it leaves folders there when it is killed
 	return &kmsServer{
-		name: "PyKMIP", addr: addr, process: exec.Command(pykmipProgram, "-f", own+"/server.conf", "-l", own+"/server.log"),
+		name: "PyKMIP", addr: addr, process: process,
 		client: &tls.Config{InsecureSkipVerify: true, Certificates: []tls.Certificate{pair}},
 	}, nil
 }

@@ -85,6 +85,7 @@ func (s *PyKMIP) Start(t testing.TB) {
 	t.Helper()
 	s.cmd = exec.Command(program, "-f", s.dir+"/server.conf", "-l", s.dir+"/server.log")
 	s.cmd.Stdout, s.cmd.Stderr = &s.output, &s.output
+	s.cmd.Env = append(os.Environ(), "TMPDIR="+s.dir) // it leaves folders there when it is killed
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	if err := s.cmd.Start(); err != nil {
 		t.Fatal(err)
