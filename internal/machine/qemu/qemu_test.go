@@ -159,7 +159,7 @@ func TestNeverAnswers(t *testing.T) {
 	if err := os.WriteFile(c.Binary, []byte("#!/bin/sh\necho starting >&2\nexec sleep 1000\n"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 	defer cancel()
 	_, err := qemu.Start(ctx, c)
 	if err == nil || !strings.Contains(err.Error(), "does not answer") || !strings.Contains(err.Error(), "signal: killed") {

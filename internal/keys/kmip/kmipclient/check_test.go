@@ -63,9 +63,6 @@ func TestCheck(t *testing.T) {
 		return k
 	}
 	clientCert := ca.Client(t, "controller")
-	short := func(c *Config) {
-		c.Handshake, c.Request = 500*time.Millisecond, 500*time.Millisecond
-	}
 	for _, tt := range []struct {
 		name    string
 		addr    string
@@ -87,8 +84,8 @@ func TestCheck(t *testing.T) {
 		{"name unknown", "kms.invalid:5696", nil, AddressUnknown, false, false, false, false},
 		{"refused", closed, nil, Unreachable, false, false, false, false},
 		{"through a proxy that is away", good.Addr().String(), func(c *Config) { c.Proxy = closed }, ProxyFailed, false, false, false, false},
-		{"never greets", silent, short, NoAnswer, true, false, false, false},
-		{"never answers", tlsServer(ca.Server(t)), short, NoAnswer, true, true, false, true},
+		{"never greets", silent, func(c *Config) { c.Handshake = 500 * time.Millisecond }, NoAnswer, true, false, false, false},
+		{"never answers", tlsServer(ca.Server(t)), func(c *Config) { c.Request = 500 * time.Millisecond }, NoAnswer, true, true, false, true},
 		{"no TLS", serveRaw(t, func(c net.Conn) { io.WriteString(c, "SSH-2.0-OpenSSH_9.2\r\n") }), nil, NotTLS, true, false, false, false},
 		{"foreign certificate", tlsServer(foreign.Server(t)), nil, ServerUntrusted, true, false, false, true},
 		{"expired certificate", tlsServer(ca.Expired(t)), nil, ServerCertExpired, true, false, false, true},

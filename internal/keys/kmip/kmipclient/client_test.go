@@ -403,7 +403,8 @@ func TestServersThatDoNotAnswer(t *testing.T) {
 		}
 	}
 	t.Log("a black hole in front does not hurt for long")
-	life(t, newClient(t, ca, quick, hole.Addr().String(), l.Addr().String()))
+	patient := func(c *Config) { c.Handshake = 2 * time.Second }
+	life(t, newClient(t, ca, patient, hole.Addr().String(), l.Addr().String()))
 }
 
 func TestPasswordAndProxy(t *testing.T) {
