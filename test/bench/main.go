@@ -40,6 +40,8 @@ type options struct {
 	dir      string        // a tmpfs
 	out      string        // where the tables go; a .json beside it
 	disk     string        // a folder on a disk
+	kmsKeys  int           // with how many keys a KMS is measured; 0: with none
+	kmsDir   string        // where it keeps them; "": nowhere
 	only     *regexp.Regexp
 }
 
@@ -65,6 +67,8 @@ func run(ctx context.Context, args []string) error {
 	flags.StringVar(&o.dir, "dir", "/dev/shm", "a tmpfs with room for four images")
 	flags.StringVar(&o.disk, "disk", ".", "a folder on a disk with room for three images")
 	flags.StringVar(&o.out, "out", filepath.FromSlash("docs/reference/performance.md"), "where the tables go")
+	flags.IntVar(&o.kmsKeys, "kms-keys", 0, "also measure our key management server with so many keys, such as 1000000: some minutes")
+	flags.StringVar(&o.kmsDir, "kms-dir", "", "where the key management server with -kms-keys keeps them, to be measured again")
 	flags.StringVar(&only, "only", "", "measure only what matches: a regular expression on `SERVER/GENERATOR/LOAD` and on 'cipher', 'rekey', 'starts' and 'kms'")
 	if err := flags.Parse(args); err != nil {
 		return err
@@ -99,6 +103,11 @@ func run(ctx context.Context, args []string) error {
 	if o.only.MatchString("kms") {
 		if r.KMS, err = measureKMS(ctx, o, binary); err != nil {
 			return fmt.Errorf("cannot measure key management servers: %w", err)
+		}
+	}
+	if o.kmsKeys > 0 {
+		if r.Scale, err = measureScale(ctx, o, binary); err != nil {
+			return fmt.Errorf("cannot measure a key management server with %d keys: %w", o.kmsKeys, err)
 		}
 	}
 	if only != "" {

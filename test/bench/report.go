@@ -52,6 +52,7 @@ type report struct {
 	Rekey    []rekeySpeed      `json:"rekey,omitempty"`
 	Starts   []start           `json:"starts,omitempty"`
 	KMS      []kmsSpeed        `json:"kms,omitempty"`
+	Scale    *kmsScale         `json:"kms_scale,omitempty"`
 }
 
 // measure runs everything.
@@ -296,6 +297,24 @@ servers. Ours uses one thread for load; where it used that wholly, it was the li
 		rows := [][]string{{"load", "connections", "server", "a second", "p50, ms", "p99, ms"}}
 		for _, s := range r.KMS {
 			rows = append(rows, []string{s.Load, fmt.Sprint(s.Connections), s.Server, rate(s.PerSecond), fmt.Sprintf("%.2f", s.P50), fmt.Sprintf("%.2f", s.P99)})
+		}
+		table(&b, rows)
+	}
+	if s := r.Scale; s != nil {
+		fmt.Fprintf(&b, "\n## A key management server with %d keys\n\nOurs, with a name for each key, all in one group; made over KMIP in %.0f s, then started anew. Memory is the process's own, and pages of its\ndatabase's file that the kernel can take back.\n\n", s.Keys, s.LoadSeconds)
+		table(&b, [][]string{
+			{"what", "value"},
+			{"database, MiB", fmt.Sprintf("%.0f", s.DatabaseMiB)},
+			{"start to the first answer, s", fmt.Sprintf("%.1f", s.StartSeconds)},
+			{"work after a start, s; processor s with the start", fmt.Sprintf("%.1f; %.1f", s.SettleSecs, s.SettleCPU)},
+			{"memory after a start, MiB: own; file", fmt.Sprintf("%.0f; %.0f", s.AnonStartMiB, s.FileStartMiB)},
+			{"memory after the loads, MiB: own; file", fmt.Sprintf("%.0f; %.0f", s.AnonLoadMiB, s.FileLoadMiB)},
+			{"a Locate that looks at every key, s", fmt.Sprintf("%.1f", s.ScanSeconds)},
+		})
+		b.WriteString("\n")
+		rows := [][]string{{"load", "connections", "a second", "p50, ms", "p99, ms"}}
+		for _, l := range s.Loads {
+			rows = append(rows, []string{l.Load, fmt.Sprint(l.Connections), rate(l.PerSecond), fmt.Sprintf("%.2f", l.P50), fmt.Sprintf("%.2f", l.P99)})
 		}
 		table(&b, rows)
 	}

@@ -10,6 +10,7 @@ package audit
 
 import (
 	"bufio"
+	"context"
 	"crypto"
 	"crypto/ed25519"
 	"crypto/rand"
@@ -28,6 +29,7 @@ import (
 	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
 
+	"strongroom/internal/control/groupcommit"
 	"strongroom/internal/durable"
 	"strongroom/internal/errs"
 	"strongroom/internal/filelock"
@@ -92,7 +94,7 @@ type Log struct {
 	open func(path string) (file, error)
 	now  func() time.Time
 
-	flushing sync.Mutex // one Flush at a time; taken before mu
+	flushes *groupcommit.Queue[*flush]
 
 	mu       sync.Mutex // guards all below
 	lock     *os.File
@@ -139,6 +141,7 @@ func openLog(cfg Config, open func(string) (file, error)) (_ *Log, err error) {
 		cfg.CheckpointEvery = DefaultCheckpointEvery
 	}
 	l := &Log{cfg: cfg, key: KeyID(pub), open: open, now: time.Now}
+	l.flushes = groupcommit.New(func([]*flush, *flush) bool { return true }, l.flushAll)
 	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
 		return nil, err
 	}
@@ -369,15 +372,37 @@ func (l *Log) sync() error {
 	return nil
 }
 
+// flush is a caller's wish that all up to head be on disk.
+type flush struct {
+	head Head
+	err  error
+}
+
 // Flush returns when all up to head is on disk. Calls at the same time share
 // the disk's work: for logs with [SyncCheckpoint] some of whose records must be
 // durable before what they tell is acknowledged.
 func (l *Log) Flush(head Head) error {
-	l.flushing.Lock()
-	defer l.flushing.Unlock()
-	return errs.Wrap(l.flush(head), "cannot write audit log")
+	f := &flush{head: head}
+	if err := l.flushes.Do(context.Background(), f); err != nil {
+		return err
+	}
+	return errs.Wrap(f.err, "cannot write audit log")
 }
 
+func (l *Log) flushAll(group []*flush) {
+	var last Head
+	for _, f := range group {
+		if f.head.Seq > last.Seq {
+			last = f.head
+		}
+	}
+	err := l.flush(last)
+	for _, f := range group {
+		f.err = err
+	}
+}
+
+// flush is for one caller at a time.
 func (l *Log) flush(head Head) error {
 	l.mu.Lock()
 	f, upTo, err := l.f, l.head.Seq, l.usable()

@@ -265,19 +265,15 @@ func (db *DB) get(ctx context.Context, key string, opts ...clientv3.OpOption) (*
 // errNotKnown is reported for a commit that was not answered.
 var errNotKnown = errs.New(errs.Unavailable, "the state database did not confirm the change in time; it may be stored or not")
 
-// commit commits within bounds of its own, if there are other members.
-func (db *DB) commit(ctx context.Context, cmps []clientv3.Cmp, ops []clientv3.Op) (bool, error) {
-	outer := ctx
-	if db.clustered {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, commitTimeout)
-		defer cancel()
-	}
+// commitToCluster commits within bounds of its own.
+func (db *DB) commitToCluster(outer context.Context, cmps []clientv3.Cmp, ops []clientv3.Op) (bool, error) {
+	ctx, cancel := context.WithTimeout(outer, commitTimeout)
+	defer cancel()
 	resp, err := db.client.Txn(ctx).If(cmps...).Then(ops...).Commit()
 	switch {
 	case err == nil:
 		return resp.Succeeded, nil
-	case db.clustered && ctx.Err() != nil && outer.Err() == nil:
+	case ctx.Err() != nil && outer.Err() == nil:
 		return false, errNotKnown
 	}
 	return false, db.mapErr(err)

@@ -33,6 +33,7 @@ import (
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3client"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3rpc"
 
+	"strongroom/internal/control/groupcommit"
 	"strongroom/internal/errs"
 )
 
@@ -107,7 +108,10 @@ type DB struct {
 	// process would wait for etcd's own one for ever, without a word.
 	unlock    func()
 	clustered bool
+	commits   *groupcommit.Queue[*pending] // of a single member
 
+	life      context.Context // of commits; ended by Close
+	end       context.CancelFunc
 	closing   chan struct{} // closed by Close, before the client is
 	closeOnce sync.Once
 }
@@ -134,7 +138,13 @@ func Open(ctx context.Context, cfg Config) (*DB, error) {
 		unlock()
 		return nil, fmt.Errorf("cannot open state database in %s: %w", cfg.Dir, err)
 	}
-	return &DB{etcd: etcd, client: v3client.New(etcd.Server), kv: v3rpc.NewKVServer(etcd.Server), unlock: unlock, clustered: cfg.Cluster != nil, closing: make(chan struct{})}, nil
+	db := &DB{
+		etcd: etcd, client: v3client.New(etcd.Server), kv: v3rpc.NewKVServer(etcd.Server), unlock: unlock,
+		clustered: cfg.Cluster != nil, closing: make(chan struct{}),
+	}
+	db.life, db.end = context.WithCancel(context.Background())
+	db.commits = groupcommit.New(together, db.commitGroup)
+	return db, nil
 }
 
 func start(ctx context.Context, cfg Config) (*embed.Etcd, error) {
@@ -192,6 +202,7 @@ func (db *DB) Close() error {
 	var err error
 	db.closeOnce.Do(func() {
 		close(db.closing)
+		db.end()
 		// Watches and leases first: they use the server.
 		err = db.client.Close()
 		if errors.Is(err, context.Canceled) {
@@ -204,7 +215,7 @@ func (db *DB) Close() error {
 }
 
 // Revision returns the database's current revision. It grows by one with each
-// committed transaction.
+// committed transaction, or with several that were committed in one step.
 func (db *DB) Revision(ctx context.Context) (int64, error) {
 	resp, err := db.get(ctx, keyRoot, clientv3.WithCountOnly())
 	if err != nil {

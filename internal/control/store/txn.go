@@ -101,7 +101,7 @@ func (tx *Tx) commit(ctx context.Context) (bool, error) {
 			ops = append(ops, clientv3.OpPut(key, w.value))
 		}
 	}
-	return tx.db.commit(ctx, cmps, ops)
+	return tx.db.commit(ctx, tx, cmps, ops)
 }
 
 // TxTable is a table inside a transaction.
