@@ -74,6 +74,10 @@ type VM struct {
 	Disks []Disk `json:"disks"`
 	// Retired names files that disks had before and that are still to be deleted.
 	Retired []string `json:"retired,omitempty"`
+	// Snapshots are in an order in which each comes after its parent.
+	Snapshots []Snapshot `json:"snapshots,omitempty"`
+	// Snapshot is the id of the one that the disks come from; empty if of none.
+	Snapshot string `json:"snapshot,omitempty"`
 }
 
 // Key is the address of a KEK.
@@ -124,7 +128,10 @@ func (vm *VM) HasFile(file string) bool {
 // Clone returns a copy that shares nothing with vm.
 func (vm *VM) Clone() *VM {
 	c := *vm
-	c.Disks, c.Retired = slices.Clone(vm.Disks), slices.Clone(vm.Retired)
+	c.Disks, c.Retired, c.Snapshots = slices.Clone(vm.Disks), slices.Clone(vm.Retired), slices.Clone(vm.Snapshots)
+	for i := range c.Snapshots {
+		c.Snapshots[i].Disks = slices.Clone(c.Snapshots[i].Disks)
+	}
 	if vm.Key != nil {
 		key := *vm.Key
 		c.Key = &key
@@ -150,7 +157,6 @@ func ValidID(s string) bool { return canonicalUUID(s) }
 // of the format.
 func (vm *VM) Validate() error {
 	invalid := func(format string, args ...any) error { return errs.New(errs.Invalid, format, args...) }
-	s := vm.Settings
 	switch {
 	case vm.Version != Version:
 		return errs.New(errs.InvalidState, "unknown version %d of %s", vm.Version, FileName)
@@ -158,6 +164,37 @@ func (vm *VM) Validate() error {
 		return invalid("VM name %.64q is not 1 to 63 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit", vm.Name)
 	case !canonicalUUID(vm.ID):
 		return invalid("VM id %.64q is not a UUID", vm.ID)
+	}
+	if err := vm.Settings.validate(); err != nil {
+		return err
+	}
+	if vm.Key != nil {
+		if err := vm.Key.Ref().Validate(); err != nil {
+			return invalid("%w", err)
+		}
+	}
+	files := map[string]bool{}
+	if err := validateDisks(vm.Disks, files); err != nil {
+		return err
+	}
+	if err := vm.validateSnapshots(files); err != nil {
+		return err
+	}
+	if len(vm.Retired) > DisksMax {
+		return invalid("%d retired files are more than %d", len(vm.Retired), DisksMax)
+	}
+	for _, file := range vm.Retired {
+		if !filePattern.MatchString(file) || files[file] || reserved(file) {
+			return invalid("name %.64q of a retired file is not valid, or a disk has it, or there are two", file)
+		}
+		files[file] = true
+	}
+	return nil
+}
+
+func (s Settings) validate() error {
+	invalid := func(format string, args ...any) error { return errs.New(errs.Invalid, format, args...) }
+	switch {
 	case s.CPUs < 1 || s.CPUs > CPUsMax:
 		return invalid("%d CPUs are not 1 to %d", s.CPUs, CPUsMax)
 	case s.MemoryMiB < MemoryMin || s.MemoryMiB > MemoryMax:
@@ -170,21 +207,24 @@ func (vm *VM) Validate() error {
 		return invalid(`disk interface %.64q is neither "vhost-user" nor "nbd"`, s.DiskInterface)
 	case len(s.Append) > AppendMax || s.Kernel == "" && (s.Initrd != "" || s.Append != ""):
 		return invalid("initrd and append need a kernel, and append has at most %d bytes", AppendMax)
-	case len(vm.Disks) > DisksMax:
-		return invalid("%d disks are more than %d", len(vm.Disks), DisksMax)
 	}
 	for _, p := range []string{s.Kernel, s.Initrd} {
 		if p != "" && (!filepath.IsLocal(p) || len(p) > PathMax || filepath.Clean(p) != p) {
 			return invalid("path %.128q is not one on the datastore, relative to its root", p)
 		}
 	}
-	if vm.Key != nil {
-		if err := vm.Key.Ref().Validate(); err != nil {
-			return invalid("%w", err)
-		}
+	return nil
+}
+
+// validateDisks checks the disks of a VM or of a snapshot, and adds the names of
+// their files to those that are taken.
+func validateDisks(disks []Disk, files map[string]bool) error {
+	invalid := func(format string, args ...any) error { return errs.New(errs.Invalid, format, args...) }
+	if len(disks) > DisksMax {
+		return invalid("%d disks are more than %d", len(disks), DisksMax)
 	}
-	names, files := map[string]bool{}, map[string]bool{}
-	for _, d := range vm.Disks {
+	names := map[string]bool{}
+	for _, d := range disks {
 		switch {
 		case !ValidName(d.Name) || names[d.Name]:
 			return invalid("disk name %.64q is not valid, or there are two", d.Name)
@@ -196,15 +236,6 @@ func (vm *VM) Validate() error {
 			return invalid("size %d of %s is not a multiple of %d from %d to %d", d.SizeBytes, d.Name, SectorSize, SectorSize, int64(DiskMax))
 		}
 		names[d.Name], files[d.File] = true, true
-	}
-	if len(vm.Retired) > DisksMax {
-		return invalid("%d retired files are more than %d", len(vm.Retired), DisksMax)
-	}
-	for _, file := range vm.Retired {
-		if !filePattern.MatchString(file) || files[file] || reserved(file) {
-			return invalid("name %.64q of a retired file is not valid, or a disk has it, or there are two", file)
-		}
-		files[file] = true
 	}
 	return nil
 }
@@ -252,7 +283,10 @@ func (vm *VM) Encode() ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	return append(text, '\n'), nil
+	if text = append(text, '\n'); len(text) > SizeMax {
+		return nil, errs.New(errs.Invalid, "%s would have %d bytes, more than %d", FileName, len(text), SizeMax)
+	}
+	return text, nil
 }
 
 // Read returns the VM in the folder at dir. It returns an error of kind
@@ -332,11 +366,12 @@ func Unfinished(dir string) ([]string, error) {
 // interrupted call leaves is no VM any more. Other files are somebody's: then
 // the folder stays, with them, and an error says so.
 func Remove(dir string, vm *VM) error {
-	names := []string{FileName}
-	for _, d := range vm.Disks {
-		names = append(names, d.File)
+	names := append([]string{FileName}, vm.files()...)
+	strays, err := Strays(dir, vm)
+	if err != nil {
+		return err
 	}
-	names = append(names, vm.Retired...)
+	names = append(names, strays...)
 	left, err := Unfinished(dir)
 	if err != nil {
 		return err

@@ -200,6 +200,8 @@ func FuzzParse(f *testing.F) {
 		f.Fatal(err)
 	}
 	f.Add(good)
+	_, snapshots := vector(f)
+	f.Add(snapshots)
 	f.Add([]byte(`{"version":1}`))
 	f.Fuzz(func(t *testing.T, text []byte) {
 		vm, err := bundle.Parse(text)

@@ -215,7 +215,7 @@ func (b *bench) holds(t *testing.T, f *faultFolder, name string, keys keyring) {
 	t.Helper()
 	var disk blockdev.Device
 	var err error
-	if name == plainName {
+	if strings.HasSuffix(name, plainName) {
 		disk, err = f.Open(name)
 	} else {
 		disk, _, err = recrypt.OpenRekeying(t.Context(), f, name, keys.get)

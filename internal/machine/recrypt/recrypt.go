@@ -1,8 +1,8 @@
 // Package recrypt changes how a disk of a powered-off VM is encrypted: it
 // encrypts a plain disk, decrypts an encrypted one, and gives an encrypted one
 // a new KEK (shallow rekey) or a new DEK as well (deep rekey). It makes the disks
-// of a clone, each with a key safe of its own. For a VM that runs it makes the new
-// file, which the volume process fills.
+// of a clone, each with a key safe of its own, and the copies that snapshots are.
+// For a VM that runs it makes the new file, which the volume process fills.
 //
 // Encryption and decryption write a whole new file ("disk-0.luks.new") beside
 // the old one, make it durable, open it as a power-on would (from the key
