@@ -1140,6 +1140,233 @@ func (x *AgentCloneVMRequest) GetRecrypt() bool {
 	return false
 }
 
+type AgentCreateSnapshotRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// Of the snapshot; the controller chooses it, so that a repeated call is known.
+	SnapshotId    string `protobuf:"bytes,2,opt,name=snapshot_id,json=snapshotId,proto3" json:"snapshot_id,omitempty"`
+	Snapshot      string `protobuf:"bytes,3,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
+	Description   string `protobuf:"bytes,4,opt,name=description,proto3" json:"description,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AgentCreateSnapshotRequest) Reset() {
+	*x = AgentCreateSnapshotRequest{}
+	mi := &file_strongroom_v1_agent_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AgentCreateSnapshotRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AgentCreateSnapshotRequest) ProtoMessage() {}
+
+func (x *AgentCreateSnapshotRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_agent_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AgentCreateSnapshotRequest.ProtoReflect.Descriptor instead.
+func (*AgentCreateSnapshotRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *AgentCreateSnapshotRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *AgentCreateSnapshotRequest) GetSnapshotId() string {
+	if x != nil {
+		return x.SnapshotId
+	}
+	return ""
+}
+
+func (x *AgentCreateSnapshotRequest) GetSnapshot() string {
+	if x != nil {
+		return x.Snapshot
+	}
+	return ""
+}
+
+func (x *AgentCreateSnapshotRequest) GetDescription() string {
+	if x != nil {
+		return x.Description
+	}
+	return ""
+}
+
+type AgentRevertToSnapshotRequest struct {
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Id         string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	SnapshotId string                 `protobuf:"bytes,2,opt,name=snapshot_id,json=snapshotId,proto3" json:"snapshot_id,omitempty"`
+	// A UUID of this revert alone, so that a repeated call is known.
+	RevertId      string `protobuf:"bytes,3,opt,name=revert_id,json=revertId,proto3" json:"revert_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AgentRevertToSnapshotRequest) Reset() {
+	*x = AgentRevertToSnapshotRequest{}
+	mi := &file_strongroom_v1_agent_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AgentRevertToSnapshotRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AgentRevertToSnapshotRequest) ProtoMessage() {}
+
+func (x *AgentRevertToSnapshotRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_agent_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AgentRevertToSnapshotRequest.ProtoReflect.Descriptor instead.
+func (*AgentRevertToSnapshotRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *AgentRevertToSnapshotRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *AgentRevertToSnapshotRequest) GetSnapshotId() string {
+	if x != nil {
+		return x.SnapshotId
+	}
+	return ""
+}
+
+func (x *AgentRevertToSnapshotRequest) GetRevertId() string {
+	if x != nil {
+		return x.RevertId
+	}
+	return ""
+}
+
+// AgentDeleteSnapshotRequest also undoes a creation that was cut off.
+type AgentDeleteSnapshotRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	SnapshotId    string                 `protobuf:"bytes,2,opt,name=snapshot_id,json=snapshotId,proto3" json:"snapshot_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AgentDeleteSnapshotRequest) Reset() {
+	*x = AgentDeleteSnapshotRequest{}
+	mi := &file_strongroom_v1_agent_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AgentDeleteSnapshotRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AgentDeleteSnapshotRequest) ProtoMessage() {}
+
+func (x *AgentDeleteSnapshotRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_agent_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AgentDeleteSnapshotRequest.ProtoReflect.Descriptor instead.
+func (*AgentDeleteSnapshotRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *AgentDeleteSnapshotRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *AgentDeleteSnapshotRequest) GetSnapshotId() string {
+	if x != nil {
+		return x.SnapshotId
+	}
+	return ""
+}
+
+type AgentConsolidateSnapshotsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AgentConsolidateSnapshotsRequest) Reset() {
+	*x = AgentConsolidateSnapshotsRequest{}
+	mi := &file_strongroom_v1_agent_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AgentConsolidateSnapshotsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AgentConsolidateSnapshotsRequest) ProtoMessage() {}
+
+func (x *AgentConsolidateSnapshotsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_agent_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AgentConsolidateSnapshotsRequest.ProtoReflect.Descriptor instead.
+func (*AgentConsolidateSnapshotsRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *AgentConsolidateSnapshotsRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
 type AgentEncryptVMRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -1153,7 +1380,7 @@ type AgentEncryptVMRequest struct {
 
 func (x *AgentEncryptVMRequest) Reset() {
 	*x = AgentEncryptVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[16]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1165,7 +1392,7 @@ func (x *AgentEncryptVMRequest) String() string {
 func (*AgentEncryptVMRequest) ProtoMessage() {}
 
 func (x *AgentEncryptVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[16]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1178,7 +1405,7 @@ func (x *AgentEncryptVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentEncryptVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentEncryptVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *AgentEncryptVMRequest) GetId() string {
@@ -1220,7 +1447,7 @@ type AgentDecryptVMRequest struct {
 
 func (x *AgentDecryptVMRequest) Reset() {
 	*x = AgentDecryptVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[17]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1232,7 +1459,7 @@ func (x *AgentDecryptVMRequest) String() string {
 func (*AgentDecryptVMRequest) ProtoMessage() {}
 
 func (x *AgentDecryptVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[17]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1245,7 +1472,7 @@ func (x *AgentDecryptVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentDecryptVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentDecryptVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *AgentDecryptVMRequest) GetId() string {
@@ -1287,7 +1514,7 @@ type AgentRekeyVMRequest struct {
 
 func (x *AgentRekeyVMRequest) Reset() {
 	*x = AgentRekeyVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[18]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1299,7 +1526,7 @@ func (x *AgentRekeyVMRequest) String() string {
 func (*AgentRekeyVMRequest) ProtoMessage() {}
 
 func (x *AgentRekeyVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[18]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1312,7 +1539,7 @@ func (x *AgentRekeyVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentRekeyVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentRekeyVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *AgentRekeyVMRequest) GetId() string {
@@ -1361,7 +1588,7 @@ type AgentSetRekeyRateRequest struct {
 
 func (x *AgentSetRekeyRateRequest) Reset() {
 	*x = AgentSetRekeyRateRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[19]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1373,7 +1600,7 @@ func (x *AgentSetRekeyRateRequest) String() string {
 func (*AgentSetRekeyRateRequest) ProtoMessage() {}
 
 func (x *AgentSetRekeyRateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[19]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1386,7 +1613,7 @@ func (x *AgentSetRekeyRateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentSetRekeyRateRequest.ProtoReflect.Descriptor instead.
 func (*AgentSetRekeyRateRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *AgentSetRekeyRateRequest) GetId() string {
@@ -1411,7 +1638,7 @@ type AgentSetRekeyRateResponse struct {
 
 func (x *AgentSetRekeyRateResponse) Reset() {
 	*x = AgentSetRekeyRateResponse{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[20]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1423,7 +1650,7 @@ func (x *AgentSetRekeyRateResponse) String() string {
 func (*AgentSetRekeyRateResponse) ProtoMessage() {}
 
 func (x *AgentSetRekeyRateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[20]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1436,7 +1663,7 @@ func (x *AgentSetRekeyRateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentSetRekeyRateResponse.ProtoReflect.Descriptor instead.
 func (*AgentSetRekeyRateResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 type AgentFillDisksRequest struct {
@@ -1449,7 +1676,7 @@ type AgentFillDisksRequest struct {
 
 func (x *AgentFillDisksRequest) Reset() {
 	*x = AgentFillDisksRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[21]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1461,7 +1688,7 @@ func (x *AgentFillDisksRequest) String() string {
 func (*AgentFillDisksRequest) ProtoMessage() {}
 
 func (x *AgentFillDisksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[21]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1474,7 +1701,7 @@ func (x *AgentFillDisksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentFillDisksRequest.ProtoReflect.Descriptor instead.
 func (*AgentFillDisksRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *AgentFillDisksRequest) GetId() string {
@@ -1502,7 +1729,7 @@ type AgentResizeDiskRequest struct {
 
 func (x *AgentResizeDiskRequest) Reset() {
 	*x = AgentResizeDiskRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[22]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1514,7 +1741,7 @@ func (x *AgentResizeDiskRequest) String() string {
 func (*AgentResizeDiskRequest) ProtoMessage() {}
 
 func (x *AgentResizeDiskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[22]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1527,7 +1754,7 @@ func (x *AgentResizeDiskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentResizeDiskRequest.ProtoReflect.Descriptor instead.
 func (*AgentResizeDiskRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *AgentResizeDiskRequest) GetId() string {
@@ -1563,7 +1790,7 @@ type AgentExportDiskKeyRequest struct {
 
 func (x *AgentExportDiskKeyRequest) Reset() {
 	*x = AgentExportDiskKeyRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[23]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1575,7 +1802,7 @@ func (x *AgentExportDiskKeyRequest) String() string {
 func (*AgentExportDiskKeyRequest) ProtoMessage() {}
 
 func (x *AgentExportDiskKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[23]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1588,7 +1815,7 @@ func (x *AgentExportDiskKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentExportDiskKeyRequest.ProtoReflect.Descriptor instead.
 func (*AgentExportDiskKeyRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *AgentExportDiskKeyRequest) GetId() string {
@@ -1621,7 +1848,7 @@ type AgentPowerOnVMRequest struct {
 
 func (x *AgentPowerOnVMRequest) Reset() {
 	*x = AgentPowerOnVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[24]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1633,7 +1860,7 @@ func (x *AgentPowerOnVMRequest) String() string {
 func (*AgentPowerOnVMRequest) ProtoMessage() {}
 
 func (x *AgentPowerOnVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[24]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1646,7 +1873,7 @@ func (x *AgentPowerOnVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentPowerOnVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentPowerOnVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *AgentPowerOnVMRequest) GetId() string {
@@ -1667,7 +1894,7 @@ type AgentPowerOffVMRequest struct {
 
 func (x *AgentPowerOffVMRequest) Reset() {
 	*x = AgentPowerOffVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[25]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1679,7 +1906,7 @@ func (x *AgentPowerOffVMRequest) String() string {
 func (*AgentPowerOffVMRequest) ProtoMessage() {}
 
 func (x *AgentPowerOffVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[25]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1692,7 +1919,7 @@ func (x *AgentPowerOffVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentPowerOffVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentPowerOffVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *AgentPowerOffVMRequest) GetId() string {
@@ -1727,7 +1954,7 @@ type AgentRegisterVMRequest struct {
 
 func (x *AgentRegisterVMRequest) Reset() {
 	*x = AgentRegisterVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[26]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1739,7 +1966,7 @@ func (x *AgentRegisterVMRequest) String() string {
 func (*AgentRegisterVMRequest) ProtoMessage() {}
 
 func (x *AgentRegisterVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[26]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1752,7 +1979,7 @@ func (x *AgentRegisterVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentRegisterVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentRegisterVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *AgentRegisterVMRequest) GetDatastore() string {
@@ -1785,7 +2012,7 @@ type AgentUnregisterVMRequest struct {
 
 func (x *AgentUnregisterVMRequest) Reset() {
 	*x = AgentUnregisterVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[27]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1797,7 +2024,7 @@ func (x *AgentUnregisterVMRequest) String() string {
 func (*AgentUnregisterVMRequest) ProtoMessage() {}
 
 func (x *AgentUnregisterVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[27]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1810,7 +2037,7 @@ func (x *AgentUnregisterVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentUnregisterVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentUnregisterVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *AgentUnregisterVMRequest) GetId() string {
@@ -1828,7 +2055,7 @@ type AgentUnregisterVMResponse struct {
 
 func (x *AgentUnregisterVMResponse) Reset() {
 	*x = AgentUnregisterVMResponse{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[28]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1840,7 +2067,7 @@ func (x *AgentUnregisterVMResponse) String() string {
 func (*AgentUnregisterVMResponse) ProtoMessage() {}
 
 func (x *AgentUnregisterVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[28]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1853,7 +2080,7 @@ func (x *AgentUnregisterVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentUnregisterVMResponse.ProtoReflect.Descriptor instead.
 func (*AgentUnregisterVMResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{32}
 }
 
 type AgentDeleteVMRequest struct {
@@ -1865,7 +2092,7 @@ type AgentDeleteVMRequest struct {
 
 func (x *AgentDeleteVMRequest) Reset() {
 	*x = AgentDeleteVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[29]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1877,7 +2104,7 @@ func (x *AgentDeleteVMRequest) String() string {
 func (*AgentDeleteVMRequest) ProtoMessage() {}
 
 func (x *AgentDeleteVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[29]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1890,7 +2117,7 @@ func (x *AgentDeleteVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentDeleteVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentDeleteVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *AgentDeleteVMRequest) GetId() string {
@@ -1908,7 +2135,7 @@ type AgentDeleteVMResponse struct {
 
 func (x *AgentDeleteVMResponse) Reset() {
 	*x = AgentDeleteVMResponse{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[30]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1920,7 +2147,7 @@ func (x *AgentDeleteVMResponse) String() string {
 func (*AgentDeleteVMResponse) ProtoMessage() {}
 
 func (x *AgentDeleteVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[30]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1933,7 +2160,7 @@ func (x *AgentDeleteVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentDeleteVMResponse.ProtoReflect.Descriptor instead.
 func (*AgentDeleteVMResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{30}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{34}
 }
 
 type AgentGetVMRequest struct {
@@ -1945,7 +2172,7 @@ type AgentGetVMRequest struct {
 
 func (x *AgentGetVMRequest) Reset() {
 	*x = AgentGetVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[31]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1957,7 +2184,7 @@ func (x *AgentGetVMRequest) String() string {
 func (*AgentGetVMRequest) ProtoMessage() {}
 
 func (x *AgentGetVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[31]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1970,7 +2197,7 @@ func (x *AgentGetVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentGetVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentGetVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{31}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *AgentGetVMRequest) GetId() string {
@@ -1989,7 +2216,7 @@ type AgentVMResponse struct {
 
 func (x *AgentVMResponse) Reset() {
 	*x = AgentVMResponse{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[32]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2001,7 +2228,7 @@ func (x *AgentVMResponse) String() string {
 func (*AgentVMResponse) ProtoMessage() {}
 
 func (x *AgentVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[32]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2014,7 +2241,7 @@ func (x *AgentVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentVMResponse.ProtoReflect.Descriptor instead.
 func (*AgentVMResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{32}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *AgentVMResponse) GetVm() *VM {
@@ -2126,7 +2353,24 @@ const file_strongroom_v1_agent_proto_rawDesc = "" +
 	"\tdatastore\x18\x03 \x01(\tR\tdatastore\x12\x1b\n" +
 	"\tsource_id\x18\x04 \x01(\tR\bsourceId\x12'\n" +
 	"\x03key\x18\x05 \x01(\v2\x15.strongroom.v1.KeyRefR\x03key\x12\x18\n" +
-	"\arecrypt\x18\x06 \x01(\bR\arecrypt\"z\n" +
+	"\arecrypt\x18\x06 \x01(\bR\arecrypt\"\x8b\x01\n" +
+	"\x1aAgentCreateSnapshotRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1f\n" +
+	"\vsnapshot_id\x18\x02 \x01(\tR\n" +
+	"snapshotId\x12\x1a\n" +
+	"\bsnapshot\x18\x03 \x01(\tR\bsnapshot\x12 \n" +
+	"\vdescription\x18\x04 \x01(\tR\vdescription\"l\n" +
+	"\x1cAgentRevertToSnapshotRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1f\n" +
+	"\vsnapshot_id\x18\x02 \x01(\tR\n" +
+	"snapshotId\x12\x1b\n" +
+	"\trevert_id\x18\x03 \x01(\tR\brevertId\"M\n" +
+	"\x1aAgentDeleteSnapshotRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1f\n" +
+	"\vsnapshot_id\x18\x02 \x01(\tR\n" +
+	"snapshotId\"2\n" +
+	" AgentConsolidateSnapshotsRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"z\n" +
 	"\x15AgentEncryptVMRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05disks\x18\x02 \x03(\tR\x05disks\x12'\n" +
@@ -2181,14 +2425,22 @@ const file_strongroom_v1_agent_proto_rawDesc = "" +
 	"\rEnrollService\x12E\n" +
 	"\x04Join\x12\x1a.strongroom.v1.JoinRequest\x1a\x1b.strongroom.v1.JoinResponse\"\x04\x90\xb5\x18\x01\x12X\n" +
 	"\tHeartbeat\x12\x1f.strongroom.v1.HeartbeatRequest\x1a .strongroom.v1.HeartbeatResponse\"\b\xa2\xb5\x18\x04host\x12m\n" +
-	"\x10RenewCertificate\x12&.strongroom.v1.RenewCertificateRequest\x1a'.strongroom.v1.RenewCertificateResponse\"\b\xa2\xb5\x18\x04host2\xde\f\n" +
+	"\x10RenewCertificate\x12&.strongroom.v1.RenewCertificateRequest\x1a'.strongroom.v1.RenewCertificateResponse\"\b\xa2\xb5\x18\x04host2\xa2\x10\n" +
 	"\fAgentService\x12[\n" +
 	"\bSyncHost\x12\x1e.strongroom.v1.SyncHostRequest\x1a\x1f.strongroom.v1.SyncHostResponse\"\x0e\xa2\xb5\x18\n" +
 	"controller\x12_\n" +
 	"\bCreateVM\x12#.strongroom.v1.AgentCreateVMRequest\x1a\x1c.strongroom.v1.AgentProgress\"\x0e\xa2\xb5\x18\n" +
 	"controller0\x01\x12]\n" +
 	"\aCloneVM\x12\".strongroom.v1.AgentCloneVMRequest\x1a\x1c.strongroom.v1.AgentProgress\"\x0e\xa2\xb5\x18\n" +
-	"controller0\x01\x12a\n" +
+	"controller0\x01\x12k\n" +
+	"\x0eCreateSnapshot\x12).strongroom.v1.AgentCreateSnapshotRequest\x1a\x1c.strongroom.v1.AgentProgress\"\x0e\xa2\xb5\x18\n" +
+	"controller0\x01\x12o\n" +
+	"\x10RevertToSnapshot\x12+.strongroom.v1.AgentRevertToSnapshotRequest\x1a\x1c.strongroom.v1.AgentProgress\"\x0e\xa2\xb5\x18\n" +
+	"controller0\x01\x12k\n" +
+	"\x0eDeleteSnapshot\x12).strongroom.v1.AgentDeleteSnapshotRequest\x1a\x1e.strongroom.v1.AgentVMResponse\"\x0e\xa2\xb5\x18\n" +
+	"controller\x12w\n" +
+	"\x14ConsolidateSnapshots\x12/.strongroom.v1.AgentConsolidateSnapshotsRequest\x1a\x1e.strongroom.v1.AgentVMResponse\"\x0e\xa2\xb5\x18\n" +
+	"controller\x12a\n" +
 	"\tEncryptVM\x12$.strongroom.v1.AgentEncryptVMRequest\x1a\x1c.strongroom.v1.AgentProgress\"\x0e\xa2\xb5\x18\n" +
 	"controller0\x01\x12a\n" +
 	"\tDecryptVM\x12$.strongroom.v1.AgentDecryptVMRequest\x1a\x1c.strongroom.v1.AgentProgress\"\x0e\xa2\xb5\x18\n" +
@@ -2231,113 +2483,125 @@ func file_strongroom_v1_agent_proto_rawDescGZIP() []byte {
 	return file_strongroom_v1_agent_proto_rawDescData
 }
 
-var file_strongroom_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 36)
+var file_strongroom_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
 var file_strongroom_v1_agent_proto_goTypes = []any{
-	(*JoinRequest)(nil),               // 0: strongroom.v1.JoinRequest
-	(*JoinResponse)(nil),              // 1: strongroom.v1.JoinResponse
-	(*HeartbeatRequest)(nil),          // 2: strongroom.v1.HeartbeatRequest
-	(*HeldProvider)(nil),              // 3: strongroom.v1.HeldProvider
-	(*HeartbeatResponse)(nil),         // 4: strongroom.v1.HeartbeatResponse
-	(*RenewCertificateRequest)(nil),   // 5: strongroom.v1.RenewCertificateRequest
-	(*RenewCertificateResponse)(nil),  // 6: strongroom.v1.RenewCertificateResponse
-	(*SyncHostRequest)(nil),           // 7: strongroom.v1.SyncHostRequest
-	(*WantedKEK)(nil),                 // 8: strongroom.v1.WantedKEK
-	(*WantedProvider)(nil),            // 9: strongroom.v1.WantedProvider
-	(*WantedDatastore)(nil),           // 10: strongroom.v1.WantedDatastore
-	(*SyncHostResponse)(nil),          // 11: strongroom.v1.SyncHostResponse
-	(*DatastoreSpace)(nil),            // 12: strongroom.v1.DatastoreSpace
-	(*AgentProgress)(nil),             // 13: strongroom.v1.AgentProgress
-	(*AgentCreateVMRequest)(nil),      // 14: strongroom.v1.AgentCreateVMRequest
-	(*AgentCloneVMRequest)(nil),       // 15: strongroom.v1.AgentCloneVMRequest
-	(*AgentEncryptVMRequest)(nil),     // 16: strongroom.v1.AgentEncryptVMRequest
-	(*AgentDecryptVMRequest)(nil),     // 17: strongroom.v1.AgentDecryptVMRequest
-	(*AgentRekeyVMRequest)(nil),       // 18: strongroom.v1.AgentRekeyVMRequest
-	(*AgentSetRekeyRateRequest)(nil),  // 19: strongroom.v1.AgentSetRekeyRateRequest
-	(*AgentSetRekeyRateResponse)(nil), // 20: strongroom.v1.AgentSetRekeyRateResponse
-	(*AgentFillDisksRequest)(nil),     // 21: strongroom.v1.AgentFillDisksRequest
-	(*AgentResizeDiskRequest)(nil),    // 22: strongroom.v1.AgentResizeDiskRequest
-	(*AgentExportDiskKeyRequest)(nil), // 23: strongroom.v1.AgentExportDiskKeyRequest
-	(*AgentPowerOnVMRequest)(nil),     // 24: strongroom.v1.AgentPowerOnVMRequest
-	(*AgentPowerOffVMRequest)(nil),    // 25: strongroom.v1.AgentPowerOffVMRequest
-	(*AgentRegisterVMRequest)(nil),    // 26: strongroom.v1.AgentRegisterVMRequest
-	(*AgentUnregisterVMRequest)(nil),  // 27: strongroom.v1.AgentUnregisterVMRequest
-	(*AgentUnregisterVMResponse)(nil), // 28: strongroom.v1.AgentUnregisterVMResponse
-	(*AgentDeleteVMRequest)(nil),      // 29: strongroom.v1.AgentDeleteVMRequest
-	(*AgentDeleteVMResponse)(nil),     // 30: strongroom.v1.AgentDeleteVMResponse
-	(*AgentGetVMRequest)(nil),         // 31: strongroom.v1.AgentGetVMRequest
-	(*AgentVMResponse)(nil),           // 32: strongroom.v1.AgentVMResponse
-	nil,                               // 33: strongroom.v1.JoinRequest.CapabilitiesEntry
-	nil,                               // 34: strongroom.v1.HeartbeatRequest.CapabilitiesEntry
-	nil,                               // 35: strongroom.v1.AgentCreateVMRequest.PassphrasesEntry
-	(*VM)(nil),                        // 36: strongroom.v1.VM
-	(*KeyRef)(nil),                    // 37: strongroom.v1.KeyRef
-	(*timestamppb.Timestamp)(nil),     // 38: google.protobuf.Timestamp
-	(*VMSettings)(nil),                // 39: strongroom.v1.VMSettings
-	(*NewDisk)(nil),                   // 40: strongroom.v1.NewDisk
-	(*ExportDiskKeyResponse)(nil),     // 41: strongroom.v1.ExportDiskKeyResponse
+	(*JoinRequest)(nil),                      // 0: strongroom.v1.JoinRequest
+	(*JoinResponse)(nil),                     // 1: strongroom.v1.JoinResponse
+	(*HeartbeatRequest)(nil),                 // 2: strongroom.v1.HeartbeatRequest
+	(*HeldProvider)(nil),                     // 3: strongroom.v1.HeldProvider
+	(*HeartbeatResponse)(nil),                // 4: strongroom.v1.HeartbeatResponse
+	(*RenewCertificateRequest)(nil),          // 5: strongroom.v1.RenewCertificateRequest
+	(*RenewCertificateResponse)(nil),         // 6: strongroom.v1.RenewCertificateResponse
+	(*SyncHostRequest)(nil),                  // 7: strongroom.v1.SyncHostRequest
+	(*WantedKEK)(nil),                        // 8: strongroom.v1.WantedKEK
+	(*WantedProvider)(nil),                   // 9: strongroom.v1.WantedProvider
+	(*WantedDatastore)(nil),                  // 10: strongroom.v1.WantedDatastore
+	(*SyncHostResponse)(nil),                 // 11: strongroom.v1.SyncHostResponse
+	(*DatastoreSpace)(nil),                   // 12: strongroom.v1.DatastoreSpace
+	(*AgentProgress)(nil),                    // 13: strongroom.v1.AgentProgress
+	(*AgentCreateVMRequest)(nil),             // 14: strongroom.v1.AgentCreateVMRequest
+	(*AgentCloneVMRequest)(nil),              // 15: strongroom.v1.AgentCloneVMRequest
+	(*AgentCreateSnapshotRequest)(nil),       // 16: strongroom.v1.AgentCreateSnapshotRequest
+	(*AgentRevertToSnapshotRequest)(nil),     // 17: strongroom.v1.AgentRevertToSnapshotRequest
+	(*AgentDeleteSnapshotRequest)(nil),       // 18: strongroom.v1.AgentDeleteSnapshotRequest
+	(*AgentConsolidateSnapshotsRequest)(nil), // 19: strongroom.v1.AgentConsolidateSnapshotsRequest
+	(*AgentEncryptVMRequest)(nil),            // 20: strongroom.v1.AgentEncryptVMRequest
+	(*AgentDecryptVMRequest)(nil),            // 21: strongroom.v1.AgentDecryptVMRequest
+	(*AgentRekeyVMRequest)(nil),              // 22: strongroom.v1.AgentRekeyVMRequest
+	(*AgentSetRekeyRateRequest)(nil),         // 23: strongroom.v1.AgentSetRekeyRateRequest
+	(*AgentSetRekeyRateResponse)(nil),        // 24: strongroom.v1.AgentSetRekeyRateResponse
+	(*AgentFillDisksRequest)(nil),            // 25: strongroom.v1.AgentFillDisksRequest
+	(*AgentResizeDiskRequest)(nil),           // 26: strongroom.v1.AgentResizeDiskRequest
+	(*AgentExportDiskKeyRequest)(nil),        // 27: strongroom.v1.AgentExportDiskKeyRequest
+	(*AgentPowerOnVMRequest)(nil),            // 28: strongroom.v1.AgentPowerOnVMRequest
+	(*AgentPowerOffVMRequest)(nil),           // 29: strongroom.v1.AgentPowerOffVMRequest
+	(*AgentRegisterVMRequest)(nil),           // 30: strongroom.v1.AgentRegisterVMRequest
+	(*AgentUnregisterVMRequest)(nil),         // 31: strongroom.v1.AgentUnregisterVMRequest
+	(*AgentUnregisterVMResponse)(nil),        // 32: strongroom.v1.AgentUnregisterVMResponse
+	(*AgentDeleteVMRequest)(nil),             // 33: strongroom.v1.AgentDeleteVMRequest
+	(*AgentDeleteVMResponse)(nil),            // 34: strongroom.v1.AgentDeleteVMResponse
+	(*AgentGetVMRequest)(nil),                // 35: strongroom.v1.AgentGetVMRequest
+	(*AgentVMResponse)(nil),                  // 36: strongroom.v1.AgentVMResponse
+	nil,                                      // 37: strongroom.v1.JoinRequest.CapabilitiesEntry
+	nil,                                      // 38: strongroom.v1.HeartbeatRequest.CapabilitiesEntry
+	nil,                                      // 39: strongroom.v1.AgentCreateVMRequest.PassphrasesEntry
+	(*VM)(nil),                               // 40: strongroom.v1.VM
+	(*KeyRef)(nil),                           // 41: strongroom.v1.KeyRef
+	(*timestamppb.Timestamp)(nil),            // 42: google.protobuf.Timestamp
+	(*VMSettings)(nil),                       // 43: strongroom.v1.VMSettings
+	(*NewDisk)(nil),                          // 44: strongroom.v1.NewDisk
+	(*ExportDiskKeyResponse)(nil),            // 45: strongroom.v1.ExportDiskKeyResponse
 }
 var file_strongroom_v1_agent_proto_depIdxs = []int32{
-	33, // 0: strongroom.v1.JoinRequest.capabilities:type_name -> strongroom.v1.JoinRequest.CapabilitiesEntry
-	34, // 1: strongroom.v1.HeartbeatRequest.capabilities:type_name -> strongroom.v1.HeartbeatRequest.CapabilitiesEntry
+	37, // 0: strongroom.v1.JoinRequest.capabilities:type_name -> strongroom.v1.JoinRequest.CapabilitiesEntry
+	38, // 1: strongroom.v1.HeartbeatRequest.capabilities:type_name -> strongroom.v1.HeartbeatRequest.CapabilitiesEntry
 	3,  // 2: strongroom.v1.HeartbeatRequest.providers:type_name -> strongroom.v1.HeldProvider
-	36, // 3: strongroom.v1.HeartbeatRequest.vms:type_name -> strongroom.v1.VM
+	40, // 3: strongroom.v1.HeartbeatRequest.vms:type_name -> strongroom.v1.VM
 	9,  // 4: strongroom.v1.SyncHostRequest.providers:type_name -> strongroom.v1.WantedProvider
 	10, // 5: strongroom.v1.SyncHostRequest.datastores:type_name -> strongroom.v1.WantedDatastore
 	8,  // 6: strongroom.v1.SyncHostRequest.keks:type_name -> strongroom.v1.WantedKEK
-	37, // 7: strongroom.v1.WantedKEK.key:type_name -> strongroom.v1.KeyRef
-	38, // 8: strongroom.v1.WantedProvider.created:type_name -> google.protobuf.Timestamp
+	41, // 7: strongroom.v1.WantedKEK.key:type_name -> strongroom.v1.KeyRef
+	42, // 8: strongroom.v1.WantedProvider.created:type_name -> google.protobuf.Timestamp
 	3,  // 9: strongroom.v1.SyncHostResponse.providers:type_name -> strongroom.v1.HeldProvider
 	12, // 10: strongroom.v1.SyncHostResponse.datastores:type_name -> strongroom.v1.DatastoreSpace
-	37, // 11: strongroom.v1.SyncHostResponse.missing_keks:type_name -> strongroom.v1.KeyRef
-	36, // 12: strongroom.v1.AgentProgress.result:type_name -> strongroom.v1.VM
-	39, // 13: strongroom.v1.AgentCreateVMRequest.settings:type_name -> strongroom.v1.VMSettings
-	40, // 14: strongroom.v1.AgentCreateVMRequest.disks:type_name -> strongroom.v1.NewDisk
-	37, // 15: strongroom.v1.AgentCreateVMRequest.key:type_name -> strongroom.v1.KeyRef
-	35, // 16: strongroom.v1.AgentCreateVMRequest.passphrases:type_name -> strongroom.v1.AgentCreateVMRequest.PassphrasesEntry
-	37, // 17: strongroom.v1.AgentCloneVMRequest.key:type_name -> strongroom.v1.KeyRef
-	37, // 18: strongroom.v1.AgentEncryptVMRequest.key:type_name -> strongroom.v1.KeyRef
-	37, // 19: strongroom.v1.AgentRekeyVMRequest.key:type_name -> strongroom.v1.KeyRef
-	36, // 20: strongroom.v1.AgentVMResponse.vm:type_name -> strongroom.v1.VM
+	41, // 11: strongroom.v1.SyncHostResponse.missing_keks:type_name -> strongroom.v1.KeyRef
+	40, // 12: strongroom.v1.AgentProgress.result:type_name -> strongroom.v1.VM
+	43, // 13: strongroom.v1.AgentCreateVMRequest.settings:type_name -> strongroom.v1.VMSettings
+	44, // 14: strongroom.v1.AgentCreateVMRequest.disks:type_name -> strongroom.v1.NewDisk
+	41, // 15: strongroom.v1.AgentCreateVMRequest.key:type_name -> strongroom.v1.KeyRef
+	39, // 16: strongroom.v1.AgentCreateVMRequest.passphrases:type_name -> strongroom.v1.AgentCreateVMRequest.PassphrasesEntry
+	41, // 17: strongroom.v1.AgentCloneVMRequest.key:type_name -> strongroom.v1.KeyRef
+	41, // 18: strongroom.v1.AgentEncryptVMRequest.key:type_name -> strongroom.v1.KeyRef
+	41, // 19: strongroom.v1.AgentRekeyVMRequest.key:type_name -> strongroom.v1.KeyRef
+	40, // 20: strongroom.v1.AgentVMResponse.vm:type_name -> strongroom.v1.VM
 	0,  // 21: strongroom.v1.EnrollService.Join:input_type -> strongroom.v1.JoinRequest
 	2,  // 22: strongroom.v1.EnrollService.Heartbeat:input_type -> strongroom.v1.HeartbeatRequest
 	5,  // 23: strongroom.v1.EnrollService.RenewCertificate:input_type -> strongroom.v1.RenewCertificateRequest
 	7,  // 24: strongroom.v1.AgentService.SyncHost:input_type -> strongroom.v1.SyncHostRequest
 	14, // 25: strongroom.v1.AgentService.CreateVM:input_type -> strongroom.v1.AgentCreateVMRequest
 	15, // 26: strongroom.v1.AgentService.CloneVM:input_type -> strongroom.v1.AgentCloneVMRequest
-	16, // 27: strongroom.v1.AgentService.EncryptVM:input_type -> strongroom.v1.AgentEncryptVMRequest
-	17, // 28: strongroom.v1.AgentService.DecryptVM:input_type -> strongroom.v1.AgentDecryptVMRequest
-	18, // 29: strongroom.v1.AgentService.RekeyVM:input_type -> strongroom.v1.AgentRekeyVMRequest
-	19, // 30: strongroom.v1.AgentService.SetRekeyRate:input_type -> strongroom.v1.AgentSetRekeyRateRequest
-	21, // 31: strongroom.v1.AgentService.FillDisks:input_type -> strongroom.v1.AgentFillDisksRequest
-	22, // 32: strongroom.v1.AgentService.ResizeDisk:input_type -> strongroom.v1.AgentResizeDiskRequest
-	23, // 33: strongroom.v1.AgentService.ExportDiskKey:input_type -> strongroom.v1.AgentExportDiskKeyRequest
-	24, // 34: strongroom.v1.AgentService.PowerOnVM:input_type -> strongroom.v1.AgentPowerOnVMRequest
-	25, // 35: strongroom.v1.AgentService.PowerOffVM:input_type -> strongroom.v1.AgentPowerOffVMRequest
-	26, // 36: strongroom.v1.AgentService.RegisterVM:input_type -> strongroom.v1.AgentRegisterVMRequest
-	27, // 37: strongroom.v1.AgentService.UnregisterVM:input_type -> strongroom.v1.AgentUnregisterVMRequest
-	29, // 38: strongroom.v1.AgentService.DeleteVM:input_type -> strongroom.v1.AgentDeleteVMRequest
-	31, // 39: strongroom.v1.AgentService.GetVM:input_type -> strongroom.v1.AgentGetVMRequest
-	1,  // 40: strongroom.v1.EnrollService.Join:output_type -> strongroom.v1.JoinResponse
-	4,  // 41: strongroom.v1.EnrollService.Heartbeat:output_type -> strongroom.v1.HeartbeatResponse
-	6,  // 42: strongroom.v1.EnrollService.RenewCertificate:output_type -> strongroom.v1.RenewCertificateResponse
-	11, // 43: strongroom.v1.AgentService.SyncHost:output_type -> strongroom.v1.SyncHostResponse
-	13, // 44: strongroom.v1.AgentService.CreateVM:output_type -> strongroom.v1.AgentProgress
-	13, // 45: strongroom.v1.AgentService.CloneVM:output_type -> strongroom.v1.AgentProgress
-	13, // 46: strongroom.v1.AgentService.EncryptVM:output_type -> strongroom.v1.AgentProgress
-	13, // 47: strongroom.v1.AgentService.DecryptVM:output_type -> strongroom.v1.AgentProgress
-	13, // 48: strongroom.v1.AgentService.RekeyVM:output_type -> strongroom.v1.AgentProgress
-	20, // 49: strongroom.v1.AgentService.SetRekeyRate:output_type -> strongroom.v1.AgentSetRekeyRateResponse
-	13, // 50: strongroom.v1.AgentService.FillDisks:output_type -> strongroom.v1.AgentProgress
-	32, // 51: strongroom.v1.AgentService.ResizeDisk:output_type -> strongroom.v1.AgentVMResponse
-	41, // 52: strongroom.v1.AgentService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
-	32, // 53: strongroom.v1.AgentService.PowerOnVM:output_type -> strongroom.v1.AgentVMResponse
-	32, // 54: strongroom.v1.AgentService.PowerOffVM:output_type -> strongroom.v1.AgentVMResponse
-	32, // 55: strongroom.v1.AgentService.RegisterVM:output_type -> strongroom.v1.AgentVMResponse
-	28, // 56: strongroom.v1.AgentService.UnregisterVM:output_type -> strongroom.v1.AgentUnregisterVMResponse
-	30, // 57: strongroom.v1.AgentService.DeleteVM:output_type -> strongroom.v1.AgentDeleteVMResponse
-	32, // 58: strongroom.v1.AgentService.GetVM:output_type -> strongroom.v1.AgentVMResponse
-	40, // [40:59] is the sub-list for method output_type
-	21, // [21:40] is the sub-list for method input_type
+	16, // 27: strongroom.v1.AgentService.CreateSnapshot:input_type -> strongroom.v1.AgentCreateSnapshotRequest
+	17, // 28: strongroom.v1.AgentService.RevertToSnapshot:input_type -> strongroom.v1.AgentRevertToSnapshotRequest
+	18, // 29: strongroom.v1.AgentService.DeleteSnapshot:input_type -> strongroom.v1.AgentDeleteSnapshotRequest
+	19, // 30: strongroom.v1.AgentService.ConsolidateSnapshots:input_type -> strongroom.v1.AgentConsolidateSnapshotsRequest
+	20, // 31: strongroom.v1.AgentService.EncryptVM:input_type -> strongroom.v1.AgentEncryptVMRequest
+	21, // 32: strongroom.v1.AgentService.DecryptVM:input_type -> strongroom.v1.AgentDecryptVMRequest
+	22, // 33: strongroom.v1.AgentService.RekeyVM:input_type -> strongroom.v1.AgentRekeyVMRequest
+	23, // 34: strongroom.v1.AgentService.SetRekeyRate:input_type -> strongroom.v1.AgentSetRekeyRateRequest
+	25, // 35: strongroom.v1.AgentService.FillDisks:input_type -> strongroom.v1.AgentFillDisksRequest
+	26, // 36: strongroom.v1.AgentService.ResizeDisk:input_type -> strongroom.v1.AgentResizeDiskRequest
+	27, // 37: strongroom.v1.AgentService.ExportDiskKey:input_type -> strongroom.v1.AgentExportDiskKeyRequest
+	28, // 38: strongroom.v1.AgentService.PowerOnVM:input_type -> strongroom.v1.AgentPowerOnVMRequest
+	29, // 39: strongroom.v1.AgentService.PowerOffVM:input_type -> strongroom.v1.AgentPowerOffVMRequest
+	30, // 40: strongroom.v1.AgentService.RegisterVM:input_type -> strongroom.v1.AgentRegisterVMRequest
+	31, // 41: strongroom.v1.AgentService.UnregisterVM:input_type -> strongroom.v1.AgentUnregisterVMRequest
+	33, // 42: strongroom.v1.AgentService.DeleteVM:input_type -> strongroom.v1.AgentDeleteVMRequest
+	35, // 43: strongroom.v1.AgentService.GetVM:input_type -> strongroom.v1.AgentGetVMRequest
+	1,  // 44: strongroom.v1.EnrollService.Join:output_type -> strongroom.v1.JoinResponse
+	4,  // 45: strongroom.v1.EnrollService.Heartbeat:output_type -> strongroom.v1.HeartbeatResponse
+	6,  // 46: strongroom.v1.EnrollService.RenewCertificate:output_type -> strongroom.v1.RenewCertificateResponse
+	11, // 47: strongroom.v1.AgentService.SyncHost:output_type -> strongroom.v1.SyncHostResponse
+	13, // 48: strongroom.v1.AgentService.CreateVM:output_type -> strongroom.v1.AgentProgress
+	13, // 49: strongroom.v1.AgentService.CloneVM:output_type -> strongroom.v1.AgentProgress
+	13, // 50: strongroom.v1.AgentService.CreateSnapshot:output_type -> strongroom.v1.AgentProgress
+	13, // 51: strongroom.v1.AgentService.RevertToSnapshot:output_type -> strongroom.v1.AgentProgress
+	36, // 52: strongroom.v1.AgentService.DeleteSnapshot:output_type -> strongroom.v1.AgentVMResponse
+	36, // 53: strongroom.v1.AgentService.ConsolidateSnapshots:output_type -> strongroom.v1.AgentVMResponse
+	13, // 54: strongroom.v1.AgentService.EncryptVM:output_type -> strongroom.v1.AgentProgress
+	13, // 55: strongroom.v1.AgentService.DecryptVM:output_type -> strongroom.v1.AgentProgress
+	13, // 56: strongroom.v1.AgentService.RekeyVM:output_type -> strongroom.v1.AgentProgress
+	24, // 57: strongroom.v1.AgentService.SetRekeyRate:output_type -> strongroom.v1.AgentSetRekeyRateResponse
+	13, // 58: strongroom.v1.AgentService.FillDisks:output_type -> strongroom.v1.AgentProgress
+	36, // 59: strongroom.v1.AgentService.ResizeDisk:output_type -> strongroom.v1.AgentVMResponse
+	45, // 60: strongroom.v1.AgentService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
+	36, // 61: strongroom.v1.AgentService.PowerOnVM:output_type -> strongroom.v1.AgentVMResponse
+	36, // 62: strongroom.v1.AgentService.PowerOffVM:output_type -> strongroom.v1.AgentVMResponse
+	36, // 63: strongroom.v1.AgentService.RegisterVM:output_type -> strongroom.v1.AgentVMResponse
+	32, // 64: strongroom.v1.AgentService.UnregisterVM:output_type -> strongroom.v1.AgentUnregisterVMResponse
+	34, // 65: strongroom.v1.AgentService.DeleteVM:output_type -> strongroom.v1.AgentDeleteVMResponse
+	36, // 66: strongroom.v1.AgentService.GetVM:output_type -> strongroom.v1.AgentVMResponse
+	44, // [44:67] is the sub-list for method output_type
+	21, // [21:44] is the sub-list for method input_type
 	21, // [21:21] is the sub-list for extension type_name
 	21, // [21:21] is the sub-list for extension extendee
 	0,  // [0:21] is the sub-list for field type_name
@@ -2356,7 +2620,7 @@ func file_strongroom_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_strongroom_v1_agent_proto_rawDesc), len(file_strongroom_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   36,
+			NumMessages:   40,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

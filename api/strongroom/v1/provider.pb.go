@@ -1641,9 +1641,11 @@ type KeyUser struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Vm    string                 `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
 	// Empty for the VM itself.
-	Disk          string `protobuf:"bytes,2,opt,name=disk,proto3" json:"disk,omitempty"`
-	KeyId         string `protobuf:"bytes,3,opt,name=key_id,json=keyId,proto3" json:"key_id,omitempty"`
-	Host          string `protobuf:"bytes,4,opt,name=host,proto3" json:"host,omitempty"`
+	Disk  string `protobuf:"bytes,2,opt,name=disk,proto3" json:"disk,omitempty"`
+	KeyId string `protobuf:"bytes,3,opt,name=key_id,json=keyId,proto3" json:"key_id,omitempty"`
+	Host  string `protobuf:"bytes,4,opt,name=host,proto3" json:"host,omitempty"`
+	// Of the disk's copy in a snapshot: that snapshot's name.
+	Snapshot      string `protobuf:"bytes,5,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1702,6 +1704,13 @@ func (x *KeyUser) GetKeyId() string {
 func (x *KeyUser) GetHost() string {
 	if x != nil {
 		return x.Host
+	}
+	return ""
+}
+
+func (x *KeyUser) GetSnapshot() string {
+	if x != nil {
+		return x.Snapshot
 	}
 	return ""
 }
@@ -2187,12 +2196,13 @@ const file_strongroom_v1_provider_proto_rawDesc = "" +
 	"\x17GetProviderUsageRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"H\n" +
 	"\x18GetProviderUsageResponse\x12,\n" +
-	"\x05users\x18\x01 \x03(\v2\x16.strongroom.v1.KeyUserR\x05users\"X\n" +
+	"\x05users\x18\x01 \x03(\v2\x16.strongroom.v1.KeyUserR\x05users\"t\n" +
 	"\aKeyUser\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x12\n" +
 	"\x04disk\x18\x02 \x01(\tR\x04disk\x12\x15\n" +
 	"\x06key_id\x18\x03 \x01(\tR\x05keyId\x12\x12\n" +
-	"\x04host\x18\x04 \x01(\tR\x04host\"Y\n" +
+	"\x04host\x18\x04 \x01(\tR\x04host\x12\x1a\n" +
+	"\bsnapshot\x18\x05 \x01(\tR\bsnapshot\"Y\n" +
 	"\x15ListOrphanKeysRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12,\n" +
 	"\x12older_than_seconds\x18\x02 \x01(\x03R\x10olderThanSeconds\"\xd8\x01\n" +

@@ -9,3 +9,7 @@ const ReasonVMBusy = "VMBusy"
 // ReasonRekeyInProgress is the reason of an InvalidState error about a disk of
 // which a deep rekey is under way: it has to come to its end first.
 const ReasonRekeyInProgress = "RekeyInProgress"
+
+// ReasonHasSnapshots is the reason of an InvalidState error about what a VM with
+// snapshots does not allow.
+const ReasonHasSnapshots = "VMHasSnapshots"

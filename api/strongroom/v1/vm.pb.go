@@ -93,12 +93,21 @@ type VM struct {
 	// Set if any disk is encrypted.
 	Encrypted bool `protobuf:"varint,10,opt,name=encrypted,proto3" json:"encrypted,omitempty"`
 	// The VM's KEK: its newly encrypted disks are wrapped under it.
-	Key           *KeyRef                `protobuf:"bytes,11,opt,name=key,proto3" json:"key,omitempty"`
-	Disks         []*Disk                `protobuf:"bytes,12,rep,name=disks,proto3" json:"disks,omitempty"`
-	Settings      *VMSettings            `protobuf:"bytes,13,opt,name=settings,proto3" json:"settings,omitempty"`
-	Created       *timestamppb.Timestamp `protobuf:"bytes,14,opt,name=created,proto3" json:"created,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Key      *KeyRef                `protobuf:"bytes,11,opt,name=key,proto3" json:"key,omitempty"`
+	Disks    []*Disk                `protobuf:"bytes,12,rep,name=disks,proto3" json:"disks,omitempty"`
+	Settings *VMSettings            `protobuf:"bytes,13,opt,name=settings,proto3" json:"settings,omitempty"`
+	Created  *timestamppb.Timestamp `protobuf:"bytes,14,opt,name=created,proto3" json:"created,omitempty"`
+	// Each after its parent.
+	Snapshots []*Snapshot `protobuf:"bytes,15,rep,name=snapshots,proto3" json:"snapshots,omitempty"`
+	// The id of the snapshot that the disks come from: the last one made of them or
+	// that they were reverted to; empty: of none.
+	CurrentSnapshot string `protobuf:"bytes,16,opt,name=current_snapshot,json=currentSnapshot,proto3" json:"current_snapshot,omitempty"`
+	// The folder has files of snapshots or reverts that the VM does not have: what
+	// was cut off and not tried again, or made after vm.json was, if that was
+	// restored from a backup.
+	ConsolidationNeeded bool `protobuf:"varint,17,opt,name=consolidation_needed,json=consolidationNeeded,proto3" json:"consolidation_needed,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
 }
 
 func (x *VM) Reset() {
@@ -229,6 +238,134 @@ func (x *VM) GetCreated() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *VM) GetSnapshots() []*Snapshot {
+	if x != nil {
+		return x.Snapshots
+	}
+	return nil
+}
+
+func (x *VM) GetCurrentSnapshot() string {
+	if x != nil {
+		return x.CurrentSnapshot
+	}
+	return ""
+}
+
+func (x *VM) GetConsolidationNeeded() bool {
+	if x != nil {
+		return x.ConsolidationNeeded
+	}
+	return false
+}
+
+// Snapshot is a VM's disks and settings as they were at a time.
+type Snapshot struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// UUID.
+	Id string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// Unique in its VM.
+	Name        string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Description string                 `protobuf:"bytes,3,opt,name=description,proto3" json:"description,omitempty"`
+	Created     *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=created,proto3" json:"created,omitempty"`
+	// The id of the snapshot that the disks then came from; empty: of none.
+	Parent string `protobuf:"bytes,5,opt,name=parent,proto3" json:"parent,omitempty"`
+	// The disks with the keys that they need now: a shallow rekey changes them too.
+	Disks    []*Disk     `protobuf:"bytes,6,rep,name=disks,proto3" json:"disks,omitempty"`
+	Settings *VMSettings `protobuf:"bytes,7,opt,name=settings,proto3" json:"settings,omitempty"`
+	// Why the VM cannot be reverted to it now: which key is wanted, or what else is
+	// wrong; empty if it can.
+	LockReason    string `protobuf:"bytes,8,opt,name=lock_reason,json=lockReason,proto3" json:"lock_reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Snapshot) Reset() {
+	*x = Snapshot{}
+	mi := &file_strongroom_v1_vm_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Snapshot) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Snapshot) ProtoMessage() {}
+
+func (x *Snapshot) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_vm_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Snapshot.ProtoReflect.Descriptor instead.
+func (*Snapshot) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Snapshot) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Snapshot) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Snapshot) GetDescription() string {
+	if x != nil {
+		return x.Description
+	}
+	return ""
+}
+
+func (x *Snapshot) GetCreated() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Created
+	}
+	return nil
+}
+
+func (x *Snapshot) GetParent() string {
+	if x != nil {
+		return x.Parent
+	}
+	return ""
+}
+
+func (x *Snapshot) GetDisks() []*Disk {
+	if x != nil {
+		return x.Disks
+	}
+	return nil
+}
+
+func (x *Snapshot) GetSettings() *VMSettings {
+	if x != nil {
+		return x.Settings
+	}
+	return nil
+}
+
+func (x *Snapshot) GetLockReason() string {
+	if x != nil {
+		return x.LockReason
+	}
+	return ""
+}
+
 type Disk struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// "disk-0", "disk-1", ...
@@ -259,7 +396,7 @@ type Disk struct {
 
 func (x *Disk) Reset() {
 	*x = Disk{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[2]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -271,7 +408,7 @@ func (x *Disk) String() string {
 func (*Disk) ProtoMessage() {}
 
 func (x *Disk) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[2]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -284,7 +421,7 @@ func (x *Disk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Disk.ProtoReflect.Descriptor instead.
 func (*Disk) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{2}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Disk) GetName() string {
@@ -384,7 +521,7 @@ type DiskRekey struct {
 
 func (x *DiskRekey) Reset() {
 	*x = DiskRekey{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[3]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -396,7 +533,7 @@ func (x *DiskRekey) String() string {
 func (*DiskRekey) ProtoMessage() {}
 
 func (x *DiskRekey) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[3]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -409,7 +546,7 @@ func (x *DiskRekey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiskRekey.ProtoReflect.Descriptor instead.
 func (*DiskRekey) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{3}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *DiskRekey) GetKey() *KeyRef {
@@ -457,7 +594,7 @@ type VMSettings struct {
 
 func (x *VMSettings) Reset() {
 	*x = VMSettings{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[4]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -469,7 +606,7 @@ func (x *VMSettings) String() string {
 func (*VMSettings) ProtoMessage() {}
 
 func (x *VMSettings) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[4]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -482,7 +619,7 @@ func (x *VMSettings) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VMSettings.ProtoReflect.Descriptor instead.
 func (*VMSettings) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{4}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *VMSettings) GetCpus() uint32 {
@@ -566,7 +703,7 @@ type NewDisk struct {
 
 func (x *NewDisk) Reset() {
 	*x = NewDisk{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[5]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -578,7 +715,7 @@ func (x *NewDisk) String() string {
 func (*NewDisk) ProtoMessage() {}
 
 func (x *NewDisk) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[5]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -591,7 +728,7 @@ func (x *NewDisk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NewDisk.ProtoReflect.Descriptor instead.
 func (*NewDisk) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{5}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *NewDisk) GetSizeBytes() int64 {
@@ -654,7 +791,7 @@ type CreateVMRequest struct {
 
 func (x *CreateVMRequest) Reset() {
 	*x = CreateVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[6]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -666,7 +803,7 @@ func (x *CreateVMRequest) String() string {
 func (*CreateVMRequest) ProtoMessage() {}
 
 func (x *CreateVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[6]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -679,7 +816,7 @@ func (x *CreateVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateVMRequest.ProtoReflect.Descriptor instead.
 func (*CreateVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{6}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *CreateVMRequest) GetName() string {
@@ -749,7 +886,7 @@ type CloneVMRequest struct {
 
 func (x *CloneVMRequest) Reset() {
 	*x = CloneVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[7]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -761,7 +898,7 @@ func (x *CloneVMRequest) String() string {
 func (*CloneVMRequest) ProtoMessage() {}
 
 func (x *CloneVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[7]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -774,7 +911,7 @@ func (x *CloneVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloneVMRequest.ProtoReflect.Descriptor instead.
 func (*CloneVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{7}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *CloneVMRequest) GetName() string {
@@ -812,6 +949,220 @@ func (x *CloneVMRequest) GetRecrypt() bool {
 	return false
 }
 
+type CreateSnapshotRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The VM.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// 1 to 63 of a-z 0-9 . _ -, beginning with a letter or digit.
+	Snapshot string `protobuf:"bytes,2,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
+	// At most 1024 bytes of printable characters.
+	Description   string `protobuf:"bytes,3,opt,name=description,proto3" json:"description,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CreateSnapshotRequest) Reset() {
+	*x = CreateSnapshotRequest{}
+	mi := &file_strongroom_v1_vm_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CreateSnapshotRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CreateSnapshotRequest) ProtoMessage() {}
+
+func (x *CreateSnapshotRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_vm_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CreateSnapshotRequest.ProtoReflect.Descriptor instead.
+func (*CreateSnapshotRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *CreateSnapshotRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *CreateSnapshotRequest) GetSnapshot() string {
+	if x != nil {
+		return x.Snapshot
+	}
+	return ""
+}
+
+func (x *CreateSnapshotRequest) GetDescription() string {
+	if x != nil {
+		return x.Description
+	}
+	return ""
+}
+
+type RevertToSnapshotRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The VM.
+	Name          string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Snapshot      string `protobuf:"bytes,2,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevertToSnapshotRequest) Reset() {
+	*x = RevertToSnapshotRequest{}
+	mi := &file_strongroom_v1_vm_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevertToSnapshotRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevertToSnapshotRequest) ProtoMessage() {}
+
+func (x *RevertToSnapshotRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_vm_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevertToSnapshotRequest.ProtoReflect.Descriptor instead.
+func (*RevertToSnapshotRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *RevertToSnapshotRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *RevertToSnapshotRequest) GetSnapshot() string {
+	if x != nil {
+		return x.Snapshot
+	}
+	return ""
+}
+
+type DeleteSnapshotRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The VM.
+	Name          string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Snapshot      string `protobuf:"bytes,2,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteSnapshotRequest) Reset() {
+	*x = DeleteSnapshotRequest{}
+	mi := &file_strongroom_v1_vm_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteSnapshotRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteSnapshotRequest) ProtoMessage() {}
+
+func (x *DeleteSnapshotRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_vm_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteSnapshotRequest.ProtoReflect.Descriptor instead.
+func (*DeleteSnapshotRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *DeleteSnapshotRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *DeleteSnapshotRequest) GetSnapshot() string {
+	if x != nil {
+		return x.Snapshot
+	}
+	return ""
+}
+
+type ConsolidateSnapshotsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The VM.
+	Name          string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ConsolidateSnapshotsRequest) Reset() {
+	*x = ConsolidateSnapshotsRequest{}
+	mi := &file_strongroom_v1_vm_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ConsolidateSnapshotsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ConsolidateSnapshotsRequest) ProtoMessage() {}
+
+func (x *ConsolidateSnapshotsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_vm_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ConsolidateSnapshotsRequest.ProtoReflect.Descriptor instead.
+func (*ConsolidateSnapshotsRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *ConsolidateSnapshotsRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
 type ListVMsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -820,7 +1171,7 @@ type ListVMsRequest struct {
 
 func (x *ListVMsRequest) Reset() {
 	*x = ListVMsRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[8]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -832,7 +1183,7 @@ func (x *ListVMsRequest) String() string {
 func (*ListVMsRequest) ProtoMessage() {}
 
 func (x *ListVMsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[8]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -845,7 +1196,7 @@ func (x *ListVMsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVMsRequest.ProtoReflect.Descriptor instead.
 func (*ListVMsRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{8}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{13}
 }
 
 type ListVMsResponse struct {
@@ -857,7 +1208,7 @@ type ListVMsResponse struct {
 
 func (x *ListVMsResponse) Reset() {
 	*x = ListVMsResponse{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[9]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -869,7 +1220,7 @@ func (x *ListVMsResponse) String() string {
 func (*ListVMsResponse) ProtoMessage() {}
 
 func (x *ListVMsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[9]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -882,7 +1233,7 @@ func (x *ListVMsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVMsResponse.ProtoReflect.Descriptor instead.
 func (*ListVMsResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{9}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ListVMsResponse) GetVms() []*VM {
@@ -901,7 +1252,7 @@ type GetVMRequest struct {
 
 func (x *GetVMRequest) Reset() {
 	*x = GetVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[10]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -913,7 +1264,7 @@ func (x *GetVMRequest) String() string {
 func (*GetVMRequest) ProtoMessage() {}
 
 func (x *GetVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[10]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -926,7 +1277,7 @@ func (x *GetVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetVMRequest.ProtoReflect.Descriptor instead.
 func (*GetVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{10}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *GetVMRequest) GetName() string {
@@ -945,7 +1296,7 @@ type PowerOnVMRequest struct {
 
 func (x *PowerOnVMRequest) Reset() {
 	*x = PowerOnVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[11]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -957,7 +1308,7 @@ func (x *PowerOnVMRequest) String() string {
 func (*PowerOnVMRequest) ProtoMessage() {}
 
 func (x *PowerOnVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[11]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -970,7 +1321,7 @@ func (x *PowerOnVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PowerOnVMRequest.ProtoReflect.Descriptor instead.
 func (*PowerOnVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{11}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *PowerOnVMRequest) GetName() string {
@@ -993,7 +1344,7 @@ type PowerOffVMRequest struct {
 
 func (x *PowerOffVMRequest) Reset() {
 	*x = PowerOffVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[12]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1005,7 +1356,7 @@ func (x *PowerOffVMRequest) String() string {
 func (*PowerOffVMRequest) ProtoMessage() {}
 
 func (x *PowerOffVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[12]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1018,7 +1369,7 @@ func (x *PowerOffVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PowerOffVMRequest.ProtoReflect.Descriptor instead.
 func (*PowerOffVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{12}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *PowerOffVMRequest) GetName() string {
@@ -1056,7 +1407,7 @@ type EncryptVMRequest struct {
 
 func (x *EncryptVMRequest) Reset() {
 	*x = EncryptVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[13]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1068,7 +1419,7 @@ func (x *EncryptVMRequest) String() string {
 func (*EncryptVMRequest) ProtoMessage() {}
 
 func (x *EncryptVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[13]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1081,7 +1432,7 @@ func (x *EncryptVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EncryptVMRequest.ProtoReflect.Descriptor instead.
 func (*EncryptVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{13}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *EncryptVMRequest) GetName() string {
@@ -1123,7 +1474,7 @@ type DecryptVMRequest struct {
 
 func (x *DecryptVMRequest) Reset() {
 	*x = DecryptVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[14]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1135,7 +1486,7 @@ func (x *DecryptVMRequest) String() string {
 func (*DecryptVMRequest) ProtoMessage() {}
 
 func (x *DecryptVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[14]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1148,7 +1499,7 @@ func (x *DecryptVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecryptVMRequest.ProtoReflect.Descriptor instead.
 func (*DecryptVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{14}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *DecryptVMRequest) GetName() string {
@@ -1187,7 +1538,7 @@ type RekeyVMRequest struct {
 
 func (x *RekeyVMRequest) Reset() {
 	*x = RekeyVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[15]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1199,7 +1550,7 @@ func (x *RekeyVMRequest) String() string {
 func (*RekeyVMRequest) ProtoMessage() {}
 
 func (x *RekeyVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[15]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1212,7 +1563,7 @@ func (x *RekeyVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RekeyVMRequest.ProtoReflect.Descriptor instead.
 func (*RekeyVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{15}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *RekeyVMRequest) GetName() string {
@@ -1261,7 +1612,7 @@ type SetRekeyRateRequest struct {
 
 func (x *SetRekeyRateRequest) Reset() {
 	*x = SetRekeyRateRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[16]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1273,7 +1624,7 @@ func (x *SetRekeyRateRequest) String() string {
 func (*SetRekeyRateRequest) ProtoMessage() {}
 
 func (x *SetRekeyRateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[16]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1286,7 +1637,7 @@ func (x *SetRekeyRateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetRekeyRateRequest.ProtoReflect.Descriptor instead.
 func (*SetRekeyRateRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{16}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *SetRekeyRateRequest) GetName() string {
@@ -1314,7 +1665,7 @@ type FillDisksRequest struct {
 
 func (x *FillDisksRequest) Reset() {
 	*x = FillDisksRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[17]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1326,7 +1677,7 @@ func (x *FillDisksRequest) String() string {
 func (*FillDisksRequest) ProtoMessage() {}
 
 func (x *FillDisksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[17]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1339,7 +1690,7 @@ func (x *FillDisksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FillDisksRequest.ProtoReflect.Descriptor instead.
 func (*FillDisksRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{17}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *FillDisksRequest) GetName() string {
@@ -1368,7 +1719,7 @@ type ResizeDiskRequest struct {
 
 func (x *ResizeDiskRequest) Reset() {
 	*x = ResizeDiskRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[18]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1380,7 +1731,7 @@ func (x *ResizeDiskRequest) String() string {
 func (*ResizeDiskRequest) ProtoMessage() {}
 
 func (x *ResizeDiskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[18]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1393,7 +1744,7 @@ func (x *ResizeDiskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeDiskRequest.ProtoReflect.Descriptor instead.
 func (*ResizeDiskRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{18}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ResizeDiskRequest) GetName() string {
@@ -1429,7 +1780,7 @@ type ExportDiskKeyRequest struct {
 
 func (x *ExportDiskKeyRequest) Reset() {
 	*x = ExportDiskKeyRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[19]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1441,7 +1792,7 @@ func (x *ExportDiskKeyRequest) String() string {
 func (*ExportDiskKeyRequest) ProtoMessage() {}
 
 func (x *ExportDiskKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[19]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1454,7 +1805,7 @@ func (x *ExportDiskKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportDiskKeyRequest.ProtoReflect.Descriptor instead.
 func (*ExportDiskKeyRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{19}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ExportDiskKeyRequest) GetName() string {
@@ -1489,7 +1840,7 @@ type ExportDiskKeyResponse struct {
 
 func (x *ExportDiskKeyResponse) Reset() {
 	*x = ExportDiskKeyResponse{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[20]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1501,7 +1852,7 @@ func (x *ExportDiskKeyResponse) String() string {
 func (*ExportDiskKeyResponse) ProtoMessage() {}
 
 func (x *ExportDiskKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[20]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1514,7 +1865,7 @@ func (x *ExportDiskKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportDiskKeyResponse.ProtoReflect.Descriptor instead.
 func (*ExportDiskKeyResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{20}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ExportDiskKeyResponse) GetParcel() []byte {
@@ -1560,7 +1911,7 @@ type VolumeLayout struct {
 
 func (x *VolumeLayout) Reset() {
 	*x = VolumeLayout{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[21]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1572,7 +1923,7 @@ func (x *VolumeLayout) String() string {
 func (*VolumeLayout) ProtoMessage() {}
 
 func (x *VolumeLayout) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[21]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1585,7 +1936,7 @@ func (x *VolumeLayout) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeLayout.ProtoReflect.Descriptor instead.
 func (*VolumeLayout) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{21}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *VolumeLayout) GetVm() string {
@@ -1692,7 +2043,7 @@ type RegisterVMRequest struct {
 
 func (x *RegisterVMRequest) Reset() {
 	*x = RegisterVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[22]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1704,7 +2055,7 @@ func (x *RegisterVMRequest) String() string {
 func (*RegisterVMRequest) ProtoMessage() {}
 
 func (x *RegisterVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[22]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1717,7 +2068,7 @@ func (x *RegisterVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterVMRequest.ProtoReflect.Descriptor instead.
 func (*RegisterVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{22}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *RegisterVMRequest) GetDatastore() string {
@@ -1757,7 +2108,7 @@ type UnregisterVMRequest struct {
 
 func (x *UnregisterVMRequest) Reset() {
 	*x = UnregisterVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[23]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1769,7 +2120,7 @@ func (x *UnregisterVMRequest) String() string {
 func (*UnregisterVMRequest) ProtoMessage() {}
 
 func (x *UnregisterVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[23]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1782,7 +2133,7 @@ func (x *UnregisterVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnregisterVMRequest.ProtoReflect.Descriptor instead.
 func (*UnregisterVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{23}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *UnregisterVMRequest) GetName() string {
@@ -1801,7 +2152,7 @@ type DeleteVMRequest struct {
 
 func (x *DeleteVMRequest) Reset() {
 	*x = DeleteVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[24]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1813,7 +2164,7 @@ func (x *DeleteVMRequest) String() string {
 func (*DeleteVMRequest) ProtoMessage() {}
 
 func (x *DeleteVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[24]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1826,7 +2177,7 @@ func (x *DeleteVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVMRequest.ProtoReflect.Descriptor instead.
 func (*DeleteVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{24}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *DeleteVMRequest) GetName() string {
@@ -1845,7 +2196,7 @@ type UnlockVMRequest struct {
 
 func (x *UnlockVMRequest) Reset() {
 	*x = UnlockVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[25]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1857,7 +2208,7 @@ func (x *UnlockVMRequest) String() string {
 func (*UnlockVMRequest) ProtoMessage() {}
 
 func (x *UnlockVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[25]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1870,7 +2221,7 @@ func (x *UnlockVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockVMRequest.ProtoReflect.Descriptor instead.
 func (*UnlockVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{25}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *UnlockVMRequest) GetName() string {
@@ -1887,7 +2238,7 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"\x16strongroom/v1/vm.proto\x12\rstrongroom.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bstrongroom/v1/options.proto\x1a\x18strongroom/v1/task.proto\";\n" +
 	"\x06KeyRef\x12\x1a\n" +
 	"\bprovider\x18\x01 \x01(\tR\bprovider\x12\x15\n" +
-	"\x06key_id\x18\x02 \x01(\tR\x05keyId\"\xd0\x03\n" +
+	"\x06key_id\x18\x02 \x01(\tR\x05keyId\"\xe5\x04\n" +
 	"\x02VM\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x18\n" +
@@ -1905,7 +2256,20 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"\x03key\x18\v \x01(\v2\x15.strongroom.v1.KeyRefR\x03key\x12)\n" +
 	"\x05disks\x18\f \x03(\v2\x13.strongroom.v1.DiskR\x05disks\x125\n" +
 	"\bsettings\x18\r \x01(\v2\x19.strongroom.v1.VMSettingsR\bsettings\x124\n" +
-	"\acreated\x18\x0e \x01(\v2\x1a.google.protobuf.TimestampR\acreated\"\xeb\x02\n" +
+	"\acreated\x18\x0e \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x125\n" +
+	"\tsnapshots\x18\x0f \x03(\v2\x17.strongroom.v1.SnapshotR\tsnapshots\x12)\n" +
+	"\x10current_snapshot\x18\x10 \x01(\tR\x0fcurrentSnapshot\x121\n" +
+	"\x14consolidation_needed\x18\x11 \x01(\bR\x13consolidationNeeded\"\xa1\x02\n" +
+	"\bSnapshot\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12 \n" +
+	"\vdescription\x18\x03 \x01(\tR\vdescription\x124\n" +
+	"\acreated\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x12\x16\n" +
+	"\x06parent\x18\x05 \x01(\tR\x06parent\x12)\n" +
+	"\x05disks\x18\x06 \x03(\v2\x13.strongroom.v1.DiskR\x05disks\x125\n" +
+	"\bsettings\x18\a \x01(\v2\x19.strongroom.v1.VMSettingsR\bsettings\x12\x1f\n" +
+	"\vlock_reason\x18\b \x01(\tR\n" +
+	"lockReason\"\xeb\x02\n" +
 	"\x04Disk\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04file\x18\x02 \x01(\tR\x04file\x12\x1d\n" +
@@ -1963,7 +2327,19 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"\x05clone\x18\x02 \x01(\tR\x05clone\x12\x1c\n" +
 	"\tdatastore\x18\x03 \x01(\tR\tdatastore\x12\x1a\n" +
 	"\bprovider\x18\x04 \x01(\tR\bprovider\x12\x18\n" +
-	"\arecrypt\x18\x05 \x01(\bR\arecrypt\"\x10\n" +
+	"\arecrypt\x18\x05 \x01(\bR\arecrypt\"i\n" +
+	"\x15CreateSnapshotRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
+	"\bsnapshot\x18\x02 \x01(\tR\bsnapshot\x12 \n" +
+	"\vdescription\x18\x03 \x01(\tR\vdescription\"I\n" +
+	"\x17RevertToSnapshotRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
+	"\bsnapshot\x18\x02 \x01(\tR\bsnapshot\"G\n" +
+	"\x15DeleteSnapshotRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
+	"\bsnapshot\x18\x02 \x01(\tR\bsnapshot\"1\n" +
+	"\x1bConsolidateSnapshotsRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\x10\n" +
 	"\x0eListVMsRequest\"6\n" +
 	"\x0fListVMsResponse\x12#\n" +
 	"\x03vms\x18\x01 \x03(\v2\x11.strongroom.v1.VMR\x03vms\"\"\n" +
@@ -2037,7 +2413,7 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"\x0fDeleteVMRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"%\n" +
 	"\x0fUnlockVMRequest\x12\x12\n" +
-	"\x04name\x18\x01 \x01(\tR\x04name2\xa5\r\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name2\x90\x11\n" +
 	"\tVMService\x12d\n" +
 	"\bCreateVM\x12\x1e.strongroom.v1.CreateVMRequest\x1a\x13.strongroom.v1.Task\"#\x8a\xb5\x18\x1fVirtualMachine.Inventory.Create\x12d\n" +
 	"\aCloneVM\x12\x1d.strongroom.v1.CloneVMRequest\x1a\x13.strongroom.v1.Task\"%\x8a\xb5\x18!VirtualMachine.Provisioning.Clone\x12Y\n" +
@@ -2053,6 +2429,10 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"\tFillDisks\x12\x1f.strongroom.v1.FillDisksRequest\x1a\x13.strongroom.v1.Task\"\x1c\x8a\xb5\x18\x18Datastore.FileManagement\x12i\n" +
 	"\n" +
 	"ResizeDisk\x12 .strongroom.v1.ResizeDiskRequest\x1a\x13.strongroom.v1.Task\"$\x8a\xb5\x18 VirtualMachine.Config.DiskExtend\x12t\n" +
+	"\x0eCreateSnapshot\x12$.strongroom.v1.CreateSnapshotRequest\x1a\x13.strongroom.v1.Task\"'\x8a\xb5\x18#VirtualMachine.State.CreateSnapshot\x12z\n" +
+	"\x10RevertToSnapshot\x12&.strongroom.v1.RevertToSnapshotRequest\x1a\x13.strongroom.v1.Task\")\x8a\xb5\x18%VirtualMachine.State.RevertToSnapshot\x12t\n" +
+	"\x0eDeleteSnapshot\x12$.strongroom.v1.DeleteSnapshotRequest\x1a\x13.strongroom.v1.Task\"'\x8a\xb5\x18#VirtualMachine.State.RemoveSnapshot\x12\x80\x01\n" +
+	"\x14ConsolidateSnapshots\x12*.strongroom.v1.ConsolidateSnapshotsRequest\x1a\x13.strongroom.v1.Task\"'\x8a\xb5\x18#VirtualMachine.State.RemoveSnapshot\x12t\n" +
 	"\rExportDiskKey\x12#.strongroom.v1.ExportDiskKeyRequest\x1a$.strongroom.v1.ExportDiskKeyResponse\"\x18\x8a\xb5\x18\x14Cryptographer.Access\x12a\n" +
 	"\n" +
 	"RegisterVM\x12 .strongroom.v1.RegisterVMRequest\x1a\x13.strongroom.v1.Task\"\x1c\x8a\xb5\x18\x18Cryptographer.RegisterVM\x12p\n" +
@@ -2072,89 +2452,106 @@ func file_strongroom_v1_vm_proto_rawDescGZIP() []byte {
 	return file_strongroom_v1_vm_proto_rawDescData
 }
 
-var file_strongroom_v1_vm_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
+var file_strongroom_v1_vm_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
 var file_strongroom_v1_vm_proto_goTypes = []any{
-	(*KeyRef)(nil),                // 0: strongroom.v1.KeyRef
-	(*VM)(nil),                    // 1: strongroom.v1.VM
-	(*Disk)(nil),                  // 2: strongroom.v1.Disk
-	(*DiskRekey)(nil),             // 3: strongroom.v1.DiskRekey
-	(*VMSettings)(nil),            // 4: strongroom.v1.VMSettings
-	(*NewDisk)(nil),               // 5: strongroom.v1.NewDisk
-	(*CreateVMRequest)(nil),       // 6: strongroom.v1.CreateVMRequest
-	(*CloneVMRequest)(nil),        // 7: strongroom.v1.CloneVMRequest
-	(*ListVMsRequest)(nil),        // 8: strongroom.v1.ListVMsRequest
-	(*ListVMsResponse)(nil),       // 9: strongroom.v1.ListVMsResponse
-	(*GetVMRequest)(nil),          // 10: strongroom.v1.GetVMRequest
-	(*PowerOnVMRequest)(nil),      // 11: strongroom.v1.PowerOnVMRequest
-	(*PowerOffVMRequest)(nil),     // 12: strongroom.v1.PowerOffVMRequest
-	(*EncryptVMRequest)(nil),      // 13: strongroom.v1.EncryptVMRequest
-	(*DecryptVMRequest)(nil),      // 14: strongroom.v1.DecryptVMRequest
-	(*RekeyVMRequest)(nil),        // 15: strongroom.v1.RekeyVMRequest
-	(*SetRekeyRateRequest)(nil),   // 16: strongroom.v1.SetRekeyRateRequest
-	(*FillDisksRequest)(nil),      // 17: strongroom.v1.FillDisksRequest
-	(*ResizeDiskRequest)(nil),     // 18: strongroom.v1.ResizeDiskRequest
-	(*ExportDiskKeyRequest)(nil),  // 19: strongroom.v1.ExportDiskKeyRequest
-	(*ExportDiskKeyResponse)(nil), // 20: strongroom.v1.ExportDiskKeyResponse
-	(*VolumeLayout)(nil),          // 21: strongroom.v1.VolumeLayout
-	(*RegisterVMRequest)(nil),     // 22: strongroom.v1.RegisterVMRequest
-	(*UnregisterVMRequest)(nil),   // 23: strongroom.v1.UnregisterVMRequest
-	(*DeleteVMRequest)(nil),       // 24: strongroom.v1.DeleteVMRequest
-	(*UnlockVMRequest)(nil),       // 25: strongroom.v1.UnlockVMRequest
-	(*timestamppb.Timestamp)(nil), // 26: google.protobuf.Timestamp
-	(*Task)(nil),                  // 27: strongroom.v1.Task
+	(*KeyRef)(nil),                      // 0: strongroom.v1.KeyRef
+	(*VM)(nil),                          // 1: strongroom.v1.VM
+	(*Snapshot)(nil),                    // 2: strongroom.v1.Snapshot
+	(*Disk)(nil),                        // 3: strongroom.v1.Disk
+	(*DiskRekey)(nil),                   // 4: strongroom.v1.DiskRekey
+	(*VMSettings)(nil),                  // 5: strongroom.v1.VMSettings
+	(*NewDisk)(nil),                     // 6: strongroom.v1.NewDisk
+	(*CreateVMRequest)(nil),             // 7: strongroom.v1.CreateVMRequest
+	(*CloneVMRequest)(nil),              // 8: strongroom.v1.CloneVMRequest
+	(*CreateSnapshotRequest)(nil),       // 9: strongroom.v1.CreateSnapshotRequest
+	(*RevertToSnapshotRequest)(nil),     // 10: strongroom.v1.RevertToSnapshotRequest
+	(*DeleteSnapshotRequest)(nil),       // 11: strongroom.v1.DeleteSnapshotRequest
+	(*ConsolidateSnapshotsRequest)(nil), // 12: strongroom.v1.ConsolidateSnapshotsRequest
+	(*ListVMsRequest)(nil),              // 13: strongroom.v1.ListVMsRequest
+	(*ListVMsResponse)(nil),             // 14: strongroom.v1.ListVMsResponse
+	(*GetVMRequest)(nil),                // 15: strongroom.v1.GetVMRequest
+	(*PowerOnVMRequest)(nil),            // 16: strongroom.v1.PowerOnVMRequest
+	(*PowerOffVMRequest)(nil),           // 17: strongroom.v1.PowerOffVMRequest
+	(*EncryptVMRequest)(nil),            // 18: strongroom.v1.EncryptVMRequest
+	(*DecryptVMRequest)(nil),            // 19: strongroom.v1.DecryptVMRequest
+	(*RekeyVMRequest)(nil),              // 20: strongroom.v1.RekeyVMRequest
+	(*SetRekeyRateRequest)(nil),         // 21: strongroom.v1.SetRekeyRateRequest
+	(*FillDisksRequest)(nil),            // 22: strongroom.v1.FillDisksRequest
+	(*ResizeDiskRequest)(nil),           // 23: strongroom.v1.ResizeDiskRequest
+	(*ExportDiskKeyRequest)(nil),        // 24: strongroom.v1.ExportDiskKeyRequest
+	(*ExportDiskKeyResponse)(nil),       // 25: strongroom.v1.ExportDiskKeyResponse
+	(*VolumeLayout)(nil),                // 26: strongroom.v1.VolumeLayout
+	(*RegisterVMRequest)(nil),           // 27: strongroom.v1.RegisterVMRequest
+	(*UnregisterVMRequest)(nil),         // 28: strongroom.v1.UnregisterVMRequest
+	(*DeleteVMRequest)(nil),             // 29: strongroom.v1.DeleteVMRequest
+	(*UnlockVMRequest)(nil),             // 30: strongroom.v1.UnlockVMRequest
+	(*timestamppb.Timestamp)(nil),       // 31: google.protobuf.Timestamp
+	(*Task)(nil),                        // 32: strongroom.v1.Task
 }
 var file_strongroom_v1_vm_proto_depIdxs = []int32{
 	0,  // 0: strongroom.v1.VM.key:type_name -> strongroom.v1.KeyRef
-	2,  // 1: strongroom.v1.VM.disks:type_name -> strongroom.v1.Disk
-	4,  // 2: strongroom.v1.VM.settings:type_name -> strongroom.v1.VMSettings
-	26, // 3: strongroom.v1.VM.created:type_name -> google.protobuf.Timestamp
-	0,  // 4: strongroom.v1.Disk.key:type_name -> strongroom.v1.KeyRef
-	3,  // 5: strongroom.v1.Disk.rekey:type_name -> strongroom.v1.DiskRekey
-	0,  // 6: strongroom.v1.DiskRekey.key:type_name -> strongroom.v1.KeyRef
-	4,  // 7: strongroom.v1.CreateVMRequest.settings:type_name -> strongroom.v1.VMSettings
-	5,  // 8: strongroom.v1.CreateVMRequest.disks:type_name -> strongroom.v1.NewDisk
-	1,  // 9: strongroom.v1.ListVMsResponse.vms:type_name -> strongroom.v1.VM
-	21, // 10: strongroom.v1.ExportDiskKeyResponse.layout:type_name -> strongroom.v1.VolumeLayout
-	0,  // 11: strongroom.v1.VolumeLayout.key:type_name -> strongroom.v1.KeyRef
-	6,  // 12: strongroom.v1.VMService.CreateVM:input_type -> strongroom.v1.CreateVMRequest
-	7,  // 13: strongroom.v1.VMService.CloneVM:input_type -> strongroom.v1.CloneVMRequest
-	8,  // 14: strongroom.v1.VMService.ListVMs:input_type -> strongroom.v1.ListVMsRequest
-	10, // 15: strongroom.v1.VMService.GetVM:input_type -> strongroom.v1.GetVMRequest
-	11, // 16: strongroom.v1.VMService.PowerOnVM:input_type -> strongroom.v1.PowerOnVMRequest
-	12, // 17: strongroom.v1.VMService.PowerOffVM:input_type -> strongroom.v1.PowerOffVMRequest
-	13, // 18: strongroom.v1.VMService.EncryptVM:input_type -> strongroom.v1.EncryptVMRequest
-	14, // 19: strongroom.v1.VMService.DecryptVM:input_type -> strongroom.v1.DecryptVMRequest
-	15, // 20: strongroom.v1.VMService.RekeyVM:input_type -> strongroom.v1.RekeyVMRequest
-	16, // 21: strongroom.v1.VMService.SetRekeyRate:input_type -> strongroom.v1.SetRekeyRateRequest
-	17, // 22: strongroom.v1.VMService.FillDisks:input_type -> strongroom.v1.FillDisksRequest
-	18, // 23: strongroom.v1.VMService.ResizeDisk:input_type -> strongroom.v1.ResizeDiskRequest
-	19, // 24: strongroom.v1.VMService.ExportDiskKey:input_type -> strongroom.v1.ExportDiskKeyRequest
-	22, // 25: strongroom.v1.VMService.RegisterVM:input_type -> strongroom.v1.RegisterVMRequest
-	23, // 26: strongroom.v1.VMService.UnregisterVM:input_type -> strongroom.v1.UnregisterVMRequest
-	24, // 27: strongroom.v1.VMService.DeleteVM:input_type -> strongroom.v1.DeleteVMRequest
-	25, // 28: strongroom.v1.VMService.UnlockVM:input_type -> strongroom.v1.UnlockVMRequest
-	27, // 29: strongroom.v1.VMService.CreateVM:output_type -> strongroom.v1.Task
-	27, // 30: strongroom.v1.VMService.CloneVM:output_type -> strongroom.v1.Task
-	9,  // 31: strongroom.v1.VMService.ListVMs:output_type -> strongroom.v1.ListVMsResponse
-	1,  // 32: strongroom.v1.VMService.GetVM:output_type -> strongroom.v1.VM
-	27, // 33: strongroom.v1.VMService.PowerOnVM:output_type -> strongroom.v1.Task
-	27, // 34: strongroom.v1.VMService.PowerOffVM:output_type -> strongroom.v1.Task
-	27, // 35: strongroom.v1.VMService.EncryptVM:output_type -> strongroom.v1.Task
-	27, // 36: strongroom.v1.VMService.DecryptVM:output_type -> strongroom.v1.Task
-	27, // 37: strongroom.v1.VMService.RekeyVM:output_type -> strongroom.v1.Task
-	27, // 38: strongroom.v1.VMService.SetRekeyRate:output_type -> strongroom.v1.Task
-	27, // 39: strongroom.v1.VMService.FillDisks:output_type -> strongroom.v1.Task
-	27, // 40: strongroom.v1.VMService.ResizeDisk:output_type -> strongroom.v1.Task
-	20, // 41: strongroom.v1.VMService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
-	27, // 42: strongroom.v1.VMService.RegisterVM:output_type -> strongroom.v1.Task
-	27, // 43: strongroom.v1.VMService.UnregisterVM:output_type -> strongroom.v1.Task
-	27, // 44: strongroom.v1.VMService.DeleteVM:output_type -> strongroom.v1.Task
-	27, // 45: strongroom.v1.VMService.UnlockVM:output_type -> strongroom.v1.Task
-	29, // [29:46] is the sub-list for method output_type
-	12, // [12:29] is the sub-list for method input_type
-	12, // [12:12] is the sub-list for extension type_name
-	12, // [12:12] is the sub-list for extension extendee
-	0,  // [0:12] is the sub-list for field type_name
+	3,  // 1: strongroom.v1.VM.disks:type_name -> strongroom.v1.Disk
+	5,  // 2: strongroom.v1.VM.settings:type_name -> strongroom.v1.VMSettings
+	31, // 3: strongroom.v1.VM.created:type_name -> google.protobuf.Timestamp
+	2,  // 4: strongroom.v1.VM.snapshots:type_name -> strongroom.v1.Snapshot
+	31, // 5: strongroom.v1.Snapshot.created:type_name -> google.protobuf.Timestamp
+	3,  // 6: strongroom.v1.Snapshot.disks:type_name -> strongroom.v1.Disk
+	5,  // 7: strongroom.v1.Snapshot.settings:type_name -> strongroom.v1.VMSettings
+	0,  // 8: strongroom.v1.Disk.key:type_name -> strongroom.v1.KeyRef
+	4,  // 9: strongroom.v1.Disk.rekey:type_name -> strongroom.v1.DiskRekey
+	0,  // 10: strongroom.v1.DiskRekey.key:type_name -> strongroom.v1.KeyRef
+	5,  // 11: strongroom.v1.CreateVMRequest.settings:type_name -> strongroom.v1.VMSettings
+	6,  // 12: strongroom.v1.CreateVMRequest.disks:type_name -> strongroom.v1.NewDisk
+	1,  // 13: strongroom.v1.ListVMsResponse.vms:type_name -> strongroom.v1.VM
+	26, // 14: strongroom.v1.ExportDiskKeyResponse.layout:type_name -> strongroom.v1.VolumeLayout
+	0,  // 15: strongroom.v1.VolumeLayout.key:type_name -> strongroom.v1.KeyRef
+	7,  // 16: strongroom.v1.VMService.CreateVM:input_type -> strongroom.v1.CreateVMRequest
+	8,  // 17: strongroom.v1.VMService.CloneVM:input_type -> strongroom.v1.CloneVMRequest
+	13, // 18: strongroom.v1.VMService.ListVMs:input_type -> strongroom.v1.ListVMsRequest
+	15, // 19: strongroom.v1.VMService.GetVM:input_type -> strongroom.v1.GetVMRequest
+	16, // 20: strongroom.v1.VMService.PowerOnVM:input_type -> strongroom.v1.PowerOnVMRequest
+	17, // 21: strongroom.v1.VMService.PowerOffVM:input_type -> strongroom.v1.PowerOffVMRequest
+	18, // 22: strongroom.v1.VMService.EncryptVM:input_type -> strongroom.v1.EncryptVMRequest
+	19, // 23: strongroom.v1.VMService.DecryptVM:input_type -> strongroom.v1.DecryptVMRequest
+	20, // 24: strongroom.v1.VMService.RekeyVM:input_type -> strongroom.v1.RekeyVMRequest
+	21, // 25: strongroom.v1.VMService.SetRekeyRate:input_type -> strongroom.v1.SetRekeyRateRequest
+	22, // 26: strongroom.v1.VMService.FillDisks:input_type -> strongroom.v1.FillDisksRequest
+	23, // 27: strongroom.v1.VMService.ResizeDisk:input_type -> strongroom.v1.ResizeDiskRequest
+	9,  // 28: strongroom.v1.VMService.CreateSnapshot:input_type -> strongroom.v1.CreateSnapshotRequest
+	10, // 29: strongroom.v1.VMService.RevertToSnapshot:input_type -> strongroom.v1.RevertToSnapshotRequest
+	11, // 30: strongroom.v1.VMService.DeleteSnapshot:input_type -> strongroom.v1.DeleteSnapshotRequest
+	12, // 31: strongroom.v1.VMService.ConsolidateSnapshots:input_type -> strongroom.v1.ConsolidateSnapshotsRequest
+	24, // 32: strongroom.v1.VMService.ExportDiskKey:input_type -> strongroom.v1.ExportDiskKeyRequest
+	27, // 33: strongroom.v1.VMService.RegisterVM:input_type -> strongroom.v1.RegisterVMRequest
+	28, // 34: strongroom.v1.VMService.UnregisterVM:input_type -> strongroom.v1.UnregisterVMRequest
+	29, // 35: strongroom.v1.VMService.DeleteVM:input_type -> strongroom.v1.DeleteVMRequest
+	30, // 36: strongroom.v1.VMService.UnlockVM:input_type -> strongroom.v1.UnlockVMRequest
+	32, // 37: strongroom.v1.VMService.CreateVM:output_type -> strongroom.v1.Task
+	32, // 38: strongroom.v1.VMService.CloneVM:output_type -> strongroom.v1.Task
+	14, // 39: strongroom.v1.VMService.ListVMs:output_type -> strongroom.v1.ListVMsResponse
+	1,  // 40: strongroom.v1.VMService.GetVM:output_type -> strongroom.v1.VM
+	32, // 41: strongroom.v1.VMService.PowerOnVM:output_type -> strongroom.v1.Task
+	32, // 42: strongroom.v1.VMService.PowerOffVM:output_type -> strongroom.v1.Task
+	32, // 43: strongroom.v1.VMService.EncryptVM:output_type -> strongroom.v1.Task
+	32, // 44: strongroom.v1.VMService.DecryptVM:output_type -> strongroom.v1.Task
+	32, // 45: strongroom.v1.VMService.RekeyVM:output_type -> strongroom.v1.Task
+	32, // 46: strongroom.v1.VMService.SetRekeyRate:output_type -> strongroom.v1.Task
+	32, // 47: strongroom.v1.VMService.FillDisks:output_type -> strongroom.v1.Task
+	32, // 48: strongroom.v1.VMService.ResizeDisk:output_type -> strongroom.v1.Task
+	32, // 49: strongroom.v1.VMService.CreateSnapshot:output_type -> strongroom.v1.Task
+	32, // 50: strongroom.v1.VMService.RevertToSnapshot:output_type -> strongroom.v1.Task
+	32, // 51: strongroom.v1.VMService.DeleteSnapshot:output_type -> strongroom.v1.Task
+	32, // 52: strongroom.v1.VMService.ConsolidateSnapshots:output_type -> strongroom.v1.Task
+	25, // 53: strongroom.v1.VMService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
+	32, // 54: strongroom.v1.VMService.RegisterVM:output_type -> strongroom.v1.Task
+	32, // 55: strongroom.v1.VMService.UnregisterVM:output_type -> strongroom.v1.Task
+	32, // 56: strongroom.v1.VMService.DeleteVM:output_type -> strongroom.v1.Task
+	32, // 57: strongroom.v1.VMService.UnlockVM:output_type -> strongroom.v1.Task
+	37, // [37:58] is the sub-list for method output_type
+	16, // [16:37] is the sub-list for method input_type
+	16, // [16:16] is the sub-list for extension type_name
+	16, // [16:16] is the sub-list for extension extendee
+	0,  // [0:16] is the sub-list for field type_name
 }
 
 func init() { file_strongroom_v1_vm_proto_init() }
@@ -2170,7 +2567,7 @@ func file_strongroom_v1_vm_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_strongroom_v1_vm_proto_rawDesc), len(file_strongroom_v1_vm_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   26,
+			NumMessages:   31,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -4,6 +4,7 @@ import (
 	"os"
 	"regexp"
 	"slices"
+	"strings"
 	"time"
 	"unicode"
 	"unicode/utf8"
@@ -71,6 +72,16 @@ func (vm *VM) DropSnapshot(id string) {
 		vm.Retired = append(vm.Retired, d.File)
 	}
 }
+
+// OfSnapshot reports whether a file has the name of one of the snapshot with an
+// id.
+func OfSnapshot(file, id string) bool {
+	return madePattern.MatchString(file) && strings.HasPrefix(file, "snapshot-"+id+".")
+}
+
+// Names reports whether vm names a file: as that of a disk, of a snapshot's, or
+// as retired.
+func (vm *VM) Names(file string) bool { return slices.Contains(vm.files(), file) }
 
 // files returns the names of all files that vm names.
 func (vm *VM) files() []string {

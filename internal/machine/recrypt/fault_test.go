@@ -23,7 +23,9 @@ const (
 	configName = "vm.json"
 	plainName  = "disk-0.raw"
 	luksName   = "disk-0.luks"
-	diskSize   = 64 << 10
+	// revertedName is that of the disk's file after a revert to a snapshot.
+	revertedName = "disk-0.1.luks"
+	diskSize     = 64 << 10
 )
 
 // config is what the tests keep of vm.json.
@@ -79,21 +81,26 @@ type operation struct {
 	kek    string // under which the disk is at the end; empty: plain
 	newDEK bool
 	run    func(ctx context.Context, f recrypt.Folder, disk string, keks recrypt.KEKs) error
+	// prepare makes what else is in the folder at the start; nil: nothing.
+	prepare func(t *testing.T, b *bench)
 }
 
 var operations = []operation{
 	{"encrypt", plainName, luksName, "new", true, func(ctx context.Context, f recrypt.Folder, disk string, keks recrypt.KEKs) error {
 		return recrypt.Encrypt(ctx, f, disk, luksName, reference("new"), keks, nil)
-	}},
+	}, nil},
 	{"decrypt", luksName, plainName, "", false, func(ctx context.Context, f recrypt.Folder, disk string, keks recrypt.KEKs) error {
 		return recrypt.Decrypt(ctx, f, disk, plainName, keks, nil)
-	}},
+	}, nil},
 	{"shallow rekey", luksName, luksName, "new", false, func(ctx context.Context, f recrypt.Folder, disk string, keks recrypt.KEKs) error {
 		return recrypt.ShallowRekey(ctx, f, disk, reference("new"), keks)
-	}},
+	}, nil},
 	{"deep rekey", luksName, luksName, "new", true, func(ctx context.Context, f recrypt.Folder, disk string, keks recrypt.KEKs) error {
 		return recrypt.DeepRekey(ctx, f, disk, reference("new"), keks, nil, nil)
-	}},
+	}, nil},
+	{"revert", luksName, revertedName, "old", false, func(ctx context.Context, f recrypt.Folder, _ string, keks recrypt.KEKs) error {
+		return recrypt.Copy(ctx, f, revertedName, copyOf(luksName), keks, nil)
+	}, func(t *testing.T, b *bench) { check(t, copyDisk(t.Context(), b.folder, luksName, b.keys.get)) }},
 }
 
 // do runs the operation as package role/host does: sweep, rewrite, switch
@@ -191,7 +198,12 @@ func content() []byte {
 
 func (b *bench) dek(t *testing.T, f *faultFolder) *keymem.Key {
 	t.Helper()
-	file, err := f.Open(luksName)
+	return b.dekOf(t, f, luksName)
+}
+
+func (b *bench) dekOf(t *testing.T, f *faultFolder, name string) *keymem.Key {
+	t.Helper()
+	file, err := f.Open(name)
 	check(t, err)
 	defer file.Close()
 	dek, _, _, err := recrypt.UnwrapDEKs(t.Context(), file, b.keys.get)
@@ -215,7 +227,7 @@ func (b *bench) holds(t *testing.T, f *faultFolder, name string, keys keyring) {
 	t.Helper()
 	var disk blockdev.Device
 	var err error
-	if strings.HasSuffix(name, plainName) {
+	if strings.HasSuffix(name, ".raw") {
 		disk, err = f.Open(name)
 	} else {
 		disk, _, err = recrypt.OpenRekeying(t.Context(), f, name, keys.get)
@@ -247,17 +259,17 @@ func (b *bench) ended(t *testing.T, o operation, f *faultFolder) {
 	if o.kek == "" {
 		return
 	}
-	if b.oldDEK != nil && b.dek(t, f).Equal(b.oldDEK) == o.newDEK {
+	if b.oldDEK != nil && b.dekOf(t, f, o.after).Equal(b.oldDEK) == o.newDEK {
 		t.Errorf("new DEK: %v, want %v", !o.newDEK, o.newDEK)
 	}
 	for _, offset := range []int64{0, 16 << 10} { // without one header copy the other must do
 		one := f.clone(nil)
-		file, err := one.Open(luksName)
+		file, err := one.Open(o.after)
 		check(t, err)
 		_, err = file.WriteAt([]byte("damage"), offset+5000)
 		check(t, err)
 		check(t, file.Close())
-		if _, safes, err := recrypt.Inspect(one, luksName); err != nil || safes.Current.KEK != reference(o.kek) {
+		if _, safes, err := recrypt.Inspect(one, o.after); err != nil || safes.Current.KEK != reference(o.kek) {
 			t.Errorf("the header copy beside %d: %+v, %v", offset, safes, err)
 		}
 	}
@@ -277,6 +289,9 @@ func TestFaults(t *testing.T) {
 					t.Parallel()
 					rng := rand.New(rand.NewPCG(blockdevtest.Seed(t), 0))
 					b := newBench(t, o.before)
+					if o.prepare != nil {
+						o.prepare(t, b)
+					}
 					n := 0
 					for b.fails(t, rng, o, faultdev.Fault{Op: n, Mode: mode, Dead: dead}) {
 						n += blockdevtest.FaultStep

@@ -233,6 +233,24 @@ func (a *agent) CloneVM(ctx context.Context, req *connect.Request[strongroomv1.A
 	return a.stream(ctx, out, req.Msg.GetId(), func(r report) error { return a.host.cloneVM(ctx, req.Msg, r) })
 }
 
+func (a *agent) CreateSnapshot(ctx context.Context, req *connect.Request[strongroomv1.AgentCreateSnapshotRequest], out *connect.ServerStream[strongroomv1.AgentProgress]) error {
+	return a.stream(ctx, out, req.Msg.GetId(), func(r report) error { return a.host.createSnapshot(ctx, req.Msg, r) })
+}
+
+func (a *agent) RevertToSnapshot(ctx context.Context, req *connect.Request[strongroomv1.AgentRevertToSnapshotRequest], out *connect.ServerStream[strongroomv1.AgentProgress]) error {
+	return a.stream(ctx, out, req.Msg.GetId(), func(r report) error {
+		return a.host.revertToSnapshot(ctx, req.Msg.GetId(), req.Msg.GetSnapshotId(), req.Msg.GetRevertId(), r)
+	})
+}
+
+func (a *agent) DeleteSnapshot(ctx context.Context, req *connect.Request[strongroomv1.AgentDeleteSnapshotRequest]) (*connect.Response[strongroomv1.AgentVMResponse], error) {
+	return a.answer(ctx, req.Msg.GetId(), a.host.deleteSnapshot(ctx, req.Msg.GetId(), req.Msg.GetSnapshotId()))
+}
+
+func (a *agent) ConsolidateSnapshots(ctx context.Context, req *connect.Request[strongroomv1.AgentConsolidateSnapshotsRequest]) (*connect.Response[strongroomv1.AgentVMResponse], error) {
+	return a.answer(ctx, req.Msg.GetId(), a.host.consolidateSnapshots(ctx, req.Msg.GetId()))
+}
+
 func (a *agent) EncryptVM(ctx context.Context, req *connect.Request[strongroomv1.AgentEncryptVMRequest], out *connect.ServerStream[strongroomv1.AgentProgress]) error {
 	return a.stream(ctx, out, req.Msg.GetId(), func(r report) error {
 		return a.host.encryptVM(ctx, req.Msg.GetId(), req.Msg.GetDisks(), ref(req.Msg.GetKey()), req.Msg.GetRate(), r)

@@ -82,6 +82,9 @@ func (h *Host) deepRekeyOffline(ctx context.Context, id string, disks []string, 
 	ctx, end := o.m.interruptible(ctx)
 	defer end()
 	indices, err := o.encrypted(disks)
+	if err == nil {
+		err = o.withoutSnapshots()
+	}
 	if err != nil {
 		return err
 	}
@@ -106,6 +109,9 @@ func (h *Host) deepRekeyRunning(ctx context.Context, m *machine, running *runnin
 		return err
 	}
 	indices, err := o.encrypted(disks)
+	if err == nil {
+		err = o.withoutSnapshots()
+	}
 	if err != nil {
 		return err
 	}

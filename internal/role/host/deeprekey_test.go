@@ -117,9 +117,10 @@ func TestDeepRekeyGivesWay(t *testing.T) {
 	}
 
 	for name, do := range map[string]func() error{
-		"encrypt": func() error { return b.encryptVM(ctx, id, nil, b.newRef(t), 0, quiet) },
-		"decrypt": func() error { return b.decryptVM(ctx, id, nil, 0, quiet) },
-		"rekey":   func() error { return b.rekeyVM(ctx, id, nil, b.newRef(t), depth{}, quiet) },
+		"encrypt":  func() error { return b.encryptVM(ctx, id, nil, b.newRef(t), 0, quiet) },
+		"decrypt":  func() error { return b.decryptVM(ctx, id, nil, 0, quiet) },
+		"rekey":    func() error { return b.rekeyVM(ctx, id, nil, b.newRef(t), depth{}, quiet) },
+		"snapshot": func() error { return b.createSnapshot(ctx, snapshotRequest(id, "first"), quiet) },
 	} {
 		err := do()
 		wantKind(t, name+" during a deep rekey", err, errs.InvalidState)

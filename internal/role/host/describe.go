@@ -42,11 +42,7 @@ func (h *Host) describe(ctx context.Context, m *machine) (*strongroomv1.VM, erro
 		Id: vm.ID, Name: reg.Name, Cluster: h.secrets.identity.Cluster, Host: h.secrets.identity.Name,
 		Datastore: reg.Datastore, Folder: reg.Folder, PowerState: "poweredOff", CryptoState: "unlocked",
 		Encrypted: vm.Encrypted(), Created: timestamppb.New(vm.Created),
-		Settings: &strongroomv1.VMSettings{
-			Cpus: uint32(vm.Settings.CPUs), MemoryMib: uint32(vm.Settings.MemoryMiB), Machine: vm.Settings.Machine,
-			Kernel: vm.Settings.Kernel, Initrd: vm.Settings.Initrd, Append: vm.Settings.Append, Network: vm.Settings.Network,
-			DiskInterface: cmp.Or(vm.Settings.DiskInterface, interfaceAuto),
-		},
+		Settings: describeSettings(vm.Settings),
 	}
 	var interfaces map[string]qemu.Interface
 	unlocked := false
@@ -56,6 +52,7 @@ func (h *Host) describe(ctx context.Context, m *machine) (*strongroomv1.VM, erro
 	if vm.Key != nil {
 		out.Key = keyRef(vm.Key.Ref())
 	}
+	h.describeSnapshots(ctx, m, dir, vm, out)
 	for _, d := range vm.Disks {
 		disk, keys, err := h.describeDisk(dir, d)
 		for _, key := range keys {
@@ -71,6 +68,51 @@ func (h *Host) describe(ctx context.Context, m *machine) (*strongroomv1.VM, erro
 		out.Disks = append(out.Disks, disk)
 	}
 	return out, nil
+}
+
+func describeSettings(s bundle.Settings) *strongroomv1.VMSettings {
+	return &strongroomv1.VMSettings{
+		Cpus: uint32(s.CPUs), MemoryMib: uint32(s.MemoryMiB), Machine: s.Machine, Kernel: s.Kernel, Initrd: s.Initrd, Append: s.Append,
+		Network: s.Network, DiskInterface: cmp.Or(s.DiskInterface, interfaceAuto),
+	}
+}
+
+// describeSnapshots adds a VM's snapshots to out. One whose keys cannot be had
+// does not keep the VM from running, so the VM is not locked by that.
+func (h *Host) describeSnapshots(ctx context.Context, m *machine, dir string, vm *bundle.VM, out *strongroomv1.VM) {
+	out.CurrentSnapshot = vm.Snapshot
+	for _, s := range vm.Snapshots {
+		snapshot := &strongroomv1.Snapshot{
+			Id: s.ID, Name: s.Name, Description: s.Description, Created: timestamppb.New(s.Created), Parent: s.Parent, Settings: describeSettings(s.Settings),
+		}
+		for _, d := range s.Disks {
+			disk, keys, err := h.describeDisk(dir, d)
+			for _, key := range keys {
+				if err == nil {
+					err = h.haveKEK(ctx, key)
+				}
+			}
+			if err != nil {
+				snapshot.LockReason = reason(errs.Wrap(err, "disk %s", d.Name))
+			}
+			snapshot.Disks = append(snapshot.Disks, disk)
+		}
+		out.Snapshots = append(out.Snapshots, snapshot)
+	}
+	out.ConsolidationNeeded = hasStrays(dir, vm) && m.idle() && stillHasStrays(dir)
+}
+
+// hasStrays reports whether the folder has files of snapshots that the VM does not
+// have. An operation under way makes them before vm.json names them.
+func hasStrays(dir string, vm *bundle.VM) bool {
+	strays, err := bundle.Strays(dir, vm)
+	return err == nil && len(strays) > 0
+}
+
+// stillHasStrays is hasStrays with vm.json as it is now: one may just have been named.
+func stillHasStrays(dir string) bool {
+	vm, err := bundle.Read(dir)
+	return err == nil && hasStrays(dir, vm)
 }
 
 // describeDisk also returns the addresses of the keys that the disk needs.

@@ -78,6 +78,9 @@ func (h *Host) convertRunning(ctx context.Context, m *machine, disks []string, c
 	if err := o.notRekeying(disks); err != nil {
 		return err
 	}
+	if err := o.withoutSnapshots(); err != nil {
+		return err
+	}
 	indices, err := chosen(vm, disks)
 	if err != nil {
 		return err

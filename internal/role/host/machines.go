@@ -82,6 +82,9 @@ func (m *machine) setRunning(r *running) {
 	m.running = r
 }
 
+// idle reports whether no operation has the VM reserved.
+func (m *machine) idle() bool { return len(m.op) > 0 }
+
 // acquire reserves the VM for one operation; release must be called.
 func (m *machine) acquire(ctx context.Context) (release func(), err error) {
 	return m.take(ctx, nil)

@@ -96,7 +96,11 @@ func (h *Host) takeConvertible(ctx context.Context, id string, disks []string) (
 		end()
 		o.release()
 	}
-	if err := o.notRekeying(disks); err != nil {
+	err = o.notRekeying(disks)
+	if err == nil {
+		err = o.withoutSnapshots()
+	}
+	if err != nil {
 		release()
 		return nil, nil, nil, err
 	}
@@ -256,9 +260,15 @@ func (h *Host) shallowRekeyOffline(ctx context.Context, id string, disks []strin
 	if err != nil {
 		return err
 	}
+	kept := len(encryptedInSnapshots(o.vm, disks))
+	total := int64(kept + len(indices))
+	err = h.shallowRekeySnapshots(ctx, o, disks, ref, func(step string, done int) { r(step, int64(done), total, unitItems) })
+	if err != nil {
+		return err
+	}
 	for n, i := range indices {
 		d := o.vm.Disks[i]
-		r("rekeying "+d.Name, int64(n), int64(len(indices)), unitItems)
+		r("rekeying "+d.Name, int64(kept+n), total, unitItems)
 		if err := recrypt.ShallowRekey(ctx, o.folder(), d.File, ref, h.kek); err != nil {
 			return errs.Wrap(err, "cannot rekey %s of %s", d.Name, o.vm.Name)
 		}
@@ -291,9 +301,15 @@ func (h *Host) shallowRekeyRunning(ctx context.Context, m *machine, disks []stri
 	if err != nil {
 		return err
 	}
+	kept := len(encryptedInSnapshots(o.vm, disks))
+	total := int64(kept + len(indices))
+	err = h.shallowRekeySnapshots(ctx, o, disks, ref, func(step string, done int) { r(step, int64(done), total, unitItems) })
+	if err != nil {
+		return err
+	}
 	for n, i := range indices {
 		d := o.vm.Disks[i]
-		r("rekeying "+d.Name, int64(n), int64(len(indices)), unitItems)
+		r("rekeying "+d.Name, int64(kept+n), total, unitItems)
 		safes, _, err := peek(filepath.Join(o.dir, d.File))
 		if err != nil {
 			return errs.Wrap(err, "cannot rekey %s of %s", d.Name, o.vm.Name)

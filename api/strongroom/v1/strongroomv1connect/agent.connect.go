@@ -48,6 +48,18 @@ const (
 	AgentServiceCreateVMProcedure = "/strongroom.v1.AgentService/CreateVM"
 	// AgentServiceCloneVMProcedure is the fully-qualified name of the AgentService's CloneVM RPC.
 	AgentServiceCloneVMProcedure = "/strongroom.v1.AgentService/CloneVM"
+	// AgentServiceCreateSnapshotProcedure is the fully-qualified name of the AgentService's
+	// CreateSnapshot RPC.
+	AgentServiceCreateSnapshotProcedure = "/strongroom.v1.AgentService/CreateSnapshot"
+	// AgentServiceRevertToSnapshotProcedure is the fully-qualified name of the AgentService's
+	// RevertToSnapshot RPC.
+	AgentServiceRevertToSnapshotProcedure = "/strongroom.v1.AgentService/RevertToSnapshot"
+	// AgentServiceDeleteSnapshotProcedure is the fully-qualified name of the AgentService's
+	// DeleteSnapshot RPC.
+	AgentServiceDeleteSnapshotProcedure = "/strongroom.v1.AgentService/DeleteSnapshot"
+	// AgentServiceConsolidateSnapshotsProcedure is the fully-qualified name of the AgentService's
+	// ConsolidateSnapshots RPC.
+	AgentServiceConsolidateSnapshotsProcedure = "/strongroom.v1.AgentService/ConsolidateSnapshots"
 	// AgentServiceEncryptVMProcedure is the fully-qualified name of the AgentService's EncryptVM RPC.
 	AgentServiceEncryptVMProcedure = "/strongroom.v1.AgentService/EncryptVM"
 	// AgentServiceDecryptVMProcedure is the fully-qualified name of the AgentService's DecryptVM RPC.
@@ -216,6 +228,10 @@ type AgentServiceClient interface {
 	SyncHost(context.Context, *connect.Request[v1.SyncHostRequest]) (*connect.Response[v1.SyncHostResponse], error)
 	CreateVM(context.Context, *connect.Request[v1.AgentCreateVMRequest]) (*connect.ServerStreamForClient[v1.AgentProgress], error)
 	CloneVM(context.Context, *connect.Request[v1.AgentCloneVMRequest]) (*connect.ServerStreamForClient[v1.AgentProgress], error)
+	CreateSnapshot(context.Context, *connect.Request[v1.AgentCreateSnapshotRequest]) (*connect.ServerStreamForClient[v1.AgentProgress], error)
+	RevertToSnapshot(context.Context, *connect.Request[v1.AgentRevertToSnapshotRequest]) (*connect.ServerStreamForClient[v1.AgentProgress], error)
+	DeleteSnapshot(context.Context, *connect.Request[v1.AgentDeleteSnapshotRequest]) (*connect.Response[v1.AgentVMResponse], error)
+	ConsolidateSnapshots(context.Context, *connect.Request[v1.AgentConsolidateSnapshotsRequest]) (*connect.Response[v1.AgentVMResponse], error)
 	EncryptVM(context.Context, *connect.Request[v1.AgentEncryptVMRequest]) (*connect.ServerStreamForClient[v1.AgentProgress], error)
 	DecryptVM(context.Context, *connect.Request[v1.AgentDecryptVMRequest]) (*connect.ServerStreamForClient[v1.AgentProgress], error)
 	RekeyVM(context.Context, *connect.Request[v1.AgentRekeyVMRequest]) (*connect.ServerStreamForClient[v1.AgentProgress], error)
@@ -259,6 +275,30 @@ func NewAgentServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 			httpClient,
 			baseURL+AgentServiceCloneVMProcedure,
 			connect.WithSchema(agentServiceMethods.ByName("CloneVM")),
+			connect.WithClientOptions(opts...),
+		),
+		createSnapshot: connect.NewClient[v1.AgentCreateSnapshotRequest, v1.AgentProgress](
+			httpClient,
+			baseURL+AgentServiceCreateSnapshotProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("CreateSnapshot")),
+			connect.WithClientOptions(opts...),
+		),
+		revertToSnapshot: connect.NewClient[v1.AgentRevertToSnapshotRequest, v1.AgentProgress](
+			httpClient,
+			baseURL+AgentServiceRevertToSnapshotProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("RevertToSnapshot")),
+			connect.WithClientOptions(opts...),
+		),
+		deleteSnapshot: connect.NewClient[v1.AgentDeleteSnapshotRequest, v1.AgentVMResponse](
+			httpClient,
+			baseURL+AgentServiceDeleteSnapshotProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("DeleteSnapshot")),
+			connect.WithClientOptions(opts...),
+		),
+		consolidateSnapshots: connect.NewClient[v1.AgentConsolidateSnapshotsRequest, v1.AgentVMResponse](
+			httpClient,
+			baseURL+AgentServiceConsolidateSnapshotsProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("ConsolidateSnapshots")),
 			connect.WithClientOptions(opts...),
 		),
 		encryptVM: connect.NewClient[v1.AgentEncryptVMRequest, v1.AgentProgress](
@@ -344,22 +384,26 @@ func NewAgentServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 
 // agentServiceClient implements AgentServiceClient.
 type agentServiceClient struct {
-	syncHost      *connect.Client[v1.SyncHostRequest, v1.SyncHostResponse]
-	createVM      *connect.Client[v1.AgentCreateVMRequest, v1.AgentProgress]
-	cloneVM       *connect.Client[v1.AgentCloneVMRequest, v1.AgentProgress]
-	encryptVM     *connect.Client[v1.AgentEncryptVMRequest, v1.AgentProgress]
-	decryptVM     *connect.Client[v1.AgentDecryptVMRequest, v1.AgentProgress]
-	rekeyVM       *connect.Client[v1.AgentRekeyVMRequest, v1.AgentProgress]
-	setRekeyRate  *connect.Client[v1.AgentSetRekeyRateRequest, v1.AgentSetRekeyRateResponse]
-	fillDisks     *connect.Client[v1.AgentFillDisksRequest, v1.AgentProgress]
-	resizeDisk    *connect.Client[v1.AgentResizeDiskRequest, v1.AgentVMResponse]
-	exportDiskKey *connect.Client[v1.AgentExportDiskKeyRequest, v1.ExportDiskKeyResponse]
-	powerOnVM     *connect.Client[v1.AgentPowerOnVMRequest, v1.AgentVMResponse]
-	powerOffVM    *connect.Client[v1.AgentPowerOffVMRequest, v1.AgentVMResponse]
-	registerVM    *connect.Client[v1.AgentRegisterVMRequest, v1.AgentVMResponse]
-	unregisterVM  *connect.Client[v1.AgentUnregisterVMRequest, v1.AgentUnregisterVMResponse]
-	deleteVM      *connect.Client[v1.AgentDeleteVMRequest, v1.AgentDeleteVMResponse]
-	getVM         *connect.Client[v1.AgentGetVMRequest, v1.AgentVMResponse]
+	syncHost             *connect.Client[v1.SyncHostRequest, v1.SyncHostResponse]
+	createVM             *connect.Client[v1.AgentCreateVMRequest, v1.AgentProgress]
+	cloneVM              *connect.Client[v1.AgentCloneVMRequest, v1.AgentProgress]
+	createSnapshot       *connect.Client[v1.AgentCreateSnapshotRequest, v1.AgentProgress]
+	revertToSnapshot     *connect.Client[v1.AgentRevertToSnapshotRequest, v1.AgentProgress]
+	deleteSnapshot       *connect.Client[v1.AgentDeleteSnapshotRequest, v1.AgentVMResponse]
+	consolidateSnapshots *connect.Client[v1.AgentConsolidateSnapshotsRequest, v1.AgentVMResponse]
+	encryptVM            *connect.Client[v1.AgentEncryptVMRequest, v1.AgentProgress]
+	decryptVM            *connect.Client[v1.AgentDecryptVMRequest, v1.AgentProgress]
+	rekeyVM              *connect.Client[v1.AgentRekeyVMRequest, v1.AgentProgress]
+	setRekeyRate         *connect.Client[v1.AgentSetRekeyRateRequest, v1.AgentSetRekeyRateResponse]
+	fillDisks            *connect.Client[v1.AgentFillDisksRequest, v1.AgentProgress]
+	resizeDisk           *connect.Client[v1.AgentResizeDiskRequest, v1.AgentVMResponse]
+	exportDiskKey        *connect.Client[v1.AgentExportDiskKeyRequest, v1.ExportDiskKeyResponse]
+	powerOnVM            *connect.Client[v1.AgentPowerOnVMRequest, v1.AgentVMResponse]
+	powerOffVM           *connect.Client[v1.AgentPowerOffVMRequest, v1.AgentVMResponse]
+	registerVM           *connect.Client[v1.AgentRegisterVMRequest, v1.AgentVMResponse]
+	unregisterVM         *connect.Client[v1.AgentUnregisterVMRequest, v1.AgentUnregisterVMResponse]
+	deleteVM             *connect.Client[v1.AgentDeleteVMRequest, v1.AgentDeleteVMResponse]
+	getVM                *connect.Client[v1.AgentGetVMRequest, v1.AgentVMResponse]
 }
 
 // SyncHost calls strongroom.v1.AgentService.SyncHost.
@@ -375,6 +419,26 @@ func (c *agentServiceClient) CreateVM(ctx context.Context, req *connect.Request[
 // CloneVM calls strongroom.v1.AgentService.CloneVM.
 func (c *agentServiceClient) CloneVM(ctx context.Context, req *connect.Request[v1.AgentCloneVMRequest]) (*connect.ServerStreamForClient[v1.AgentProgress], error) {
 	return c.cloneVM.CallServerStream(ctx, req)
+}
+
+// CreateSnapshot calls strongroom.v1.AgentService.CreateSnapshot.
+func (c *agentServiceClient) CreateSnapshot(ctx context.Context, req *connect.Request[v1.AgentCreateSnapshotRequest]) (*connect.ServerStreamForClient[v1.AgentProgress], error) {
+	return c.createSnapshot.CallServerStream(ctx, req)
+}
+
+// RevertToSnapshot calls strongroom.v1.AgentService.RevertToSnapshot.
+func (c *agentServiceClient) RevertToSnapshot(ctx context.Context, req *connect.Request[v1.AgentRevertToSnapshotRequest]) (*connect.ServerStreamForClient[v1.AgentProgress], error) {
+	return c.revertToSnapshot.CallServerStream(ctx, req)
+}
+
+// DeleteSnapshot calls strongroom.v1.AgentService.DeleteSnapshot.
+func (c *agentServiceClient) DeleteSnapshot(ctx context.Context, req *connect.Request[v1.AgentDeleteSnapshotRequest]) (*connect.Response[v1.AgentVMResponse], error) {
+	return c.deleteSnapshot.CallUnary(ctx, req)
+}
+
+// ConsolidateSnapshots calls strongroom.v1.AgentService.ConsolidateSnapshots.
+func (c *agentServiceClient) ConsolidateSnapshots(ctx context.Context, req *connect.Request[v1.AgentConsolidateSnapshotsRequest]) (*connect.Response[v1.AgentVMResponse], error) {
+	return c.consolidateSnapshots.CallUnary(ctx, req)
 }
 
 // EncryptVM calls strongroom.v1.AgentService.EncryptVM.
@@ -449,6 +513,10 @@ type AgentServiceHandler interface {
 	SyncHost(context.Context, *connect.Request[v1.SyncHostRequest]) (*connect.Response[v1.SyncHostResponse], error)
 	CreateVM(context.Context, *connect.Request[v1.AgentCreateVMRequest], *connect.ServerStream[v1.AgentProgress]) error
 	CloneVM(context.Context, *connect.Request[v1.AgentCloneVMRequest], *connect.ServerStream[v1.AgentProgress]) error
+	CreateSnapshot(context.Context, *connect.Request[v1.AgentCreateSnapshotRequest], *connect.ServerStream[v1.AgentProgress]) error
+	RevertToSnapshot(context.Context, *connect.Request[v1.AgentRevertToSnapshotRequest], *connect.ServerStream[v1.AgentProgress]) error
+	DeleteSnapshot(context.Context, *connect.Request[v1.AgentDeleteSnapshotRequest]) (*connect.Response[v1.AgentVMResponse], error)
+	ConsolidateSnapshots(context.Context, *connect.Request[v1.AgentConsolidateSnapshotsRequest]) (*connect.Response[v1.AgentVMResponse], error)
 	EncryptVM(context.Context, *connect.Request[v1.AgentEncryptVMRequest], *connect.ServerStream[v1.AgentProgress]) error
 	DecryptVM(context.Context, *connect.Request[v1.AgentDecryptVMRequest], *connect.ServerStream[v1.AgentProgress]) error
 	RekeyVM(context.Context, *connect.Request[v1.AgentRekeyVMRequest], *connect.ServerStream[v1.AgentProgress]) error
@@ -488,6 +556,30 @@ func NewAgentServiceHandler(svc AgentServiceHandler, opts ...connect.HandlerOpti
 		AgentServiceCloneVMProcedure,
 		svc.CloneVM,
 		connect.WithSchema(agentServiceMethods.ByName("CloneVM")),
+		connect.WithHandlerOptions(opts...),
+	)
+	agentServiceCreateSnapshotHandler := connect.NewServerStreamHandler(
+		AgentServiceCreateSnapshotProcedure,
+		svc.CreateSnapshot,
+		connect.WithSchema(agentServiceMethods.ByName("CreateSnapshot")),
+		connect.WithHandlerOptions(opts...),
+	)
+	agentServiceRevertToSnapshotHandler := connect.NewServerStreamHandler(
+		AgentServiceRevertToSnapshotProcedure,
+		svc.RevertToSnapshot,
+		connect.WithSchema(agentServiceMethods.ByName("RevertToSnapshot")),
+		connect.WithHandlerOptions(opts...),
+	)
+	agentServiceDeleteSnapshotHandler := connect.NewUnaryHandler(
+		AgentServiceDeleteSnapshotProcedure,
+		svc.DeleteSnapshot,
+		connect.WithSchema(agentServiceMethods.ByName("DeleteSnapshot")),
+		connect.WithHandlerOptions(opts...),
+	)
+	agentServiceConsolidateSnapshotsHandler := connect.NewUnaryHandler(
+		AgentServiceConsolidateSnapshotsProcedure,
+		svc.ConsolidateSnapshots,
+		connect.WithSchema(agentServiceMethods.ByName("ConsolidateSnapshots")),
 		connect.WithHandlerOptions(opts...),
 	)
 	agentServiceEncryptVMHandler := connect.NewServerStreamHandler(
@@ -576,6 +668,14 @@ func NewAgentServiceHandler(svc AgentServiceHandler, opts ...connect.HandlerOpti
 			agentServiceCreateVMHandler.ServeHTTP(w, r)
 		case AgentServiceCloneVMProcedure:
 			agentServiceCloneVMHandler.ServeHTTP(w, r)
+		case AgentServiceCreateSnapshotProcedure:
+			agentServiceCreateSnapshotHandler.ServeHTTP(w, r)
+		case AgentServiceRevertToSnapshotProcedure:
+			agentServiceRevertToSnapshotHandler.ServeHTTP(w, r)
+		case AgentServiceDeleteSnapshotProcedure:
+			agentServiceDeleteSnapshotHandler.ServeHTTP(w, r)
+		case AgentServiceConsolidateSnapshotsProcedure:
+			agentServiceConsolidateSnapshotsHandler.ServeHTTP(w, r)
 		case AgentServiceEncryptVMProcedure:
 			agentServiceEncryptVMHandler.ServeHTTP(w, r)
 		case AgentServiceDecryptVMProcedure:
@@ -621,6 +721,22 @@ func (UnimplementedAgentServiceHandler) CreateVM(context.Context, *connect.Reque
 
 func (UnimplementedAgentServiceHandler) CloneVM(context.Context, *connect.Request[v1.AgentCloneVMRequest], *connect.ServerStream[v1.AgentProgress]) error {
 	return connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.AgentService.CloneVM is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) CreateSnapshot(context.Context, *connect.Request[v1.AgentCreateSnapshotRequest], *connect.ServerStream[v1.AgentProgress]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.AgentService.CreateSnapshot is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) RevertToSnapshot(context.Context, *connect.Request[v1.AgentRevertToSnapshotRequest], *connect.ServerStream[v1.AgentProgress]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.AgentService.RevertToSnapshot is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) DeleteSnapshot(context.Context, *connect.Request[v1.AgentDeleteSnapshotRequest]) (*connect.Response[v1.AgentVMResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.AgentService.DeleteSnapshot is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) ConsolidateSnapshots(context.Context, *connect.Request[v1.AgentConsolidateSnapshotsRequest]) (*connect.Response[v1.AgentVMResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.AgentService.ConsolidateSnapshots is not implemented"))
 }
 
 func (UnimplementedAgentServiceHandler) EncryptVM(context.Context, *connect.Request[v1.AgentEncryptVMRequest], *connect.ServerStream[v1.AgentProgress]) error {

@@ -57,6 +57,18 @@ const (
 	VMServiceFillDisksProcedure = "/strongroom.v1.VMService/FillDisks"
 	// VMServiceResizeDiskProcedure is the fully-qualified name of the VMService's ResizeDisk RPC.
 	VMServiceResizeDiskProcedure = "/strongroom.v1.VMService/ResizeDisk"
+	// VMServiceCreateSnapshotProcedure is the fully-qualified name of the VMService's CreateSnapshot
+	// RPC.
+	VMServiceCreateSnapshotProcedure = "/strongroom.v1.VMService/CreateSnapshot"
+	// VMServiceRevertToSnapshotProcedure is the fully-qualified name of the VMService's
+	// RevertToSnapshot RPC.
+	VMServiceRevertToSnapshotProcedure = "/strongroom.v1.VMService/RevertToSnapshot"
+	// VMServiceDeleteSnapshotProcedure is the fully-qualified name of the VMService's DeleteSnapshot
+	// RPC.
+	VMServiceDeleteSnapshotProcedure = "/strongroom.v1.VMService/DeleteSnapshot"
+	// VMServiceConsolidateSnapshotsProcedure is the fully-qualified name of the VMService's
+	// ConsolidateSnapshots RPC.
+	VMServiceConsolidateSnapshotsProcedure = "/strongroom.v1.VMService/ConsolidateSnapshots"
 	// VMServiceExportDiskKeyProcedure is the fully-qualified name of the VMService's ExportDiskKey RPC.
 	VMServiceExportDiskKeyProcedure = "/strongroom.v1.VMService/ExportDiskKey"
 	// VMServiceRegisterVMProcedure is the fully-qualified name of the VMService's RegisterVM RPC.
@@ -96,6 +108,18 @@ type VMServiceClient interface {
 	// ResizeDisk makes a disk of a VM larger, in any power state; a guest that
 	// runs sees it at once, if it reaches the disk over vhost-user.
 	ResizeDisk(context.Context, *connect.Request[v1.ResizeDiskRequest]) (*connect.Response[v1.Task], error)
+	// CreateSnapshot keeps the disks and settings of a VM that is powered off, to
+	// revert to. GetVM tells what snapshots there are.
+	CreateSnapshot(context.Context, *connect.Request[v1.CreateSnapshotRequest]) (*connect.Response[v1.Task], error)
+	// RevertToSnapshot gives a VM that is powered off the disks and settings of a
+	// snapshot. What the disks hold now is lost, unless it is in a snapshot.
+	RevertToSnapshot(context.Context, *connect.Request[v1.RevertToSnapshotRequest]) (*connect.Response[v1.Task], error)
+	// DeleteSnapshot deletes a snapshot, in any power state. Neither the disks nor
+	// other snapshots change; its children get its parent.
+	DeleteSnapshot(context.Context, *connect.Request[v1.DeleteSnapshotRequest]) (*connect.Response[v1.Task], error)
+	// ConsolidateSnapshots deletes files of snapshots and reverts that the VM does
+	// not have: see VM.consolidation_needed.
+	ConsolidateSnapshots(context.Context, *connect.Request[v1.ConsolidateSnapshotsRequest]) (*connect.Response[v1.Task], error)
 	// ExportDiskKey hands out the key of an encrypted disk, in any power state: who
 	// has it opens the disk with plain cryptsetup or dm-crypt, and every copy of
 	// it, for as long as the disk is not rekeyed deeply. A host serves it on its
@@ -194,6 +218,30 @@ func NewVMServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...c
 			connect.WithSchema(vMServiceMethods.ByName("ResizeDisk")),
 			connect.WithClientOptions(opts...),
 		),
+		createSnapshot: connect.NewClient[v1.CreateSnapshotRequest, v1.Task](
+			httpClient,
+			baseURL+VMServiceCreateSnapshotProcedure,
+			connect.WithSchema(vMServiceMethods.ByName("CreateSnapshot")),
+			connect.WithClientOptions(opts...),
+		),
+		revertToSnapshot: connect.NewClient[v1.RevertToSnapshotRequest, v1.Task](
+			httpClient,
+			baseURL+VMServiceRevertToSnapshotProcedure,
+			connect.WithSchema(vMServiceMethods.ByName("RevertToSnapshot")),
+			connect.WithClientOptions(opts...),
+		),
+		deleteSnapshot: connect.NewClient[v1.DeleteSnapshotRequest, v1.Task](
+			httpClient,
+			baseURL+VMServiceDeleteSnapshotProcedure,
+			connect.WithSchema(vMServiceMethods.ByName("DeleteSnapshot")),
+			connect.WithClientOptions(opts...),
+		),
+		consolidateSnapshots: connect.NewClient[v1.ConsolidateSnapshotsRequest, v1.Task](
+			httpClient,
+			baseURL+VMServiceConsolidateSnapshotsProcedure,
+			connect.WithSchema(vMServiceMethods.ByName("ConsolidateSnapshots")),
+			connect.WithClientOptions(opts...),
+		),
 		exportDiskKey: connect.NewClient[v1.ExportDiskKeyRequest, v1.ExportDiskKeyResponse](
 			httpClient,
 			baseURL+VMServiceExportDiskKeyProcedure,
@@ -229,23 +277,27 @@ func NewVMServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...c
 
 // vMServiceClient implements VMServiceClient.
 type vMServiceClient struct {
-	createVM      *connect.Client[v1.CreateVMRequest, v1.Task]
-	cloneVM       *connect.Client[v1.CloneVMRequest, v1.Task]
-	listVMs       *connect.Client[v1.ListVMsRequest, v1.ListVMsResponse]
-	getVM         *connect.Client[v1.GetVMRequest, v1.VM]
-	powerOnVM     *connect.Client[v1.PowerOnVMRequest, v1.Task]
-	powerOffVM    *connect.Client[v1.PowerOffVMRequest, v1.Task]
-	encryptVM     *connect.Client[v1.EncryptVMRequest, v1.Task]
-	decryptVM     *connect.Client[v1.DecryptVMRequest, v1.Task]
-	rekeyVM       *connect.Client[v1.RekeyVMRequest, v1.Task]
-	setRekeyRate  *connect.Client[v1.SetRekeyRateRequest, v1.Task]
-	fillDisks     *connect.Client[v1.FillDisksRequest, v1.Task]
-	resizeDisk    *connect.Client[v1.ResizeDiskRequest, v1.Task]
-	exportDiskKey *connect.Client[v1.ExportDiskKeyRequest, v1.ExportDiskKeyResponse]
-	registerVM    *connect.Client[v1.RegisterVMRequest, v1.Task]
-	unregisterVM  *connect.Client[v1.UnregisterVMRequest, v1.Task]
-	deleteVM      *connect.Client[v1.DeleteVMRequest, v1.Task]
-	unlockVM      *connect.Client[v1.UnlockVMRequest, v1.Task]
+	createVM             *connect.Client[v1.CreateVMRequest, v1.Task]
+	cloneVM              *connect.Client[v1.CloneVMRequest, v1.Task]
+	listVMs              *connect.Client[v1.ListVMsRequest, v1.ListVMsResponse]
+	getVM                *connect.Client[v1.GetVMRequest, v1.VM]
+	powerOnVM            *connect.Client[v1.PowerOnVMRequest, v1.Task]
+	powerOffVM           *connect.Client[v1.PowerOffVMRequest, v1.Task]
+	encryptVM            *connect.Client[v1.EncryptVMRequest, v1.Task]
+	decryptVM            *connect.Client[v1.DecryptVMRequest, v1.Task]
+	rekeyVM              *connect.Client[v1.RekeyVMRequest, v1.Task]
+	setRekeyRate         *connect.Client[v1.SetRekeyRateRequest, v1.Task]
+	fillDisks            *connect.Client[v1.FillDisksRequest, v1.Task]
+	resizeDisk           *connect.Client[v1.ResizeDiskRequest, v1.Task]
+	createSnapshot       *connect.Client[v1.CreateSnapshotRequest, v1.Task]
+	revertToSnapshot     *connect.Client[v1.RevertToSnapshotRequest, v1.Task]
+	deleteSnapshot       *connect.Client[v1.DeleteSnapshotRequest, v1.Task]
+	consolidateSnapshots *connect.Client[v1.ConsolidateSnapshotsRequest, v1.Task]
+	exportDiskKey        *connect.Client[v1.ExportDiskKeyRequest, v1.ExportDiskKeyResponse]
+	registerVM           *connect.Client[v1.RegisterVMRequest, v1.Task]
+	unregisterVM         *connect.Client[v1.UnregisterVMRequest, v1.Task]
+	deleteVM             *connect.Client[v1.DeleteVMRequest, v1.Task]
+	unlockVM             *connect.Client[v1.UnlockVMRequest, v1.Task]
 }
 
 // CreateVM calls strongroom.v1.VMService.CreateVM.
@@ -308,6 +360,26 @@ func (c *vMServiceClient) ResizeDisk(ctx context.Context, req *connect.Request[v
 	return c.resizeDisk.CallUnary(ctx, req)
 }
 
+// CreateSnapshot calls strongroom.v1.VMService.CreateSnapshot.
+func (c *vMServiceClient) CreateSnapshot(ctx context.Context, req *connect.Request[v1.CreateSnapshotRequest]) (*connect.Response[v1.Task], error) {
+	return c.createSnapshot.CallUnary(ctx, req)
+}
+
+// RevertToSnapshot calls strongroom.v1.VMService.RevertToSnapshot.
+func (c *vMServiceClient) RevertToSnapshot(ctx context.Context, req *connect.Request[v1.RevertToSnapshotRequest]) (*connect.Response[v1.Task], error) {
+	return c.revertToSnapshot.CallUnary(ctx, req)
+}
+
+// DeleteSnapshot calls strongroom.v1.VMService.DeleteSnapshot.
+func (c *vMServiceClient) DeleteSnapshot(ctx context.Context, req *connect.Request[v1.DeleteSnapshotRequest]) (*connect.Response[v1.Task], error) {
+	return c.deleteSnapshot.CallUnary(ctx, req)
+}
+
+// ConsolidateSnapshots calls strongroom.v1.VMService.ConsolidateSnapshots.
+func (c *vMServiceClient) ConsolidateSnapshots(ctx context.Context, req *connect.Request[v1.ConsolidateSnapshotsRequest]) (*connect.Response[v1.Task], error) {
+	return c.consolidateSnapshots.CallUnary(ctx, req)
+}
+
 // ExportDiskKey calls strongroom.v1.VMService.ExportDiskKey.
 func (c *vMServiceClient) ExportDiskKey(ctx context.Context, req *connect.Request[v1.ExportDiskKeyRequest]) (*connect.Response[v1.ExportDiskKeyResponse], error) {
 	return c.exportDiskKey.CallUnary(ctx, req)
@@ -360,6 +432,18 @@ type VMServiceHandler interface {
 	// ResizeDisk makes a disk of a VM larger, in any power state; a guest that
 	// runs sees it at once, if it reaches the disk over vhost-user.
 	ResizeDisk(context.Context, *connect.Request[v1.ResizeDiskRequest]) (*connect.Response[v1.Task], error)
+	// CreateSnapshot keeps the disks and settings of a VM that is powered off, to
+	// revert to. GetVM tells what snapshots there are.
+	CreateSnapshot(context.Context, *connect.Request[v1.CreateSnapshotRequest]) (*connect.Response[v1.Task], error)
+	// RevertToSnapshot gives a VM that is powered off the disks and settings of a
+	// snapshot. What the disks hold now is lost, unless it is in a snapshot.
+	RevertToSnapshot(context.Context, *connect.Request[v1.RevertToSnapshotRequest]) (*connect.Response[v1.Task], error)
+	// DeleteSnapshot deletes a snapshot, in any power state. Neither the disks nor
+	// other snapshots change; its children get its parent.
+	DeleteSnapshot(context.Context, *connect.Request[v1.DeleteSnapshotRequest]) (*connect.Response[v1.Task], error)
+	// ConsolidateSnapshots deletes files of snapshots and reverts that the VM does
+	// not have: see VM.consolidation_needed.
+	ConsolidateSnapshots(context.Context, *connect.Request[v1.ConsolidateSnapshotsRequest]) (*connect.Response[v1.Task], error)
 	// ExportDiskKey hands out the key of an encrypted disk, in any power state: who
 	// has it opens the disk with plain cryptsetup or dm-crypt, and every copy of
 	// it, for as long as the disk is not rekeyed deeply. A host serves it on its
@@ -454,6 +538,30 @@ func NewVMServiceHandler(svc VMServiceHandler, opts ...connect.HandlerOption) (s
 		connect.WithSchema(vMServiceMethods.ByName("ResizeDisk")),
 		connect.WithHandlerOptions(opts...),
 	)
+	vMServiceCreateSnapshotHandler := connect.NewUnaryHandler(
+		VMServiceCreateSnapshotProcedure,
+		svc.CreateSnapshot,
+		connect.WithSchema(vMServiceMethods.ByName("CreateSnapshot")),
+		connect.WithHandlerOptions(opts...),
+	)
+	vMServiceRevertToSnapshotHandler := connect.NewUnaryHandler(
+		VMServiceRevertToSnapshotProcedure,
+		svc.RevertToSnapshot,
+		connect.WithSchema(vMServiceMethods.ByName("RevertToSnapshot")),
+		connect.WithHandlerOptions(opts...),
+	)
+	vMServiceDeleteSnapshotHandler := connect.NewUnaryHandler(
+		VMServiceDeleteSnapshotProcedure,
+		svc.DeleteSnapshot,
+		connect.WithSchema(vMServiceMethods.ByName("DeleteSnapshot")),
+		connect.WithHandlerOptions(opts...),
+	)
+	vMServiceConsolidateSnapshotsHandler := connect.NewUnaryHandler(
+		VMServiceConsolidateSnapshotsProcedure,
+		svc.ConsolidateSnapshots,
+		connect.WithSchema(vMServiceMethods.ByName("ConsolidateSnapshots")),
+		connect.WithHandlerOptions(opts...),
+	)
 	vMServiceExportDiskKeyHandler := connect.NewUnaryHandler(
 		VMServiceExportDiskKeyProcedure,
 		svc.ExportDiskKey,
@@ -510,6 +618,14 @@ func NewVMServiceHandler(svc VMServiceHandler, opts ...connect.HandlerOption) (s
 			vMServiceFillDisksHandler.ServeHTTP(w, r)
 		case VMServiceResizeDiskProcedure:
 			vMServiceResizeDiskHandler.ServeHTTP(w, r)
+		case VMServiceCreateSnapshotProcedure:
+			vMServiceCreateSnapshotHandler.ServeHTTP(w, r)
+		case VMServiceRevertToSnapshotProcedure:
+			vMServiceRevertToSnapshotHandler.ServeHTTP(w, r)
+		case VMServiceDeleteSnapshotProcedure:
+			vMServiceDeleteSnapshotHandler.ServeHTTP(w, r)
+		case VMServiceConsolidateSnapshotsProcedure:
+			vMServiceConsolidateSnapshotsHandler.ServeHTTP(w, r)
 		case VMServiceExportDiskKeyProcedure:
 			vMServiceExportDiskKeyHandler.ServeHTTP(w, r)
 		case VMServiceRegisterVMProcedure:
@@ -575,6 +691,22 @@ func (UnimplementedVMServiceHandler) FillDisks(context.Context, *connect.Request
 
 func (UnimplementedVMServiceHandler) ResizeDisk(context.Context, *connect.Request[v1.ResizeDiskRequest]) (*connect.Response[v1.Task], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.VMService.ResizeDisk is not implemented"))
+}
+
+func (UnimplementedVMServiceHandler) CreateSnapshot(context.Context, *connect.Request[v1.CreateSnapshotRequest]) (*connect.Response[v1.Task], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.VMService.CreateSnapshot is not implemented"))
+}
+
+func (UnimplementedVMServiceHandler) RevertToSnapshot(context.Context, *connect.Request[v1.RevertToSnapshotRequest]) (*connect.Response[v1.Task], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.VMService.RevertToSnapshot is not implemented"))
+}
+
+func (UnimplementedVMServiceHandler) DeleteSnapshot(context.Context, *connect.Request[v1.DeleteSnapshotRequest]) (*connect.Response[v1.Task], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.VMService.DeleteSnapshot is not implemented"))
+}
+
+func (UnimplementedVMServiceHandler) ConsolidateSnapshots(context.Context, *connect.Request[v1.ConsolidateSnapshotsRequest]) (*connect.Response[v1.Task], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.VMService.ConsolidateSnapshots is not implemented"))
 }
 
 func (UnimplementedVMServiceHandler) ExportDiskKey(context.Context, *connect.Request[v1.ExportDiskKeyRequest]) (*connect.Response[v1.ExportDiskKeyResponse], error) {
