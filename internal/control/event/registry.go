@@ -82,6 +82,12 @@ const (
 	VMNoDiskSpace   = "strongroom.vm.crypto.NoDiskSpace"
 	VMDisksFilled   = "strongroom.vm.crypto.DisksFilled"
 	VMDiskResized   = "strongroom.vm.DiskResized"
+
+	VMSnapshotCreated  = "strongroom.vm.SnapshotCreated"
+	VMSnapshotReverted = "strongroom.vm.SnapshotReverted"
+	VMSnapshotDeleted  = "strongroom.vm.SnapshotDeleted"
+	VMConsolidated     = "strongroom.vm.Consolidated"
+
 	DiskKeyExported = "strongroom.vm.crypto.DiskKeyExported"
 	VMLocked        = "strongroom.vm.Crypto.VMLocked.KeyMissingOnHost"
 	VMUnlocked      = "strongroom.vm.Crypto.VMUnlocked"
@@ -148,6 +154,10 @@ func Types() []Type {
 		{VMRekeyFailed, Error, "{target} could not be rekeyed: {error}"},
 		{VMNoDiskSpace, Error, "{target}: no room on datastore {datastore} to write its disks"},
 		{VMDisksFilled, Info, "Thin disks of {target} were filled: dm-crypt may open them"},
+		{VMSnapshotCreated, Info, "{principal} made snapshot {snapshot} of {target}"},
+		{VMSnapshotReverted, Warning, "{principal} reverted {target} to snapshot {snapshot}"},
+		{VMSnapshotDeleted, Info, "{principal} deleted snapshot {snapshot} of {target}"},
+		{VMConsolidated, Info, "{principal} had files of {target} deleted that none of its snapshots has"},
 		{VMDiskResized, Info, "A disk of {target} was made larger"},
 		{DiskKeyExported, Warning, "{principal} exported the key of {disk} of {target}; whoever has it reads every copy of the disk"},
 		{VMLocked, Error, "{target} is locked: {reason}"},

@@ -104,6 +104,13 @@ type VM struct {
 	Disks    []Disk    `json:"disks,omitempty"`
 	Settings Settings  `json:"settings"`
 	Created  time.Time `json:"created"`
+	// Snapshots are in an order in which each comes after its parent.
+	Snapshots []Snapshot `json:"snapshots,omitempty"`
+	// Snapshot is the id of the one that the disks come from; empty if of none.
+	Snapshot string `json:"snapshot,omitempty"`
+	// ConsolidationNeeded says that its folder has files of snapshots that it does
+	// not have.
+	ConsolidationNeeded bool `json:"consolidation_needed,omitempty"`
 }
 
 // Encrypted reports whether the VM or a disk of it has a key.
@@ -111,7 +118,7 @@ func (v VM) Encrypted() bool {
 	return v.Key != nil || slices.ContainsFunc(v.Disks, func(d Disk) bool { return d.Key != nil })
 }
 
-// Keys returns each key that the VM needs, once.
+// Keys returns each key that the VM and its snapshots need, once.
 func (v VM) Keys() []KeyRef {
 	var refs []KeyRef
 	for _, u := range v.keyUsers() {
@@ -122,13 +129,22 @@ func (v VM) Keys() []KeyRef {
 	return refs
 }
 
-// KeyUser is one object that needs a key: a VM itself (Disk empty) or a disk.
+// RunKeys returns each key that the VM needs to run, once: not those that only
+// its snapshots need.
+func (v VM) RunKeys() []KeyRef {
+	v.Snapshots = nil
+	return v.Keys()
+}
+
+// KeyUser is one object that needs a key: a VM itself (Disk empty), a disk, or
+// that disk in a snapshot.
 type KeyUser struct {
-	VMID   string
-	VM     string
-	HostID string
-	Disk   string
-	Key    KeyRef
+	VMID     string
+	VM       string
+	HostID   string
+	Disk     string
+	Snapshot string // its name; empty: none
+	Key      KeyRef
 }
 
 func (v VM) keyUsers() []KeyUser {
@@ -136,13 +152,9 @@ func (v VM) keyUsers() []KeyUser {
 	if v.Key != nil {
 		users = append(users, KeyUser{VMID: v.ID, VM: v.Name, HostID: v.HostID, Key: *v.Key})
 	}
-	for _, d := range v.Disks {
-		if d.Key != nil {
-			users = append(users, KeyUser{VMID: v.ID, VM: v.Name, HostID: v.HostID, Disk: d.Name, Key: *d.Key})
-		}
-		if d.Rekey != nil {
-			users = append(users, KeyUser{VMID: v.ID, VM: v.Name, HostID: v.HostID, Disk: d.Name, Key: d.Rekey.Key})
-		}
+	users = append(users, v.diskUsers(v.Disks, "")...)
+	for _, s := range v.Snapshots {
+		users = append(users, v.diskUsers(s.Disks, s.Name)...)
 	}
 	return users
 }
@@ -191,7 +203,7 @@ func checkVM(v VM) error {
 			return errs.New(errs.Invalid, "disk %s has a negative size", d.Name)
 		}
 	}
-	return nil
+	return checkSnapshots(v)
 }
 
 // CreateVM registers v. An empty id is filled in, as are empty states: powered

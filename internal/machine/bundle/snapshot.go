@@ -32,7 +32,9 @@ type Snapshot struct {
 }
 
 // SnapshotFile returns the name of the file of a disk in the snapshot with an id.
-func SnapshotFile(id, disk, format string) string { return "snapshot-" + id + "." + disk + "." + format }
+func SnapshotFile(id, disk, format string) string {
+	return "snapshot-" + id + "." + disk + "." + format
+}
 
 // RevertedFile returns the name of a disk's file after the revert with an id.
 func RevertedFile(id, disk, format string) string { return disk + "." + id + "." + format }

@@ -81,27 +81,29 @@ type operation struct {
 	kek    string // under which the disk is at the end; empty: plain
 	newDEK bool
 	run    func(ctx context.Context, f recrypt.Folder, disk string, keks recrypt.KEKs) error
-	// prepare makes what else is in the folder at the start; nil: nothing.
-	prepare func(t *testing.T, b *bench)
+	// snapshot says that the folder has a copy of the disk beside it.
+	snapshot bool
 }
 
 var operations = []operation{
 	{"encrypt", plainName, luksName, "new", true, func(ctx context.Context, f recrypt.Folder, disk string, keks recrypt.KEKs) error {
 		return recrypt.Encrypt(ctx, f, disk, luksName, reference("new"), keks, nil)
-	}, nil},
+	}, false},
 	{"decrypt", luksName, plainName, "", false, func(ctx context.Context, f recrypt.Folder, disk string, keks recrypt.KEKs) error {
 		return recrypt.Decrypt(ctx, f, disk, plainName, keks, nil)
-	}, nil},
+	}, false},
 	{"shallow rekey", luksName, luksName, "new", false, func(ctx context.Context, f recrypt.Folder, disk string, keks recrypt.KEKs) error {
 		return recrypt.ShallowRekey(ctx, f, disk, reference("new"), keks)
-	}, nil},
+	}, false},
 	{"deep rekey", luksName, luksName, "new", true, func(ctx context.Context, f recrypt.Folder, disk string, keks recrypt.KEKs) error {
 		return recrypt.DeepRekey(ctx, f, disk, reference("new"), keks, nil, nil)
-	}, nil},
-	{"revert", luksName, revertedName, "old", false, func(ctx context.Context, f recrypt.Folder, _ string, keks recrypt.KEKs) error {
-		return recrypt.Copy(ctx, f, revertedName, copyOf(luksName), keks, nil)
-	}, func(t *testing.T, b *bench) { check(t, copyDisk(t.Context(), b.folder, luksName, b.keys.get)) }},
+	}, false},
 }
+
+// reverting gives the disk the contents of its copy.
+var reverting = operation{"revert", luksName, revertedName, "old", false, func(ctx context.Context, f recrypt.Folder, _ string, keks recrypt.KEKs) error {
+	return recrypt.Copy(ctx, f, revertedName, copyOf(luksName), keks, nil)
+}, true}
 
 // do runs the operation as package role/host does: sweep, rewrite, switch
 // vm.json, sweep, remove what is unfinished.
@@ -282,15 +284,15 @@ func (b *bench) ended(t *testing.T, o operation, f *faultFolder) {
 // called again ends as if nothing had happened.
 func TestFaults(t *testing.T) {
 	t.Parallel()
-	for _, o := range operations {
+	for _, o := range append(slices.Clone(operations), reverting) {
 		for _, mode := range faultdev.Modes() {
 			for _, dead := range []bool{false, true} {
 				t.Run(fmt.Sprintf("%s/%s/dead=%v", o.name, mode, dead), func(t *testing.T) {
 					t.Parallel()
 					rng := rand.New(rand.NewPCG(blockdevtest.Seed(t), 0))
 					b := newBench(t, o.before)
-					if o.prepare != nil {
-						o.prepare(t, b)
+					if o.snapshot {
+						check(t, copyDisk(t.Context(), b.folder, o.before, b.keys.get))
 					}
 					n := 0
 					for b.fails(t, rng, o, faultdev.Fault{Op: n, Mode: mode, Dead: dead}) {
@@ -349,7 +351,11 @@ func (b *bench) repeat(t *testing.T, rng *rand.Rand, o operation, f *faultFolder
 	if err := o.do(t.Context(), f, b.keys.get); err != nil {
 		t.Fatalf("the next attempt failed: %v; there is %v", err, f.list())
 	}
-	if got, want := f.list(), []string{o.after, configName}; !slices.Equal(got, want) {
+	want := []string{o.after, configName}
+	if o.snapshot {
+		want = slices.Insert(want, 1, copyOf(o.before))
+	}
+	if got := f.list(); !slices.Equal(got, want) {
 		t.Fatalf("the folder holds %v, want %v", got, want)
 	}
 	b.ended(t, o, f.powerLoss(rng))

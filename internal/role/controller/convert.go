@@ -82,7 +82,20 @@ func vmToAPI(v inventory.VM, n names) *strongroomv1.VM {
 		PowerState: string(v.PowerState), CryptoState: string(v.CryptoState), LockReason: v.LockReason, Encrypted: v.Encrypted(),
 		Key: keyToAPI(v.Key), Created: stamp(v.Created), Settings: settingsToAPI(v.Settings),
 	}
-	for _, d := range v.Disks {
+	out.Disks = disksToAPI(v.Disks)
+	for _, s := range v.Snapshots {
+		out.Snapshots = append(out.Snapshots, &strongroomv1.Snapshot{
+			Id: s.ID, Name: s.Name, Description: s.Description, Created: stamp(s.Created), Parent: s.Parent, Settings: settingsToAPI(s.Settings),
+			Disks: disksToAPI(s.Disks), LockReason: s.LockReason,
+		})
+	}
+	out.CurrentSnapshot, out.ConsolidationNeeded = v.Snapshot, v.ConsolidationNeeded
+	return out
+}
+
+func disksToAPI(disks []inventory.Disk) []*strongroomv1.Disk {
+	var out []*strongroomv1.Disk
+	for _, d := range disks {
 		disk := &strongroomv1.Disk{
 			Name: d.Name, File: d.File, SizeBytes: d.SizeBytes, AllocatedBytes: d.AllocatedBytes, Encrypted: d.Format == inventory.LUKS,
 			Key: keyToAPI(d.Key), Uuid: d.UUID, Generation: d.Generation, Cipher: d.Cipher, Thin: d.Thin, Interface: d.Interface,
@@ -90,7 +103,7 @@ func vmToAPI(v inventory.VM, n names) *strongroomv1.VM {
 		if r := d.Rekey; r != nil {
 			disk.Rekey = &strongroomv1.DiskRekey{Key: keyToAPI(&r.Key), DoneBytes: r.DoneBytes, TotalBytes: r.TotalBytes}
 		}
-		out.Disks = append(out.Disks, disk)
+		out = append(out, disk)
 	}
 	return out
 }
@@ -112,12 +125,35 @@ func settingsFromAPI(s *strongroomv1.VMSettings) inventory.Settings {
 // apply takes over what a host says of a VM. A disk whose header the host could
 // not read keeps the key it was last seen with: it still needs it.
 func apply(v *inventory.VM, said *strongroomv1.VM) {
+	v.Disks = disksFromAPI(said.GetDisks(), v.Disks)
+	known := map[string][]inventory.Disk{}
+	for _, s := range v.Snapshots {
+		known[s.ID] = s.Disks
+	}
+	v.Snapshots = nil
+	for _, s := range said.GetSnapshots() {
+		v.Snapshots = append(v.Snapshots, inventory.Snapshot{
+			ID: s.GetId(), Name: s.GetName(), Description: s.GetDescription(), Created: s.GetCreated().AsTime(), Parent: s.GetParent(),
+			Settings: settingsFromAPI(s.GetSettings()), Disks: disksFromAPI(s.GetDisks(), known[s.GetId()]), LockReason: s.GetLockReason(),
+		})
+	}
+	v.Snapshot, v.ConsolidationNeeded = said.GetCurrentSnapshot(), said.GetConsolidationNeeded()
+	v.Key = keyFromAPI(said.GetKey())
+	v.PowerState = inventory.PowerState(said.GetPowerState())
+	v.CryptoState = inventory.CryptoState(said.GetCryptoState())
+	v.LockReason = said.GetLockReason()
+	v.Settings = settingsFromAPI(said.GetSettings())
+}
+
+// disksFromAPI returns the disks that a host tells of; before are those that it
+// told of before.
+func disksFromAPI(disks []*strongroomv1.Disk, before []inventory.Disk) []inventory.Disk {
 	known := map[string]inventory.Disk{}
-	for _, d := range v.Disks {
+	for _, d := range before {
 		known[d.Name] = d
 	}
-	v.Disks = nil
-	for _, d := range said.GetDisks() {
+	var out []inventory.Disk
+	for _, d := range disks {
 		disk := inventory.Disk{
 			Name: d.GetName(), File: d.GetFile(), Format: inventory.Raw, SizeBytes: d.GetSizeBytes(), AllocatedBytes: d.GetAllocatedBytes(),
 			Key: keyFromAPI(d.GetKey()), UUID: d.GetUuid(), Generation: d.GetGeneration(), Cipher: d.GetCipher(), Thin: d.GetThin(),
@@ -134,13 +170,9 @@ func apply(v *inventory.VM, said *strongroomv1.VM) {
 				disk.Key, disk.UUID, disk.Generation, disk.Cipher, disk.Thin, disk.Rekey = old.Key, old.UUID, old.Generation, old.Cipher, old.Thin, old.Rekey
 			}
 		}
-		v.Disks = append(v.Disks, disk)
+		out = append(out, disk)
 	}
-	v.Key = keyFromAPI(said.GetKey())
-	v.PowerState = inventory.PowerState(said.GetPowerState())
-	v.CryptoState = inventory.CryptoState(said.GetCryptoState())
-	v.LockReason = said.GetLockReason()
-	v.Settings = settingsFromAPI(said.GetSettings())
+	return out
 }
 
 func providerToAPI(p inventory.Provider, inUse bool) *strongroomv1.Provider {

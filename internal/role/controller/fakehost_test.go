@@ -53,6 +53,7 @@ type fakeHost struct {
 	syncs    []*strongroomv1.SyncHostRequest
 	created  *strongroomv1.AgentCreateVMRequest // the last one
 	rates    []int64                            // that rekeys were set to
+	reverts  []string                           // ids of the reverts that were asked for
 	// fault is asked before each call and says how it ends; nil: as it should.
 	fault func(method string, call int) fault
 }
@@ -424,6 +425,51 @@ func (h *fakeHost) CloneVM(_ context.Context, req *connect.Request[strongroomv1.
 		return err
 	}
 	return h.work(out, m.GetId(), func(*strongroomv1.VM) {})
+}
+
+func (h *fakeHost) CreateSnapshot(_ context.Context, req *connect.Request[strongroomv1.AgentCreateSnapshotRequest], out *connect.ServerStream[strongroomv1.AgentProgress]) error {
+	m := req.Msg
+	return h.work(out, m.GetId(), func(vm *strongroomv1.VM) {
+		for _, s := range vm.GetSnapshots() {
+			if s.GetId() == m.GetSnapshotId() {
+				return
+			}
+		}
+		s := &strongroomv1.Snapshot{Id: m.GetSnapshotId(), Name: m.GetSnapshot(), Description: m.GetDescription(), Parent: vm.GetCurrentSnapshot(), Settings: proto.CloneOf(vm.GetSettings())}
+		for _, d := range vm.GetDisks() {
+			s.Disks = append(s.Disks, proto.CloneOf(d))
+		}
+		vm.Snapshots, vm.CurrentSnapshot = append(vm.Snapshots, s), s.GetId()
+	})
+}
+
+func (h *fakeHost) RevertToSnapshot(_ context.Context, req *connect.Request[strongroomv1.AgentRevertToSnapshotRequest], out *connect.ServerStream[strongroomv1.AgentProgress]) error {
+	h.change(func() { h.reverts = append(h.reverts, req.Msg.GetRevertId()) })
+	return h.work(out, req.Msg.GetId(), func(vm *strongroomv1.VM) { vm.CurrentSnapshot = req.Msg.GetSnapshotId() })
+}
+
+func (h *fakeHost) DeleteSnapshot(_ context.Context, req *connect.Request[strongroomv1.AgentDeleteSnapshotRequest]) (*connect.Response[strongroomv1.AgentVMResponse], error) {
+	return h.answer(req.Msg.GetId(), func(vm *strongroomv1.VM) {
+		id := req.Msg.GetSnapshotId()
+		i := slices.IndexFunc(vm.GetSnapshots(), func(s *strongroomv1.Snapshot) bool { return s.GetId() == id })
+		if i < 0 {
+			return
+		}
+		parent := vm.GetSnapshots()[i].GetParent()
+		vm.Snapshots = slices.Delete(vm.Snapshots, i, i+1)
+		for _, s := range vm.GetSnapshots() {
+			if s.GetParent() == id {
+				s.Parent = parent
+			}
+		}
+		if vm.GetCurrentSnapshot() == id {
+			vm.CurrentSnapshot = parent
+		}
+	})
+}
+
+func (h *fakeHost) ConsolidateSnapshots(_ context.Context, req *connect.Request[strongroomv1.AgentConsolidateSnapshotsRequest]) (*connect.Response[strongroomv1.AgentVMResponse], error) {
+	return h.answer(req.Msg.GetId(), func(vm *strongroomv1.VM) { vm.ConsolidationNeeded = false })
 }
 
 func (h *fakeHost) EncryptVM(_ context.Context, req *connect.Request[strongroomv1.AgentEncryptVMRequest], out *connect.ServerStream[strongroomv1.AgentProgress]) error {

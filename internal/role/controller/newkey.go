@@ -120,7 +120,11 @@ func (c *Controller) mayUse(ctx context.Context, h inventory.Host, vm string, ke
 	unknown := func(d *strongroomv1.Disk) bool {
 		return d.GetEncrypted() && d.GetKey() == nil || is(d.GetKey()) || is(d.GetRekey().GetKey())
 	}
-	return is(said.GetKey()) || slices.ContainsFunc(said.GetDisks(), unknown), nil
+	disks := said.GetDisks()
+	for _, s := range said.GetSnapshots() {
+		disks = append(disks, s.GetDisks()...)
+	}
+	return is(said.GetKey()) || slices.ContainsFunc(disks, unknown), nil
 }
 
 // keysOfTasks returns the keys that tasks on VMs of a cluster have had made and

@@ -312,7 +312,7 @@ func (c providers) GetProviderUsage(ctx context.Context, req *connect.Request[st
 	}
 	res := &strongroomv1.GetProviderUsageResponse{}
 	for _, u := range users {
-		res.Users = append(res.Users, &strongroomv1.KeyUser{Vm: u.VM, Disk: u.Disk, KeyId: u.Key.KeyID, Host: n[u.HostID]})
+		res.Users = append(res.Users, &strongroomv1.KeyUser{Vm: u.VM, Disk: u.Disk, Snapshot: u.Snapshot, KeyId: u.Key.KeyID, Host: n[u.HostID]})
 	}
 	return connect.NewResponse(res), nil
 }

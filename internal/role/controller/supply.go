@@ -139,12 +139,22 @@ func (c *Controller) equip(ctx context.Context, h inventory.Host, refs []invento
 	return err
 }
 
-// equipVM is equip with all keys of a VM and those given.
+// equipVM is equip with the keys that a VM needs to run and those given. What only
+// a snapshot needs does not keep it from that.
 func (c *Controller) equipVM(ctx context.Context, h inventory.Host, a vmArgs) error {
+	return c.equipWith(ctx, h, a, inventory.VM.RunKeys)
+}
+
+// equipSnapshots is equipVM with the keys of the VM's snapshots, too.
+func (c *Controller) equipSnapshots(ctx context.Context, h inventory.Host, a vmArgs) error {
+	return c.equipWith(ctx, h, a, inventory.VM.Keys)
+}
+
+func (c *Controller) equipWith(ctx context.Context, h inventory.Host, a vmArgs, keys func(inventory.VM) []inventory.KeyRef) error {
 	var refs []inventory.KeyRef
 	v, err := c.inv.VMByID(ctx, a.ID)
 	if err == nil {
-		refs = v.Keys()
+		refs = keys(v)
 	} else if errs.KindOf(err) != errs.NotFound {
 		return err
 	}

@@ -271,6 +271,9 @@ func (c vms) EncryptVM(ctx context.Context, req *connect.Request[strongroomv1.En
 	if err := notRekeying(v, chosen); err != nil {
 		return nil, err
 	}
+	if err := withoutSnapshots(v); err != nil {
+		return nil, err
+	}
 	if err := c.chooseKey(ctx, &args, req.Msg.GetProvider()); err != nil {
 		return nil, err
 	}
@@ -289,6 +292,9 @@ func (c vms) DecryptVM(ctx context.Context, req *connect.Request[strongroomv1.De
 	chosen, err := encryptedOf(v, req.Msg.GetDisks())
 	if err == nil {
 		err = notRekeying(v, chosen)
+	}
+	if err == nil {
+		err = withoutSnapshots(v)
 	}
 	if err != nil {
 		return nil, err
@@ -359,6 +365,8 @@ func (c vms) RekeyVM(ctx context.Context, req *connect.Request[strongroomv1.Reke
 		err = errs.New(errs.Invalid, "only a deep rekey has a rate, and that is not negative")
 	case !m.GetDeep():
 		err = notRekeying(v, chosen)
+	default:
+		err = withoutSnapshots(v)
 	}
 	if err != nil {
 		return nil, err

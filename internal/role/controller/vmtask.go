@@ -31,6 +31,11 @@ const (
 	taskUnregister = "vm.unregister"
 	taskDelete     = "vm.delete"
 	taskUnlock     = "vm.unlock"
+
+	taskSnapshot       = "vm.snapshot.create"
+	taskRevert         = "vm.snapshot.revert"
+	taskDeleteSnapshot = "vm.snapshot.delete"
+	taskConsolidate    = "vm.snapshot.consolidate"
 )
 
 // retryAfter is how long a step waits for a host that does not answer.
@@ -56,6 +61,8 @@ type vmArgs struct {
 	Source   string `json:"source,omitempty"`    // id of the VM that is cloned
 	SourceVM string `json:"source_vm,omitempty"` // and its name
 	Recrypt  bool   `json:"recrypt,omitempty"`
+
+	Snapshot *snapshotArgs `json:"snapshot,omitempty"`
 
 	Hard           bool   `json:"hard,omitempty"`
 	TimeoutSeconds uint32 `json:"timeout_seconds,omitempty"`
@@ -93,6 +100,10 @@ func (c *Controller) taskKinds() []task.Kind {
 			{Name: "clone the VM folder", Do: c.step(c.cloneOnHost), Undo: c.step(c.deleteOnHost)},
 			{Name: "add to the inventory", Do: c.step(c.addCreated)},
 		}},
+		{Name: taskSnapshot, Steps: []task.StepFuncs{{Name: "copy the disks", Do: c.step(c.createSnapshot), Undo: c.step(c.deleteSnapshot)}}},
+		one(taskRevert, "revert the disks", false, c.revertToSnapshot),
+		one(taskDeleteSnapshot, "delete the snapshot", true, c.deleteSnapshot),
+		one(taskConsolidate, "delete files that no snapshot has", false, c.consolidateSnapshots),
 		{Name: taskRegister, Steps: []task.StepFuncs{
 			{Name: "register on the host", Do: c.step(c.registerOnHost), Undo: c.step(c.unregisterRegistered)},
 			{Name: "add to the inventory", Do: c.step(c.addRegistered)},
@@ -181,6 +192,9 @@ func (c *Controller) conclude(ctx context.Context, t task.Task, a vmArgs, err er
 			entry.Action += ".recrypt"
 		}
 	}
+	if a.Snapshot != nil {
+		entry.Details["snapshot"], tell.Args["snapshot"] = a.Snapshot.Name, a.Snapshot.Name
+	}
 	if t.Undoing {
 		entry.Action += ".undo"
 	}
@@ -251,6 +265,14 @@ func doneEvent(kind string) string {
 		return event.VMDisksFilled
 	case taskResize:
 		return event.VMDiskResized
+	case taskSnapshot:
+		return event.VMSnapshotCreated
+	case taskRevert:
+		return event.VMSnapshotReverted
+	case taskDeleteSnapshot:
+		return event.VMSnapshotDeleted
+	case taskConsolidate:
+		return event.VMConsolidated
 	}
 	return ""
 }
@@ -396,7 +418,7 @@ func (c *Controller) decrypt(ctx context.Context, r *task.Run, h inventory.Host,
 }
 
 func (c *Controller) rekey(ctx context.Context, r *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {
-	if err := c.equipVM(ctx, h, a); err != nil {
+	if err := c.equipSnapshots(ctx, h, a); err != nil {
 		return nil, err
 	}
 	tell := progress(ctx, r)
