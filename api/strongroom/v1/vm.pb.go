@@ -949,6 +949,112 @@ func (x *CloneVMRequest) GetRecrypt() bool {
 	return false
 }
 
+type ListSnapshotsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The VM.
+	Name          string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListSnapshotsRequest) Reset() {
+	*x = ListSnapshotsRequest{}
+	mi := &file_strongroom_v1_vm_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListSnapshotsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListSnapshotsRequest) ProtoMessage() {}
+
+func (x *ListSnapshotsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_vm_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListSnapshotsRequest.ProtoReflect.Descriptor instead.
+func (*ListSnapshotsRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *ListSnapshotsRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type ListSnapshotsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As in VM.
+	Snapshots           []*Snapshot `protobuf:"bytes,1,rep,name=snapshots,proto3" json:"snapshots,omitempty"`
+	CurrentSnapshot     string      `protobuf:"bytes,2,opt,name=current_snapshot,json=currentSnapshot,proto3" json:"current_snapshot,omitempty"`
+	ConsolidationNeeded bool        `protobuf:"varint,3,opt,name=consolidation_needed,json=consolidationNeeded,proto3" json:"consolidation_needed,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
+}
+
+func (x *ListSnapshotsResponse) Reset() {
+	*x = ListSnapshotsResponse{}
+	mi := &file_strongroom_v1_vm_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListSnapshotsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListSnapshotsResponse) ProtoMessage() {}
+
+func (x *ListSnapshotsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_vm_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListSnapshotsResponse.ProtoReflect.Descriptor instead.
+func (*ListSnapshotsResponse) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *ListSnapshotsResponse) GetSnapshots() []*Snapshot {
+	if x != nil {
+		return x.Snapshots
+	}
+	return nil
+}
+
+func (x *ListSnapshotsResponse) GetCurrentSnapshot() string {
+	if x != nil {
+		return x.CurrentSnapshot
+	}
+	return ""
+}
+
+func (x *ListSnapshotsResponse) GetConsolidationNeeded() bool {
+	if x != nil {
+		return x.ConsolidationNeeded
+	}
+	return false
+}
+
 type CreateSnapshotRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The VM.
@@ -963,7 +1069,7 @@ type CreateSnapshotRequest struct {
 
 func (x *CreateSnapshotRequest) Reset() {
 	*x = CreateSnapshotRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[9]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -975,7 +1081,7 @@ func (x *CreateSnapshotRequest) String() string {
 func (*CreateSnapshotRequest) ProtoMessage() {}
 
 func (x *CreateSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[9]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -988,7 +1094,7 @@ func (x *CreateSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*CreateSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{9}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *CreateSnapshotRequest) GetName() string {
@@ -1023,7 +1129,7 @@ type RevertToSnapshotRequest struct {
 
 func (x *RevertToSnapshotRequest) Reset() {
 	*x = RevertToSnapshotRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[10]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1035,7 +1141,7 @@ func (x *RevertToSnapshotRequest) String() string {
 func (*RevertToSnapshotRequest) ProtoMessage() {}
 
 func (x *RevertToSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[10]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1048,7 +1154,7 @@ func (x *RevertToSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevertToSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*RevertToSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{10}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *RevertToSnapshotRequest) GetName() string {
@@ -1076,7 +1182,7 @@ type DeleteSnapshotRequest struct {
 
 func (x *DeleteSnapshotRequest) Reset() {
 	*x = DeleteSnapshotRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[11]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1088,7 +1194,7 @@ func (x *DeleteSnapshotRequest) String() string {
 func (*DeleteSnapshotRequest) ProtoMessage() {}
 
 func (x *DeleteSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[11]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1101,7 +1207,7 @@ func (x *DeleteSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*DeleteSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{11}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *DeleteSnapshotRequest) GetName() string {
@@ -1128,7 +1234,7 @@ type ConsolidateSnapshotsRequest struct {
 
 func (x *ConsolidateSnapshotsRequest) Reset() {
 	*x = ConsolidateSnapshotsRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[12]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1140,7 +1246,7 @@ func (x *ConsolidateSnapshotsRequest) String() string {
 func (*ConsolidateSnapshotsRequest) ProtoMessage() {}
 
 func (x *ConsolidateSnapshotsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[12]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1153,7 +1259,7 @@ func (x *ConsolidateSnapshotsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsolidateSnapshotsRequest.ProtoReflect.Descriptor instead.
 func (*ConsolidateSnapshotsRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{12}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ConsolidateSnapshotsRequest) GetName() string {
@@ -1171,7 +1277,7 @@ type ListVMsRequest struct {
 
 func (x *ListVMsRequest) Reset() {
 	*x = ListVMsRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[13]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1183,7 +1289,7 @@ func (x *ListVMsRequest) String() string {
 func (*ListVMsRequest) ProtoMessage() {}
 
 func (x *ListVMsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[13]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1196,7 +1302,7 @@ func (x *ListVMsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVMsRequest.ProtoReflect.Descriptor instead.
 func (*ListVMsRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{13}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{15}
 }
 
 type ListVMsResponse struct {
@@ -1208,7 +1314,7 @@ type ListVMsResponse struct {
 
 func (x *ListVMsResponse) Reset() {
 	*x = ListVMsResponse{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[14]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1220,7 +1326,7 @@ func (x *ListVMsResponse) String() string {
 func (*ListVMsResponse) ProtoMessage() {}
 
 func (x *ListVMsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[14]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1233,7 +1339,7 @@ func (x *ListVMsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVMsResponse.ProtoReflect.Descriptor instead.
 func (*ListVMsResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{14}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ListVMsResponse) GetVms() []*VM {
@@ -1252,7 +1358,7 @@ type GetVMRequest struct {
 
 func (x *GetVMRequest) Reset() {
 	*x = GetVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[15]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1264,7 +1370,7 @@ func (x *GetVMRequest) String() string {
 func (*GetVMRequest) ProtoMessage() {}
 
 func (x *GetVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[15]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1277,7 +1383,7 @@ func (x *GetVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetVMRequest.ProtoReflect.Descriptor instead.
 func (*GetVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{15}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *GetVMRequest) GetName() string {
@@ -1296,7 +1402,7 @@ type PowerOnVMRequest struct {
 
 func (x *PowerOnVMRequest) Reset() {
 	*x = PowerOnVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[16]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1308,7 +1414,7 @@ func (x *PowerOnVMRequest) String() string {
 func (*PowerOnVMRequest) ProtoMessage() {}
 
 func (x *PowerOnVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[16]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1321,7 +1427,7 @@ func (x *PowerOnVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PowerOnVMRequest.ProtoReflect.Descriptor instead.
 func (*PowerOnVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{16}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *PowerOnVMRequest) GetName() string {
@@ -1344,7 +1450,7 @@ type PowerOffVMRequest struct {
 
 func (x *PowerOffVMRequest) Reset() {
 	*x = PowerOffVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[17]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1356,7 +1462,7 @@ func (x *PowerOffVMRequest) String() string {
 func (*PowerOffVMRequest) ProtoMessage() {}
 
 func (x *PowerOffVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[17]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1369,7 +1475,7 @@ func (x *PowerOffVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PowerOffVMRequest.ProtoReflect.Descriptor instead.
 func (*PowerOffVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{17}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *PowerOffVMRequest) GetName() string {
@@ -1407,7 +1513,7 @@ type EncryptVMRequest struct {
 
 func (x *EncryptVMRequest) Reset() {
 	*x = EncryptVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[18]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1419,7 +1525,7 @@ func (x *EncryptVMRequest) String() string {
 func (*EncryptVMRequest) ProtoMessage() {}
 
 func (x *EncryptVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[18]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1432,7 +1538,7 @@ func (x *EncryptVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EncryptVMRequest.ProtoReflect.Descriptor instead.
 func (*EncryptVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{18}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *EncryptVMRequest) GetName() string {
@@ -1474,7 +1580,7 @@ type DecryptVMRequest struct {
 
 func (x *DecryptVMRequest) Reset() {
 	*x = DecryptVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[19]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1486,7 +1592,7 @@ func (x *DecryptVMRequest) String() string {
 func (*DecryptVMRequest) ProtoMessage() {}
 
 func (x *DecryptVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[19]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1499,7 +1605,7 @@ func (x *DecryptVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecryptVMRequest.ProtoReflect.Descriptor instead.
 func (*DecryptVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{19}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *DecryptVMRequest) GetName() string {
@@ -1538,7 +1644,7 @@ type RekeyVMRequest struct {
 
 func (x *RekeyVMRequest) Reset() {
 	*x = RekeyVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[20]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1550,7 +1656,7 @@ func (x *RekeyVMRequest) String() string {
 func (*RekeyVMRequest) ProtoMessage() {}
 
 func (x *RekeyVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[20]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1563,7 +1669,7 @@ func (x *RekeyVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RekeyVMRequest.ProtoReflect.Descriptor instead.
 func (*RekeyVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{20}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *RekeyVMRequest) GetName() string {
@@ -1612,7 +1718,7 @@ type SetRekeyRateRequest struct {
 
 func (x *SetRekeyRateRequest) Reset() {
 	*x = SetRekeyRateRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[21]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1624,7 +1730,7 @@ func (x *SetRekeyRateRequest) String() string {
 func (*SetRekeyRateRequest) ProtoMessage() {}
 
 func (x *SetRekeyRateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[21]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1637,7 +1743,7 @@ func (x *SetRekeyRateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetRekeyRateRequest.ProtoReflect.Descriptor instead.
 func (*SetRekeyRateRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{21}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *SetRekeyRateRequest) GetName() string {
@@ -1665,7 +1771,7 @@ type FillDisksRequest struct {
 
 func (x *FillDisksRequest) Reset() {
 	*x = FillDisksRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[22]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1677,7 +1783,7 @@ func (x *FillDisksRequest) String() string {
 func (*FillDisksRequest) ProtoMessage() {}
 
 func (x *FillDisksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[22]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1690,7 +1796,7 @@ func (x *FillDisksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FillDisksRequest.ProtoReflect.Descriptor instead.
 func (*FillDisksRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{22}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *FillDisksRequest) GetName() string {
@@ -1719,7 +1825,7 @@ type ResizeDiskRequest struct {
 
 func (x *ResizeDiskRequest) Reset() {
 	*x = ResizeDiskRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[23]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1731,7 +1837,7 @@ func (x *ResizeDiskRequest) String() string {
 func (*ResizeDiskRequest) ProtoMessage() {}
 
 func (x *ResizeDiskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[23]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1744,7 +1850,7 @@ func (x *ResizeDiskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeDiskRequest.ProtoReflect.Descriptor instead.
 func (*ResizeDiskRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{23}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ResizeDiskRequest) GetName() string {
@@ -1780,7 +1886,7 @@ type ExportDiskKeyRequest struct {
 
 func (x *ExportDiskKeyRequest) Reset() {
 	*x = ExportDiskKeyRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[24]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1792,7 +1898,7 @@ func (x *ExportDiskKeyRequest) String() string {
 func (*ExportDiskKeyRequest) ProtoMessage() {}
 
 func (x *ExportDiskKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[24]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1805,7 +1911,7 @@ func (x *ExportDiskKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportDiskKeyRequest.ProtoReflect.Descriptor instead.
 func (*ExportDiskKeyRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{24}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ExportDiskKeyRequest) GetName() string {
@@ -1840,7 +1946,7 @@ type ExportDiskKeyResponse struct {
 
 func (x *ExportDiskKeyResponse) Reset() {
 	*x = ExportDiskKeyResponse{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[25]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1852,7 +1958,7 @@ func (x *ExportDiskKeyResponse) String() string {
 func (*ExportDiskKeyResponse) ProtoMessage() {}
 
 func (x *ExportDiskKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[25]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1865,7 +1971,7 @@ func (x *ExportDiskKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportDiskKeyResponse.ProtoReflect.Descriptor instead.
 func (*ExportDiskKeyResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{25}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ExportDiskKeyResponse) GetParcel() []byte {
@@ -1911,7 +2017,7 @@ type VolumeLayout struct {
 
 func (x *VolumeLayout) Reset() {
 	*x = VolumeLayout{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[26]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1923,7 +2029,7 @@ func (x *VolumeLayout) String() string {
 func (*VolumeLayout) ProtoMessage() {}
 
 func (x *VolumeLayout) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[26]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1936,7 +2042,7 @@ func (x *VolumeLayout) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeLayout.ProtoReflect.Descriptor instead.
 func (*VolumeLayout) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{26}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *VolumeLayout) GetVm() string {
@@ -2043,7 +2149,7 @@ type RegisterVMRequest struct {
 
 func (x *RegisterVMRequest) Reset() {
 	*x = RegisterVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[27]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2055,7 +2161,7 @@ func (x *RegisterVMRequest) String() string {
 func (*RegisterVMRequest) ProtoMessage() {}
 
 func (x *RegisterVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[27]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2068,7 +2174,7 @@ func (x *RegisterVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterVMRequest.ProtoReflect.Descriptor instead.
 func (*RegisterVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{27}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *RegisterVMRequest) GetDatastore() string {
@@ -2108,7 +2214,7 @@ type UnregisterVMRequest struct {
 
 func (x *UnregisterVMRequest) Reset() {
 	*x = UnregisterVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[28]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2120,7 +2226,7 @@ func (x *UnregisterVMRequest) String() string {
 func (*UnregisterVMRequest) ProtoMessage() {}
 
 func (x *UnregisterVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[28]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2133,7 +2239,7 @@ func (x *UnregisterVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnregisterVMRequest.ProtoReflect.Descriptor instead.
 func (*UnregisterVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{28}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *UnregisterVMRequest) GetName() string {
@@ -2152,7 +2258,7 @@ type DeleteVMRequest struct {
 
 func (x *DeleteVMRequest) Reset() {
 	*x = DeleteVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[29]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2164,7 +2270,7 @@ func (x *DeleteVMRequest) String() string {
 func (*DeleteVMRequest) ProtoMessage() {}
 
 func (x *DeleteVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[29]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2177,7 +2283,7 @@ func (x *DeleteVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVMRequest.ProtoReflect.Descriptor instead.
 func (*DeleteVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{29}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *DeleteVMRequest) GetName() string {
@@ -2196,7 +2302,7 @@ type UnlockVMRequest struct {
 
 func (x *UnlockVMRequest) Reset() {
 	*x = UnlockVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[30]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2208,7 +2314,7 @@ func (x *UnlockVMRequest) String() string {
 func (*UnlockVMRequest) ProtoMessage() {}
 
 func (x *UnlockVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[30]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2221,7 +2327,7 @@ func (x *UnlockVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockVMRequest.ProtoReflect.Descriptor instead.
 func (*UnlockVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{30}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *UnlockVMRequest) GetName() string {
@@ -2327,7 +2433,13 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"\x05clone\x18\x02 \x01(\tR\x05clone\x12\x1c\n" +
 	"\tdatastore\x18\x03 \x01(\tR\tdatastore\x12\x1a\n" +
 	"\bprovider\x18\x04 \x01(\tR\bprovider\x12\x18\n" +
-	"\arecrypt\x18\x05 \x01(\bR\arecrypt\"i\n" +
+	"\arecrypt\x18\x05 \x01(\bR\arecrypt\"*\n" +
+	"\x14ListSnapshotsRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\xac\x01\n" +
+	"\x15ListSnapshotsResponse\x125\n" +
+	"\tsnapshots\x18\x01 \x03(\v2\x17.strongroom.v1.SnapshotR\tsnapshots\x12)\n" +
+	"\x10current_snapshot\x18\x02 \x01(\tR\x0fcurrentSnapshot\x121\n" +
+	"\x14consolidation_needed\x18\x03 \x01(\bR\x13consolidationNeeded\"i\n" +
 	"\x15CreateSnapshotRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\bsnapshot\x18\x02 \x01(\tR\bsnapshot\x12 \n" +
@@ -2413,7 +2525,7 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"\x0fDeleteVMRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"%\n" +
 	"\x0fUnlockVMRequest\x12\x12\n" +
-	"\x04name\x18\x01 \x01(\tR\x04name2\x90\x11\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name2\xfd\x11\n" +
 	"\tVMService\x12d\n" +
 	"\bCreateVM\x12\x1e.strongroom.v1.CreateVMRequest\x1a\x13.strongroom.v1.Task\"#\x8a\xb5\x18\x1fVirtualMachine.Inventory.Create\x12d\n" +
 	"\aCloneVM\x12\x1d.strongroom.v1.CloneVMRequest\x1a\x13.strongroom.v1.Task\"%\x8a\xb5\x18!VirtualMachine.Provisioning.Clone\x12Y\n" +
@@ -2428,7 +2540,8 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"\fSetRekeyRate\x12\".strongroom.v1.SetRekeyRateRequest\x1a\x13.strongroom.v1.Task\"\x19\x8a\xb5\x18\x15Cryptographer.Recrypt\x12_\n" +
 	"\tFillDisks\x12\x1f.strongroom.v1.FillDisksRequest\x1a\x13.strongroom.v1.Task\"\x1c\x8a\xb5\x18\x18Datastore.FileManagement\x12i\n" +
 	"\n" +
-	"ResizeDisk\x12 .strongroom.v1.ResizeDiskRequest\x1a\x13.strongroom.v1.Task\"$\x8a\xb5\x18 VirtualMachine.Config.DiskExtend\x12t\n" +
+	"ResizeDisk\x12 .strongroom.v1.ResizeDiskRequest\x1a\x13.strongroom.v1.Task\"$\x8a\xb5\x18 VirtualMachine.Config.DiskExtend\x12k\n" +
+	"\rListSnapshots\x12#.strongroom.v1.ListSnapshotsRequest\x1a$.strongroom.v1.ListSnapshotsResponse\"\x0f\x8a\xb5\x18\vSystem.Read\x12t\n" +
 	"\x0eCreateSnapshot\x12$.strongroom.v1.CreateSnapshotRequest\x1a\x13.strongroom.v1.Task\"'\x8a\xb5\x18#VirtualMachine.State.CreateSnapshot\x12z\n" +
 	"\x10RevertToSnapshot\x12&.strongroom.v1.RevertToSnapshotRequest\x1a\x13.strongroom.v1.Task\")\x8a\xb5\x18%VirtualMachine.State.RevertToSnapshot\x12t\n" +
 	"\x0eDeleteSnapshot\x12$.strongroom.v1.DeleteSnapshotRequest\x1a\x13.strongroom.v1.Task\"'\x8a\xb5\x18#VirtualMachine.State.RemoveSnapshot\x12\x80\x01\n" +
@@ -2452,7 +2565,7 @@ func file_strongroom_v1_vm_proto_rawDescGZIP() []byte {
 	return file_strongroom_v1_vm_proto_rawDescData
 }
 
-var file_strongroom_v1_vm_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
+var file_strongroom_v1_vm_proto_msgTypes = make([]protoimpl.MessageInfo, 33)
 var file_strongroom_v1_vm_proto_goTypes = []any{
 	(*KeyRef)(nil),                      // 0: strongroom.v1.KeyRef
 	(*VM)(nil),                          // 1: strongroom.v1.VM
@@ -2463,38 +2576,40 @@ var file_strongroom_v1_vm_proto_goTypes = []any{
 	(*NewDisk)(nil),                     // 6: strongroom.v1.NewDisk
 	(*CreateVMRequest)(nil),             // 7: strongroom.v1.CreateVMRequest
 	(*CloneVMRequest)(nil),              // 8: strongroom.v1.CloneVMRequest
-	(*CreateSnapshotRequest)(nil),       // 9: strongroom.v1.CreateSnapshotRequest
-	(*RevertToSnapshotRequest)(nil),     // 10: strongroom.v1.RevertToSnapshotRequest
-	(*DeleteSnapshotRequest)(nil),       // 11: strongroom.v1.DeleteSnapshotRequest
-	(*ConsolidateSnapshotsRequest)(nil), // 12: strongroom.v1.ConsolidateSnapshotsRequest
-	(*ListVMsRequest)(nil),              // 13: strongroom.v1.ListVMsRequest
-	(*ListVMsResponse)(nil),             // 14: strongroom.v1.ListVMsResponse
-	(*GetVMRequest)(nil),                // 15: strongroom.v1.GetVMRequest
-	(*PowerOnVMRequest)(nil),            // 16: strongroom.v1.PowerOnVMRequest
-	(*PowerOffVMRequest)(nil),           // 17: strongroom.v1.PowerOffVMRequest
-	(*EncryptVMRequest)(nil),            // 18: strongroom.v1.EncryptVMRequest
-	(*DecryptVMRequest)(nil),            // 19: strongroom.v1.DecryptVMRequest
-	(*RekeyVMRequest)(nil),              // 20: strongroom.v1.RekeyVMRequest
-	(*SetRekeyRateRequest)(nil),         // 21: strongroom.v1.SetRekeyRateRequest
-	(*FillDisksRequest)(nil),            // 22: strongroom.v1.FillDisksRequest
-	(*ResizeDiskRequest)(nil),           // 23: strongroom.v1.ResizeDiskRequest
-	(*ExportDiskKeyRequest)(nil),        // 24: strongroom.v1.ExportDiskKeyRequest
-	(*ExportDiskKeyResponse)(nil),       // 25: strongroom.v1.ExportDiskKeyResponse
-	(*VolumeLayout)(nil),                // 26: strongroom.v1.VolumeLayout
-	(*RegisterVMRequest)(nil),           // 27: strongroom.v1.RegisterVMRequest
-	(*UnregisterVMRequest)(nil),         // 28: strongroom.v1.UnregisterVMRequest
-	(*DeleteVMRequest)(nil),             // 29: strongroom.v1.DeleteVMRequest
-	(*UnlockVMRequest)(nil),             // 30: strongroom.v1.UnlockVMRequest
-	(*timestamppb.Timestamp)(nil),       // 31: google.protobuf.Timestamp
-	(*Task)(nil),                        // 32: strongroom.v1.Task
+	(*ListSnapshotsRequest)(nil),        // 9: strongroom.v1.ListSnapshotsRequest
+	(*ListSnapshotsResponse)(nil),       // 10: strongroom.v1.ListSnapshotsResponse
+	(*CreateSnapshotRequest)(nil),       // 11: strongroom.v1.CreateSnapshotRequest
+	(*RevertToSnapshotRequest)(nil),     // 12: strongroom.v1.RevertToSnapshotRequest
+	(*DeleteSnapshotRequest)(nil),       // 13: strongroom.v1.DeleteSnapshotRequest
+	(*ConsolidateSnapshotsRequest)(nil), // 14: strongroom.v1.ConsolidateSnapshotsRequest
+	(*ListVMsRequest)(nil),              // 15: strongroom.v1.ListVMsRequest
+	(*ListVMsResponse)(nil),             // 16: strongroom.v1.ListVMsResponse
+	(*GetVMRequest)(nil),                // 17: strongroom.v1.GetVMRequest
+	(*PowerOnVMRequest)(nil),            // 18: strongroom.v1.PowerOnVMRequest
+	(*PowerOffVMRequest)(nil),           // 19: strongroom.v1.PowerOffVMRequest
+	(*EncryptVMRequest)(nil),            // 20: strongroom.v1.EncryptVMRequest
+	(*DecryptVMRequest)(nil),            // 21: strongroom.v1.DecryptVMRequest
+	(*RekeyVMRequest)(nil),              // 22: strongroom.v1.RekeyVMRequest
+	(*SetRekeyRateRequest)(nil),         // 23: strongroom.v1.SetRekeyRateRequest
+	(*FillDisksRequest)(nil),            // 24: strongroom.v1.FillDisksRequest
+	(*ResizeDiskRequest)(nil),           // 25: strongroom.v1.ResizeDiskRequest
+	(*ExportDiskKeyRequest)(nil),        // 26: strongroom.v1.ExportDiskKeyRequest
+	(*ExportDiskKeyResponse)(nil),       // 27: strongroom.v1.ExportDiskKeyResponse
+	(*VolumeLayout)(nil),                // 28: strongroom.v1.VolumeLayout
+	(*RegisterVMRequest)(nil),           // 29: strongroom.v1.RegisterVMRequest
+	(*UnregisterVMRequest)(nil),         // 30: strongroom.v1.UnregisterVMRequest
+	(*DeleteVMRequest)(nil),             // 31: strongroom.v1.DeleteVMRequest
+	(*UnlockVMRequest)(nil),             // 32: strongroom.v1.UnlockVMRequest
+	(*timestamppb.Timestamp)(nil),       // 33: google.protobuf.Timestamp
+	(*Task)(nil),                        // 34: strongroom.v1.Task
 }
 var file_strongroom_v1_vm_proto_depIdxs = []int32{
 	0,  // 0: strongroom.v1.VM.key:type_name -> strongroom.v1.KeyRef
 	3,  // 1: strongroom.v1.VM.disks:type_name -> strongroom.v1.Disk
 	5,  // 2: strongroom.v1.VM.settings:type_name -> strongroom.v1.VMSettings
-	31, // 3: strongroom.v1.VM.created:type_name -> google.protobuf.Timestamp
+	33, // 3: strongroom.v1.VM.created:type_name -> google.protobuf.Timestamp
 	2,  // 4: strongroom.v1.VM.snapshots:type_name -> strongroom.v1.Snapshot
-	31, // 5: strongroom.v1.Snapshot.created:type_name -> google.protobuf.Timestamp
+	33, // 5: strongroom.v1.Snapshot.created:type_name -> google.protobuf.Timestamp
 	3,  // 6: strongroom.v1.Snapshot.disks:type_name -> strongroom.v1.Disk
 	5,  // 7: strongroom.v1.Snapshot.settings:type_name -> strongroom.v1.VMSettings
 	0,  // 8: strongroom.v1.Disk.key:type_name -> strongroom.v1.KeyRef
@@ -2502,56 +2617,59 @@ var file_strongroom_v1_vm_proto_depIdxs = []int32{
 	0,  // 10: strongroom.v1.DiskRekey.key:type_name -> strongroom.v1.KeyRef
 	5,  // 11: strongroom.v1.CreateVMRequest.settings:type_name -> strongroom.v1.VMSettings
 	6,  // 12: strongroom.v1.CreateVMRequest.disks:type_name -> strongroom.v1.NewDisk
-	1,  // 13: strongroom.v1.ListVMsResponse.vms:type_name -> strongroom.v1.VM
-	26, // 14: strongroom.v1.ExportDiskKeyResponse.layout:type_name -> strongroom.v1.VolumeLayout
-	0,  // 15: strongroom.v1.VolumeLayout.key:type_name -> strongroom.v1.KeyRef
-	7,  // 16: strongroom.v1.VMService.CreateVM:input_type -> strongroom.v1.CreateVMRequest
-	8,  // 17: strongroom.v1.VMService.CloneVM:input_type -> strongroom.v1.CloneVMRequest
-	13, // 18: strongroom.v1.VMService.ListVMs:input_type -> strongroom.v1.ListVMsRequest
-	15, // 19: strongroom.v1.VMService.GetVM:input_type -> strongroom.v1.GetVMRequest
-	16, // 20: strongroom.v1.VMService.PowerOnVM:input_type -> strongroom.v1.PowerOnVMRequest
-	17, // 21: strongroom.v1.VMService.PowerOffVM:input_type -> strongroom.v1.PowerOffVMRequest
-	18, // 22: strongroom.v1.VMService.EncryptVM:input_type -> strongroom.v1.EncryptVMRequest
-	19, // 23: strongroom.v1.VMService.DecryptVM:input_type -> strongroom.v1.DecryptVMRequest
-	20, // 24: strongroom.v1.VMService.RekeyVM:input_type -> strongroom.v1.RekeyVMRequest
-	21, // 25: strongroom.v1.VMService.SetRekeyRate:input_type -> strongroom.v1.SetRekeyRateRequest
-	22, // 26: strongroom.v1.VMService.FillDisks:input_type -> strongroom.v1.FillDisksRequest
-	23, // 27: strongroom.v1.VMService.ResizeDisk:input_type -> strongroom.v1.ResizeDiskRequest
-	9,  // 28: strongroom.v1.VMService.CreateSnapshot:input_type -> strongroom.v1.CreateSnapshotRequest
-	10, // 29: strongroom.v1.VMService.RevertToSnapshot:input_type -> strongroom.v1.RevertToSnapshotRequest
-	11, // 30: strongroom.v1.VMService.DeleteSnapshot:input_type -> strongroom.v1.DeleteSnapshotRequest
-	12, // 31: strongroom.v1.VMService.ConsolidateSnapshots:input_type -> strongroom.v1.ConsolidateSnapshotsRequest
-	24, // 32: strongroom.v1.VMService.ExportDiskKey:input_type -> strongroom.v1.ExportDiskKeyRequest
-	27, // 33: strongroom.v1.VMService.RegisterVM:input_type -> strongroom.v1.RegisterVMRequest
-	28, // 34: strongroom.v1.VMService.UnregisterVM:input_type -> strongroom.v1.UnregisterVMRequest
-	29, // 35: strongroom.v1.VMService.DeleteVM:input_type -> strongroom.v1.DeleteVMRequest
-	30, // 36: strongroom.v1.VMService.UnlockVM:input_type -> strongroom.v1.UnlockVMRequest
-	32, // 37: strongroom.v1.VMService.CreateVM:output_type -> strongroom.v1.Task
-	32, // 38: strongroom.v1.VMService.CloneVM:output_type -> strongroom.v1.Task
-	14, // 39: strongroom.v1.VMService.ListVMs:output_type -> strongroom.v1.ListVMsResponse
-	1,  // 40: strongroom.v1.VMService.GetVM:output_type -> strongroom.v1.VM
-	32, // 41: strongroom.v1.VMService.PowerOnVM:output_type -> strongroom.v1.Task
-	32, // 42: strongroom.v1.VMService.PowerOffVM:output_type -> strongroom.v1.Task
-	32, // 43: strongroom.v1.VMService.EncryptVM:output_type -> strongroom.v1.Task
-	32, // 44: strongroom.v1.VMService.DecryptVM:output_type -> strongroom.v1.Task
-	32, // 45: strongroom.v1.VMService.RekeyVM:output_type -> strongroom.v1.Task
-	32, // 46: strongroom.v1.VMService.SetRekeyRate:output_type -> strongroom.v1.Task
-	32, // 47: strongroom.v1.VMService.FillDisks:output_type -> strongroom.v1.Task
-	32, // 48: strongroom.v1.VMService.ResizeDisk:output_type -> strongroom.v1.Task
-	32, // 49: strongroom.v1.VMService.CreateSnapshot:output_type -> strongroom.v1.Task
-	32, // 50: strongroom.v1.VMService.RevertToSnapshot:output_type -> strongroom.v1.Task
-	32, // 51: strongroom.v1.VMService.DeleteSnapshot:output_type -> strongroom.v1.Task
-	32, // 52: strongroom.v1.VMService.ConsolidateSnapshots:output_type -> strongroom.v1.Task
-	25, // 53: strongroom.v1.VMService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
-	32, // 54: strongroom.v1.VMService.RegisterVM:output_type -> strongroom.v1.Task
-	32, // 55: strongroom.v1.VMService.UnregisterVM:output_type -> strongroom.v1.Task
-	32, // 56: strongroom.v1.VMService.DeleteVM:output_type -> strongroom.v1.Task
-	32, // 57: strongroom.v1.VMService.UnlockVM:output_type -> strongroom.v1.Task
-	37, // [37:58] is the sub-list for method output_type
-	16, // [16:37] is the sub-list for method input_type
-	16, // [16:16] is the sub-list for extension type_name
-	16, // [16:16] is the sub-list for extension extendee
-	0,  // [0:16] is the sub-list for field type_name
+	2,  // 13: strongroom.v1.ListSnapshotsResponse.snapshots:type_name -> strongroom.v1.Snapshot
+	1,  // 14: strongroom.v1.ListVMsResponse.vms:type_name -> strongroom.v1.VM
+	28, // 15: strongroom.v1.ExportDiskKeyResponse.layout:type_name -> strongroom.v1.VolumeLayout
+	0,  // 16: strongroom.v1.VolumeLayout.key:type_name -> strongroom.v1.KeyRef
+	7,  // 17: strongroom.v1.VMService.CreateVM:input_type -> strongroom.v1.CreateVMRequest
+	8,  // 18: strongroom.v1.VMService.CloneVM:input_type -> strongroom.v1.CloneVMRequest
+	15, // 19: strongroom.v1.VMService.ListVMs:input_type -> strongroom.v1.ListVMsRequest
+	17, // 20: strongroom.v1.VMService.GetVM:input_type -> strongroom.v1.GetVMRequest
+	18, // 21: strongroom.v1.VMService.PowerOnVM:input_type -> strongroom.v1.PowerOnVMRequest
+	19, // 22: strongroom.v1.VMService.PowerOffVM:input_type -> strongroom.v1.PowerOffVMRequest
+	20, // 23: strongroom.v1.VMService.EncryptVM:input_type -> strongroom.v1.EncryptVMRequest
+	21, // 24: strongroom.v1.VMService.DecryptVM:input_type -> strongroom.v1.DecryptVMRequest
+	22, // 25: strongroom.v1.VMService.RekeyVM:input_type -> strongroom.v1.RekeyVMRequest
+	23, // 26: strongroom.v1.VMService.SetRekeyRate:input_type -> strongroom.v1.SetRekeyRateRequest
+	24, // 27: strongroom.v1.VMService.FillDisks:input_type -> strongroom.v1.FillDisksRequest
+	25, // 28: strongroom.v1.VMService.ResizeDisk:input_type -> strongroom.v1.ResizeDiskRequest
+	9,  // 29: strongroom.v1.VMService.ListSnapshots:input_type -> strongroom.v1.ListSnapshotsRequest
+	11, // 30: strongroom.v1.VMService.CreateSnapshot:input_type -> strongroom.v1.CreateSnapshotRequest
+	12, // 31: strongroom.v1.VMService.RevertToSnapshot:input_type -> strongroom.v1.RevertToSnapshotRequest
+	13, // 32: strongroom.v1.VMService.DeleteSnapshot:input_type -> strongroom.v1.DeleteSnapshotRequest
+	14, // 33: strongroom.v1.VMService.ConsolidateSnapshots:input_type -> strongroom.v1.ConsolidateSnapshotsRequest
+	26, // 34: strongroom.v1.VMService.ExportDiskKey:input_type -> strongroom.v1.ExportDiskKeyRequest
+	29, // 35: strongroom.v1.VMService.RegisterVM:input_type -> strongroom.v1.RegisterVMRequest
+	30, // 36: strongroom.v1.VMService.UnregisterVM:input_type -> strongroom.v1.UnregisterVMRequest
+	31, // 37: strongroom.v1.VMService.DeleteVM:input_type -> strongroom.v1.DeleteVMRequest
+	32, // 38: strongroom.v1.VMService.UnlockVM:input_type -> strongroom.v1.UnlockVMRequest
+	34, // 39: strongroom.v1.VMService.CreateVM:output_type -> strongroom.v1.Task
+	34, // 40: strongroom.v1.VMService.CloneVM:output_type -> strongroom.v1.Task
+	16, // 41: strongroom.v1.VMService.ListVMs:output_type -> strongroom.v1.ListVMsResponse
+	1,  // 42: strongroom.v1.VMService.GetVM:output_type -> strongroom.v1.VM
+	34, // 43: strongroom.v1.VMService.PowerOnVM:output_type -> strongroom.v1.Task
+	34, // 44: strongroom.v1.VMService.PowerOffVM:output_type -> strongroom.v1.Task
+	34, // 45: strongroom.v1.VMService.EncryptVM:output_type -> strongroom.v1.Task
+	34, // 46: strongroom.v1.VMService.DecryptVM:output_type -> strongroom.v1.Task
+	34, // 47: strongroom.v1.VMService.RekeyVM:output_type -> strongroom.v1.Task
+	34, // 48: strongroom.v1.VMService.SetRekeyRate:output_type -> strongroom.v1.Task
+	34, // 49: strongroom.v1.VMService.FillDisks:output_type -> strongroom.v1.Task
+	34, // 50: strongroom.v1.VMService.ResizeDisk:output_type -> strongroom.v1.Task
+	10, // 51: strongroom.v1.VMService.ListSnapshots:output_type -> strongroom.v1.ListSnapshotsResponse
+	34, // 52: strongroom.v1.VMService.CreateSnapshot:output_type -> strongroom.v1.Task
+	34, // 53: strongroom.v1.VMService.RevertToSnapshot:output_type -> strongroom.v1.Task
+	34, // 54: strongroom.v1.VMService.DeleteSnapshot:output_type -> strongroom.v1.Task
+	34, // 55: strongroom.v1.VMService.ConsolidateSnapshots:output_type -> strongroom.v1.Task
+	27, // 56: strongroom.v1.VMService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
+	34, // 57: strongroom.v1.VMService.RegisterVM:output_type -> strongroom.v1.Task
+	34, // 58: strongroom.v1.VMService.UnregisterVM:output_type -> strongroom.v1.Task
+	34, // 59: strongroom.v1.VMService.DeleteVM:output_type -> strongroom.v1.Task
+	34, // 60: strongroom.v1.VMService.UnlockVM:output_type -> strongroom.v1.Task
+	39, // [39:61] is the sub-list for method output_type
+	17, // [17:39] is the sub-list for method input_type
+	17, // [17:17] is the sub-list for extension type_name
+	17, // [17:17] is the sub-list for extension extendee
+	0,  // [0:17] is the sub-list for field type_name
 }
 
 func init() { file_strongroom_v1_vm_proto_init() }
@@ -2567,7 +2685,7 @@ func file_strongroom_v1_vm_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_strongroom_v1_vm_proto_rawDesc), len(file_strongroom_v1_vm_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   31,
+			NumMessages:   33,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -194,6 +194,38 @@ func (c *controller) GetVM(_ context.Context, r *connect.Request[strongroomv1.Ge
 	return nil, apierr.To(errs.New(errs.NotFound, "no VM %q", r.Msg.GetName()).WithHint("strongroom vm ls"))
 }
 
+var snapshotDisks = []*strongroomv1.Disk{{
+	Name: "disk-0", File: "snapshot-s.disk-0.luks", SizeBytes: 10 << 30, AllocatedBytes: 3 << 20, Encrypted: true,
+	Key: &strongroomv1.KeyRef{Provider: "kp-1", KeyId: "k-1/1"}, Generation: 2, Cipher: "xts-aes-256", Uuid: "u",
+}}
+
+// snapshots are those of every VM: a root with two children.
+var snapshots = []*strongroomv1.Snapshot{
+	{Id: "s1", Name: "installed", Description: "before the upgrade\x1b[31m", Created: stamp(-48 * time.Hour), Settings: vms[0].GetSettings(), Disks: snapshotDisks},
+	{Id: "s2", Name: "upgraded", Created: stamp(-24 * time.Hour), Parent: "s1", Settings: vms[0].GetSettings(), Disks: snapshotDisks, LockReason: "disk disk-0: key k-1/1 is not here"},
+	{Id: "s3", Name: "once-more", Created: stamp(-time.Hour), Parent: "s1", Settings: vms[0].GetSettings(), Disks: snapshotDisks},
+}
+
+func (c *controller) ListSnapshots(context.Context, *connect.Request[strongroomv1.ListSnapshotsRequest]) (*connect.Response[strongroomv1.ListSnapshotsResponse], error) {
+	return reply(&strongroomv1.ListSnapshotsResponse{Snapshots: snapshots, CurrentSnapshot: "s3", ConsolidationNeeded: true})
+}
+
+func (c *controller) CreateSnapshot(_ context.Context, r *connect.Request[strongroomv1.CreateSnapshotRequest]) (*connect.Response[strongroomv1.Task], error) {
+	return c.task("CreateSnapshot", r.Msg.GetName(), fmt.Sprintf("%s %q", r.Msg.GetSnapshot(), r.Msg.GetDescription()))
+}
+
+func (c *controller) RevertToSnapshot(_ context.Context, r *connect.Request[strongroomv1.RevertToSnapshotRequest]) (*connect.Response[strongroomv1.Task], error) {
+	return c.task("RevertToSnapshot", r.Msg.GetName(), r.Msg.GetSnapshot())
+}
+
+func (c *controller) DeleteSnapshot(_ context.Context, r *connect.Request[strongroomv1.DeleteSnapshotRequest]) (*connect.Response[strongroomv1.Task], error) {
+	return c.task("DeleteSnapshot", r.Msg.GetName(), r.Msg.GetSnapshot())
+}
+
+func (c *controller) ConsolidateSnapshots(_ context.Context, r *connect.Request[strongroomv1.ConsolidateSnapshotsRequest]) (*connect.Response[strongroomv1.Task], error) {
+	return c.task("ConsolidateSnapshots", r.Msg.GetName(), "")
+}
+
 func (c *controller) task(verb, vm string, detail any) (*connect.Response[strongroomv1.Task], error) {
 	c.called("%s %s %v", verb, vm, detail)
 	if c.fail != nil {

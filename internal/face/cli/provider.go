@@ -251,8 +251,8 @@ func newProviderUsageCmd(env *Env) *cobra.Command {
 	return &cobra.Command{
 		Use:   "usage NAME",
 		Short: "List what uses a key provider",
-		Long: `List the VMs and disks registered here that need the provider's keys. Copies
-elsewhere (backups, replicas, other controllers) cannot be known.
+		Long: `List the VMs, disks and snapshots registered here that need the provider's keys.
+Copies elsewhere (backups, replicas, other controllers) cannot be known.
 
 It changes nothing. Needs the privilege Cryptographer.ReadKeyServersInfo.`,
 		Example:           "  strongroom provider usage kp-1",
@@ -266,6 +266,7 @@ It changes nothing. Needs the privilege Cryptographer.ReadKeyServersInfo.`,
 			return printList(env, res, res.GetUsers(), []column[*strongroomv1.KeyUser]{
 				{"VM", (*strongroomv1.KeyUser).GetVm},
 				{"DISK", (*strongroomv1.KeyUser).GetDisk},
+				{"SNAPSHOT", (*strongroomv1.KeyUser).GetSnapshot},
 				{"KEY ID", (*strongroomv1.KeyUser).GetKeyId},
 				{"HOST", (*strongroomv1.KeyUser).GetHost},
 			})

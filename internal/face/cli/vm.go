@@ -21,7 +21,7 @@ can be copied, replicated and registered elsewhere as it is.
 While the controller is away, ls, show, power-on and power-off work with a
 host's local socket: --server unix:/PATH.`,
 		newVMCreateCmd(env), newVMCloneCmd(env), newVMLsCmd(env), newVMShowCmd(env),
-		newVMPowerOnCmd(env), newVMPowerOffCmd(env),
+		newVMPowerOnCmd(env), newVMPowerOffCmd(env), newVMSnapshotCmd(env),
 		newVMEncryptCmd(env), newVMDecryptCmd(env), newVMRekeyCmd(env),
 		newVMRegisterCmd(env), newVMUnregisterCmd(env), newVMDeleteCmd(env), newVMUnlockCmd(env))
 }
@@ -257,6 +257,7 @@ It changes nothing. Needs the privilege System.Read.`,
 			for _, d := range v.GetDisks() {
 				fields = append(fields, field{d.GetName(), diskText(d)})
 			}
+			fields = append(fields, snapshotFields(v)...)
 			return env.printOne(v, fields)
 		}),
 	}
@@ -264,16 +265,23 @@ It changes nothing. Needs the privilege System.Read.`,
 
 // vmEncryption is "none", "partial", "encrypted" or "locked".
 func vmEncryption(v *strongroomv1.VM) string {
-	switch {
-	case v.GetCryptoState() == "locked":
-		return "locked"
-	case !v.GetEncrypted():
-		return "none"
-	}
-	for _, d := range v.GetDisks() {
-		if !d.GetEncrypted() {
-			return "partial"
+	return disksEncryption(v.GetDisks(), v.GetCryptoState() == "locked")
+}
+
+func disksEncryption(disks []*strongroomv1.Disk, locked bool) string {
+	encrypted := 0
+	for _, d := range disks {
+		if d.GetEncrypted() {
+			encrypted++
 		}
+	}
+	switch {
+	case locked:
+		return "locked"
+	case encrypted == 0:
+		return "none"
+	case encrypted < len(disks):
+		return "partial"
 	}
 	return "encrypted"
 }

@@ -21,6 +21,17 @@ type snapshotArgs struct {
 	Revert      string `json:"revert,omitempty"` // id of a revert to it
 }
 
+func (c vms) ListSnapshots(ctx context.Context, req *connect.Request[strongroomv1.ListSnapshotsRequest]) (*connect.Response[strongroomv1.ListSnapshotsResponse], error) {
+	v, err := c.inv.VM(ctx, req.Msg.GetName())
+	if err != nil {
+		return nil, err
+	}
+	vm := vmToAPI(v, nil)
+	return connect.NewResponse(&strongroomv1.ListSnapshotsResponse{
+		Snapshots: vm.GetSnapshots(), CurrentSnapshot: vm.GetCurrentSnapshot(), ConsolidationNeeded: vm.GetConsolidationNeeded(),
+	}), nil
+}
+
 func (c vms) CreateSnapshot(ctx context.Context, req *connect.Request[strongroomv1.CreateSnapshotRequest]) (*connect.Response[strongroomv1.Task], error) {
 	m := req.Msg
 	v, args, err := c.on(ctx, m.GetName())

@@ -70,6 +70,20 @@ func (l *local) GetVM(ctx context.Context, req *connect.Request[strongroomv1.Get
 	return connect.NewResponse(vm), nil
 }
 
+func (l *local) ListSnapshots(ctx context.Context, req *connect.Request[strongroomv1.ListSnapshotsRequest]) (*connect.Response[strongroomv1.ListSnapshotsResponse], error) {
+	m, err := l.host.machine(req.Msg.GetName())
+	if err != nil {
+		return nil, err
+	}
+	vm, err := l.host.describe(ctx, m)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&strongroomv1.ListSnapshotsResponse{
+		Snapshots: vm.GetSnapshots(), CurrentSnapshot: vm.GetCurrentSnapshot(), ConsolidationNeeded: vm.GetConsolidationNeeded(),
+	}), nil
+}
+
 func (l *local) PowerOnVM(ctx context.Context, req *connect.Request[strongroomv1.PowerOnVMRequest]) (*connect.Response[strongroomv1.Task], error) {
 	return l.task("vm.power-on", req.Msg.GetName(), func() error { return l.host.powerOn(ctx, req.Msg.GetName()) })
 }

@@ -57,6 +57,8 @@ const (
 	VMServiceFillDisksProcedure = "/strongroom.v1.VMService/FillDisks"
 	// VMServiceResizeDiskProcedure is the fully-qualified name of the VMService's ResizeDisk RPC.
 	VMServiceResizeDiskProcedure = "/strongroom.v1.VMService/ResizeDisk"
+	// VMServiceListSnapshotsProcedure is the fully-qualified name of the VMService's ListSnapshots RPC.
+	VMServiceListSnapshotsProcedure = "/strongroom.v1.VMService/ListSnapshots"
 	// VMServiceCreateSnapshotProcedure is the fully-qualified name of the VMService's CreateSnapshot
 	// RPC.
 	VMServiceCreateSnapshotProcedure = "/strongroom.v1.VMService/CreateSnapshot"
@@ -108,8 +110,9 @@ type VMServiceClient interface {
 	// ResizeDisk makes a disk of a VM larger, in any power state; a guest that
 	// runs sees it at once, if it reaches the disk over vhost-user.
 	ResizeDisk(context.Context, *connect.Request[v1.ResizeDiskRequest]) (*connect.Response[v1.Task], error)
+	ListSnapshots(context.Context, *connect.Request[v1.ListSnapshotsRequest]) (*connect.Response[v1.ListSnapshotsResponse], error)
 	// CreateSnapshot keeps the disks and settings of a VM that is powered off, to
-	// revert to. GetVM tells what snapshots there are.
+	// revert to.
 	CreateSnapshot(context.Context, *connect.Request[v1.CreateSnapshotRequest]) (*connect.Response[v1.Task], error)
 	// RevertToSnapshot gives a VM that is powered off the disks and settings of a
 	// snapshot. What the disks hold now is lost, unless it is in a snapshot.
@@ -218,6 +221,12 @@ func NewVMServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...c
 			connect.WithSchema(vMServiceMethods.ByName("ResizeDisk")),
 			connect.WithClientOptions(opts...),
 		),
+		listSnapshots: connect.NewClient[v1.ListSnapshotsRequest, v1.ListSnapshotsResponse](
+			httpClient,
+			baseURL+VMServiceListSnapshotsProcedure,
+			connect.WithSchema(vMServiceMethods.ByName("ListSnapshots")),
+			connect.WithClientOptions(opts...),
+		),
 		createSnapshot: connect.NewClient[v1.CreateSnapshotRequest, v1.Task](
 			httpClient,
 			baseURL+VMServiceCreateSnapshotProcedure,
@@ -289,6 +298,7 @@ type vMServiceClient struct {
 	setRekeyRate         *connect.Client[v1.SetRekeyRateRequest, v1.Task]
 	fillDisks            *connect.Client[v1.FillDisksRequest, v1.Task]
 	resizeDisk           *connect.Client[v1.ResizeDiskRequest, v1.Task]
+	listSnapshots        *connect.Client[v1.ListSnapshotsRequest, v1.ListSnapshotsResponse]
 	createSnapshot       *connect.Client[v1.CreateSnapshotRequest, v1.Task]
 	revertToSnapshot     *connect.Client[v1.RevertToSnapshotRequest, v1.Task]
 	deleteSnapshot       *connect.Client[v1.DeleteSnapshotRequest, v1.Task]
@@ -358,6 +368,11 @@ func (c *vMServiceClient) FillDisks(ctx context.Context, req *connect.Request[v1
 // ResizeDisk calls strongroom.v1.VMService.ResizeDisk.
 func (c *vMServiceClient) ResizeDisk(ctx context.Context, req *connect.Request[v1.ResizeDiskRequest]) (*connect.Response[v1.Task], error) {
 	return c.resizeDisk.CallUnary(ctx, req)
+}
+
+// ListSnapshots calls strongroom.v1.VMService.ListSnapshots.
+func (c *vMServiceClient) ListSnapshots(ctx context.Context, req *connect.Request[v1.ListSnapshotsRequest]) (*connect.Response[v1.ListSnapshotsResponse], error) {
+	return c.listSnapshots.CallUnary(ctx, req)
 }
 
 // CreateSnapshot calls strongroom.v1.VMService.CreateSnapshot.
@@ -432,8 +447,9 @@ type VMServiceHandler interface {
 	// ResizeDisk makes a disk of a VM larger, in any power state; a guest that
 	// runs sees it at once, if it reaches the disk over vhost-user.
 	ResizeDisk(context.Context, *connect.Request[v1.ResizeDiskRequest]) (*connect.Response[v1.Task], error)
+	ListSnapshots(context.Context, *connect.Request[v1.ListSnapshotsRequest]) (*connect.Response[v1.ListSnapshotsResponse], error)
 	// CreateSnapshot keeps the disks and settings of a VM that is powered off, to
-	// revert to. GetVM tells what snapshots there are.
+	// revert to.
 	CreateSnapshot(context.Context, *connect.Request[v1.CreateSnapshotRequest]) (*connect.Response[v1.Task], error)
 	// RevertToSnapshot gives a VM that is powered off the disks and settings of a
 	// snapshot. What the disks hold now is lost, unless it is in a snapshot.
@@ -538,6 +554,12 @@ func NewVMServiceHandler(svc VMServiceHandler, opts ...connect.HandlerOption) (s
 		connect.WithSchema(vMServiceMethods.ByName("ResizeDisk")),
 		connect.WithHandlerOptions(opts...),
 	)
+	vMServiceListSnapshotsHandler := connect.NewUnaryHandler(
+		VMServiceListSnapshotsProcedure,
+		svc.ListSnapshots,
+		connect.WithSchema(vMServiceMethods.ByName("ListSnapshots")),
+		connect.WithHandlerOptions(opts...),
+	)
 	vMServiceCreateSnapshotHandler := connect.NewUnaryHandler(
 		VMServiceCreateSnapshotProcedure,
 		svc.CreateSnapshot,
@@ -618,6 +640,8 @@ func NewVMServiceHandler(svc VMServiceHandler, opts ...connect.HandlerOption) (s
 			vMServiceFillDisksHandler.ServeHTTP(w, r)
 		case VMServiceResizeDiskProcedure:
 			vMServiceResizeDiskHandler.ServeHTTP(w, r)
+		case VMServiceListSnapshotsProcedure:
+			vMServiceListSnapshotsHandler.ServeHTTP(w, r)
 		case VMServiceCreateSnapshotProcedure:
 			vMServiceCreateSnapshotHandler.ServeHTTP(w, r)
 		case VMServiceRevertToSnapshotProcedure:
@@ -691,6 +715,10 @@ func (UnimplementedVMServiceHandler) FillDisks(context.Context, *connect.Request
 
 func (UnimplementedVMServiceHandler) ResizeDisk(context.Context, *connect.Request[v1.ResizeDiskRequest]) (*connect.Response[v1.Task], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.VMService.ResizeDisk is not implemented"))
+}
+
+func (UnimplementedVMServiceHandler) ListSnapshots(context.Context, *connect.Request[v1.ListSnapshotsRequest]) (*connect.Response[v1.ListSnapshotsResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.VMService.ListSnapshots is not implemented"))
 }
 
 func (UnimplementedVMServiceHandler) CreateSnapshot(context.Context, *connect.Request[v1.CreateSnapshotRequest]) (*connect.Response[v1.Task], error) {
