@@ -97,6 +97,10 @@ type Config struct {
 	QuotaBytes int64
 	// Cluster replicates the database. Nil: a single member, without a port.
 	Cluster *Cluster
+	// Token goes into the identity of a database that is made, which etcd takes of
+	// its first member's address else: members of a database with another token are
+	// strangers, even at an address that they know. It is of no effect later.
+	Token string
 }
 
 // DB is an open database: one etcd member and a client in the same process.
@@ -167,6 +171,9 @@ func start(ctx context.Context, cfg Config) (*embed.Etcd, error) {
 		if err := cfg.Cluster.configure(ec); err != nil {
 			return nil, err
 		}
+	}
+	if cfg.Token != "" {
+		ec.InitialClusterToken = cfg.Token
 	}
 	ec.SnapshotCount, ec.SnapshotCatchUpEntries = snapshotEvery, snapshotEvery/5
 	ec.AutoCompactionMode, ec.AutoCompactionRetention = embed.CompactorModePeriodic, historyKept
