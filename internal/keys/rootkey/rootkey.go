@@ -144,8 +144,9 @@ func (s Source) Retire() error {
 	return nil
 }
 
-// check refuses a source out of a file that is not one whole.
-func (s Source) check() error {
+// Check refuses a source out of a file that is not one whole, or whose limits are
+// not those of docs/spec/root-key.md.
+func (s Source) Check() error {
 	parts := 0
 	var err error
 	if s.KeyFile != nil {
@@ -200,7 +201,7 @@ func decode(text []byte) ([]Source, error) {
 		return nil, errs.New(errs.Corrupt, "%d sources of a root key", len(f.Sources))
 	}
 	for _, s := range f.Sources {
-		if err := s.check(); err != nil {
+		if err := s.Check(); err != nil {
 			return nil, errs.New(errs.Corrupt, "%w", err)
 		}
 	}

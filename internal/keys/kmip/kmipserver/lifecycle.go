@@ -269,17 +269,24 @@ func (r *request) destroy(p *payloads.DestroyRequestPayload) (kmip.OperationPayl
 			return refuse(kmip.ResultReasonPermissionDenied, "the object is active: revoke it first")
 		case kmip.StateDestroyed, kmip.StateDestroyedCompromised:
 			return refuse(kmip.ResultReasonPermissionDenied, "the object is destroyed already")
-		case kmip.StateCompromised:
-			o.set(kmip.AttributeNameState, kmip.StateDestroyedCompromised)
-		default:
-			o.set(kmip.AttributeNameState, kmip.StateDestroyed)
 		}
-		o.set(kmip.AttributeNameDestroyDate, r.now)
-		o.Material = nil
+		o.Destroy(r.now)
 		out.UniqueIdentifier = o.ID
 		return nil
 	})
 	return out, err
+}
+
+// Destroy makes o a destroyed object, whatever its state: its material is
+// forgotten, its attributes stay.
+func (o *Object) Destroy(when time.Time) {
+	if o.state() == kmip.StateCompromised {
+		o.set(kmip.AttributeNameState, kmip.StateDestroyedCompromised)
+	} else {
+		o.set(kmip.AttributeNameState, kmip.StateDestroyed)
+	}
+	o.set(kmip.AttributeNameDestroyDate, when)
+	o.Material = nil
 }
 
 func (r *request) archive(p *payloads.ArchiveRequestPayload) (kmip.OperationPayload, error) {
