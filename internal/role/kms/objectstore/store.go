@@ -72,7 +72,7 @@ func New(db *store.DB, ring *keyring.Ring, log *slog.Logger) *Store {
 // brings to the others.
 func NewShared(db *store.DB, ring *keyring.Ring, keeper Keeper, log *slog.Logger) *Store {
 	return &Store{
-		db: db, objects: store.NewRawTable(db, "kms-object"), names: store.NewRawTable(db, "kms-name"),
+		db: db, objects: store.NewRawTable(db, Objects), names: store.NewRawTable(db, "kms-name"),
 		epochs: EpochTable(db),
 		ring:   ring, keeper: keeper, log: log, cache: newCache(cacheLimit), dirty: make(chan struct{}, 1),
 		counts: newCounts(),
