@@ -177,6 +177,11 @@ func (c *Client) KMSCluster() strongroomv1connect.KMSClusterServiceClient {
 	return strongroomv1connect.NewKMSClusterServiceClient(c.http, c.base, c.options...)
 }
 
+// KMSBackup returns the client of a key management server's backups.
+func (c *Client) KMSBackup() strongroomv1connect.KMSBackupServiceClient {
+	return strongroomv1connect.NewKMSBackupServiceClient(c.http, c.base, c.options...)
+}
+
 // Task returns the client of TaskService.
 func (c *Client) Task() strongroomv1connect.TaskServiceClient {
 	return strongroomv1connect.NewTaskServiceClient(c.http, c.base, c.options...)

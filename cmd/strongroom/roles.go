@@ -22,6 +22,10 @@ func newRoles() cli.Roles {
 		RunKMSDev:     runKMSDev,
 		JoinKMS:       joinKMS,
 		JoinHost:      joinHost,
+
+		MakeKMSBackupKey: makeKMSBackupKey, KMSBackupRecipient: kmsBackupRecipient,
+		VerifyKMSBackup: verifyKMSBackup, DrillKMSBackup: drillKMSBackup, RestoreKMS: restoreKMS,
+
 		FormatVolume:  formatVolume,
 		InspectVolume: inspectVolume,
 		ServeVolume:   serveVolume,

@@ -18,7 +18,7 @@ credentials; applications of one group share keys.
 
 Its administration is on a local socket, for root and the user that it runs as:
 --server unix:/PATH, by default kms.sock in its data folder.`,
-		newKMSRunCmd(roles), newKMSJoinCmd(env, roles), newKMSMemberCmd(env), newKMSDevCmd(roles), newKMSShowCmd(env), newKMSUnsealCmd(env), newKMSRootCmd(env), newKMSGroupCmd(env), newKMSAppCmd(env), newKMSCredentialCmd(env))
+		newKMSRunCmd(roles), newKMSJoinCmd(env, roles), newKMSMemberCmd(env), newKMSDevCmd(roles), newKMSBackupCmd(env, roles), newKMSRestoreCmd(env, roles), newKMSShowCmd(env), newKMSUnsealCmd(env), newKMSRootCmd(env), newKMSGroupCmd(env), newKMSAppCmd(env), newKMSCredentialCmd(env))
 }
 
 func newKMSRunCmd(roles Roles) *cobra.Command {
@@ -29,8 +29,8 @@ func newKMSRunCmd(roles Roles) *cobra.Command {
 		Long: `Run a key management server until SIGINT or SIGTERM. The first time it makes its
 root key, certificate authority and database.
 
-What it keeps is lost without its root key and its vault (kms.key and kms.vault):
-back both up, apart from each other.
+What it keeps is lost without its root key and its vault (kms.key and kms.vault).
+Back it up with "strongroom kms backup".
 
 If its root key comes from people ("strongroom kms root"), it is sealed when it
 starts: it serves nothing until "strongroom kms unseal".`,

@@ -19,6 +19,16 @@ type Roles struct {
 	RunKMSDev func(ctx context.Context, dir, listen string) error
 	// JoinKMS makes this machine a node of a key management server of several.
 	JoinKMS func(ctx context.Context, join KMSJoin) error
+	// MakeKMSBackupKey makes the private key of a recipient of backups in a file and
+	// returns the public key and its id. KMSBackupRecipient tells by whose private key
+	// a backup opens: "" for a passphrase.
+	MakeKMSBackupKey   func(file string) (public []byte, id string, err error)
+	KMSBackupRecipient func(ctx context.Context, file string) (id string, err error)
+	// VerifyKMSBackup and DrillKMSBackup check a backup; the latter restores it in a
+	// new folder below dir, which it removes. RestoreKMS makes a server from one.
+	VerifyKMSBackup func(ctx context.Context, b KMSBackupFile) (KMSBackupReport, error)
+	DrillKMSBackup  func(ctx context.Context, b KMSBackupFile, dir string) (KMSDrillReport, error)
+	RestoreKMS      func(ctx context.Context, r KMSRestore) (KMSRestoreReport, error)
 	// JoinHost makes this machine a host of a cluster.
 	JoinHost func(ctx context.Context, join HostJoin) error
 

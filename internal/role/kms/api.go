@@ -38,12 +38,13 @@ type api struct {
 	strongroomv1connect.UnimplementedKMSServiceHandler
 	strongroomv1connect.UnimplementedKMSClusterServiceHandler
 	strongroomv1connect.UnimplementedKMSRootServiceHandler
+	strongroomv1connect.UnimplementedKMSBackupServiceHandler
 	strongroomv1connect.UnimplementedSessionServiceHandler
 	k *KMS
 }
 
 func (k *KMS) localServer() (*http.Server, error) {
-	rules, err := rule.Of(strongroomv1connect.KMSServiceName, strongroomv1connect.KMSRootServiceName, strongroomv1connect.KMSClusterServiceName)
+	rules, err := rule.Of(strongroomv1connect.KMSServiceName, strongroomv1connect.KMSRootServiceName, strongroomv1connect.KMSClusterServiceName, strongroomv1connect.KMSBackupServiceName)
 	if err != nil {
 		return nil, err
 	}
@@ -55,6 +56,7 @@ type localAPI interface {
 	strongroomv1connect.KMSServiceHandler
 	strongroomv1connect.KMSRootServiceHandler
 	strongroomv1connect.KMSClusterServiceHandler
+	strongroomv1connect.KMSBackupServiceHandler
 	strongroomv1connect.SessionServiceHandler
 }
 
@@ -64,6 +66,7 @@ func newLocalServer(a localAPI, interceptor connect.Interceptor) *http.Server {
 	mux.Handle(strongroomv1connect.NewKMSServiceHandler(a, options...))
 	mux.Handle(strongroomv1connect.NewKMSRootServiceHandler(a, options...))
 	mux.Handle(strongroomv1connect.NewKMSClusterServiceHandler(a, options...))
+	mux.Handle(strongroomv1connect.NewKMSBackupServiceHandler(a, options...))
 	mux.Handle(strongroomv1connect.NewSessionServiceHandler(a, options...))
 	// What belongs to a controller is refused with a hint.
 	mux.Handle(strongroomv1connect.NewProviderServiceHandler(strongroomv1connect.UnimplementedProviderServiceHandler{}, options...))

@@ -52,6 +52,10 @@ type Config struct {
 	// (/healthz), plain HTTP, "host:port". Default: none.
 	MetricsListen string `toml:"metrics_listen"`
 
+	// BackupMaxAgeHours is how old the last backup may be before the log and the
+	// metrics say that one is overdue. Default: 168, a week; -1: any age.
+	BackupMaxAgeHours int `toml:"backup_max_age_hours"`
+
 	// Cluster makes this node one of several: docs/how-to/run-three-kms-nodes.md.
 	// Default: none, a KMS of one node.
 	Cluster *ClusterConfig `toml:"cluster"`
@@ -150,6 +154,12 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	if c.MaxRequestsPerSecond < 0 {
 		return Config{}, fmt.Errorf("max_requests_per_second %d is negative", c.MaxRequestsPerSecond)
+	}
+	switch {
+	case c.BackupMaxAgeHours == 0:
+		c.BackupMaxAgeHours = 168
+	case c.BackupMaxAgeHours < -1 || c.BackupMaxAgeHours > 100000:
+		return Config{}, fmt.Errorf("backup_max_age_hours %d is not 1 to 100000, or -1", c.BackupMaxAgeHours)
 	}
 	var err error
 	if c.Advertise, err = daemon.CheckAddresses(c.Listen, c.Advertise); err != nil {

@@ -15,7 +15,7 @@ func TestParseConfig(t *testing.T) {
 	}
 	want := Config{
 		DataDir: "/d", Listen: "0.0.0.0:5696", Advertise: "kms.example:5696", KeyFile: "/d/kms.key", LocalSocket: "/d/kms.sock",
-		MaxConnections: 512, MaxConnectionsPerAddress: 256,
+		MaxConnections: 512, MaxConnectionsPerAddress: 256, BackupMaxAgeHours: 168,
 	}
 	if c != want {
 		t.Errorf("%+v, want %+v", c, want)
@@ -38,6 +38,7 @@ func TestParseConfig(t *testing.T) {
 		"data_dir = \"/d\"\nadvertise = \"a:1\"\nmetrics_listen = \"9\"":       "metrics_listen",
 		"data_dir = \"/d\"\nadvertise = \"a:1\"\nmax_connections = -1":         "max_connections",
 		"data_dir = \"/d\"\nadvertise = \"a:1\"\nmax_requests_per_second = -1": "max_requests_per_second",
+		"data_dir = \"/d\"\nadvertise = \"a:1\"\nbackup_max_age_hours = -2":    "backup_max_age_hours",
 		one: "name",
 		one + "name = \"a=b\"\nadvertise = \"a:1\"\nstore_advertise = \"a:2\"": "name",
 		one + "name = \"a\"\nstore_advertise = \"a:2\"":                        "advertise",

@@ -22,6 +22,8 @@ import (
 
 // Files in the data folder.
 const (
+	storeName     = "store"             // folder of the database
+	auditName     = "audit"             // folder of the audit log
 	pkiName       = "pki"               // folder of the CA
 	serverName    = "server.pem.sealed" // in it: the KMIP server's certificate and key
 	caCertName    = "ca.pem"            // for clients

@@ -40,6 +40,9 @@ func publicKey(text []byte) (ed25519.PublicKey, error) {
 const childVariable = "STRONGROOM_TEST_KMS_DIR"
 
 func child(dir string) {
+	if file := os.Getenv(childVariable + "_RESTORE"); file != "" {
+		restoreChild(dir, file)
+	}
 	if strings.HasSuffix(dir, ".toml") {
 		nodeChild(dir)
 	}

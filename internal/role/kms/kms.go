@@ -69,6 +69,7 @@ type KMS struct {
 	cluster     *cluster.Cluster // of this node and the others
 	metrics     *metrics
 	pace        pace
+	backups     backups
 	address     net.Addr // of the KMIP server, once it listens
 }
 
@@ -85,6 +86,9 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) error {
 // it ends the KMS.
 func RunReady(ctx context.Context, cfg Config, log *slog.Logger, ready func(*KMS) error) (err error) {
 	if err := daemon.Harden(); err != nil {
+		return err
+	}
+	if err := checkRestored(cfg); err != nil {
 		return err
 	}
 	u, err := unlock(ctx, cfg, log)
@@ -118,7 +122,7 @@ func open(ctx context.Context, cfg Config, u *unlocked, log *slog.Logger) (_ *KM
 	}
 	if membership == nil {
 		// First, for it keeps another process out of the folder.
-		if k.db, err = store.Open(ctx, k.storeConfig()); err != nil {
+		if k.db, err = store.Open(ctx, storeConfig(cfg, log)); err != nil {
 			return nil, err
 		}
 	}
@@ -155,12 +159,12 @@ func open(ctx context.Context, cfg Config, u *unlocked, log *slog.Logger) (_ *KM
 	if k.usage, err = usage.Open(ctx, k.db, k.objects.Keys, log); err != nil {
 		return nil, err
 	}
-	k.metrics.registry.MustRegister(&usageMetrics{k})
+	k.metrics.registry.MustRegister(&usageMetrics{k}, &backupMetrics{k})
 	return k, nil
 }
 
-func (k *KMS) storeConfig() store.Config {
-	return store.Config{Dir: filepath.Join(k.cfg.DataDir, "store"), Log: k.log, QuotaBytes: quotaBytes}
+func storeConfig(cfg Config, log *slog.Logger) store.Config {
+	return store.Config{Dir: filepath.Join(cfg.DataDir, storeName), Log: log, QuotaBytes: quotaBytes}
 }
 
 func (k *KMS) openAudit() error {
@@ -177,7 +181,7 @@ func (k *KMS) openAudit() error {
 		return err
 	}
 	k.audit, err = audit.Open(audit.Config{
-		Dir: filepath.Join(k.cfg.DataDir, "audit"), Signer: signer, Sync: audit.SyncCheckpoint, CheckpointRecords: checkpointRecords,
+		Dir: filepath.Join(k.cfg.DataDir, auditName), Signer: signer, Sync: audit.SyncCheckpoint, CheckpointRecords: checkpointRecords,
 	})
 	return err
 }
@@ -283,6 +287,7 @@ func (k *KMS) run(ctx context.Context, ready func(*KMS) error) error {
 	group.Go(func() error { return k.usage.Run(ctx) })
 	group.Go(func() error { return k.keepDates(ctx, kmip) })
 	group.Go(func() error { return k.keepAudit(ctx) })
+	group.Go(func() error { return k.keepBackups(ctx) })
 	k.log.LogAttrs(ctx, slog.LevelInfo, "kms is ready", slog.String("kmip", l.kmip.Addr().String()),
 		slog.String("socket", k.cfg.LocalSocket), slog.String("certificate", fmt.Sprintf("sha256:%x", fingerprint(k.certificate.Leaf))))
 	group.Go(func() error { return ready(k) })

@@ -105,7 +105,7 @@ func (k *KMS) openNode(ctx context.Context, m *membership) (err error) {
 	if k.node, err = cluster.NewNode(k.ca, m.ID, names); err != nil {
 		return err
 	}
-	cfg := k.storeConfig()
+	cfg := storeConfig(k.cfg, k.log)
 	cfg.Cluster = &store.Cluster{Name: m.ID, Listen: c.StoreListen, Advertise: c.StoreAdvertise}
 	cfg.Cluster.CertFile, cfg.Cluster.KeyFile, cfg.Cluster.CAFile = k.node.Files()
 	if len(m.Peers) > 0 && !store.HasData(cfg.Dir) {
@@ -178,7 +178,7 @@ func join(ctx context.Context, cfg Config, server, token string) error {
 	if cfg.Cluster == nil {
 		return errs.New(errs.Invalid, "the configuration has no [cluster]").WithHint("see docs/how-to/run-three-kms-nodes.md")
 	}
-	for _, name := range []string{membershipName, vaultName, "store", pkiName} {
+	for _, name := range []string{membershipName, vaultName, storeName, pkiName, restoringName} {
 		path := filepath.Join(cfg.DataDir, name)
 		if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
 			return errs.New(errs.Exists, "there is a KMS in %s already, or the rest of a join that broke off: %s", cfg.DataDir, name).

@@ -29,6 +29,7 @@ type sealedAPI struct {
 	strongroomv1connect.UnimplementedKMSServiceHandler
 	strongroomv1connect.UnimplementedKMSClusterServiceHandler
 	strongroomv1connect.UnimplementedKMSRootServiceHandler
+	strongroomv1connect.UnimplementedKMSBackupServiceHandler
 	strongroomv1connect.UnimplementedSessionServiceHandler
 	lock *rootkey.Lock
 	log  *slog.Logger
@@ -88,8 +89,17 @@ func (a *sealedAPI) only(next connect.UnaryFunc) connect.UnaryFunc {
 			}
 			return res, nil
 		}
-		return nil, apierr.To(errs.New(errs.Locked, "the KMS is %w", rootkey.ErrSealed).WithHint("strongroom kms unseal"))
+		return nil, apierr.To(errSealed())
 	}
+}
+
+// BackupKMS is refused as other methods are: it is no unary call.
+func (a *sealedAPI) BackupKMS(context.Context, *connect.Request[strongroomv1.BackupKMSRequest], *connect.ServerStream[strongroomv1.BackupKMSResponse]) error {
+	return apierr.To(errSealed())
+}
+
+func errSealed() error {
+	return errs.New(errs.Locked, "the KMS is %w", rootkey.ErrSealed).WithHint("strongroom kms unseal")
 }
 
 func (a *sealedAPI) WhoAmI(context.Context, *connect.Request[strongroomv1.WhoAmIRequest]) (*connect.Response[strongroomv1.WhoAmIResponse], error) {
