@@ -9,6 +9,7 @@ import (
 
 	"strongroom/internal/crypto/keymem"
 	"strongroom/internal/crypto/keysafe"
+	"strongroom/internal/crypto/parcel"
 )
 
 // The credentials blob of docs/spec/standard-provider.md.
@@ -43,6 +44,13 @@ func (c Credentials) Close() error {
 		s.Close()
 	}
 	return nil
+}
+
+// AccessContext is the context of the key parcel (package parcel) in which the
+// role sender gives the credentials of a provider to the host with the id
+// recipient.
+func AccessContext(sender, recipient, provider string) string {
+	return parcel.Context{Sender: sender, Recipient: recipient, Provider: provider, KeyID: "key-servers"}.String()
 }
 
 // MarshalCredentials returns the credentials of all providers, by name, as one

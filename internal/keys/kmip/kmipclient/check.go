@@ -10,10 +10,14 @@ import (
 	"io"
 	"net"
 	"os"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/ovh/kmip-go"
 	"github.com/ovh/kmip-go/payloads"
+
+	"strongroom/internal/errs"
 )
 
 // Problem says why a server cannot be used, in a word for programs.
@@ -53,6 +57,26 @@ func FingerprintOf(c *x509.Certificate) Fingerprint { return sha256.Sum256(c.Raw
 
 // String returns "sha256:" and 64 hexadecimal digits.
 func (f Fingerprint) String() string { return fmt.Sprintf("sha256:%x", f[:]) }
+
+// ParseFingerprint is the reverse of [Fingerprint.String]; it also takes capital
+// letters and colons, as other programs print them.
+func ParseFingerprint(text string) (Fingerprint, error) {
+	var f Fingerprint
+	digits, ok := strings.CutPrefix(strings.ToLower(text), "sha256:")
+	digits = strings.ReplaceAll(digits, ":", "")
+	ok = ok && len(digits) == 2*len(f)
+	for i := range f {
+		if !ok {
+			break
+		}
+		b, err := strconv.ParseUint(digits[2*i:2*i+2], 16, 8)
+		f[i], ok = byte(b), err == nil
+	}
+	if !ok {
+		return f, errs.New(errs.Invalid, "%.100q is no fingerprint of a certificate: it is sha256: and 64 hexadecimal digits", text)
+	}
+	return f, nil
+}
 
 // errUntrusted is a certificate that was not trusted before.
 var errUntrusted = errors.New("its certificate is not the one that was trusted")
