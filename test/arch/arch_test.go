@@ -89,7 +89,7 @@ var layers = []struct {
 	{of: "internal/block", not: "github.com/prometheus", why: "no metrics code in the data path"},
 	{of: "internal/keys", not: "internal/control", why: "providers serve hosts and controllers alike"},
 	{of: "internal/keys", not: "internal/block", why: "providers know keys, not disks"},
-	{of: "internal/role/host", not: "internal/keys/kmip", why: "a host has no credentials of a key server: it gets the KEKs of its VMs from the controller, and forgets them when it stops"},
+	{of: "internal/role/host", not: "internal/keys/kmip/kmipserver", why: "a host asks key servers, it is none"},
 	{of: "internal/control", not: "internal/crypto/keymem", why: "the control plane never holds key material"},
 	{of: "internal/control", not: "internal/keys", why: "the control plane never holds key material"},
 	{of: "internal/control", not: "internal/block", why: "hosts have disks, the controller has an inventory"},

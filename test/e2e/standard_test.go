@@ -5,6 +5,7 @@ import (
 	"encoding/pem"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -75,6 +76,7 @@ func TestStandardProvider(t *testing.T) {
 		{"one key for each VM", oneKeyEach},
 		{"KMS down", kmsDown},
 		{"KMS back", kmsBack},
+		{"hosts ask the KMS themselves", directAccess},
 		{"to native and back", toNativeAndBack},
 		{"keys in no file", keksInNoFile},
 		{"always removable", alwaysRemovable},
@@ -244,6 +246,41 @@ func kmsBack(t *testing.T, s *standardSite) {
 	})
 	c = s.powerOn(t, "web-1")
 	c.await(t, guest.Note, "verify", "verified")
+	c.writes(t)
+}
+
+// directAccess: a host that may ask the KMS powers on after its restart without
+// its controller, and with neither of the two it says whom it could not ask.
+func directAccess(t *testing.T, s *standardSite) {
+	s.ok(t, "provider", "update", "kms-1", "--host-access", "direct")
+	if r := s.ok(t, "provider", "show", "kms-1"); !regexp.MustCompile(`Host access:? +direct`).MatchString(r.Stdout) {
+		t.Errorf("the provider is shown as:\n%s", r.Stdout)
+	}
+	s.ok(t, "vm", "power-on", "web-2") // before that its host is told
+	s.ok(t, "vm", "power-off", "web-2", "--hard")
+	s.controller.Kill()
+	must(t, s.kms.Stop())
+	must(t, s.host.Crash())
+	must(t, s.host.Start())
+	args := []string{"vm", "power-on", "web-1"}
+	r, err := s.host.CLI(t.Context(), args...)
+	must(t, err)
+	refusal{5, "its key server does not give it", "strongroom provider check kms-1"}.check(t, r, args)
+	if !strings.Contains(r.Stderr, "connection refused") {
+		t.Errorf("power-on says: %s", r.Stderr)
+	}
+	s.kms.Start(t)
+	c := s.console("web-1")
+	c.seen = len(c.events(t))
+	await(t, "the host to have the key", func() bool { // it passes over a server that has just failed
+		r, err = s.host.CLI(t.Context(), args...)
+		must(t, err)
+		return r.Code == 0
+	})
+	c.await(t, guest.Note, "verify", "verified")
+	must(t, s.controller.Start())
+	s.connected(t)
+	s.ok(t, "provider", "update", "kms-1", "--host-access", "brokered")
 	c.writes(t)
 }
 

@@ -603,7 +603,9 @@ type WantedProvider struct {
 	TpmRequired bool                   `protobuf:"varint,4,opt,name=tpm_required,json=tpmRequired,proto3" json:"tpm_required,omitempty"`
 	Created     *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=created,proto3" json:"created,omitempty"`
 	// A standard provider has no key of its own to be sent: key_id is empty.
-	Standard      bool `protobuf:"varint,6,opt,name=standard,proto3" json:"standard,omitempty"`
+	Standard bool `protobuf:"varint,6,opt,name=standard,proto3" json:"standard,omitempty"`
+	// Of a standard provider that hosts may ask themselves.
+	KeyServers    *KeyServerAccess `protobuf:"bytes,7,opt,name=key_servers,json=keyServers,proto3" json:"key_servers,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -680,6 +682,104 @@ func (x *WantedProvider) GetStandard() bool {
 	return false
 }
 
+func (x *WantedProvider) GetKeyServers() *KeyServerAccess {
+	if x != nil {
+		return x.KeyServers
+	}
+	return nil
+}
+
+// KeyServerAccess is the way to a standard provider's key servers, for a host
+// (docs/spec/standard-provider.md).
+type KeyServerAccess struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// In order of preference, 1 to 16.
+	Servers []*TrustedServer `protobuf:"bytes,1,rep,name=servers,proto3" json:"servers,omitempty"`
+	User    string           `protobuf:"bytes,2,opt,name=user,proto3" json:"user,omitempty"`
+	// "host:port"; empty for none.
+	Proxy string `protobuf:"bytes,3,opt,name=proxy,proto3" json:"proxy,omitempty"`
+	// 1 to 60.
+	TimeoutSeconds uint32 `protobuf:"varint,4,opt,name=timeout_seconds,json=timeoutSeconds,proto3" json:"timeout_seconds,omitempty"`
+	// DER, the client's own first.
+	Client [][]byte `protobuf:"bytes,5,rep,name=client,proto3" json:"client,omitempty"`
+	// The credentials blob, sealed to the host's parcel key.
+	Parcel        []byte `protobuf:"bytes,6,opt,name=parcel,proto3" json:"parcel,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KeyServerAccess) Reset() {
+	*x = KeyServerAccess{}
+	mi := &file_strongroom_v1_agent_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KeyServerAccess) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KeyServerAccess) ProtoMessage() {}
+
+func (x *KeyServerAccess) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_agent_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KeyServerAccess.ProtoReflect.Descriptor instead.
+func (*KeyServerAccess) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *KeyServerAccess) GetServers() []*TrustedServer {
+	if x != nil {
+		return x.Servers
+	}
+	return nil
+}
+
+func (x *KeyServerAccess) GetUser() string {
+	if x != nil {
+		return x.User
+	}
+	return ""
+}
+
+func (x *KeyServerAccess) GetProxy() string {
+	if x != nil {
+		return x.Proxy
+	}
+	return ""
+}
+
+func (x *KeyServerAccess) GetTimeoutSeconds() uint32 {
+	if x != nil {
+		return x.TimeoutSeconds
+	}
+	return 0
+}
+
+func (x *KeyServerAccess) GetClient() [][]byte {
+	if x != nil {
+		return x.Client
+	}
+	return nil
+}
+
+func (x *KeyServerAccess) GetParcel() []byte {
+	if x != nil {
+		return x.Parcel
+	}
+	return nil
+}
+
 type WantedDatastore struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -691,7 +791,7 @@ type WantedDatastore struct {
 
 func (x *WantedDatastore) Reset() {
 	*x = WantedDatastore{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[10]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -703,7 +803,7 @@ func (x *WantedDatastore) String() string {
 func (*WantedDatastore) ProtoMessage() {}
 
 func (x *WantedDatastore) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[10]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -716,7 +816,7 @@ func (x *WantedDatastore) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WantedDatastore.ProtoReflect.Descriptor instead.
 func (*WantedDatastore) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{10}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *WantedDatastore) GetName() string {
@@ -752,7 +852,7 @@ type SyncHostResponse struct {
 
 func (x *SyncHostResponse) Reset() {
 	*x = SyncHostResponse{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[11]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -764,7 +864,7 @@ func (x *SyncHostResponse) String() string {
 func (*SyncHostResponse) ProtoMessage() {}
 
 func (x *SyncHostResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[11]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -777,7 +877,7 @@ func (x *SyncHostResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncHostResponse.ProtoReflect.Descriptor instead.
 func (*SyncHostResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{11}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *SyncHostResponse) GetProviders() []*HeldProvider {
@@ -814,7 +914,7 @@ type DatastoreSpace struct {
 
 func (x *DatastoreSpace) Reset() {
 	*x = DatastoreSpace{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[12]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -826,7 +926,7 @@ func (x *DatastoreSpace) String() string {
 func (*DatastoreSpace) ProtoMessage() {}
 
 func (x *DatastoreSpace) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[12]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -839,7 +939,7 @@ func (x *DatastoreSpace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DatastoreSpace.ProtoReflect.Descriptor instead.
 func (*DatastoreSpace) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{12}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *DatastoreSpace) GetName() string {
@@ -893,7 +993,7 @@ type AgentProgress struct {
 
 func (x *AgentProgress) Reset() {
 	*x = AgentProgress{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[13]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -905,7 +1005,7 @@ func (x *AgentProgress) String() string {
 func (*AgentProgress) ProtoMessage() {}
 
 func (x *AgentProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[13]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -918,7 +1018,7 @@ func (x *AgentProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentProgress.ProtoReflect.Descriptor instead.
 func (*AgentProgress) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{13}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *AgentProgress) GetStep() string {
@@ -975,7 +1075,7 @@ type AgentCreateVMRequest struct {
 
 func (x *AgentCreateVMRequest) Reset() {
 	*x = AgentCreateVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[14]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -987,7 +1087,7 @@ func (x *AgentCreateVMRequest) String() string {
 func (*AgentCreateVMRequest) ProtoMessage() {}
 
 func (x *AgentCreateVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[14]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1000,7 +1100,7 @@ func (x *AgentCreateVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentCreateVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentCreateVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{14}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *AgentCreateVMRequest) GetId() string {
@@ -1070,7 +1170,7 @@ type AgentCloneVMRequest struct {
 
 func (x *AgentCloneVMRequest) Reset() {
 	*x = AgentCloneVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[15]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1082,7 +1182,7 @@ func (x *AgentCloneVMRequest) String() string {
 func (*AgentCloneVMRequest) ProtoMessage() {}
 
 func (x *AgentCloneVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[15]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1095,7 +1195,7 @@ func (x *AgentCloneVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentCloneVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentCloneVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{15}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *AgentCloneVMRequest) GetId() string {
@@ -1153,7 +1253,7 @@ type AgentCreateSnapshotRequest struct {
 
 func (x *AgentCreateSnapshotRequest) Reset() {
 	*x = AgentCreateSnapshotRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[16]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1165,7 +1265,7 @@ func (x *AgentCreateSnapshotRequest) String() string {
 func (*AgentCreateSnapshotRequest) ProtoMessage() {}
 
 func (x *AgentCreateSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[16]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1178,7 +1278,7 @@ func (x *AgentCreateSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentCreateSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*AgentCreateSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *AgentCreateSnapshotRequest) GetId() string {
@@ -1221,7 +1321,7 @@ type AgentRevertToSnapshotRequest struct {
 
 func (x *AgentRevertToSnapshotRequest) Reset() {
 	*x = AgentRevertToSnapshotRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[17]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1233,7 +1333,7 @@ func (x *AgentRevertToSnapshotRequest) String() string {
 func (*AgentRevertToSnapshotRequest) ProtoMessage() {}
 
 func (x *AgentRevertToSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[17]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1246,7 +1346,7 @@ func (x *AgentRevertToSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentRevertToSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*AgentRevertToSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *AgentRevertToSnapshotRequest) GetId() string {
@@ -1281,7 +1381,7 @@ type AgentDeleteSnapshotRequest struct {
 
 func (x *AgentDeleteSnapshotRequest) Reset() {
 	*x = AgentDeleteSnapshotRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[18]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1293,7 +1393,7 @@ func (x *AgentDeleteSnapshotRequest) String() string {
 func (*AgentDeleteSnapshotRequest) ProtoMessage() {}
 
 func (x *AgentDeleteSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[18]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1306,7 +1406,7 @@ func (x *AgentDeleteSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentDeleteSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*AgentDeleteSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *AgentDeleteSnapshotRequest) GetId() string {
@@ -1332,7 +1432,7 @@ type AgentConsolidateSnapshotsRequest struct {
 
 func (x *AgentConsolidateSnapshotsRequest) Reset() {
 	*x = AgentConsolidateSnapshotsRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[19]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1344,7 +1444,7 @@ func (x *AgentConsolidateSnapshotsRequest) String() string {
 func (*AgentConsolidateSnapshotsRequest) ProtoMessage() {}
 
 func (x *AgentConsolidateSnapshotsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[19]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1357,7 +1457,7 @@ func (x *AgentConsolidateSnapshotsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentConsolidateSnapshotsRequest.ProtoReflect.Descriptor instead.
 func (*AgentConsolidateSnapshotsRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *AgentConsolidateSnapshotsRequest) GetId() string {
@@ -1380,7 +1480,7 @@ type AgentEncryptVMRequest struct {
 
 func (x *AgentEncryptVMRequest) Reset() {
 	*x = AgentEncryptVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[20]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1392,7 +1492,7 @@ func (x *AgentEncryptVMRequest) String() string {
 func (*AgentEncryptVMRequest) ProtoMessage() {}
 
 func (x *AgentEncryptVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[20]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1405,7 +1505,7 @@ func (x *AgentEncryptVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentEncryptVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentEncryptVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *AgentEncryptVMRequest) GetId() string {
@@ -1447,7 +1547,7 @@ type AgentDecryptVMRequest struct {
 
 func (x *AgentDecryptVMRequest) Reset() {
 	*x = AgentDecryptVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[21]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1459,7 +1559,7 @@ func (x *AgentDecryptVMRequest) String() string {
 func (*AgentDecryptVMRequest) ProtoMessage() {}
 
 func (x *AgentDecryptVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[21]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1472,7 +1572,7 @@ func (x *AgentDecryptVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentDecryptVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentDecryptVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *AgentDecryptVMRequest) GetId() string {
@@ -1514,7 +1614,7 @@ type AgentRekeyVMRequest struct {
 
 func (x *AgentRekeyVMRequest) Reset() {
 	*x = AgentRekeyVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[22]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1526,7 +1626,7 @@ func (x *AgentRekeyVMRequest) String() string {
 func (*AgentRekeyVMRequest) ProtoMessage() {}
 
 func (x *AgentRekeyVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[22]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1539,7 +1639,7 @@ func (x *AgentRekeyVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentRekeyVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentRekeyVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *AgentRekeyVMRequest) GetId() string {
@@ -1588,7 +1688,7 @@ type AgentSetRekeyRateRequest struct {
 
 func (x *AgentSetRekeyRateRequest) Reset() {
 	*x = AgentSetRekeyRateRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[23]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1600,7 +1700,7 @@ func (x *AgentSetRekeyRateRequest) String() string {
 func (*AgentSetRekeyRateRequest) ProtoMessage() {}
 
 func (x *AgentSetRekeyRateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[23]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1613,7 +1713,7 @@ func (x *AgentSetRekeyRateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentSetRekeyRateRequest.ProtoReflect.Descriptor instead.
 func (*AgentSetRekeyRateRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *AgentSetRekeyRateRequest) GetId() string {
@@ -1638,7 +1738,7 @@ type AgentSetRekeyRateResponse struct {
 
 func (x *AgentSetRekeyRateResponse) Reset() {
 	*x = AgentSetRekeyRateResponse{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[24]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1650,7 +1750,7 @@ func (x *AgentSetRekeyRateResponse) String() string {
 func (*AgentSetRekeyRateResponse) ProtoMessage() {}
 
 func (x *AgentSetRekeyRateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[24]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1663,7 +1763,7 @@ func (x *AgentSetRekeyRateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentSetRekeyRateResponse.ProtoReflect.Descriptor instead.
 func (*AgentSetRekeyRateResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 type AgentFillDisksRequest struct {
@@ -1676,7 +1776,7 @@ type AgentFillDisksRequest struct {
 
 func (x *AgentFillDisksRequest) Reset() {
 	*x = AgentFillDisksRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[25]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1688,7 +1788,7 @@ func (x *AgentFillDisksRequest) String() string {
 func (*AgentFillDisksRequest) ProtoMessage() {}
 
 func (x *AgentFillDisksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[25]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1701,7 +1801,7 @@ func (x *AgentFillDisksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentFillDisksRequest.ProtoReflect.Descriptor instead.
 func (*AgentFillDisksRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *AgentFillDisksRequest) GetId() string {
@@ -1729,7 +1829,7 @@ type AgentResizeDiskRequest struct {
 
 func (x *AgentResizeDiskRequest) Reset() {
 	*x = AgentResizeDiskRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[26]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1741,7 +1841,7 @@ func (x *AgentResizeDiskRequest) String() string {
 func (*AgentResizeDiskRequest) ProtoMessage() {}
 
 func (x *AgentResizeDiskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[26]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1754,7 +1854,7 @@ func (x *AgentResizeDiskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentResizeDiskRequest.ProtoReflect.Descriptor instead.
 func (*AgentResizeDiskRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *AgentResizeDiskRequest) GetId() string {
@@ -1790,7 +1890,7 @@ type AgentExportDiskKeyRequest struct {
 
 func (x *AgentExportDiskKeyRequest) Reset() {
 	*x = AgentExportDiskKeyRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[27]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1802,7 +1902,7 @@ func (x *AgentExportDiskKeyRequest) String() string {
 func (*AgentExportDiskKeyRequest) ProtoMessage() {}
 
 func (x *AgentExportDiskKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[27]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1815,7 +1915,7 @@ func (x *AgentExportDiskKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentExportDiskKeyRequest.ProtoReflect.Descriptor instead.
 func (*AgentExportDiskKeyRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *AgentExportDiskKeyRequest) GetId() string {
@@ -1848,7 +1948,7 @@ type AgentPowerOnVMRequest struct {
 
 func (x *AgentPowerOnVMRequest) Reset() {
 	*x = AgentPowerOnVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[28]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1860,7 +1960,7 @@ func (x *AgentPowerOnVMRequest) String() string {
 func (*AgentPowerOnVMRequest) ProtoMessage() {}
 
 func (x *AgentPowerOnVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[28]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1873,7 +1973,7 @@ func (x *AgentPowerOnVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentPowerOnVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentPowerOnVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *AgentPowerOnVMRequest) GetId() string {
@@ -1894,7 +1994,7 @@ type AgentPowerOffVMRequest struct {
 
 func (x *AgentPowerOffVMRequest) Reset() {
 	*x = AgentPowerOffVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[29]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1906,7 +2006,7 @@ func (x *AgentPowerOffVMRequest) String() string {
 func (*AgentPowerOffVMRequest) ProtoMessage() {}
 
 func (x *AgentPowerOffVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[29]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1919,7 +2019,7 @@ func (x *AgentPowerOffVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentPowerOffVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentPowerOffVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *AgentPowerOffVMRequest) GetId() string {
@@ -1954,7 +2054,7 @@ type AgentRegisterVMRequest struct {
 
 func (x *AgentRegisterVMRequest) Reset() {
 	*x = AgentRegisterVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[30]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1966,7 +2066,7 @@ func (x *AgentRegisterVMRequest) String() string {
 func (*AgentRegisterVMRequest) ProtoMessage() {}
 
 func (x *AgentRegisterVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[30]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1979,7 +2079,7 @@ func (x *AgentRegisterVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentRegisterVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentRegisterVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{30}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *AgentRegisterVMRequest) GetDatastore() string {
@@ -2012,7 +2112,7 @@ type AgentUnregisterVMRequest struct {
 
 func (x *AgentUnregisterVMRequest) Reset() {
 	*x = AgentUnregisterVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[31]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2024,7 +2124,7 @@ func (x *AgentUnregisterVMRequest) String() string {
 func (*AgentUnregisterVMRequest) ProtoMessage() {}
 
 func (x *AgentUnregisterVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[31]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2037,7 +2137,7 @@ func (x *AgentUnregisterVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentUnregisterVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentUnregisterVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{31}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *AgentUnregisterVMRequest) GetId() string {
@@ -2055,7 +2155,7 @@ type AgentUnregisterVMResponse struct {
 
 func (x *AgentUnregisterVMResponse) Reset() {
 	*x = AgentUnregisterVMResponse{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[32]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2067,7 +2167,7 @@ func (x *AgentUnregisterVMResponse) String() string {
 func (*AgentUnregisterVMResponse) ProtoMessage() {}
 
 func (x *AgentUnregisterVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[32]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2080,7 +2180,7 @@ func (x *AgentUnregisterVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentUnregisterVMResponse.ProtoReflect.Descriptor instead.
 func (*AgentUnregisterVMResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{32}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{33}
 }
 
 type AgentDeleteVMRequest struct {
@@ -2092,7 +2192,7 @@ type AgentDeleteVMRequest struct {
 
 func (x *AgentDeleteVMRequest) Reset() {
 	*x = AgentDeleteVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[33]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2104,7 +2204,7 @@ func (x *AgentDeleteVMRequest) String() string {
 func (*AgentDeleteVMRequest) ProtoMessage() {}
 
 func (x *AgentDeleteVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[33]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2117,7 +2217,7 @@ func (x *AgentDeleteVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentDeleteVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentDeleteVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{33}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *AgentDeleteVMRequest) GetId() string {
@@ -2135,7 +2235,7 @@ type AgentDeleteVMResponse struct {
 
 func (x *AgentDeleteVMResponse) Reset() {
 	*x = AgentDeleteVMResponse{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[34]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2147,7 +2247,7 @@ func (x *AgentDeleteVMResponse) String() string {
 func (*AgentDeleteVMResponse) ProtoMessage() {}
 
 func (x *AgentDeleteVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[34]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2160,7 +2260,7 @@ func (x *AgentDeleteVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentDeleteVMResponse.ProtoReflect.Descriptor instead.
 func (*AgentDeleteVMResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{34}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{35}
 }
 
 type AgentGetVMRequest struct {
@@ -2172,7 +2272,7 @@ type AgentGetVMRequest struct {
 
 func (x *AgentGetVMRequest) Reset() {
 	*x = AgentGetVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[35]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2184,7 +2284,7 @@ func (x *AgentGetVMRequest) String() string {
 func (*AgentGetVMRequest) ProtoMessage() {}
 
 func (x *AgentGetVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[35]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2197,7 +2297,7 @@ func (x *AgentGetVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentGetVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentGetVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{35}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *AgentGetVMRequest) GetId() string {
@@ -2216,7 +2316,7 @@ type AgentVMResponse struct {
 
 func (x *AgentVMResponse) Reset() {
 	*x = AgentVMResponse{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[36]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2228,7 +2328,7 @@ func (x *AgentVMResponse) String() string {
 func (*AgentVMResponse) ProtoMessage() {}
 
 func (x *AgentVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[36]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2241,7 +2341,7 @@ func (x *AgentVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentVMResponse.ProtoReflect.Descriptor instead.
 func (*AgentVMResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{36}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *AgentVMResponse) GetVm() *VM {
@@ -2255,7 +2355,7 @@ var File_strongroom_v1_agent_proto protoreflect.FileDescriptor
 
 const file_strongroom_v1_agent_proto_rawDesc = "" +
 	"\n" +
-	"\x19strongroom/v1/agent.proto\x12\rstrongroom.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bstrongroom/v1/options.proto\x1a\x16strongroom/v1/vm.proto\"\xbc\x02\n" +
+	"\x19strongroom/v1/agent.proto\x12\rstrongroom.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bstrongroom/v1/options.proto\x1a\x1cstrongroom/v1/provider.proto\x1a\x16strongroom/v1/vm.proto\"\xbc\x02\n" +
 	"\vJoinRequest\x12\x14\n" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x18\n" +
@@ -2303,14 +2403,23 @@ const file_strongroom_v1_agent_proto_rawDesc = "" +
 	"\x04keks\x18\x03 \x03(\v2\x18.strongroom.v1.WantedKEKR\x04keks\"L\n" +
 	"\tWantedKEK\x12'\n" +
 	"\x03key\x18\x01 \x01(\v2\x15.strongroom.v1.KeyRefR\x03key\x12\x16\n" +
-	"\x06parcel\x18\x02 \x01(\fR\x06parcel\"\xc8\x01\n" +
+	"\x06parcel\x18\x02 \x01(\fR\x06parcel\"\x89\x02\n" +
 	"\x0eWantedProvider\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x15\n" +
 	"\x06key_id\x18\x02 \x01(\tR\x05keyId\x12\x16\n" +
 	"\x06parcel\x18\x03 \x01(\fR\x06parcel\x12!\n" +
 	"\ftpm_required\x18\x04 \x01(\bR\vtpmRequired\x124\n" +
 	"\acreated\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x12\x1a\n" +
-	"\bstandard\x18\x06 \x01(\bR\bstandard\"M\n" +
+	"\bstandard\x18\x06 \x01(\bR\bstandard\x12?\n" +
+	"\vkey_servers\x18\a \x01(\v2\x1e.strongroom.v1.KeyServerAccessR\n" +
+	"keyServers\"\xcc\x01\n" +
+	"\x0fKeyServerAccess\x126\n" +
+	"\aservers\x18\x01 \x03(\v2\x1c.strongroom.v1.TrustedServerR\aservers\x12\x12\n" +
+	"\x04user\x18\x02 \x01(\tR\x04user\x12\x14\n" +
+	"\x05proxy\x18\x03 \x01(\tR\x05proxy\x12'\n" +
+	"\x0ftimeout_seconds\x18\x04 \x01(\rR\x0etimeoutSeconds\x12\x16\n" +
+	"\x06client\x18\x05 \x03(\fR\x06client\x12\x16\n" +
+	"\x06parcel\x18\x06 \x01(\fR\x06parcel\"M\n" +
 	"\x0fWantedDatastore\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04type\x18\x02 \x01(\tR\x04type\x12\x12\n" +
@@ -2483,7 +2592,7 @@ func file_strongroom_v1_agent_proto_rawDescGZIP() []byte {
 	return file_strongroom_v1_agent_proto_rawDescData
 }
 
-var file_strongroom_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
+var file_strongroom_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 41)
 var file_strongroom_v1_agent_proto_goTypes = []any{
 	(*JoinRequest)(nil),                      // 0: strongroom.v1.JoinRequest
 	(*JoinResponse)(nil),                     // 1: strongroom.v1.JoinResponse
@@ -2495,116 +2604,120 @@ var file_strongroom_v1_agent_proto_goTypes = []any{
 	(*SyncHostRequest)(nil),                  // 7: strongroom.v1.SyncHostRequest
 	(*WantedKEK)(nil),                        // 8: strongroom.v1.WantedKEK
 	(*WantedProvider)(nil),                   // 9: strongroom.v1.WantedProvider
-	(*WantedDatastore)(nil),                  // 10: strongroom.v1.WantedDatastore
-	(*SyncHostResponse)(nil),                 // 11: strongroom.v1.SyncHostResponse
-	(*DatastoreSpace)(nil),                   // 12: strongroom.v1.DatastoreSpace
-	(*AgentProgress)(nil),                    // 13: strongroom.v1.AgentProgress
-	(*AgentCreateVMRequest)(nil),             // 14: strongroom.v1.AgentCreateVMRequest
-	(*AgentCloneVMRequest)(nil),              // 15: strongroom.v1.AgentCloneVMRequest
-	(*AgentCreateSnapshotRequest)(nil),       // 16: strongroom.v1.AgentCreateSnapshotRequest
-	(*AgentRevertToSnapshotRequest)(nil),     // 17: strongroom.v1.AgentRevertToSnapshotRequest
-	(*AgentDeleteSnapshotRequest)(nil),       // 18: strongroom.v1.AgentDeleteSnapshotRequest
-	(*AgentConsolidateSnapshotsRequest)(nil), // 19: strongroom.v1.AgentConsolidateSnapshotsRequest
-	(*AgentEncryptVMRequest)(nil),            // 20: strongroom.v1.AgentEncryptVMRequest
-	(*AgentDecryptVMRequest)(nil),            // 21: strongroom.v1.AgentDecryptVMRequest
-	(*AgentRekeyVMRequest)(nil),              // 22: strongroom.v1.AgentRekeyVMRequest
-	(*AgentSetRekeyRateRequest)(nil),         // 23: strongroom.v1.AgentSetRekeyRateRequest
-	(*AgentSetRekeyRateResponse)(nil),        // 24: strongroom.v1.AgentSetRekeyRateResponse
-	(*AgentFillDisksRequest)(nil),            // 25: strongroom.v1.AgentFillDisksRequest
-	(*AgentResizeDiskRequest)(nil),           // 26: strongroom.v1.AgentResizeDiskRequest
-	(*AgentExportDiskKeyRequest)(nil),        // 27: strongroom.v1.AgentExportDiskKeyRequest
-	(*AgentPowerOnVMRequest)(nil),            // 28: strongroom.v1.AgentPowerOnVMRequest
-	(*AgentPowerOffVMRequest)(nil),           // 29: strongroom.v1.AgentPowerOffVMRequest
-	(*AgentRegisterVMRequest)(nil),           // 30: strongroom.v1.AgentRegisterVMRequest
-	(*AgentUnregisterVMRequest)(nil),         // 31: strongroom.v1.AgentUnregisterVMRequest
-	(*AgentUnregisterVMResponse)(nil),        // 32: strongroom.v1.AgentUnregisterVMResponse
-	(*AgentDeleteVMRequest)(nil),             // 33: strongroom.v1.AgentDeleteVMRequest
-	(*AgentDeleteVMResponse)(nil),            // 34: strongroom.v1.AgentDeleteVMResponse
-	(*AgentGetVMRequest)(nil),                // 35: strongroom.v1.AgentGetVMRequest
-	(*AgentVMResponse)(nil),                  // 36: strongroom.v1.AgentVMResponse
-	nil,                                      // 37: strongroom.v1.JoinRequest.CapabilitiesEntry
-	nil,                                      // 38: strongroom.v1.HeartbeatRequest.CapabilitiesEntry
-	nil,                                      // 39: strongroom.v1.AgentCreateVMRequest.PassphrasesEntry
-	(*VM)(nil),                               // 40: strongroom.v1.VM
-	(*KeyRef)(nil),                           // 41: strongroom.v1.KeyRef
-	(*timestamppb.Timestamp)(nil),            // 42: google.protobuf.Timestamp
-	(*VMSettings)(nil),                       // 43: strongroom.v1.VMSettings
-	(*NewDisk)(nil),                          // 44: strongroom.v1.NewDisk
-	(*ExportDiskKeyResponse)(nil),            // 45: strongroom.v1.ExportDiskKeyResponse
+	(*KeyServerAccess)(nil),                  // 10: strongroom.v1.KeyServerAccess
+	(*WantedDatastore)(nil),                  // 11: strongroom.v1.WantedDatastore
+	(*SyncHostResponse)(nil),                 // 12: strongroom.v1.SyncHostResponse
+	(*DatastoreSpace)(nil),                   // 13: strongroom.v1.DatastoreSpace
+	(*AgentProgress)(nil),                    // 14: strongroom.v1.AgentProgress
+	(*AgentCreateVMRequest)(nil),             // 15: strongroom.v1.AgentCreateVMRequest
+	(*AgentCloneVMRequest)(nil),              // 16: strongroom.v1.AgentCloneVMRequest
+	(*AgentCreateSnapshotRequest)(nil),       // 17: strongroom.v1.AgentCreateSnapshotRequest
+	(*AgentRevertToSnapshotRequest)(nil),     // 18: strongroom.v1.AgentRevertToSnapshotRequest
+	(*AgentDeleteSnapshotRequest)(nil),       // 19: strongroom.v1.AgentDeleteSnapshotRequest
+	(*AgentConsolidateSnapshotsRequest)(nil), // 20: strongroom.v1.AgentConsolidateSnapshotsRequest
+	(*AgentEncryptVMRequest)(nil),            // 21: strongroom.v1.AgentEncryptVMRequest
+	(*AgentDecryptVMRequest)(nil),            // 22: strongroom.v1.AgentDecryptVMRequest
+	(*AgentRekeyVMRequest)(nil),              // 23: strongroom.v1.AgentRekeyVMRequest
+	(*AgentSetRekeyRateRequest)(nil),         // 24: strongroom.v1.AgentSetRekeyRateRequest
+	(*AgentSetRekeyRateResponse)(nil),        // 25: strongroom.v1.AgentSetRekeyRateResponse
+	(*AgentFillDisksRequest)(nil),            // 26: strongroom.v1.AgentFillDisksRequest
+	(*AgentResizeDiskRequest)(nil),           // 27: strongroom.v1.AgentResizeDiskRequest
+	(*AgentExportDiskKeyRequest)(nil),        // 28: strongroom.v1.AgentExportDiskKeyRequest
+	(*AgentPowerOnVMRequest)(nil),            // 29: strongroom.v1.AgentPowerOnVMRequest
+	(*AgentPowerOffVMRequest)(nil),           // 30: strongroom.v1.AgentPowerOffVMRequest
+	(*AgentRegisterVMRequest)(nil),           // 31: strongroom.v1.AgentRegisterVMRequest
+	(*AgentUnregisterVMRequest)(nil),         // 32: strongroom.v1.AgentUnregisterVMRequest
+	(*AgentUnregisterVMResponse)(nil),        // 33: strongroom.v1.AgentUnregisterVMResponse
+	(*AgentDeleteVMRequest)(nil),             // 34: strongroom.v1.AgentDeleteVMRequest
+	(*AgentDeleteVMResponse)(nil),            // 35: strongroom.v1.AgentDeleteVMResponse
+	(*AgentGetVMRequest)(nil),                // 36: strongroom.v1.AgentGetVMRequest
+	(*AgentVMResponse)(nil),                  // 37: strongroom.v1.AgentVMResponse
+	nil,                                      // 38: strongroom.v1.JoinRequest.CapabilitiesEntry
+	nil,                                      // 39: strongroom.v1.HeartbeatRequest.CapabilitiesEntry
+	nil,                                      // 40: strongroom.v1.AgentCreateVMRequest.PassphrasesEntry
+	(*VM)(nil),                               // 41: strongroom.v1.VM
+	(*KeyRef)(nil),                           // 42: strongroom.v1.KeyRef
+	(*timestamppb.Timestamp)(nil),            // 43: google.protobuf.Timestamp
+	(*TrustedServer)(nil),                    // 44: strongroom.v1.TrustedServer
+	(*VMSettings)(nil),                       // 45: strongroom.v1.VMSettings
+	(*NewDisk)(nil),                          // 46: strongroom.v1.NewDisk
+	(*ExportDiskKeyResponse)(nil),            // 47: strongroom.v1.ExportDiskKeyResponse
 }
 var file_strongroom_v1_agent_proto_depIdxs = []int32{
-	37, // 0: strongroom.v1.JoinRequest.capabilities:type_name -> strongroom.v1.JoinRequest.CapabilitiesEntry
-	38, // 1: strongroom.v1.HeartbeatRequest.capabilities:type_name -> strongroom.v1.HeartbeatRequest.CapabilitiesEntry
+	38, // 0: strongroom.v1.JoinRequest.capabilities:type_name -> strongroom.v1.JoinRequest.CapabilitiesEntry
+	39, // 1: strongroom.v1.HeartbeatRequest.capabilities:type_name -> strongroom.v1.HeartbeatRequest.CapabilitiesEntry
 	3,  // 2: strongroom.v1.HeartbeatRequest.providers:type_name -> strongroom.v1.HeldProvider
-	40, // 3: strongroom.v1.HeartbeatRequest.vms:type_name -> strongroom.v1.VM
+	41, // 3: strongroom.v1.HeartbeatRequest.vms:type_name -> strongroom.v1.VM
 	9,  // 4: strongroom.v1.SyncHostRequest.providers:type_name -> strongroom.v1.WantedProvider
-	10, // 5: strongroom.v1.SyncHostRequest.datastores:type_name -> strongroom.v1.WantedDatastore
+	11, // 5: strongroom.v1.SyncHostRequest.datastores:type_name -> strongroom.v1.WantedDatastore
 	8,  // 6: strongroom.v1.SyncHostRequest.keks:type_name -> strongroom.v1.WantedKEK
-	41, // 7: strongroom.v1.WantedKEK.key:type_name -> strongroom.v1.KeyRef
-	42, // 8: strongroom.v1.WantedProvider.created:type_name -> google.protobuf.Timestamp
-	3,  // 9: strongroom.v1.SyncHostResponse.providers:type_name -> strongroom.v1.HeldProvider
-	12, // 10: strongroom.v1.SyncHostResponse.datastores:type_name -> strongroom.v1.DatastoreSpace
-	41, // 11: strongroom.v1.SyncHostResponse.missing_keks:type_name -> strongroom.v1.KeyRef
-	40, // 12: strongroom.v1.AgentProgress.result:type_name -> strongroom.v1.VM
-	43, // 13: strongroom.v1.AgentCreateVMRequest.settings:type_name -> strongroom.v1.VMSettings
-	44, // 14: strongroom.v1.AgentCreateVMRequest.disks:type_name -> strongroom.v1.NewDisk
-	41, // 15: strongroom.v1.AgentCreateVMRequest.key:type_name -> strongroom.v1.KeyRef
-	39, // 16: strongroom.v1.AgentCreateVMRequest.passphrases:type_name -> strongroom.v1.AgentCreateVMRequest.PassphrasesEntry
-	41, // 17: strongroom.v1.AgentCloneVMRequest.key:type_name -> strongroom.v1.KeyRef
-	41, // 18: strongroom.v1.AgentEncryptVMRequest.key:type_name -> strongroom.v1.KeyRef
-	41, // 19: strongroom.v1.AgentRekeyVMRequest.key:type_name -> strongroom.v1.KeyRef
-	40, // 20: strongroom.v1.AgentVMResponse.vm:type_name -> strongroom.v1.VM
-	0,  // 21: strongroom.v1.EnrollService.Join:input_type -> strongroom.v1.JoinRequest
-	2,  // 22: strongroom.v1.EnrollService.Heartbeat:input_type -> strongroom.v1.HeartbeatRequest
-	5,  // 23: strongroom.v1.EnrollService.RenewCertificate:input_type -> strongroom.v1.RenewCertificateRequest
-	7,  // 24: strongroom.v1.AgentService.SyncHost:input_type -> strongroom.v1.SyncHostRequest
-	14, // 25: strongroom.v1.AgentService.CreateVM:input_type -> strongroom.v1.AgentCreateVMRequest
-	15, // 26: strongroom.v1.AgentService.CloneVM:input_type -> strongroom.v1.AgentCloneVMRequest
-	16, // 27: strongroom.v1.AgentService.CreateSnapshot:input_type -> strongroom.v1.AgentCreateSnapshotRequest
-	17, // 28: strongroom.v1.AgentService.RevertToSnapshot:input_type -> strongroom.v1.AgentRevertToSnapshotRequest
-	18, // 29: strongroom.v1.AgentService.DeleteSnapshot:input_type -> strongroom.v1.AgentDeleteSnapshotRequest
-	19, // 30: strongroom.v1.AgentService.ConsolidateSnapshots:input_type -> strongroom.v1.AgentConsolidateSnapshotsRequest
-	20, // 31: strongroom.v1.AgentService.EncryptVM:input_type -> strongroom.v1.AgentEncryptVMRequest
-	21, // 32: strongroom.v1.AgentService.DecryptVM:input_type -> strongroom.v1.AgentDecryptVMRequest
-	22, // 33: strongroom.v1.AgentService.RekeyVM:input_type -> strongroom.v1.AgentRekeyVMRequest
-	23, // 34: strongroom.v1.AgentService.SetRekeyRate:input_type -> strongroom.v1.AgentSetRekeyRateRequest
-	25, // 35: strongroom.v1.AgentService.FillDisks:input_type -> strongroom.v1.AgentFillDisksRequest
-	26, // 36: strongroom.v1.AgentService.ResizeDisk:input_type -> strongroom.v1.AgentResizeDiskRequest
-	27, // 37: strongroom.v1.AgentService.ExportDiskKey:input_type -> strongroom.v1.AgentExportDiskKeyRequest
-	28, // 38: strongroom.v1.AgentService.PowerOnVM:input_type -> strongroom.v1.AgentPowerOnVMRequest
-	29, // 39: strongroom.v1.AgentService.PowerOffVM:input_type -> strongroom.v1.AgentPowerOffVMRequest
-	30, // 40: strongroom.v1.AgentService.RegisterVM:input_type -> strongroom.v1.AgentRegisterVMRequest
-	31, // 41: strongroom.v1.AgentService.UnregisterVM:input_type -> strongroom.v1.AgentUnregisterVMRequest
-	33, // 42: strongroom.v1.AgentService.DeleteVM:input_type -> strongroom.v1.AgentDeleteVMRequest
-	35, // 43: strongroom.v1.AgentService.GetVM:input_type -> strongroom.v1.AgentGetVMRequest
-	1,  // 44: strongroom.v1.EnrollService.Join:output_type -> strongroom.v1.JoinResponse
-	4,  // 45: strongroom.v1.EnrollService.Heartbeat:output_type -> strongroom.v1.HeartbeatResponse
-	6,  // 46: strongroom.v1.EnrollService.RenewCertificate:output_type -> strongroom.v1.RenewCertificateResponse
-	11, // 47: strongroom.v1.AgentService.SyncHost:output_type -> strongroom.v1.SyncHostResponse
-	13, // 48: strongroom.v1.AgentService.CreateVM:output_type -> strongroom.v1.AgentProgress
-	13, // 49: strongroom.v1.AgentService.CloneVM:output_type -> strongroom.v1.AgentProgress
-	13, // 50: strongroom.v1.AgentService.CreateSnapshot:output_type -> strongroom.v1.AgentProgress
-	13, // 51: strongroom.v1.AgentService.RevertToSnapshot:output_type -> strongroom.v1.AgentProgress
-	36, // 52: strongroom.v1.AgentService.DeleteSnapshot:output_type -> strongroom.v1.AgentVMResponse
-	36, // 53: strongroom.v1.AgentService.ConsolidateSnapshots:output_type -> strongroom.v1.AgentVMResponse
-	13, // 54: strongroom.v1.AgentService.EncryptVM:output_type -> strongroom.v1.AgentProgress
-	13, // 55: strongroom.v1.AgentService.DecryptVM:output_type -> strongroom.v1.AgentProgress
-	13, // 56: strongroom.v1.AgentService.RekeyVM:output_type -> strongroom.v1.AgentProgress
-	24, // 57: strongroom.v1.AgentService.SetRekeyRate:output_type -> strongroom.v1.AgentSetRekeyRateResponse
-	13, // 58: strongroom.v1.AgentService.FillDisks:output_type -> strongroom.v1.AgentProgress
-	36, // 59: strongroom.v1.AgentService.ResizeDisk:output_type -> strongroom.v1.AgentVMResponse
-	45, // 60: strongroom.v1.AgentService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
-	36, // 61: strongroom.v1.AgentService.PowerOnVM:output_type -> strongroom.v1.AgentVMResponse
-	36, // 62: strongroom.v1.AgentService.PowerOffVM:output_type -> strongroom.v1.AgentVMResponse
-	36, // 63: strongroom.v1.AgentService.RegisterVM:output_type -> strongroom.v1.AgentVMResponse
-	32, // 64: strongroom.v1.AgentService.UnregisterVM:output_type -> strongroom.v1.AgentUnregisterVMResponse
-	34, // 65: strongroom.v1.AgentService.DeleteVM:output_type -> strongroom.v1.AgentDeleteVMResponse
-	36, // 66: strongroom.v1.AgentService.GetVM:output_type -> strongroom.v1.AgentVMResponse
-	44, // [44:67] is the sub-list for method output_type
-	21, // [21:44] is the sub-list for method input_type
-	21, // [21:21] is the sub-list for extension type_name
-	21, // [21:21] is the sub-list for extension extendee
-	0,  // [0:21] is the sub-list for field type_name
+	42, // 7: strongroom.v1.WantedKEK.key:type_name -> strongroom.v1.KeyRef
+	43, // 8: strongroom.v1.WantedProvider.created:type_name -> google.protobuf.Timestamp
+	10, // 9: strongroom.v1.WantedProvider.key_servers:type_name -> strongroom.v1.KeyServerAccess
+	44, // 10: strongroom.v1.KeyServerAccess.servers:type_name -> strongroom.v1.TrustedServer
+	3,  // 11: strongroom.v1.SyncHostResponse.providers:type_name -> strongroom.v1.HeldProvider
+	13, // 12: strongroom.v1.SyncHostResponse.datastores:type_name -> strongroom.v1.DatastoreSpace
+	42, // 13: strongroom.v1.SyncHostResponse.missing_keks:type_name -> strongroom.v1.KeyRef
+	41, // 14: strongroom.v1.AgentProgress.result:type_name -> strongroom.v1.VM
+	45, // 15: strongroom.v1.AgentCreateVMRequest.settings:type_name -> strongroom.v1.VMSettings
+	46, // 16: strongroom.v1.AgentCreateVMRequest.disks:type_name -> strongroom.v1.NewDisk
+	42, // 17: strongroom.v1.AgentCreateVMRequest.key:type_name -> strongroom.v1.KeyRef
+	40, // 18: strongroom.v1.AgentCreateVMRequest.passphrases:type_name -> strongroom.v1.AgentCreateVMRequest.PassphrasesEntry
+	42, // 19: strongroom.v1.AgentCloneVMRequest.key:type_name -> strongroom.v1.KeyRef
+	42, // 20: strongroom.v1.AgentEncryptVMRequest.key:type_name -> strongroom.v1.KeyRef
+	42, // 21: strongroom.v1.AgentRekeyVMRequest.key:type_name -> strongroom.v1.KeyRef
+	41, // 22: strongroom.v1.AgentVMResponse.vm:type_name -> strongroom.v1.VM
+	0,  // 23: strongroom.v1.EnrollService.Join:input_type -> strongroom.v1.JoinRequest
+	2,  // 24: strongroom.v1.EnrollService.Heartbeat:input_type -> strongroom.v1.HeartbeatRequest
+	5,  // 25: strongroom.v1.EnrollService.RenewCertificate:input_type -> strongroom.v1.RenewCertificateRequest
+	7,  // 26: strongroom.v1.AgentService.SyncHost:input_type -> strongroom.v1.SyncHostRequest
+	15, // 27: strongroom.v1.AgentService.CreateVM:input_type -> strongroom.v1.AgentCreateVMRequest
+	16, // 28: strongroom.v1.AgentService.CloneVM:input_type -> strongroom.v1.AgentCloneVMRequest
+	17, // 29: strongroom.v1.AgentService.CreateSnapshot:input_type -> strongroom.v1.AgentCreateSnapshotRequest
+	18, // 30: strongroom.v1.AgentService.RevertToSnapshot:input_type -> strongroom.v1.AgentRevertToSnapshotRequest
+	19, // 31: strongroom.v1.AgentService.DeleteSnapshot:input_type -> strongroom.v1.AgentDeleteSnapshotRequest
+	20, // 32: strongroom.v1.AgentService.ConsolidateSnapshots:input_type -> strongroom.v1.AgentConsolidateSnapshotsRequest
+	21, // 33: strongroom.v1.AgentService.EncryptVM:input_type -> strongroom.v1.AgentEncryptVMRequest
+	22, // 34: strongroom.v1.AgentService.DecryptVM:input_type -> strongroom.v1.AgentDecryptVMRequest
+	23, // 35: strongroom.v1.AgentService.RekeyVM:input_type -> strongroom.v1.AgentRekeyVMRequest
+	24, // 36: strongroom.v1.AgentService.SetRekeyRate:input_type -> strongroom.v1.AgentSetRekeyRateRequest
+	26, // 37: strongroom.v1.AgentService.FillDisks:input_type -> strongroom.v1.AgentFillDisksRequest
+	27, // 38: strongroom.v1.AgentService.ResizeDisk:input_type -> strongroom.v1.AgentResizeDiskRequest
+	28, // 39: strongroom.v1.AgentService.ExportDiskKey:input_type -> strongroom.v1.AgentExportDiskKeyRequest
+	29, // 40: strongroom.v1.AgentService.PowerOnVM:input_type -> strongroom.v1.AgentPowerOnVMRequest
+	30, // 41: strongroom.v1.AgentService.PowerOffVM:input_type -> strongroom.v1.AgentPowerOffVMRequest
+	31, // 42: strongroom.v1.AgentService.RegisterVM:input_type -> strongroom.v1.AgentRegisterVMRequest
+	32, // 43: strongroom.v1.AgentService.UnregisterVM:input_type -> strongroom.v1.AgentUnregisterVMRequest
+	34, // 44: strongroom.v1.AgentService.DeleteVM:input_type -> strongroom.v1.AgentDeleteVMRequest
+	36, // 45: strongroom.v1.AgentService.GetVM:input_type -> strongroom.v1.AgentGetVMRequest
+	1,  // 46: strongroom.v1.EnrollService.Join:output_type -> strongroom.v1.JoinResponse
+	4,  // 47: strongroom.v1.EnrollService.Heartbeat:output_type -> strongroom.v1.HeartbeatResponse
+	6,  // 48: strongroom.v1.EnrollService.RenewCertificate:output_type -> strongroom.v1.RenewCertificateResponse
+	12, // 49: strongroom.v1.AgentService.SyncHost:output_type -> strongroom.v1.SyncHostResponse
+	14, // 50: strongroom.v1.AgentService.CreateVM:output_type -> strongroom.v1.AgentProgress
+	14, // 51: strongroom.v1.AgentService.CloneVM:output_type -> strongroom.v1.AgentProgress
+	14, // 52: strongroom.v1.AgentService.CreateSnapshot:output_type -> strongroom.v1.AgentProgress
+	14, // 53: strongroom.v1.AgentService.RevertToSnapshot:output_type -> strongroom.v1.AgentProgress
+	37, // 54: strongroom.v1.AgentService.DeleteSnapshot:output_type -> strongroom.v1.AgentVMResponse
+	37, // 55: strongroom.v1.AgentService.ConsolidateSnapshots:output_type -> strongroom.v1.AgentVMResponse
+	14, // 56: strongroom.v1.AgentService.EncryptVM:output_type -> strongroom.v1.AgentProgress
+	14, // 57: strongroom.v1.AgentService.DecryptVM:output_type -> strongroom.v1.AgentProgress
+	14, // 58: strongroom.v1.AgentService.RekeyVM:output_type -> strongroom.v1.AgentProgress
+	25, // 59: strongroom.v1.AgentService.SetRekeyRate:output_type -> strongroom.v1.AgentSetRekeyRateResponse
+	14, // 60: strongroom.v1.AgentService.FillDisks:output_type -> strongroom.v1.AgentProgress
+	37, // 61: strongroom.v1.AgentService.ResizeDisk:output_type -> strongroom.v1.AgentVMResponse
+	47, // 62: strongroom.v1.AgentService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
+	37, // 63: strongroom.v1.AgentService.PowerOnVM:output_type -> strongroom.v1.AgentVMResponse
+	37, // 64: strongroom.v1.AgentService.PowerOffVM:output_type -> strongroom.v1.AgentVMResponse
+	37, // 65: strongroom.v1.AgentService.RegisterVM:output_type -> strongroom.v1.AgentVMResponse
+	33, // 66: strongroom.v1.AgentService.UnregisterVM:output_type -> strongroom.v1.AgentUnregisterVMResponse
+	35, // 67: strongroom.v1.AgentService.DeleteVM:output_type -> strongroom.v1.AgentDeleteVMResponse
+	37, // 68: strongroom.v1.AgentService.GetVM:output_type -> strongroom.v1.AgentVMResponse
+	46, // [46:69] is the sub-list for method output_type
+	23, // [23:46] is the sub-list for method input_type
+	23, // [23:23] is the sub-list for extension type_name
+	23, // [23:23] is the sub-list for extension extendee
+	0,  // [0:23] is the sub-list for field type_name
 }
 
 func init() { file_strongroom_v1_agent_proto_init() }
@@ -2613,6 +2726,7 @@ func file_strongroom_v1_agent_proto_init() {
 		return
 	}
 	file_strongroom_v1_options_proto_init()
+	file_strongroom_v1_provider_proto_init()
 	file_strongroom_v1_vm_proto_init()
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -2620,7 +2734,7 @@ func file_strongroom_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_strongroom_v1_agent_proto_rawDesc), len(file_strongroom_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   40,
+			NumMessages:   41,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -166,7 +166,9 @@ type StandardProvider struct {
 	ClientMethod      string           `protobuf:"bytes,5,opt,name=client_method,json=clientMethod,proto3" json:"client_method,omitempty"`
 	ClientCertificate *CertificateInfo `protobuf:"bytes,6,opt,name=client_certificate,json=clientCertificate,proto3" json:"client_certificate,omitempty"`
 	// When a key was first made, got and destroyed; unset if never.
-	Established   *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=established,proto3" json:"established,omitempty"`
+	Established *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=established,proto3" json:"established,omitempty"`
+	// "brokered" or "direct", as in StandardSettings.
+	HostAccess    string `protobuf:"bytes,15,opt,name=host_access,json=hostAccess,proto3" json:"host_access,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -248,6 +250,13 @@ func (x *StandardProvider) GetEstablished() *timestamppb.Timestamp {
 		return x.Established
 	}
 	return nil
+}
+
+func (x *StandardProvider) GetHostAccess() string {
+	if x != nil {
+		return x.HostAccess
+	}
+	return ""
 }
 
 // KeyServer is a server of a standard provider, and how it was found last.
@@ -675,7 +684,10 @@ type StandardSettings struct {
 	// PEM, the client's own first.
 	ClientCertificate []byte `protobuf:"bytes,7,opt,name=client_certificate,json=clientCertificate,proto3" json:"client_certificate,omitempty"`
 	// PEM, with client_method "upload" only.
-	ClientKey     []byte `protobuf:"bytes,8,opt,name=client_key,json=clientKey,proto3" json:"client_key,omitempty"`
+	ClientKey []byte `protobuf:"bytes,8,opt,name=client_key,json=clientKey,proto3" json:"client_key,omitempty"`
+	// "brokered" (hosts get keys from the controller only) or "direct" (a host that
+	// lacks a key asks the key servers itself). Empty: as it is, at first brokered.
+	HostAccess    string `protobuf:"bytes,15,opt,name=host_access,json=hostAccess,proto3" json:"host_access,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -764,6 +776,13 @@ func (x *StandardSettings) GetClientKey() []byte {
 		return x.ClientKey
 	}
 	return nil
+}
+
+func (x *StandardSettings) GetHostAccess() string {
+	if x != nil {
+		return x.HostAccess
+	}
+	return ""
 }
 
 type TrustedServer struct {
@@ -2101,7 +2120,7 @@ const file_strongroom_v1_provider_proto_rawDesc = "" +
 	"\tbacked_up\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\bbackedUp\x12\x15\n" +
 	"\x06in_use\x18\n" +
 	" \x01(\bR\x05inUse\x12;\n" +
-	"\bstandard\x18\v \x01(\v2\x1f.strongroom.v1.StandardProviderR\bstandard\"\xcb\x02\n" +
+	"\bstandard\x18\v \x01(\v2\x1f.strongroom.v1.StandardProviderR\bstandard\"\xec\x02\n" +
 	"\x10StandardProvider\x122\n" +
 	"\aservers\x18\x01 \x03(\v2\x18.strongroom.v1.KeyServerR\aservers\x12\x12\n" +
 	"\x04user\x18\x02 \x01(\tR\x04user\x12\x14\n" +
@@ -2109,7 +2128,9 @@ const file_strongroom_v1_provider_proto_rawDesc = "" +
 	"\x0ftimeout_seconds\x18\x04 \x01(\rR\x0etimeoutSeconds\x12#\n" +
 	"\rclient_method\x18\x05 \x01(\tR\fclientMethod\x12M\n" +
 	"\x12client_certificate\x18\x06 \x01(\v2\x1e.strongroom.v1.CertificateInfoR\x11clientCertificate\x12<\n" +
-	"\vestablished\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\vestablished\"\xd3\x02\n" +
+	"\vestablished\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\vestablished\x12\x1f\n" +
+	"\vhost_access\x18\x0f \x01(\tR\n" +
+	"hostAccess\"\xd3\x02\n" +
 	"\tKeyServer\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\tR\aaddress\x12 \n" +
 	"\vfingerprint\x18\x02 \x01(\tR\vfingerprint\x12\x16\n" +
@@ -2138,7 +2159,7 @@ const file_strongroom_v1_provider_proto_rawDesc = "" +
 	"\bsettings\x18\x02 \x01(\v2\x1f.strongroom.v1.StandardSettingsR\bsettings\"p\n" +
 	"\x1dUpdateStandardProviderRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12;\n" +
-	"\bsettings\x18\x02 \x01(\v2\x1f.strongroom.v1.StandardSettingsR\bsettings\"\xac\x02\n" +
+	"\bsettings\x18\x02 \x01(\v2\x1f.strongroom.v1.StandardSettingsR\bsettings\"\xcd\x02\n" +
 	"\x10StandardSettings\x126\n" +
 	"\aservers\x18\x01 \x03(\v2\x1c.strongroom.v1.TrustedServerR\aservers\x12\x12\n" +
 	"\x04user\x18\x02 \x01(\tR\x04user\x12\x1a\n" +
@@ -2148,7 +2169,9 @@ const file_strongroom_v1_provider_proto_rawDesc = "" +
 	"\rclient_method\x18\x06 \x01(\tR\fclientMethod\x12-\n" +
 	"\x12client_certificate\x18\a \x01(\fR\x11clientCertificate\x12\x1d\n" +
 	"\n" +
-	"client_key\x18\b \x01(\fR\tclientKey\"K\n" +
+	"client_key\x18\b \x01(\fR\tclientKey\x12\x1f\n" +
+	"\vhost_access\x18\x0f \x01(\tR\n" +
+	"hostAccess\"K\n" +
 	"\rTrustedServer\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\tR\aaddress\x12 \n" +
 	"\vfingerprint\x18\x02 \x01(\tR\vfingerprint\".\n" +

@@ -25,6 +25,12 @@ const (
 	ClientUploaded   = "upload"        // by a certificate and key that it made
 )
 
+// The ways in which hosts get the keys of a standard provider.
+const (
+	HostsBrokered = "brokered" // from the controller only
+	HostsDirect   = "direct"   // a host that lacks one also asks the key servers itself
+)
+
 // Standard is what a standard provider has beyond others. Its password and
 // private keys are in the controller's vault.
 type Standard struct {
@@ -40,6 +46,8 @@ type Standard struct {
 	// controller shows the certificate of its own CA, which it renews itself.
 	Certificate *Certificate `json:"certificate,omitempty"`
 	Request     []byte       `json:"request,omitempty"` // PKCS #10, DER
+	// HostAccess is how hosts get keys; empty: brokered.
+	HostAccess string `json:"host_access,omitempty"`
 	// Established is when a key was first made, got and destroyed; zero after
 	// servers or credentials changed.
 	Established time.Time `json:"established,omitzero"`

@@ -155,6 +155,19 @@ func (env *Env) readCredential(f credentialFlags, s *strongroomv1.StandardSettin
 	return err
 }
 
+// addHostAccess adds the flag that says how hosts get keys.
+func addHostAccess(cmd *cobra.Command, access *string) {
+	cmd.Flags().StringVar(access, "host-access", "", "how hosts get keys: brokered or direct")
+	must(cmd.RegisterFlagCompletionFunc("host-access", cobra.FixedCompletions([]string{"brokered", "direct"}, cobra.ShellCompDirectiveNoFileComp)))
+}
+
+const hostAccessHelp = `How hosts get the provider's keys (--host-access):
+  brokered  from the controller only, which alone has credentials for the key
+            server (the default)
+  direct    a host that lacks a key also asks the key server itself, so that it
+            powers VMs on after its restart while the controller is away; each
+            host keeps the credentials, sealed`
+
 func clearSettings(s *strongroomv1.StandardSettings) {
 	clear(s.GetPassword())
 	clear(s.GetClientKey())
@@ -164,6 +177,7 @@ func newProviderAddStandardCmd(env *Env) *cobra.Command {
 	var servers serverFlags
 	var own clientFlags
 	var credential credentialFlags
+	var access string
 	cmd := &cobra.Command{
 		Use:   "add-standard NAME --server HOST:PORT",
 		Short: "Add a standard key provider: a key server (KMS)",
@@ -176,6 +190,8 @@ fingerprint with what the server's administrator says.
 
 ` + clientHelp + `
 
+` + hostAccessHelp + `
+
 The provider gives keys once "strongroom provider check NAME" has seen the
 server make, give and destroy one; that is tried at once.
 
@@ -185,7 +201,7 @@ Needs the privilege Cryptographer.ManageKeyServers.`,
   strongroom provider check kms-1`,
 		Args: exactArgs("the provider's name"),
 		RunE: env.withClient("add the provider", func(cmd *cobra.Command, c *client.Client, args []string) error {
-			settings := &strongroomv1.StandardSettings{Proxy: servers.proxy, TimeoutSeconds: servers.timeout}
+			settings := &strongroomv1.StandardSettings{Proxy: servers.proxy, TimeoutSeconds: servers.timeout, HostAccess: access}
 			defer clearSettings(settings)
 			if err := own.read(settings); err != nil {
 				return err
@@ -216,6 +232,7 @@ Needs the privilege Cryptographer.ManageKeyServers.`,
 	servers.add(cmd, true)
 	credential.add(cmd)
 	own.add(cmd, "client-")
+	addHostAccess(cmd, &access)
 	return cmd
 }
 
@@ -276,22 +293,25 @@ func (env *Env) updateAndCheck(ctx context.Context, c *client.Client, name strin
 
 func newProviderUpdateCmd(env *Env) *cobra.Command {
 	var credential credentialFlags
-	var proxy string
+	var proxy, access string
 	var timeout uint32
 	cmd := &cobra.Command{
 		Use:   "update NAME",
-		Short: "Change the credential, proxy or timeout of a standard provider",
-		Long: `Change how a standard provider's key servers are reached, and the user name and
-password for them. What is not given stays. Addresses and certificates are
-changed with "strongroom provider trust".
+		Short: "Change the credential, proxy, timeout or host access of a standard provider",
+		Long: `Change how a standard provider's key servers are reached and by whom, and the user
+name and password for them. What is not given stays. Addresses and certificates
+are changed with "strongroom provider trust".
+
+` + hostAccessHelp + `
 
 Needs the privilege Cryptographer.ManageKeyServers.`,
 		Example: `  strongroom provider update kms-1 --user app-1 --password-file pw
-  strongroom provider update kms-1 --proxy none --timeout 10`,
+  strongroom provider update kms-1 --proxy none --timeout 10
+  strongroom provider update kms-1 --host-access direct`,
 		Args:              exactArgs("the provider's name"),
 		ValidArgsFunction: env.completeFirst(providerNames),
 		RunE: env.withClient("change the provider", func(cmd *cobra.Command, c *client.Client, args []string) error {
-			settings := &strongroomv1.StandardSettings{Proxy: proxy, TimeoutSeconds: timeout}
+			settings := &strongroomv1.StandardSettings{Proxy: proxy, TimeoutSeconds: timeout, HostAccess: access}
 			defer clearSettings(settings)
 			if err := env.readCredential(credential, settings); err != nil {
 				return err
@@ -300,6 +320,7 @@ Needs the privilege Cryptographer.ManageKeyServers.`,
 		}),
 	}
 	credential.add(cmd)
+	addHostAccess(cmd, &access)
 	cmd.Flags().StringVar(&proxy, "proxy", "", "`HOST:PORT` of an HTTP proxy in front of the servers, or none")
 	cmd.Flags().Uint32Var(&timeout, "timeout", 0, "`seconds` for connecting, for the TLS handshake, and for each request, 1 to 60")
 	return cmd
@@ -418,7 +439,7 @@ func (env *Env) standardFields(s *strongroomv1.StandardProvider) []field {
 	if s.GetProxy() != "" {
 		fields = append(fields, field{"Proxy", s.GetProxy()})
 	}
-	fields = append(fields, field{"Timeout", fmt.Sprintf("%d s", s.GetTimeoutSeconds())})
+	fields = append(fields, field{"Timeout", fmt.Sprintf("%d s", s.GetTimeoutSeconds())}, field{"Host access", s.GetHostAccess()})
 	for _, server := range s.GetServers() {
 		state := server.GetStatus()
 		if server.GetProblem() != "" {

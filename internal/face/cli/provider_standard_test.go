@@ -37,7 +37,7 @@ func (c *controller) InspectKeyServers(_ context.Context, r *connect.Request[str
 
 // standardProvider is one as the fake controller tells of it.
 var standardProvider = &strongroomv1.Provider{Name: "kms-1", Type: "standard", State: "Active", Standard: &strongroomv1.StandardProvider{
-	Servers: []*strongroomv1.KeyServer{{Address: "kms-old:5696", Fingerprint: pinOf("kms-old:5696")}}, Proxy: "old:1", TimeoutSeconds: 7,
+	Servers: []*strongroomv1.KeyServer{{Address: "kms-old:5696", Fingerprint: pinOf("kms-old:5696")}}, Proxy: "old:1", TimeoutSeconds: 7, HostAccess: "direct",
 }}
 
 // settings tells what a request sets; secrets by their length.
@@ -46,7 +46,7 @@ func settings(s *strongroomv1.StandardSettings) string {
 	for _, server := range s.GetServers() {
 		all = append(all, server.GetAddress()+" "+server.GetFingerprint()[:11])
 	}
-	for name, v := range map[string]string{"user": s.GetUser(), "proxy": s.GetProxy(), "method": s.GetClientMethod()} {
+	for name, v := range map[string]string{"user": s.GetUser(), "proxy": s.GetProxy(), "method": s.GetClientMethod(), "access": s.GetHostAccess()} {
 		if v != "" {
 			all = append(all, name+" "+v)
 		}
@@ -129,6 +129,11 @@ func TestStandardProviderCalls(t *testing.T) {
 		{"provider trust kms-1 --trust-fingerprint " + pinOf("kms-old:5696"), []string{"Check kms-1", "Inspect [kms-old:5696] proxy \"old:1\" timeout 7", "Update kms-1: kms-old:5696 " + pinOf("kms-old:5696")[:11]}},
 		{"provider update kms-1 --proxy none --timeout 10", []string{"Check kms-1", "Update kms-1: proxy none, timeout 10"}},
 		{"provider update kms-1 --user app-2 --password-file DIR/pw", []string{"Check kms-1", "Update kms-1: password 6, user app-2"}},
+		{"provider update kms-1 --host-access direct", []string{"Check kms-1", "Update kms-1: access direct"}},
+		{
+			"provider add-standard kms-1 --server " + server + " --trust-fingerprint " + pin + " --host-access direct",
+			[]string{"Add kms-1: access direct, " + trusted, "Check kms-1", inspected},
+		},
 		{"provider set-client kms-1 --method csr", []string{"Update kms-1: method csr"}},
 		{"provider set-client kms-1 --cert DIR/cert", []string{"Update kms-1: cert 4, method csr"}},
 		{"provider set-client kms-1 --method upload --cert DIR/cert --key DIR/key", []string{"Update kms-1: cert 4, key 3, method upload"}},

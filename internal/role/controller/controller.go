@@ -32,6 +32,7 @@ import (
 	"strongroom/internal/control/task"
 	"strongroom/internal/daemon"
 	"strongroom/internal/errs"
+	"strongroom/internal/keys/keyprovider/standard"
 )
 
 // Version is what the controller tells about itself.
@@ -64,7 +65,7 @@ type Controller struct {
 	db         *store.DB
 	credential *pki.Credential
 	agents     *agents
-	servers    *keyServers
+	servers    *standard.Set
 	wake       chan struct{} // buffered by one: remediate soon
 	starved    chan struct{} // buffered by one: a host lacks a KEK
 	look       chan struct{} // buffered by one: check the key servers soon
@@ -105,7 +106,7 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) (err error) {
 // controller.
 func open(ctx context.Context, cfg Config, log *slog.Logger, hashing access.Hashing) (_ *Controller, err error) {
 	c := &Controller{
-		cfg: cfg, log: log, servers: newKeyServers(), wake: make(chan struct{}, 1), starved: make(chan struct{}, 1), look: make(chan struct{}, 1), beatLife: heartbeatLife,
+		cfg: cfg, log: log, servers: &standard.Set{}, wake: make(chan struct{}, 1), starved: make(chan struct{}, 1), look: make(chan struct{}, 1), beatLife: heartbeatLife,
 		said: said{keys: map[string][]inventory.KeyRef{}}, orphanAgeMin: orphanAgeMin,
 	}
 	defer func() {
@@ -165,7 +166,7 @@ func (c *Controller) close() error {
 	if c.agents != nil {
 		c.agents.Close()
 	}
-	c.servers.close()
+	c.servers.Close()
 	if c.audit != nil {
 		err = c.audit.Close()
 	}

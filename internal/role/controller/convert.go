@@ -1,6 +1,7 @@
 package controller
 
 import (
+	"cmp"
 	"context"
 	"math"
 	"time"
@@ -184,6 +185,7 @@ func providerToAPI(p inventory.Provider, inUse bool) *strongroomv1.Provider {
 		out.Standard = &strongroomv1.StandardProvider{
 			User: s.User, Proxy: s.Proxy, TimeoutSeconds: s.TimeoutSeconds, ClientMethod: s.ClientMethod,
 			ClientCertificate: certificateToAPI(s.Certificate), Established: stamp(s.Established),
+			HostAccess: cmp.Or(s.HostAccess, inventory.HostsBrokered),
 		}
 		for _, server := range s.Servers {
 			out.Standard.Servers = append(out.Standard.Servers, keyServerToAPI(server))

@@ -4,18 +4,15 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
-	"fmt"
 	"log/slog"
-	"maps"
 	"reflect"
 	"slices"
-	"strconv"
-	"strings"
 	"sync"
 	"time"
 
 	"strongroom/internal/control/event"
 	"strongroom/internal/control/inventory"
+	"strongroom/internal/crypto/keymem"
 	"strongroom/internal/errs"
 	"strongroom/internal/keys/keyprovider"
 	"strongroom/internal/keys/keyprovider/standard"
@@ -25,60 +22,6 @@ import (
 // lookAgainAfter is how soon a key server that cannot be used is looked at again: an
 // outage should end for us when it ends.
 const lookAgainAfter = 10 * time.Second
-
-// keyServers are the connections to the key servers of the standard providers.
-// It is safe for concurrent use.
-type keyServers struct {
-	mu     sync.Mutex
-	open   map[string]*standard.Provider // by name
-	closed bool
-}
-
-func newKeyServers() *keyServers { return &keyServers{open: map[string]*standard.Provider{}} }
-
-// get returns the provider of that name, which may be closed at any time.
-func (k *keyServers) get(name string) (*standard.Provider, error) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	p, ok := k.open[name]
-	if !ok {
-		return nil, fmt.Errorf("%w: %s", keyprovider.ErrUnknownProvider, name)
-	}
-	return p, nil
-}
-
-// any reports whether there is a standard provider.
-func (k *keyServers) any() bool {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	return len(k.open) > 0
-}
-
-// put takes p over; another of that name is closed. A nil p leaves none.
-func (k *keyServers) put(name string, p *standard.Provider) {
-	k.mu.Lock()
-	old := k.open[name]
-	delete(k.open, name)
-	if p != nil && !k.closed {
-		k.open[name], p = p, nil
-	}
-	k.mu.Unlock()
-	for _, p := range []*standard.Provider{old, p} {
-		if p != nil {
-			p.Close()
-		}
-	}
-}
-
-func (k *keyServers) close() {
-	k.mu.Lock()
-	k.closed = true
-	names := slices.Collect(maps.Keys(k.open))
-	k.mu.Unlock()
-	for _, name := range names {
-		k.put(name, nil)
-	}
-}
 
 // openKeyServers makes ready what the inventory has. A provider whose secrets
 // cannot be read stays, and its status says so: it can be changed or removed.
@@ -110,7 +53,7 @@ func (c *Controller) openKeyServer(p inventory.Provider) error {
 		Timeout: time.Duration(p.Standard.TimeoutSeconds) * time.Second,
 	}
 	for _, s := range p.Standard.Servers {
-		pin, err := parseFingerprint(s.Fingerprint)
+		pin, err := kmipclient.ParseFingerprint(s.Fingerprint)
 		if err != nil {
 			return err
 		}
@@ -120,7 +63,11 @@ func (c *Controller) openKeyServer(p inventory.Provider) error {
 	case p.Standard.ClientMethod == inventory.ClientOfCA:
 		config.Certificate = c.credential.Certificate
 	case len(p.Standard.Client) > 0:
-		pair, err := pairOf(p.Standard.Client, secrets)
+		key, err := keyOf(p.Standard.Client, secrets)
+		if err != nil {
+			return err
+		}
+		pair, err := standard.Pair(p.Standard.Client, key)
 		if err != nil {
 			return err
 		}
@@ -130,43 +77,23 @@ func (c *Controller) openKeyServer(p inventory.Provider) error {
 	if err != nil {
 		return err
 	}
-	c.servers.put(p.Name, provider)
+	c.servers.Put(p.Name, provider)
 	return nil
 }
 
-// pairOf finds the key of a certificate: a change that was interrupted may have
-// left the new certificate with its key still among the requested ones.
-func pairOf(chain [][]byte, secrets standard.Credentials) (tls.Certificate, error) {
-	err := errs.New(errs.Corrupt, "the private key of the client certificate is missing").WithHint("strongroom provider set-client NAME --method self-signed")
-	if secrets.ClientKey != nil {
-		if pair, err := standard.Pair(chain, secrets.ClientKey); err == nil {
-			return pair, nil
+// keyOf finds the key of a certificate, which stays that of secrets: a change
+// that was interrupted may have left the new certificate with its key still among
+// the requested ones.
+func keyOf(chain [][]byte, secrets standard.Credentials) (*keymem.Key, error) {
+	for _, key := range []*keymem.Key{secrets.ClientKey, secrets.Requested} {
+		if key == nil {
+			continue
+		}
+		if _, err := standard.Pair(chain, key); err == nil {
+			return key, nil
 		}
 	}
-	if secrets.Requested != nil {
-		return standard.Pair(chain, secrets.Requested)
-	}
-	return tls.Certificate{}, err
-}
-
-// parseFingerprint is the reverse of kmipclient.Fingerprint.String; it also
-// takes capital letters and colons, as other programs print them.
-func parseFingerprint(text string) (kmipclient.Fingerprint, error) {
-	var f kmipclient.Fingerprint
-	digits, ok := strings.CutPrefix(strings.ToLower(text), "sha256:")
-	digits = strings.ReplaceAll(digits, ":", "")
-	ok = ok && len(digits) == 2*len(f)
-	for i := range f {
-		if !ok {
-			break
-		}
-		b, err := strconv.ParseUint(digits[2*i:2*i+2], 16, 8)
-		f[i], ok = byte(b), err == nil
-	}
-	if !ok {
-		return f, errs.New(errs.Invalid, "%.100q is no fingerprint of a certificate: it is sha256: and 64 hexadecimal digits", text)
-	}
-	return f, nil
+	return nil, errs.New(errs.Corrupt, "the private key of the client certificate is missing").WithHint("strongroom provider set-client NAME --method self-signed")
 }
 
 // watchKeyServers looks at the key servers from time to time, in the background:
@@ -207,7 +134,7 @@ func (c *Controller) watchKeyServers(ctx context.Context) error {
 
 // lookAt checks the servers of a provider and notes what it found.
 func (c *Controller) lookAt(ctx context.Context, name string) {
-	p, err := c.servers.get(name)
+	p, err := c.servers.Lookup(name)
 	var found []kmipclient.Condition
 	if err == nil {
 		found, err = p.Status(ctx)

@@ -57,7 +57,7 @@ func (c *Controller) makeKey(ctx context.Context, r *task.Run, _ inventory.Host,
 	if err != nil {
 		return nil, errs.New(errs.Corrupt, "data of task %s: %w", r.Task().ID, err)
 	}
-	p, err := c.servers.get(a.NewKeyOf)
+	p, err := c.servers.Lookup(a.NewKeyOf)
 	if err != nil {
 		return nil, keyError("make a key", a.NewKeyOf, "", err)
 	}
@@ -92,7 +92,7 @@ func (c *Controller) unmakeKey(ctx context.Context, r *task.Run, h inventory.Hos
 	if err != nil {
 		return nil, errs.New(errs.Corrupt, "data of task %s: %w", r.Task().ID, err)
 	}
-	p, err := c.servers.get(a.NewKeyOf)
+	p, err := c.servers.Lookup(a.NewKeyOf)
 	if err == nil {
 		err = p.Discard(ctx, object)
 	}

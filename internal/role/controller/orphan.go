@@ -206,7 +206,7 @@ func (c *Controller) standardProvider(ctx context.Context, name string) (*standa
 	if p.Standard == nil {
 		return nil, errs.New(errs.InvalidState, "key provider %s is a %s one: it has no key server", name, p.Type)
 	}
-	open, err := c.servers.get(name)
+	open, err := c.servers.Lookup(name)
 	if err != nil {
 		return nil, keyError("list the keys of", name, "", err)
 	}
@@ -334,7 +334,7 @@ func (c *Controller) destroyOrphans(ctx context.Context, r *task.Run) error {
 
 // destroyOrphansOf adds to destroyed how many keys it destroyed.
 func (c *Controller) destroyOrphansOf(ctx context.Context, r *task.Run, a orphanArgs, destroyed *int64) error {
-	p, err := c.servers.get(a.Provider)
+	p, err := c.servers.Lookup(a.Provider)
 	if err != nil {
 		return err
 	}

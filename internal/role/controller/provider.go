@@ -357,7 +357,7 @@ func (c *Controller) deleteProvider(ctx context.Context, name string, force bool
 	}
 	if p.Standard != nil {
 		// Its key server is not asked: it may be away for ever.
-		c.servers.put(name, nil)
+		c.servers.Put(name, nil)
 		return "none", c.keys.setCredentials(name, nil)
 	}
 	return p.KeyID, c.keys.remove(name)

@@ -196,6 +196,11 @@ func (c *Controller) wanted(ctx context.Context, h inventory.Host) (*strongroomv
 				return nil, err
 			}
 		}
+		if p.Standard != nil && p.Standard.HostAccess == inventory.HostsDirect {
+			if want.KeyServers, err = c.keyServerAccess(h, p); err != nil { // its status says so too
+				c.log.LogAttrs(ctx, slog.LevelError, "key servers not given to host", slog.String("host", h.Name), slog.String("provider", p.Name), slog.Any("err", err))
+			}
+		}
 		req.Providers = append(req.Providers, want)
 	}
 	datastores, err := c.inv.Datastores(ctx)

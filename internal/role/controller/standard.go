@@ -1,6 +1,7 @@
 package controller
 
 import (
+	"cmp"
 	"context"
 	"encoding/pem"
 	"errors"
@@ -166,6 +167,7 @@ func (c providers) UpdateStandardProvider(ctx context.Context, req *connect.Requ
 		return nil, errs.Wrap(err, "cannot change key provider %s", name)
 	}
 	c.post(ctx, event.New{Type: event.ProviderUpdated, Target: "provider/" + name})
+	c.poke() // hosts with direct access have to know
 	c.lookAt(ctx, name)
 	return c.GetProvider(ctx, connect.NewRequest(&strongroomv1.GetProviderRequest{Name: name}))
 }
@@ -202,7 +204,7 @@ func (c *Controller) applySettings(name string, s *inventory.Standard, settings 
 	if len(settings.GetServers()) > 0 {
 		s.Servers = nil
 		for _, server := range settings.GetServers() {
-			pin, err := parseFingerprint(server.GetFingerprint())
+			pin, err := kmipclient.ParseFingerprint(server.GetFingerprint())
 			if err != nil {
 				return errs.Wrap(err, "key server %.128s", server.GetAddress())
 			}
@@ -225,7 +227,13 @@ func (c *Controller) applySettings(name string, s *inventory.Standard, settings 
 	if newUser && (s.User == "" || len(settings.GetPassword()) > standard.PasswordMax) {
 		return errs.New(errs.Invalid, "the credential needs a user name, and a password of at most %d bytes", standard.PasswordMax)
 	}
+	if settings.GetHostAccess() != "" {
+		s.HostAccess = settings.GetHostAccess()
+	}
 	if err := checkStandard(s); err != nil {
+		return err
+	}
+	if err := checkHostAccess(s.HostAccess, cmp.Or(settings.GetClientMethod(), s.ClientMethod), name); err != nil {
 		return err
 	}
 	return c.keys.setCredentials(name, func(secrets *standard.Credentials) error {
@@ -382,7 +390,7 @@ func (c *Controller) establish(ctx context.Context, name string) error {
 		return errs.New(errs.Unavailable, "key server %s: %s", first.Address, first.Message).WithReason(first.Problem).
 			WithHint("%s", problemHint(first.Problem, name))
 	}
-	open, err := c.servers.get(name)
+	open, err := c.servers.Lookup(name)
 	if err != nil {
 		return err
 	}

@@ -140,7 +140,7 @@ func TestLostKMSAnswers(t *testing.T) {
 			t.Errorf("creation, lost answer %d: %v", n, err)
 		}
 		for id := range materials(t, server, clientName) { // as a clean-up does, so that the next one is alone
-			p, err := s.c.servers.get("kms-1")
+			p, err := s.c.servers.Lookup("kms-1")
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -105,7 +105,7 @@ func (c *Controller) fetch(ctx context.Context, refs []inventory.KeyRef) (keks, 
 }
 
 func (c *Controller) getKEK(ctx context.Context, ref inventory.KeyRef) (*keymem.Key, error) {
-	p, err := c.servers.get(ref.Provider)
+	p, err := c.servers.Lookup(ref.Provider)
 	if err != nil {
 		return nil, err
 	}

@@ -144,7 +144,7 @@ func (c *Controller) step(do vmStep) func(context.Context, *task.Run) error {
 		vm, err := do(ctx, r, h, a)
 		if err == nil && vm != nil {
 			err = c.noteVM(ctx, h.ID, vm)
-			if c.servers.any() {
+			if !c.servers.Empty() {
 				c.poke() // a KEK that it needs no more leaves the hosts' memory
 			}
 		}

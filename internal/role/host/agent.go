@@ -69,6 +69,9 @@ func (a *agent) SyncHost(ctx context.Context, req *connect.Request[strongroomv1.
 	if err := h.syncProviders(req.Msg.GetProviders()); err != nil {
 		return nil, err
 	}
+	if err := h.syncKeyServers(req.Msg.GetProviders()); err != nil {
+		return nil, err
+	}
 	missing, err := h.syncKEKs(req.Msg.GetProviders(), req.Msg.GetKeks())
 	if err != nil {
 		return nil, err

@@ -57,7 +57,7 @@ func (h *Host) describe(ctx context.Context, m *machine) (*strongroomv1.VM, erro
 		disk, keys, err := h.describeDisk(dir, d)
 		for _, key := range keys {
 			if err == nil && !unlocked {
-				err = h.haveKEK(ctx, key)
+				err = h.holdsKEK(ctx, key)
 			}
 		}
 		if err != nil {

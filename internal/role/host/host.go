@@ -27,6 +27,7 @@ import (
 
 	"strongroom/api/strongroom/v1/strongroomv1connect"
 	"strongroom/internal/control/pki"
+	"strongroom/internal/crypto/keysafe"
 	"strongroom/internal/daemon"
 	"strongroom/internal/errs"
 	"strongroom/internal/filelock"
@@ -56,7 +57,8 @@ type Host struct {
 	watchers sync.WaitGroup
 	changed  chan struct{} // buffered by one: something to tell the controller
 
-	unlocking chan struct{} // buffered by one: whoever derives a key from a passphrase
+	lacking   chan keysafe.Ref // buffered: KEKs that VMs lack, of key servers that this host may ask
+	unlocking chan struct{}    // buffered by one: whoever derives a key from a passphrase
 }
 
 // Run runs the host agent until ctx ends. VMs live on.
@@ -84,6 +86,7 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) error {
 	h := &Host{
 		cfg: cfg, log: log.With(slog.String("host", s.identity.Name)), secrets: s, prober: qemu.NewProber("", filepath.Join(cfg.RunDir, "probe")), bootID: readBootID(), instance: uuid.NewString(),
 		machines: map[string]*machine{}, life: life, changed: make(chan struct{}, 1), unlocking: make(chan struct{}, 1),
+		lacking: make(chan keysafe.Ref, lackingMax),
 	}
 	defer func() {
 		end()
@@ -114,6 +117,7 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) error {
 	group.Go(func() error { return daemon.Serve(ctx, agent, agentListener) })
 	group.Go(func() error { return daemon.Serve(ctx, h.localServer(), localListener) })
 	group.Go(func() error { return h.heartbeats(ctx) })
+	group.Go(func() error { return h.fetchLacking(ctx) })
 	group.Go(func() error { // the first probe takes seconds, a power-on should not
 		if accel, err := h.prober.Probe(); err != nil {
 			h.log.LogAttrs(ctx, slog.LevelWarn, "guests run without hardware acceleration", slog.String("accel", string(accel)), slog.Any("err", err))

@@ -136,6 +136,7 @@ func openHost(t testing.TB, cfg Config) *Host {
 	life, end := context.WithCancel(context.Background())
 	h := &Host{
 		cfg: cfg, log: slog.New(slog.DiscardHandler), secrets: s, machines: map[string]*machine{}, life: life, changed: make(chan struct{}, 1), unlocking: make(chan struct{}, 1),
+		lacking: make(chan keysafe.Ref, lackingMax),
 	}
 	h.credential, err = s.credential()
 	check(t, err)

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -18,6 +19,7 @@ import (
 	"strongroom/internal/crypto/vault"
 	"strongroom/internal/errs"
 	"strongroom/internal/keys/keyprovider"
+	"strongroom/internal/keys/keyprovider/standard"
 )
 
 // The sealed host configuration: docs/spec/vault.md.
@@ -25,11 +27,12 @@ const (
 	vaultName    = "host.vault"
 	vaultContext = "strongroom/host-configuration/v1"
 
-	secretIdentity  = "identity"
-	secretInventory = "inventory"
-	secretParcelKey = "parcel-key"
-	secretProviders = "providers"
-	secretTLSKey    = "tls-key"
+	secretIdentity   = "identity"
+	secretInventory  = "inventory"
+	secretKeyServers = "key-servers"
+	secretParcelKey  = "parcel-key"
+	secretProviders  = "providers"
+	secretTLSKey     = "tls-key"
 )
 
 // identity is who the host is. It holds no key.
@@ -52,6 +55,8 @@ type registry struct {
 	// Standard are the names of standard providers, so that a host that lacks
 	// their keys can say so.
 	Standard []string `json:"standard,omitempty"`
+	// KeyServers are those of standard providers that this host may ask itself.
+	KeyServers []keyServers `json:"key_servers,omitempty"`
 }
 
 type datastore struct {
@@ -77,6 +82,7 @@ type secrets struct {
 	parcel    *parcel.Recipient
 	providers *keyprovider.Set
 	cache     *keyprovider.Cache // of standard providers' KEKs: in memory, never in the vault
+	servers   standard.Set       // the standard providers that this host may ask itself
 
 	mu       sync.Mutex // guards what follows, and updates of the vault
 	registry registry
@@ -170,6 +176,15 @@ func (s *secrets) unpack() error {
 		return err
 	}
 	s.cache = keyprovider.NewCache(s.registry.Standard)
+	ways, credentials, err := s.keyServers()
+	if err != nil {
+		return err
+	}
+	err = s.connectKeyServers(nil, ways, credentials)
+	closeCredentials(credentials)
+	if err != nil {
+		return err
+	}
 	parcelKey, err := s.vault.Get(secretParcelKey)
 	if err != nil {
 		return err
@@ -221,6 +236,7 @@ func (s *secrets) Close() {
 	}
 	s.providers.Close()
 	s.cache.Close()
+	s.servers.Close()
 	s.vault.Close()
 }
 
@@ -253,11 +269,17 @@ func (s *secrets) snapshot() registry {
 }
 
 func (r registry) clone() registry {
-	return registry{Datastores: slices.Clone(r.Datastores), VMs: slices.Clone(r.VMs), Standard: slices.Clone(r.Standard)}
+	return registry{Datastores: slices.Clone(r.Datastores), VMs: slices.Clone(r.VMs), Standard: slices.Clone(r.Standard), KeyServers: slices.Clone(r.KeyServers)}
 }
 
 // updateRegistry changes the registry and makes it durable, or changes nothing.
 func (s *secrets) updateRegistry(change func(*registry) error) error {
+	return s.updateRegistryAnd(nil, change)
+}
+
+// updateRegistryAnd is updateRegistry together with other secrets of the vault,
+// as in [vault.Vault.Update].
+func (s *secrets) updateRegistryAnd(others map[string]*keymem.Key, change func(*registry) error) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	next := s.registry.clone()
@@ -269,7 +291,9 @@ func (s *secrets) updateRegistry(change func(*registry) error) error {
 		return err
 	}
 	defer text.Close()
-	if err := s.vault.Update(map[string]*keymem.Key{secretInventory: text}); err != nil {
+	all := map[string]*keymem.Key{secretInventory: text}
+	maps.Copy(all, others)
+	if err := s.vault.Update(all); err != nil {
 		return fmt.Errorf("cannot update the sealed host configuration: %w", err)
 	}
 	s.registry = next
