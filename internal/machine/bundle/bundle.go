@@ -113,6 +113,9 @@ type Disk struct {
 	File      string `json:"file"`
 	Format    string `json:"format"`     // [FormatRaw] or [FormatLUKS]
 	SizeBytes int64  `json:"size_bytes"` // of the disk that the guest sees
+	// Encrypting is set while an encryption in place is not finished: the file has
+	// this name until it is, then File, and nothing else may be done to the disk.
+	Encrypting string `json:"encrypting,omitempty"`
 }
 
 // Encrypted reports whether any disk is.
@@ -122,7 +125,7 @@ func (vm *VM) Encrypted() bool {
 
 // HasFile reports whether file is that of a disk.
 func (vm *VM) HasFile(file string) bool {
-	return slices.ContainsFunc(vm.Disks, func(d Disk) bool { return d.File == file })
+	return slices.ContainsFunc(vm.Disks, func(d Disk) bool { return d.File == file || d.Encrypting == file })
 }
 
 // Clone returns a copy that shares nothing with vm.
@@ -178,6 +181,9 @@ func (vm *VM) Validate() error {
 		return err
 	}
 	if err := vm.validateSnapshots(files); err != nil {
+		return err
+	}
+	if err := vm.validateEncrypting(files); err != nil {
 		return err
 	}
 	if len(vm.Retired) > DisksMax {
@@ -236,6 +242,30 @@ func validateDisks(disks []Disk, files map[string]bool) error {
 			return invalid("size %d of %s is not a multiple of %d from %d to %d", d.SizeBytes, d.Name, SectorSize, SectorSize, int64(DiskMax))
 		}
 		names[d.Name], files[d.File] = true, true
+	}
+	return nil
+}
+
+// validateEncrypting is the part of [VM.Validate] that is about disks which are being
+// encrypted in place. files are the names that are taken.
+func (vm *VM) validateEncrypting(files map[string]bool) error {
+	invalid := func(format string, args ...any) error { return errs.New(errs.Invalid, format, args...) }
+	for _, s := range vm.Snapshots {
+		if slices.ContainsFunc(slices.Concat(s.Disks, vm.Disks), func(d Disk) bool { return d.Encrypting != "" }) {
+			return invalid("a disk is being encrypted in place, and there is snapshot %s", s.Name)
+		}
+	}
+	for _, d := range vm.Disks {
+		if d.Encrypting == "" {
+			continue
+		}
+		if !filePattern.MatchString(d.Encrypting) || files[d.Encrypting] || reserved(d.Encrypting) {
+			return invalid("name %.64q of the file of %s, which is being encrypted in place, is not valid, or there are two", d.Encrypting, d.Name)
+		}
+		if d.Format != FormatLUKS || vm.Key == nil {
+			return invalid(`%s is being encrypted in place, and its format is not "luks" or the VM has no key`, d.Name)
+		}
+		files[d.Encrypting] = true
 	}
 	return nil
 }

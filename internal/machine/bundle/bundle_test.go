@@ -36,6 +36,7 @@ func TestWriteRead(t *testing.T) {
 	want := sample()
 	want.Retired = []string{"disk-0.raw"}
 	want.Settings.DiskInterface = bundle.InterfaceNBD
+	want.Disks[0].Encrypting = "disk-0.img"
 	if err := bundle.Write(dir, want); err != nil {
 		t.Fatal(err)
 	}
@@ -72,17 +73,37 @@ func TestInvalid(t *testing.T) {
 		"disk file is vm.json": func(vm *bundle.VM) {
 			vm.Disks[0].File = bundle.FileName
 		},
-		"disk file unfinished": func(vm *bundle.VM) { vm.Disks[0].File = "disk-0.new" },
-		"two of a file":        func(vm *bundle.VM) { vm.Disks[1].File = vm.Disks[0].File },
-		"two of a name":        func(vm *bundle.VM) { vm.Disks[1].Name = vm.Disks[0].Name },
-		"format":               func(vm *bundle.VM) { vm.Disks[0].Format = "qcow2" },
-		"odd size":             func(vm *bundle.VM) { vm.Disks[0].SizeBytes = 513 },
-		"negative size":        func(vm *bundle.VM) { vm.Disks[0].SizeBytes = -512 },
-		"retired file outside": func(vm *bundle.VM) { vm.Retired = []string{"../disk-0.raw"} },
-		"retired disk in use":  func(vm *bundle.VM) { vm.Retired = []string{vm.Disks[0].File} },
-		"retired twice":        func(vm *bundle.VM) { vm.Retired = []string{"disk-0.raw", "disk-0.raw"} },
-		"retired vm.json":      func(vm *bundle.VM) { vm.Retired = []string{bundle.FileName} },
-		"provider name":        func(vm *bundle.VM) { vm.Key.Provider = "no/slash" },
+		"disk file unfinished":             func(vm *bundle.VM) { vm.Disks[0].File = "disk-0.new" },
+		"two of a file":                    func(vm *bundle.VM) { vm.Disks[1].File = vm.Disks[0].File },
+		"two of a name":                    func(vm *bundle.VM) { vm.Disks[1].Name = vm.Disks[0].Name },
+		"format":                           func(vm *bundle.VM) { vm.Disks[0].Format = "qcow2" },
+		"odd size":                         func(vm *bundle.VM) { vm.Disks[0].SizeBytes = 513 },
+		"negative size":                    func(vm *bundle.VM) { vm.Disks[0].SizeBytes = -512 },
+		"retired file outside":             func(vm *bundle.VM) { vm.Retired = []string{"../disk-0.raw"} },
+		"retired disk in use":              func(vm *bundle.VM) { vm.Retired = []string{vm.Disks[0].File} },
+		"retired twice":                    func(vm *bundle.VM) { vm.Retired = []string{"disk-0.raw", "disk-0.raw"} },
+		"retired vm.json":                  func(vm *bundle.VM) { vm.Retired = []string{bundle.FileName} },
+		"being encrypted, as another disk": func(vm *bundle.VM) { vm.Disks[0].Encrypting = vm.Disks[1].File },
+		"being encrypted, as itself":       func(vm *bundle.VM) { vm.Disks[0].Encrypting = vm.Disks[0].File },
+		"being encrypted, retired": func(vm *bundle.VM) {
+			vm.Disks[0].Encrypting, vm.Retired = "disk-0.raw", []string{"disk-0.raw"}
+		},
+		"being encrypted, twice": func(vm *bundle.VM) {
+			vm.Disks[1].Format, vm.Disks[0].Encrypting, vm.Disks[1].Encrypting = bundle.FormatLUKS, "disk-0.raw", "disk-0.raw"
+		},
+		"being encrypted, with a snapshot": func(vm *bundle.VM) {
+			vm.Disks[0].Encrypting = "disk-0.raw"
+			vm.Snapshots = []bundle.Snapshot{{ID: vm.ID, Name: "before", Created: vm.Created, Settings: vm.Settings}}
+		},
+		"being encrypted, in a snapshot": func(vm *bundle.VM) {
+			disk := vm.Disks[0]
+			disk.File, disk.Encrypting = "snapshot.luks", "snapshot.raw"
+			vm.Snapshots = []bundle.Snapshot{{ID: vm.ID, Name: "before", Created: vm.Created, Settings: vm.Settings, Disks: []bundle.Disk{disk}}}
+		},
+		"being encrypted, outside":    func(vm *bundle.VM) { vm.Disks[0].Encrypting = "../disk-0.raw" },
+		"being encrypted, and plain":  func(vm *bundle.VM) { vm.Disks[1].Encrypting = "disk-1.img" },
+		"being encrypted without key": func(vm *bundle.VM) { vm.Disks[0].Encrypting, vm.Key = "disk-0.raw", nil },
+		"provider name":               func(vm *bundle.VM) { vm.Key.Provider = "no/slash" },
 	} {
 		vm := sample()
 		change(vm)

@@ -90,6 +90,9 @@ func (vm *VM) files() []string {
 	var names []string
 	for _, d := range vm.Disks {
 		names = append(names, d.File)
+		if d.Encrypting != "" {
+			names = append(names, d.Encrypting)
+		}
 	}
 	for _, s := range vm.Snapshots {
 		for _, d := range s.Disks {
