@@ -29,7 +29,7 @@ const (
 )
 
 // config is what the tests keep of vm.json.
-type config struct{ disk, retired string }
+type config struct{ disk, retired, encrypting string }
 
 func readConfig(f recrypt.Folder) (config, error) {
 	file, err := f.Open(configName)
@@ -41,11 +41,11 @@ func readConfig(f recrypt.Folder) (config, error) {
 	if _, err := file.ReadAt(text, 0); err != nil {
 		return config{}, err
 	}
-	disk, retired, ok := strings.Cut(string(bytes.TrimRight(text, "\x00")), "\n")
-	if !ok {
+	lines := strings.Split(string(bytes.TrimRight(text, "\x00")), "\n")
+	if len(lines) != 3 {
 		return config{}, fmt.Errorf("vm.json is %q", text)
 	}
-	return config{disk, retired}, nil
+	return config{lines[0], lines[1], lines[2]}, nil
 }
 
 // writeConfig replaces vm.json as bundle.Write does.
@@ -59,7 +59,7 @@ func writeConfig(f recrypt.Folder, c config) error {
 		return err
 	}
 	text := make([]byte, 512)
-	copy(text, c.disk+"\n"+c.retired)
+	copy(text, strings.Join([]string{c.disk, c.retired, c.encrypting}, "\n"))
 	err = file.Resize(512)
 	if err == nil {
 		_, err = file.WriteAt(text, 0)
@@ -80,12 +80,14 @@ type operation struct {
 	after  string // and at the end
 	kek    string // under which the disk is at the end; empty: plain
 	newDEK bool
-	run    func(ctx context.Context, f recrypt.Folder, disk string, keks recrypt.KEKs) error
+	// run rewrites the disk; nil: it is encrypted in place.
+	run func(ctx context.Context, f recrypt.Folder, disk string, keks recrypt.KEKs) error
 	// snapshot says that the folder has a copy of the disk beside it.
 	snapshot bool
 }
 
 var operations = []operation{
+	{"encrypt in place", plainName, luksName, "new", true, nil, false},
 	{"encrypt", plainName, luksName, "new", true, func(ctx context.Context, f recrypt.Folder, disk string, keks recrypt.KEKs) error {
 		return recrypt.Encrypt(ctx, f, disk, luksName, reference("new"), keks, nil)
 	}, false},
@@ -122,6 +124,9 @@ func (o operation) do(ctx context.Context, f *faultFolder, keks recrypt.KEKs) er
 	if c, err = sweep(f, c); err != nil {
 		return err
 	}
+	if o.run == nil {
+		return encryptInPlace(ctx, f, c, keks)
+	}
 	if c.disk == o.after && o.before != o.after {
 		return nil
 	}
@@ -140,6 +145,28 @@ func (o operation) do(ctx context.Context, f *faultFolder, keks recrypt.KEKs) er
 	}
 	_, err = sweep(f, next)
 	return err
+}
+
+// encryptInPlace makes vm.json say what is done before and after it.
+func encryptInPlace(ctx context.Context, f *faultFolder, c config, keks recrypt.KEKs) error {
+	if c.disk == plainName {
+		c.disk, c.encrypting = luksName, plainName
+		if err := writeConfig(f, c); err != nil {
+			return err
+		}
+	}
+	if c.encrypting == "" {
+		return nil
+	}
+	undone, err := recrypt.EncryptInPlace(ctx, f, c.encrypting, c.disk, diskSize, reference("new"), keks, 0, nil)
+	switch {
+	case undone:
+		c.disk = plainName
+	case err != nil:
+		return err
+	}
+	c.encrypting = ""
+	return errors.Join(err, writeConfig(f, c))
 }
 
 func sweep(f *faultFolder, c config) (config, error) {
@@ -222,7 +249,23 @@ func (b *bench) usable(t *testing.T, f *faultFolder, keys keyring) {
 	if err != nil {
 		t.Fatalf("vm.json is lost: %v; there is %v", err, f.list())
 	}
-	b.holds(t, f, c.disk, keys)
+	if c.encrypting == "" {
+		b.holds(t, f, c.disk, keys)
+		return
+	}
+	// A disk that is being encrypted in place can be brought to its end, with its key;
+	// and as long as nothing of it is encrypted it can be undone, also without.
+	after := f.clone(nil)
+	if err := encryptInPlace(t.Context(), after, c, keys.get); err != nil {
+		t.Fatalf("an encryption in place does not go on: %v; there is %v", err, f.list())
+	}
+	b.holds(t, after, luksName, keys)
+	after = f.clone(nil)
+	if undone, err := recrypt.EncryptInPlace(t.Context(), after, c.encrypting, c.disk, diskSize, reference("new"), keyring{}.get, 0, nil); undone {
+		b.holds(t, after, plainName, nil)
+	} else if err == nil {
+		t.Fatal("an encryption in place went on without its key")
+	}
 }
 
 func (b *bench) holds(t *testing.T, f *faultFolder, name string, keys keyring) {
@@ -410,7 +453,8 @@ func TestForeignSafe(t *testing.T) {
 	t.Parallel()
 	b := newBench(t, luksName)
 	swapped := keyring{"old": b.keys["new"], "new": b.keys["old"]}
-	for _, o := range operations[1:] {
+	rewrites := slices.DeleteFunc(slices.Clone(operations), func(o operation) bool { return o.before != luksName })
+	for _, o := range rewrites {
 		if err := o.do(t.Context(), b.folder, swapped.get); !errors.Is(err, keysafe.ErrDoesNotOpen) {
 			t.Errorf("%s with a wrong KEK: error %v", o.name, err)
 		}
@@ -428,7 +472,7 @@ func TestForeignSafe(t *testing.T) {
 	check(t, err)
 	check(t, volume.ReplaceSafe(file, foreign))
 	check(t, file.Close())
-	for _, o := range operations[1:] {
+	for _, o := range rewrites {
 		if err := o.do(t.Context(), b.folder, b.keys.get); !errors.Is(err, volume.ErrWrongKey) {
 			t.Errorf("%s with another disk's DEK: error %v", o.name, err)
 		}
