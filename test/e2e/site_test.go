@@ -185,6 +185,7 @@ type diskState struct {
 		Key                   struct{ Provider, KeyID string }
 		DoneBytes, TotalBytes string
 	}
+	Encryption *struct{ DoneBytes, TotalBytes string }
 }
 
 type vmState struct {

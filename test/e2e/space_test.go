@@ -112,6 +112,20 @@ func TestFullDatastore(t *testing.T) {
 			}
 		})
 	}
+	t.Run("encrypt in place", func(t *testing.T) { // needs twice the length of a header
+		encrypt := []string{"vm", "encrypt", "web-1", "--in-place"}
+		free := fill(t, s.store, 8<<20)
+		s.refused(t, noSpace, encrypt...)
+		unchanged(t, false)
+		free()
+		free = fill(t, s.store, 22<<20) // enough for one zone
+		s.refused(t, refusal{1, "it is not finished", "strongroom vm encrypt web-1 --in-place"}, encrypt...)
+		free()
+		s.ok(t, encrypt...)
+		unchanged(t, true)
+		s.ok(t, "vm", "decrypt", "web-1", "--yes")
+		unchanged(t, false)
+	})
 	// While the VM runs, its disk works on.
 	for _, c := range []struct {
 		name   string

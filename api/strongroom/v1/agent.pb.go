@@ -1472,8 +1472,13 @@ type AgentEncryptVMRequest struct {
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	Disks []string               `protobuf:"bytes,2,rep,name=disks,proto3" json:"disks,omitempty"`
 	Key   *KeyRef                `protobuf:"bytes,3,opt,name=key,proto3" json:"key,omitempty"`
-	// What may be copied while the VM runs, in bytes a second; 0: any number.
-	Rate          int64 `protobuf:"varint,4,opt,name=rate,proto3" json:"rate,omitempty"`
+	// What may be copied while the VM runs, or encrypted in place, in bytes a second;
+	// 0: any number.
+	Rate int64 `protobuf:"varint,4,opt,name=rate,proto3" json:"rate,omitempty"`
+	// Encrypt the disks in their own files; the VM is powered off. It goes on with
+	// disks that were begun; a stream that ends early stops it, and undoes it where
+	// nothing was encrypted yet.
+	InPlace       bool `protobuf:"varint,5,opt,name=in_place,json=inPlace,proto3" json:"in_place,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1534,6 +1539,13 @@ func (x *AgentEncryptVMRequest) GetRate() int64 {
 		return x.Rate
 	}
 	return 0
+}
+
+func (x *AgentEncryptVMRequest) GetInPlace() bool {
+	if x != nil {
+		return x.InPlace
+	}
+	return false
 }
 
 type AgentDecryptVMRequest struct {
@@ -2479,12 +2491,13 @@ const file_strongroom_v1_agent_proto_rawDesc = "" +
 	"\vsnapshot_id\x18\x02 \x01(\tR\n" +
 	"snapshotId\"2\n" +
 	" AgentConsolidateSnapshotsRequest\x12\x0e\n" +
-	"\x02id\x18\x01 \x01(\tR\x02id\"z\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\x95\x01\n" +
 	"\x15AgentEncryptVMRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05disks\x18\x02 \x03(\tR\x05disks\x12'\n" +
 	"\x03key\x18\x03 \x01(\v2\x15.strongroom.v1.KeyRefR\x03key\x12\x12\n" +
-	"\x04rate\x18\x04 \x01(\x03R\x04rate\"Q\n" +
+	"\x04rate\x18\x04 \x01(\x03R\x04rate\x12\x19\n" +
+	"\bin_place\x18\x05 \x01(\bR\ainPlace\"Q\n" +
 	"\x15AgentDecryptVMRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05disks\x18\x02 \x03(\tR\x05disks\x12\x12\n" +

@@ -13,3 +13,7 @@ const ReasonRekeyInProgress = "RekeyInProgress"
 // ReasonHasSnapshots is the reason of an InvalidState error about what a VM with
 // snapshots does not allow.
 const ReasonHasSnapshots = "VMHasSnapshots"
+
+// ReasonEncryptionInProgress is the reason of an InvalidState error about a disk
+// whose encryption in place has begun and is not finished.
+const ReasonEncryptionInProgress = "EncryptionInProgress"

@@ -389,7 +389,10 @@ type Disk struct {
 	// How the guest reaches it: "vhost-user" or "nbd"; empty while powered off.
 	Interface string `protobuf:"bytes,11,opt,name=interface,proto3" json:"interface,omitempty"`
 	// Set while a deep rekey is under way, at work or not.
-	Rekey         *DiskRekey `protobuf:"bytes,12,opt,name=rekey,proto3" json:"rekey,omitempty"`
+	Rekey *DiskRekey `protobuf:"bytes,12,opt,name=rekey,proto3" json:"rekey,omitempty"`
+	// Set while an encryption in place is not finished, at work or not. The VM cannot
+	// be powered on until then.
+	Encryption    *DiskEncryption `protobuf:"bytes,13,opt,name=encryption,proto3" json:"encryption,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -508,6 +511,13 @@ func (x *Disk) GetRekey() *DiskRekey {
 	return nil
 }
 
+func (x *Disk) GetEncryption() *DiskEncryption {
+	if x != nil {
+		return x.Encryption
+	}
+	return nil
+}
+
 // DiskRekey is how far the deep rekey of a disk has come.
 type DiskRekey struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -570,6 +580,59 @@ func (x *DiskRekey) GetTotalBytes() int64 {
 	return 0
 }
 
+// DiskEncryption is how far the encryption in place of a disk has come.
+type DiskEncryption struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	DoneBytes     int64                  `protobuf:"varint,1,opt,name=done_bytes,json=doneBytes,proto3" json:"done_bytes,omitempty"`
+	TotalBytes    int64                  `protobuf:"varint,2,opt,name=total_bytes,json=totalBytes,proto3" json:"total_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DiskEncryption) Reset() {
+	*x = DiskEncryption{}
+	mi := &file_strongroom_v1_vm_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DiskEncryption) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DiskEncryption) ProtoMessage() {}
+
+func (x *DiskEncryption) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_vm_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DiskEncryption.ProtoReflect.Descriptor instead.
+func (*DiskEncryption) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *DiskEncryption) GetDoneBytes() int64 {
+	if x != nil {
+		return x.DoneBytes
+	}
+	return 0
+}
+
+func (x *DiskEncryption) GetTotalBytes() int64 {
+	if x != nil {
+		return x.TotalBytes
+	}
+	return 0
+}
+
 type VMSettings struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// 1 to 255; 0 means 1.
@@ -594,7 +657,7 @@ type VMSettings struct {
 
 func (x *VMSettings) Reset() {
 	*x = VMSettings{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[5]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -606,7 +669,7 @@ func (x *VMSettings) String() string {
 func (*VMSettings) ProtoMessage() {}
 
 func (x *VMSettings) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[5]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -619,7 +682,7 @@ func (x *VMSettings) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VMSettings.ProtoReflect.Descriptor instead.
 func (*VMSettings) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{5}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *VMSettings) GetCpus() uint32 {
@@ -703,7 +766,7 @@ type NewDisk struct {
 
 func (x *NewDisk) Reset() {
 	*x = NewDisk{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[6]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -715,7 +778,7 @@ func (x *NewDisk) String() string {
 func (*NewDisk) ProtoMessage() {}
 
 func (x *NewDisk) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[6]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -728,7 +791,7 @@ func (x *NewDisk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NewDisk.ProtoReflect.Descriptor instead.
 func (*NewDisk) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{6}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *NewDisk) GetSizeBytes() int64 {
@@ -791,7 +854,7 @@ type CreateVMRequest struct {
 
 func (x *CreateVMRequest) Reset() {
 	*x = CreateVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[7]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -803,7 +866,7 @@ func (x *CreateVMRequest) String() string {
 func (*CreateVMRequest) ProtoMessage() {}
 
 func (x *CreateVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[7]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -816,7 +879,7 @@ func (x *CreateVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateVMRequest.ProtoReflect.Descriptor instead.
 func (*CreateVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{7}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *CreateVMRequest) GetName() string {
@@ -886,7 +949,7 @@ type CloneVMRequest struct {
 
 func (x *CloneVMRequest) Reset() {
 	*x = CloneVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[8]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -898,7 +961,7 @@ func (x *CloneVMRequest) String() string {
 func (*CloneVMRequest) ProtoMessage() {}
 
 func (x *CloneVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[8]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -911,7 +974,7 @@ func (x *CloneVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloneVMRequest.ProtoReflect.Descriptor instead.
 func (*CloneVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{8}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *CloneVMRequest) GetName() string {
@@ -959,7 +1022,7 @@ type ListSnapshotsRequest struct {
 
 func (x *ListSnapshotsRequest) Reset() {
 	*x = ListSnapshotsRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[9]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -971,7 +1034,7 @@ func (x *ListSnapshotsRequest) String() string {
 func (*ListSnapshotsRequest) ProtoMessage() {}
 
 func (x *ListSnapshotsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[9]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -984,7 +1047,7 @@ func (x *ListSnapshotsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSnapshotsRequest.ProtoReflect.Descriptor instead.
 func (*ListSnapshotsRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{9}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ListSnapshotsRequest) GetName() string {
@@ -1006,7 +1069,7 @@ type ListSnapshotsResponse struct {
 
 func (x *ListSnapshotsResponse) Reset() {
 	*x = ListSnapshotsResponse{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[10]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1018,7 +1081,7 @@ func (x *ListSnapshotsResponse) String() string {
 func (*ListSnapshotsResponse) ProtoMessage() {}
 
 func (x *ListSnapshotsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[10]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1031,7 +1094,7 @@ func (x *ListSnapshotsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSnapshotsResponse.ProtoReflect.Descriptor instead.
 func (*ListSnapshotsResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{10}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ListSnapshotsResponse) GetSnapshots() []*Snapshot {
@@ -1069,7 +1132,7 @@ type CreateSnapshotRequest struct {
 
 func (x *CreateSnapshotRequest) Reset() {
 	*x = CreateSnapshotRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[11]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1081,7 +1144,7 @@ func (x *CreateSnapshotRequest) String() string {
 func (*CreateSnapshotRequest) ProtoMessage() {}
 
 func (x *CreateSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[11]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1094,7 +1157,7 @@ func (x *CreateSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*CreateSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{11}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *CreateSnapshotRequest) GetName() string {
@@ -1129,7 +1192,7 @@ type RevertToSnapshotRequest struct {
 
 func (x *RevertToSnapshotRequest) Reset() {
 	*x = RevertToSnapshotRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[12]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1141,7 +1204,7 @@ func (x *RevertToSnapshotRequest) String() string {
 func (*RevertToSnapshotRequest) ProtoMessage() {}
 
 func (x *RevertToSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[12]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1154,7 +1217,7 @@ func (x *RevertToSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevertToSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*RevertToSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{12}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *RevertToSnapshotRequest) GetName() string {
@@ -1182,7 +1245,7 @@ type DeleteSnapshotRequest struct {
 
 func (x *DeleteSnapshotRequest) Reset() {
 	*x = DeleteSnapshotRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[13]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1194,7 +1257,7 @@ func (x *DeleteSnapshotRequest) String() string {
 func (*DeleteSnapshotRequest) ProtoMessage() {}
 
 func (x *DeleteSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[13]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1207,7 +1270,7 @@ func (x *DeleteSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*DeleteSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{13}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *DeleteSnapshotRequest) GetName() string {
@@ -1234,7 +1297,7 @@ type ConsolidateSnapshotsRequest struct {
 
 func (x *ConsolidateSnapshotsRequest) Reset() {
 	*x = ConsolidateSnapshotsRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[14]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1246,7 +1309,7 @@ func (x *ConsolidateSnapshotsRequest) String() string {
 func (*ConsolidateSnapshotsRequest) ProtoMessage() {}
 
 func (x *ConsolidateSnapshotsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[14]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1259,7 +1322,7 @@ func (x *ConsolidateSnapshotsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsolidateSnapshotsRequest.ProtoReflect.Descriptor instead.
 func (*ConsolidateSnapshotsRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{14}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ConsolidateSnapshotsRequest) GetName() string {
@@ -1277,7 +1340,7 @@ type ListVMsRequest struct {
 
 func (x *ListVMsRequest) Reset() {
 	*x = ListVMsRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[15]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1289,7 +1352,7 @@ func (x *ListVMsRequest) String() string {
 func (*ListVMsRequest) ProtoMessage() {}
 
 func (x *ListVMsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[15]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1302,7 +1365,7 @@ func (x *ListVMsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVMsRequest.ProtoReflect.Descriptor instead.
 func (*ListVMsRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{15}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{16}
 }
 
 type ListVMsResponse struct {
@@ -1314,7 +1377,7 @@ type ListVMsResponse struct {
 
 func (x *ListVMsResponse) Reset() {
 	*x = ListVMsResponse{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[16]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1326,7 +1389,7 @@ func (x *ListVMsResponse) String() string {
 func (*ListVMsResponse) ProtoMessage() {}
 
 func (x *ListVMsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[16]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1339,7 +1402,7 @@ func (x *ListVMsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVMsResponse.ProtoReflect.Descriptor instead.
 func (*ListVMsResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{16}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ListVMsResponse) GetVms() []*VM {
@@ -1358,7 +1421,7 @@ type GetVMRequest struct {
 
 func (x *GetVMRequest) Reset() {
 	*x = GetVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[17]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1370,7 +1433,7 @@ func (x *GetVMRequest) String() string {
 func (*GetVMRequest) ProtoMessage() {}
 
 func (x *GetVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[17]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1383,7 +1446,7 @@ func (x *GetVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetVMRequest.ProtoReflect.Descriptor instead.
 func (*GetVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{17}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *GetVMRequest) GetName() string {
@@ -1402,7 +1465,7 @@ type PowerOnVMRequest struct {
 
 func (x *PowerOnVMRequest) Reset() {
 	*x = PowerOnVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[18]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1414,7 +1477,7 @@ func (x *PowerOnVMRequest) String() string {
 func (*PowerOnVMRequest) ProtoMessage() {}
 
 func (x *PowerOnVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[18]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1427,7 +1490,7 @@ func (x *PowerOnVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PowerOnVMRequest.ProtoReflect.Descriptor instead.
 func (*PowerOnVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{18}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *PowerOnVMRequest) GetName() string {
@@ -1450,7 +1513,7 @@ type PowerOffVMRequest struct {
 
 func (x *PowerOffVMRequest) Reset() {
 	*x = PowerOffVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[19]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1462,7 +1525,7 @@ func (x *PowerOffVMRequest) String() string {
 func (*PowerOffVMRequest) ProtoMessage() {}
 
 func (x *PowerOffVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[19]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1475,7 +1538,7 @@ func (x *PowerOffVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PowerOffVMRequest.ProtoReflect.Descriptor instead.
 func (*PowerOffVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{19}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *PowerOffVMRequest) GetName() string {
@@ -1505,15 +1568,20 @@ type EncryptVMRequest struct {
 	Provider string                 `protobuf:"bytes,2,opt,name=provider,proto3" json:"provider,omitempty"`
 	// Names of disks; empty: all.
 	Disks []string `protobuf:"bytes,3,rep,name=disks,proto3" json:"disks,omitempty"`
-	// What may be copied while the VM runs, in bytes a second; 0: any number.
-	Rate          int64 `protobuf:"varint,4,opt,name=rate,proto3" json:"rate,omitempty"`
+	// What may be copied while the VM runs, or encrypted in place, in bytes a second;
+	// 0: any number.
+	Rate int64 `protobuf:"varint,4,opt,name=rate,proto3" json:"rate,omitempty"`
+	// Encrypt the disks in their own files, without room for a second copy; the VM must
+	// be powered off. Interrupted, the disks cannot be used until it was called again
+	// and has ended.
+	InPlace       bool `protobuf:"varint,5,opt,name=in_place,json=inPlace,proto3" json:"in_place,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *EncryptVMRequest) Reset() {
 	*x = EncryptVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[20]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1525,7 +1593,7 @@ func (x *EncryptVMRequest) String() string {
 func (*EncryptVMRequest) ProtoMessage() {}
 
 func (x *EncryptVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[20]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1538,7 +1606,7 @@ func (x *EncryptVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EncryptVMRequest.ProtoReflect.Descriptor instead.
 func (*EncryptVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{20}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *EncryptVMRequest) GetName() string {
@@ -1569,6 +1637,13 @@ func (x *EncryptVMRequest) GetRate() int64 {
 	return 0
 }
 
+func (x *EncryptVMRequest) GetInPlace() bool {
+	if x != nil {
+		return x.InPlace
+	}
+	return false
+}
+
 type DecryptVMRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -1580,7 +1655,7 @@ type DecryptVMRequest struct {
 
 func (x *DecryptVMRequest) Reset() {
 	*x = DecryptVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[21]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1592,7 +1667,7 @@ func (x *DecryptVMRequest) String() string {
 func (*DecryptVMRequest) ProtoMessage() {}
 
 func (x *DecryptVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[21]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1605,7 +1680,7 @@ func (x *DecryptVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecryptVMRequest.ProtoReflect.Descriptor instead.
 func (*DecryptVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{21}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *DecryptVMRequest) GetName() string {
@@ -1644,7 +1719,7 @@ type RekeyVMRequest struct {
 
 func (x *RekeyVMRequest) Reset() {
 	*x = RekeyVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[22]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1656,7 +1731,7 @@ func (x *RekeyVMRequest) String() string {
 func (*RekeyVMRequest) ProtoMessage() {}
 
 func (x *RekeyVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[22]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1669,7 +1744,7 @@ func (x *RekeyVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RekeyVMRequest.ProtoReflect.Descriptor instead.
 func (*RekeyVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{22}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *RekeyVMRequest) GetName() string {
@@ -1718,7 +1793,7 @@ type SetRekeyRateRequest struct {
 
 func (x *SetRekeyRateRequest) Reset() {
 	*x = SetRekeyRateRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[23]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1730,7 +1805,7 @@ func (x *SetRekeyRateRequest) String() string {
 func (*SetRekeyRateRequest) ProtoMessage() {}
 
 func (x *SetRekeyRateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[23]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1743,7 +1818,7 @@ func (x *SetRekeyRateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetRekeyRateRequest.ProtoReflect.Descriptor instead.
 func (*SetRekeyRateRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{23}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *SetRekeyRateRequest) GetName() string {
@@ -1771,7 +1846,7 @@ type FillDisksRequest struct {
 
 func (x *FillDisksRequest) Reset() {
 	*x = FillDisksRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[24]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1783,7 +1858,7 @@ func (x *FillDisksRequest) String() string {
 func (*FillDisksRequest) ProtoMessage() {}
 
 func (x *FillDisksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[24]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1796,7 +1871,7 @@ func (x *FillDisksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FillDisksRequest.ProtoReflect.Descriptor instead.
 func (*FillDisksRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{24}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *FillDisksRequest) GetName() string {
@@ -1825,7 +1900,7 @@ type ResizeDiskRequest struct {
 
 func (x *ResizeDiskRequest) Reset() {
 	*x = ResizeDiskRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[25]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1837,7 +1912,7 @@ func (x *ResizeDiskRequest) String() string {
 func (*ResizeDiskRequest) ProtoMessage() {}
 
 func (x *ResizeDiskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[25]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1850,7 +1925,7 @@ func (x *ResizeDiskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeDiskRequest.ProtoReflect.Descriptor instead.
 func (*ResizeDiskRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{25}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ResizeDiskRequest) GetName() string {
@@ -1886,7 +1961,7 @@ type ExportDiskKeyRequest struct {
 
 func (x *ExportDiskKeyRequest) Reset() {
 	*x = ExportDiskKeyRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[26]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1898,7 +1973,7 @@ func (x *ExportDiskKeyRequest) String() string {
 func (*ExportDiskKeyRequest) ProtoMessage() {}
 
 func (x *ExportDiskKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[26]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1911,7 +1986,7 @@ func (x *ExportDiskKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportDiskKeyRequest.ProtoReflect.Descriptor instead.
 func (*ExportDiskKeyRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{26}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ExportDiskKeyRequest) GetName() string {
@@ -1946,7 +2021,7 @@ type ExportDiskKeyResponse struct {
 
 func (x *ExportDiskKeyResponse) Reset() {
 	*x = ExportDiskKeyResponse{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[27]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1958,7 +2033,7 @@ func (x *ExportDiskKeyResponse) String() string {
 func (*ExportDiskKeyResponse) ProtoMessage() {}
 
 func (x *ExportDiskKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[27]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1971,7 +2046,7 @@ func (x *ExportDiskKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportDiskKeyResponse.ProtoReflect.Descriptor instead.
 func (*ExportDiskKeyResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{27}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ExportDiskKeyResponse) GetParcel() []byte {
@@ -2017,7 +2092,7 @@ type VolumeLayout struct {
 
 func (x *VolumeLayout) Reset() {
 	*x = VolumeLayout{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[28]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2029,7 +2104,7 @@ func (x *VolumeLayout) String() string {
 func (*VolumeLayout) ProtoMessage() {}
 
 func (x *VolumeLayout) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[28]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2042,7 +2117,7 @@ func (x *VolumeLayout) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeLayout.ProtoReflect.Descriptor instead.
 func (*VolumeLayout) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{28}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *VolumeLayout) GetVm() string {
@@ -2149,7 +2224,7 @@ type RegisterVMRequest struct {
 
 func (x *RegisterVMRequest) Reset() {
 	*x = RegisterVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[29]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2161,7 +2236,7 @@ func (x *RegisterVMRequest) String() string {
 func (*RegisterVMRequest) ProtoMessage() {}
 
 func (x *RegisterVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[29]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2174,7 +2249,7 @@ func (x *RegisterVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterVMRequest.ProtoReflect.Descriptor instead.
 func (*RegisterVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{29}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *RegisterVMRequest) GetDatastore() string {
@@ -2214,7 +2289,7 @@ type UnregisterVMRequest struct {
 
 func (x *UnregisterVMRequest) Reset() {
 	*x = UnregisterVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[30]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2226,7 +2301,7 @@ func (x *UnregisterVMRequest) String() string {
 func (*UnregisterVMRequest) ProtoMessage() {}
 
 func (x *UnregisterVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[30]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2239,7 +2314,7 @@ func (x *UnregisterVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnregisterVMRequest.ProtoReflect.Descriptor instead.
 func (*UnregisterVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{30}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *UnregisterVMRequest) GetName() string {
@@ -2258,7 +2333,7 @@ type DeleteVMRequest struct {
 
 func (x *DeleteVMRequest) Reset() {
 	*x = DeleteVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[31]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2270,7 +2345,7 @@ func (x *DeleteVMRequest) String() string {
 func (*DeleteVMRequest) ProtoMessage() {}
 
 func (x *DeleteVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[31]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2283,7 +2358,7 @@ func (x *DeleteVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVMRequest.ProtoReflect.Descriptor instead.
 func (*DeleteVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{31}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *DeleteVMRequest) GetName() string {
@@ -2302,7 +2377,7 @@ type UnlockVMRequest struct {
 
 func (x *UnlockVMRequest) Reset() {
 	*x = UnlockVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[32]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2314,7 +2389,7 @@ func (x *UnlockVMRequest) String() string {
 func (*UnlockVMRequest) ProtoMessage() {}
 
 func (x *UnlockVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[32]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2327,7 +2402,7 @@ func (x *UnlockVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockVMRequest.ProtoReflect.Descriptor instead.
 func (*UnlockVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{32}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *UnlockVMRequest) GetName() string {
@@ -2375,7 +2450,7 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"\x05disks\x18\x06 \x03(\v2\x13.strongroom.v1.DiskR\x05disks\x125\n" +
 	"\bsettings\x18\a \x01(\v2\x19.strongroom.v1.VMSettingsR\bsettings\x12\x1f\n" +
 	"\vlock_reason\x18\b \x01(\tR\n" +
-	"lockReason\"\xeb\x02\n" +
+	"lockReason\"\xaa\x03\n" +
 	"\x04Disk\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04file\x18\x02 \x01(\tR\x04file\x12\x1d\n" +
@@ -2392,12 +2467,20 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"\x04thin\x18\n" +
 	" \x01(\bR\x04thin\x12\x1c\n" +
 	"\tinterface\x18\v \x01(\tR\tinterface\x12.\n" +
-	"\x05rekey\x18\f \x01(\v2\x18.strongroom.v1.DiskRekeyR\x05rekey\"t\n" +
+	"\x05rekey\x18\f \x01(\v2\x18.strongroom.v1.DiskRekeyR\x05rekey\x12=\n" +
+	"\n" +
+	"encryption\x18\r \x01(\v2\x1d.strongroom.v1.DiskEncryptionR\n" +
+	"encryption\"t\n" +
 	"\tDiskRekey\x12'\n" +
 	"\x03key\x18\x01 \x01(\v2\x15.strongroom.v1.KeyRefR\x03key\x12\x1d\n" +
 	"\n" +
 	"done_bytes\x18\x02 \x01(\x03R\tdoneBytes\x12\x1f\n" +
 	"\vtotal_bytes\x18\x03 \x01(\x03R\n" +
+	"totalBytes\"P\n" +
+	"\x0eDiskEncryption\x12\x1d\n" +
+	"\n" +
+	"done_bytes\x18\x01 \x01(\x03R\tdoneBytes\x12\x1f\n" +
+	"\vtotal_bytes\x18\x02 \x01(\x03R\n" +
 	"totalBytes\"\xe2\x01\n" +
 	"\n" +
 	"VMSettings\x12\x12\n" +
@@ -2462,12 +2545,13 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"\x11PowerOffVMRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04hard\x18\x02 \x01(\bR\x04hard\x12'\n" +
-	"\x0ftimeout_seconds\x18\x03 \x01(\rR\x0etimeoutSeconds\"l\n" +
+	"\x0ftimeout_seconds\x18\x03 \x01(\rR\x0etimeoutSeconds\"\x87\x01\n" +
 	"\x10EncryptVMRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\bprovider\x18\x02 \x01(\tR\bprovider\x12\x14\n" +
 	"\x05disks\x18\x03 \x03(\tR\x05disks\x12\x12\n" +
-	"\x04rate\x18\x04 \x01(\x03R\x04rate\"P\n" +
+	"\x04rate\x18\x04 \x01(\x03R\x04rate\x12\x19\n" +
+	"\bin_place\x18\x05 \x01(\bR\ainPlace\"P\n" +
 	"\x10DecryptVMRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05disks\x18\x02 \x03(\tR\x05disks\x12\x12\n" +
@@ -2565,111 +2649,113 @@ func file_strongroom_v1_vm_proto_rawDescGZIP() []byte {
 	return file_strongroom_v1_vm_proto_rawDescData
 }
 
-var file_strongroom_v1_vm_proto_msgTypes = make([]protoimpl.MessageInfo, 33)
+var file_strongroom_v1_vm_proto_msgTypes = make([]protoimpl.MessageInfo, 34)
 var file_strongroom_v1_vm_proto_goTypes = []any{
 	(*KeyRef)(nil),                      // 0: strongroom.v1.KeyRef
 	(*VM)(nil),                          // 1: strongroom.v1.VM
 	(*Snapshot)(nil),                    // 2: strongroom.v1.Snapshot
 	(*Disk)(nil),                        // 3: strongroom.v1.Disk
 	(*DiskRekey)(nil),                   // 4: strongroom.v1.DiskRekey
-	(*VMSettings)(nil),                  // 5: strongroom.v1.VMSettings
-	(*NewDisk)(nil),                     // 6: strongroom.v1.NewDisk
-	(*CreateVMRequest)(nil),             // 7: strongroom.v1.CreateVMRequest
-	(*CloneVMRequest)(nil),              // 8: strongroom.v1.CloneVMRequest
-	(*ListSnapshotsRequest)(nil),        // 9: strongroom.v1.ListSnapshotsRequest
-	(*ListSnapshotsResponse)(nil),       // 10: strongroom.v1.ListSnapshotsResponse
-	(*CreateSnapshotRequest)(nil),       // 11: strongroom.v1.CreateSnapshotRequest
-	(*RevertToSnapshotRequest)(nil),     // 12: strongroom.v1.RevertToSnapshotRequest
-	(*DeleteSnapshotRequest)(nil),       // 13: strongroom.v1.DeleteSnapshotRequest
-	(*ConsolidateSnapshotsRequest)(nil), // 14: strongroom.v1.ConsolidateSnapshotsRequest
-	(*ListVMsRequest)(nil),              // 15: strongroom.v1.ListVMsRequest
-	(*ListVMsResponse)(nil),             // 16: strongroom.v1.ListVMsResponse
-	(*GetVMRequest)(nil),                // 17: strongroom.v1.GetVMRequest
-	(*PowerOnVMRequest)(nil),            // 18: strongroom.v1.PowerOnVMRequest
-	(*PowerOffVMRequest)(nil),           // 19: strongroom.v1.PowerOffVMRequest
-	(*EncryptVMRequest)(nil),            // 20: strongroom.v1.EncryptVMRequest
-	(*DecryptVMRequest)(nil),            // 21: strongroom.v1.DecryptVMRequest
-	(*RekeyVMRequest)(nil),              // 22: strongroom.v1.RekeyVMRequest
-	(*SetRekeyRateRequest)(nil),         // 23: strongroom.v1.SetRekeyRateRequest
-	(*FillDisksRequest)(nil),            // 24: strongroom.v1.FillDisksRequest
-	(*ResizeDiskRequest)(nil),           // 25: strongroom.v1.ResizeDiskRequest
-	(*ExportDiskKeyRequest)(nil),        // 26: strongroom.v1.ExportDiskKeyRequest
-	(*ExportDiskKeyResponse)(nil),       // 27: strongroom.v1.ExportDiskKeyResponse
-	(*VolumeLayout)(nil),                // 28: strongroom.v1.VolumeLayout
-	(*RegisterVMRequest)(nil),           // 29: strongroom.v1.RegisterVMRequest
-	(*UnregisterVMRequest)(nil),         // 30: strongroom.v1.UnregisterVMRequest
-	(*DeleteVMRequest)(nil),             // 31: strongroom.v1.DeleteVMRequest
-	(*UnlockVMRequest)(nil),             // 32: strongroom.v1.UnlockVMRequest
-	(*timestamppb.Timestamp)(nil),       // 33: google.protobuf.Timestamp
-	(*Task)(nil),                        // 34: strongroom.v1.Task
+	(*DiskEncryption)(nil),              // 5: strongroom.v1.DiskEncryption
+	(*VMSettings)(nil),                  // 6: strongroom.v1.VMSettings
+	(*NewDisk)(nil),                     // 7: strongroom.v1.NewDisk
+	(*CreateVMRequest)(nil),             // 8: strongroom.v1.CreateVMRequest
+	(*CloneVMRequest)(nil),              // 9: strongroom.v1.CloneVMRequest
+	(*ListSnapshotsRequest)(nil),        // 10: strongroom.v1.ListSnapshotsRequest
+	(*ListSnapshotsResponse)(nil),       // 11: strongroom.v1.ListSnapshotsResponse
+	(*CreateSnapshotRequest)(nil),       // 12: strongroom.v1.CreateSnapshotRequest
+	(*RevertToSnapshotRequest)(nil),     // 13: strongroom.v1.RevertToSnapshotRequest
+	(*DeleteSnapshotRequest)(nil),       // 14: strongroom.v1.DeleteSnapshotRequest
+	(*ConsolidateSnapshotsRequest)(nil), // 15: strongroom.v1.ConsolidateSnapshotsRequest
+	(*ListVMsRequest)(nil),              // 16: strongroom.v1.ListVMsRequest
+	(*ListVMsResponse)(nil),             // 17: strongroom.v1.ListVMsResponse
+	(*GetVMRequest)(nil),                // 18: strongroom.v1.GetVMRequest
+	(*PowerOnVMRequest)(nil),            // 19: strongroom.v1.PowerOnVMRequest
+	(*PowerOffVMRequest)(nil),           // 20: strongroom.v1.PowerOffVMRequest
+	(*EncryptVMRequest)(nil),            // 21: strongroom.v1.EncryptVMRequest
+	(*DecryptVMRequest)(nil),            // 22: strongroom.v1.DecryptVMRequest
+	(*RekeyVMRequest)(nil),              // 23: strongroom.v1.RekeyVMRequest
+	(*SetRekeyRateRequest)(nil),         // 24: strongroom.v1.SetRekeyRateRequest
+	(*FillDisksRequest)(nil),            // 25: strongroom.v1.FillDisksRequest
+	(*ResizeDiskRequest)(nil),           // 26: strongroom.v1.ResizeDiskRequest
+	(*ExportDiskKeyRequest)(nil),        // 27: strongroom.v1.ExportDiskKeyRequest
+	(*ExportDiskKeyResponse)(nil),       // 28: strongroom.v1.ExportDiskKeyResponse
+	(*VolumeLayout)(nil),                // 29: strongroom.v1.VolumeLayout
+	(*RegisterVMRequest)(nil),           // 30: strongroom.v1.RegisterVMRequest
+	(*UnregisterVMRequest)(nil),         // 31: strongroom.v1.UnregisterVMRequest
+	(*DeleteVMRequest)(nil),             // 32: strongroom.v1.DeleteVMRequest
+	(*UnlockVMRequest)(nil),             // 33: strongroom.v1.UnlockVMRequest
+	(*timestamppb.Timestamp)(nil),       // 34: google.protobuf.Timestamp
+	(*Task)(nil),                        // 35: strongroom.v1.Task
 }
 var file_strongroom_v1_vm_proto_depIdxs = []int32{
 	0,  // 0: strongroom.v1.VM.key:type_name -> strongroom.v1.KeyRef
 	3,  // 1: strongroom.v1.VM.disks:type_name -> strongroom.v1.Disk
-	5,  // 2: strongroom.v1.VM.settings:type_name -> strongroom.v1.VMSettings
-	33, // 3: strongroom.v1.VM.created:type_name -> google.protobuf.Timestamp
+	6,  // 2: strongroom.v1.VM.settings:type_name -> strongroom.v1.VMSettings
+	34, // 3: strongroom.v1.VM.created:type_name -> google.protobuf.Timestamp
 	2,  // 4: strongroom.v1.VM.snapshots:type_name -> strongroom.v1.Snapshot
-	33, // 5: strongroom.v1.Snapshot.created:type_name -> google.protobuf.Timestamp
+	34, // 5: strongroom.v1.Snapshot.created:type_name -> google.protobuf.Timestamp
 	3,  // 6: strongroom.v1.Snapshot.disks:type_name -> strongroom.v1.Disk
-	5,  // 7: strongroom.v1.Snapshot.settings:type_name -> strongroom.v1.VMSettings
+	6,  // 7: strongroom.v1.Snapshot.settings:type_name -> strongroom.v1.VMSettings
 	0,  // 8: strongroom.v1.Disk.key:type_name -> strongroom.v1.KeyRef
 	4,  // 9: strongroom.v1.Disk.rekey:type_name -> strongroom.v1.DiskRekey
-	0,  // 10: strongroom.v1.DiskRekey.key:type_name -> strongroom.v1.KeyRef
-	5,  // 11: strongroom.v1.CreateVMRequest.settings:type_name -> strongroom.v1.VMSettings
-	6,  // 12: strongroom.v1.CreateVMRequest.disks:type_name -> strongroom.v1.NewDisk
-	2,  // 13: strongroom.v1.ListSnapshotsResponse.snapshots:type_name -> strongroom.v1.Snapshot
-	1,  // 14: strongroom.v1.ListVMsResponse.vms:type_name -> strongroom.v1.VM
-	28, // 15: strongroom.v1.ExportDiskKeyResponse.layout:type_name -> strongroom.v1.VolumeLayout
-	0,  // 16: strongroom.v1.VolumeLayout.key:type_name -> strongroom.v1.KeyRef
-	7,  // 17: strongroom.v1.VMService.CreateVM:input_type -> strongroom.v1.CreateVMRequest
-	8,  // 18: strongroom.v1.VMService.CloneVM:input_type -> strongroom.v1.CloneVMRequest
-	15, // 19: strongroom.v1.VMService.ListVMs:input_type -> strongroom.v1.ListVMsRequest
-	17, // 20: strongroom.v1.VMService.GetVM:input_type -> strongroom.v1.GetVMRequest
-	18, // 21: strongroom.v1.VMService.PowerOnVM:input_type -> strongroom.v1.PowerOnVMRequest
-	19, // 22: strongroom.v1.VMService.PowerOffVM:input_type -> strongroom.v1.PowerOffVMRequest
-	20, // 23: strongroom.v1.VMService.EncryptVM:input_type -> strongroom.v1.EncryptVMRequest
-	21, // 24: strongroom.v1.VMService.DecryptVM:input_type -> strongroom.v1.DecryptVMRequest
-	22, // 25: strongroom.v1.VMService.RekeyVM:input_type -> strongroom.v1.RekeyVMRequest
-	23, // 26: strongroom.v1.VMService.SetRekeyRate:input_type -> strongroom.v1.SetRekeyRateRequest
-	24, // 27: strongroom.v1.VMService.FillDisks:input_type -> strongroom.v1.FillDisksRequest
-	25, // 28: strongroom.v1.VMService.ResizeDisk:input_type -> strongroom.v1.ResizeDiskRequest
-	9,  // 29: strongroom.v1.VMService.ListSnapshots:input_type -> strongroom.v1.ListSnapshotsRequest
-	11, // 30: strongroom.v1.VMService.CreateSnapshot:input_type -> strongroom.v1.CreateSnapshotRequest
-	12, // 31: strongroom.v1.VMService.RevertToSnapshot:input_type -> strongroom.v1.RevertToSnapshotRequest
-	13, // 32: strongroom.v1.VMService.DeleteSnapshot:input_type -> strongroom.v1.DeleteSnapshotRequest
-	14, // 33: strongroom.v1.VMService.ConsolidateSnapshots:input_type -> strongroom.v1.ConsolidateSnapshotsRequest
-	26, // 34: strongroom.v1.VMService.ExportDiskKey:input_type -> strongroom.v1.ExportDiskKeyRequest
-	29, // 35: strongroom.v1.VMService.RegisterVM:input_type -> strongroom.v1.RegisterVMRequest
-	30, // 36: strongroom.v1.VMService.UnregisterVM:input_type -> strongroom.v1.UnregisterVMRequest
-	31, // 37: strongroom.v1.VMService.DeleteVM:input_type -> strongroom.v1.DeleteVMRequest
-	32, // 38: strongroom.v1.VMService.UnlockVM:input_type -> strongroom.v1.UnlockVMRequest
-	34, // 39: strongroom.v1.VMService.CreateVM:output_type -> strongroom.v1.Task
-	34, // 40: strongroom.v1.VMService.CloneVM:output_type -> strongroom.v1.Task
-	16, // 41: strongroom.v1.VMService.ListVMs:output_type -> strongroom.v1.ListVMsResponse
-	1,  // 42: strongroom.v1.VMService.GetVM:output_type -> strongroom.v1.VM
-	34, // 43: strongroom.v1.VMService.PowerOnVM:output_type -> strongroom.v1.Task
-	34, // 44: strongroom.v1.VMService.PowerOffVM:output_type -> strongroom.v1.Task
-	34, // 45: strongroom.v1.VMService.EncryptVM:output_type -> strongroom.v1.Task
-	34, // 46: strongroom.v1.VMService.DecryptVM:output_type -> strongroom.v1.Task
-	34, // 47: strongroom.v1.VMService.RekeyVM:output_type -> strongroom.v1.Task
-	34, // 48: strongroom.v1.VMService.SetRekeyRate:output_type -> strongroom.v1.Task
-	34, // 49: strongroom.v1.VMService.FillDisks:output_type -> strongroom.v1.Task
-	34, // 50: strongroom.v1.VMService.ResizeDisk:output_type -> strongroom.v1.Task
-	10, // 51: strongroom.v1.VMService.ListSnapshots:output_type -> strongroom.v1.ListSnapshotsResponse
-	34, // 52: strongroom.v1.VMService.CreateSnapshot:output_type -> strongroom.v1.Task
-	34, // 53: strongroom.v1.VMService.RevertToSnapshot:output_type -> strongroom.v1.Task
-	34, // 54: strongroom.v1.VMService.DeleteSnapshot:output_type -> strongroom.v1.Task
-	34, // 55: strongroom.v1.VMService.ConsolidateSnapshots:output_type -> strongroom.v1.Task
-	27, // 56: strongroom.v1.VMService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
-	34, // 57: strongroom.v1.VMService.RegisterVM:output_type -> strongroom.v1.Task
-	34, // 58: strongroom.v1.VMService.UnregisterVM:output_type -> strongroom.v1.Task
-	34, // 59: strongroom.v1.VMService.DeleteVM:output_type -> strongroom.v1.Task
-	34, // 60: strongroom.v1.VMService.UnlockVM:output_type -> strongroom.v1.Task
-	39, // [39:61] is the sub-list for method output_type
-	17, // [17:39] is the sub-list for method input_type
-	17, // [17:17] is the sub-list for extension type_name
-	17, // [17:17] is the sub-list for extension extendee
-	0,  // [0:17] is the sub-list for field type_name
+	5,  // 10: strongroom.v1.Disk.encryption:type_name -> strongroom.v1.DiskEncryption
+	0,  // 11: strongroom.v1.DiskRekey.key:type_name -> strongroom.v1.KeyRef
+	6,  // 12: strongroom.v1.CreateVMRequest.settings:type_name -> strongroom.v1.VMSettings
+	7,  // 13: strongroom.v1.CreateVMRequest.disks:type_name -> strongroom.v1.NewDisk
+	2,  // 14: strongroom.v1.ListSnapshotsResponse.snapshots:type_name -> strongroom.v1.Snapshot
+	1,  // 15: strongroom.v1.ListVMsResponse.vms:type_name -> strongroom.v1.VM
+	29, // 16: strongroom.v1.ExportDiskKeyResponse.layout:type_name -> strongroom.v1.VolumeLayout
+	0,  // 17: strongroom.v1.VolumeLayout.key:type_name -> strongroom.v1.KeyRef
+	8,  // 18: strongroom.v1.VMService.CreateVM:input_type -> strongroom.v1.CreateVMRequest
+	9,  // 19: strongroom.v1.VMService.CloneVM:input_type -> strongroom.v1.CloneVMRequest
+	16, // 20: strongroom.v1.VMService.ListVMs:input_type -> strongroom.v1.ListVMsRequest
+	18, // 21: strongroom.v1.VMService.GetVM:input_type -> strongroom.v1.GetVMRequest
+	19, // 22: strongroom.v1.VMService.PowerOnVM:input_type -> strongroom.v1.PowerOnVMRequest
+	20, // 23: strongroom.v1.VMService.PowerOffVM:input_type -> strongroom.v1.PowerOffVMRequest
+	21, // 24: strongroom.v1.VMService.EncryptVM:input_type -> strongroom.v1.EncryptVMRequest
+	22, // 25: strongroom.v1.VMService.DecryptVM:input_type -> strongroom.v1.DecryptVMRequest
+	23, // 26: strongroom.v1.VMService.RekeyVM:input_type -> strongroom.v1.RekeyVMRequest
+	24, // 27: strongroom.v1.VMService.SetRekeyRate:input_type -> strongroom.v1.SetRekeyRateRequest
+	25, // 28: strongroom.v1.VMService.FillDisks:input_type -> strongroom.v1.FillDisksRequest
+	26, // 29: strongroom.v1.VMService.ResizeDisk:input_type -> strongroom.v1.ResizeDiskRequest
+	10, // 30: strongroom.v1.VMService.ListSnapshots:input_type -> strongroom.v1.ListSnapshotsRequest
+	12, // 31: strongroom.v1.VMService.CreateSnapshot:input_type -> strongroom.v1.CreateSnapshotRequest
+	13, // 32: strongroom.v1.VMService.RevertToSnapshot:input_type -> strongroom.v1.RevertToSnapshotRequest
+	14, // 33: strongroom.v1.VMService.DeleteSnapshot:input_type -> strongroom.v1.DeleteSnapshotRequest
+	15, // 34: strongroom.v1.VMService.ConsolidateSnapshots:input_type -> strongroom.v1.ConsolidateSnapshotsRequest
+	27, // 35: strongroom.v1.VMService.ExportDiskKey:input_type -> strongroom.v1.ExportDiskKeyRequest
+	30, // 36: strongroom.v1.VMService.RegisterVM:input_type -> strongroom.v1.RegisterVMRequest
+	31, // 37: strongroom.v1.VMService.UnregisterVM:input_type -> strongroom.v1.UnregisterVMRequest
+	32, // 38: strongroom.v1.VMService.DeleteVM:input_type -> strongroom.v1.DeleteVMRequest
+	33, // 39: strongroom.v1.VMService.UnlockVM:input_type -> strongroom.v1.UnlockVMRequest
+	35, // 40: strongroom.v1.VMService.CreateVM:output_type -> strongroom.v1.Task
+	35, // 41: strongroom.v1.VMService.CloneVM:output_type -> strongroom.v1.Task
+	17, // 42: strongroom.v1.VMService.ListVMs:output_type -> strongroom.v1.ListVMsResponse
+	1,  // 43: strongroom.v1.VMService.GetVM:output_type -> strongroom.v1.VM
+	35, // 44: strongroom.v1.VMService.PowerOnVM:output_type -> strongroom.v1.Task
+	35, // 45: strongroom.v1.VMService.PowerOffVM:output_type -> strongroom.v1.Task
+	35, // 46: strongroom.v1.VMService.EncryptVM:output_type -> strongroom.v1.Task
+	35, // 47: strongroom.v1.VMService.DecryptVM:output_type -> strongroom.v1.Task
+	35, // 48: strongroom.v1.VMService.RekeyVM:output_type -> strongroom.v1.Task
+	35, // 49: strongroom.v1.VMService.SetRekeyRate:output_type -> strongroom.v1.Task
+	35, // 50: strongroom.v1.VMService.FillDisks:output_type -> strongroom.v1.Task
+	35, // 51: strongroom.v1.VMService.ResizeDisk:output_type -> strongroom.v1.Task
+	11, // 52: strongroom.v1.VMService.ListSnapshots:output_type -> strongroom.v1.ListSnapshotsResponse
+	35, // 53: strongroom.v1.VMService.CreateSnapshot:output_type -> strongroom.v1.Task
+	35, // 54: strongroom.v1.VMService.RevertToSnapshot:output_type -> strongroom.v1.Task
+	35, // 55: strongroom.v1.VMService.DeleteSnapshot:output_type -> strongroom.v1.Task
+	35, // 56: strongroom.v1.VMService.ConsolidateSnapshots:output_type -> strongroom.v1.Task
+	28, // 57: strongroom.v1.VMService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
+	35, // 58: strongroom.v1.VMService.RegisterVM:output_type -> strongroom.v1.Task
+	35, // 59: strongroom.v1.VMService.UnregisterVM:output_type -> strongroom.v1.Task
+	35, // 60: strongroom.v1.VMService.DeleteVM:output_type -> strongroom.v1.Task
+	35, // 61: strongroom.v1.VMService.UnlockVM:output_type -> strongroom.v1.Task
+	40, // [40:62] is the sub-list for method output_type
+	18, // [18:40] is the sub-list for method input_type
+	18, // [18:18] is the sub-list for extension type_name
+	18, // [18:18] is the sub-list for extension extendee
+	0,  // [0:18] is the sub-list for field type_name
 }
 
 func init() { file_strongroom_v1_vm_proto_init() }
@@ -2685,7 +2771,7 @@ func file_strongroom_v1_vm_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_strongroom_v1_vm_proto_rawDesc), len(file_strongroom_v1_vm_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   33,
+			NumMessages:   34,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -62,6 +62,15 @@ type Disk struct {
 	Interface string `json:"interface,omitempty"`
 	// Rekey is set while a deep rekey is under way: the disk needs both keys.
 	Rekey *DiskRekey `json:"rekey,omitempty"`
+	// Encryption is set while an encryption in place is not finished: the VM cannot
+	// be powered on.
+	Encryption *DiskEncryption `json:"encryption,omitempty"`
+}
+
+// DiskEncryption is how far the encryption in place of a disk has come.
+type DiskEncryption struct {
+	DoneBytes  int64 `json:"done_bytes"`
+	TotalBytes int64 `json:"total_bytes"`
 }
 
 // DiskRekey is how far the deep rekey of a disk has come.

@@ -26,7 +26,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 func TestOutput(t *testing.T) {
 	t.Parallel()
 	for _, command := range []string{
-		"vm ls", "vm show web-1", "vm show web-2", "cluster ls", "host ls", "datastore ls",
+		"vm ls", "vm show web-1", "vm show web-2", "vm show old-1", "cluster ls", "host ls", "datastore ls",
 		"provider ls", "provider show kp-1", "provider usage kp-1", "provider orphans kms-1", "task ls", "event ls",
 		"event ls --follow", "alarm ls", "health", "user ls", "role ls", "whoami",
 		"vm snapshot ls web-1", "vm snapshot show web-1 installed", "vm snapshot show web-1 upgraded",
@@ -149,7 +149,8 @@ func TestCalls(t *testing.T) {
 		{"vm power-off a --hard --timeout 7", []string{"PowerOff a true 7"}},
 		{"vm encrypt a --disk disk-1 --disk disk-2 --provider kp-2", []string{"Encrypt a kp-2[disk-1 disk-2]"}},
 		{"vm encrypt --all", []string{"Encrypt plain-1\x1b[31m []"}},
-		{"vm rekey --all --provider kp-2 --no-wait", []string{"Rekey web-1 kp-2 false", "Rekey web-2 kp-2 false"}},
+		{"vm rekey --all --provider kp-2 --no-wait", []string{"Rekey old-1 kp-2 false", "Rekey web-1 kp-2 false", "Rekey web-2 kp-2 false"}},
+		{"vm encrypt --all --in-place --rate 1M", []string{"Encrypt old-1 [] in place at 1048576", "Encrypt plain-1\x1b[31m [] in place at 1048576"}},
 		{"vm rekey a b --deep", []string{"Rekey a  true", "Rekey b  true"}},
 		{"disk resize a disk-0 --size 2G", []string{"Resize a disk-0 2147483648"}},
 		{"vm clone a b", []string{`Clone a b "" "" recrypt false`}},

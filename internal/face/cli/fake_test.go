@@ -179,6 +179,14 @@ var vms = []*strongroomv1.VM{
 		CryptoState: "locked", LockReason: "provider kp-9 is not here", Encrypted: true, Key: &strongroomv1.KeyRef{Provider: "kp-9", KeyId: "k-9/1"},
 	},
 	{Id: "v3", Name: "plain-1\x1b[31m", PowerState: "poweredOff", CryptoState: "unlocked", Disks: []*strongroomv1.Disk{{Name: "disk-0", SizeBytes: 512}}},
+	{
+		Id: "v4", Name: "old-1", PowerState: "poweredOff", CryptoState: "unlocked", Encrypted: true, Key: &strongroomv1.KeyRef{Provider: "kp-1", KeyId: "k-1/4"},
+		Disks: []*strongroomv1.Disk{{
+			Name: "disk-0", File: "disk-0.raw", SizeBytes: 3 << 30, AllocatedBytes: 3 << 30, Encrypted: true, Key: &strongroomv1.KeyRef{Provider: "kp-1", KeyId: "k-1/4"},
+			Generation: 1, Cipher: "xts-aes-256", Uuid: "u", Encryption: &strongroomv1.DiskEncryption{DoneBytes: 1 << 30, TotalBytes: 3 << 30},
+		}},
+		Settings: &strongroomv1.VMSettings{Cpus: 1, MemoryMib: 512, Machine: "q35", Network: "none", DiskInterface: "auto"}, Created: stamp(0),
+	},
 }
 
 func (c *controller) ListVMs(context.Context, *connect.Request[strongroomv1.ListVMsRequest]) (*connect.Response[strongroomv1.ListVMsResponse], error) {
@@ -248,7 +256,11 @@ func (c *controller) PowerOffVM(_ context.Context, r *connect.Request[strongroom
 }
 
 func (c *controller) EncryptVM(_ context.Context, r *connect.Request[strongroomv1.EncryptVMRequest]) (*connect.Response[strongroomv1.Task], error) {
-	return c.task("Encrypt", r.Msg.GetName(), fmt.Sprint(r.Msg.GetProvider(), r.Msg.GetDisks()))
+	how := fmt.Sprint(r.Msg.GetProvider(), r.Msg.GetDisks())
+	if r.Msg.GetInPlace() {
+		how += fmt.Sprintf(" in place at %d", r.Msg.GetRate())
+	}
+	return c.task("Encrypt", r.Msg.GetName(), how)
 }
 
 func (c *controller) DecryptVM(_ context.Context, r *connect.Request[strongroomv1.DecryptVMRequest]) (*connect.Response[strongroomv1.Task], error) {

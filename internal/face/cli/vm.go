@@ -263,22 +263,26 @@ It changes nothing. Needs the privilege System.Read.`,
 	}
 }
 
-// vmEncryption is "none", "partial", "encrypted" or "locked".
+// vmEncryption is "none", "partial", "encrypted" or "locked"; "partial" also of a disk
+// that is being encrypted in place.
 func vmEncryption(v *strongroomv1.VM) string {
 	return disksEncryption(v.GetDisks(), v.GetCryptoState() == "locked")
 }
 
 func disksEncryption(disks []*strongroomv1.Disk, locked bool) string {
-	encrypted := 0
+	encrypted, begun := 0, 0
 	for _, d := range disks {
-		if d.GetEncrypted() {
+		switch {
+		case d.GetEncryption() != nil:
+			begun++
+		case d.GetEncrypted():
 			encrypted++
 		}
 	}
 	switch {
 	case locked:
 		return "locked"
-	case encrypted == 0:
+	case encrypted+begun == 0:
 		return "none"
 	case encrypted < len(disks):
 		return "partial"
@@ -309,13 +313,17 @@ func diskText(d *strongroomv1.Disk) string {
 	if !d.GetEncrypted() {
 		return text + ", not encrypted"
 	}
+	if e := d.GetEncryption(); e != nil {
+		return fmt.Sprintf("%s; encryption in place not finished, %d%% under %s", text, percent(e.GetDoneBytes(), e.GetTotalBytes()), keyText(d.GetKey()))
+	}
 	if d.GetThin() {
 		text += ", thin"
 	}
 	text = fmt.Sprintf("%s, %s, key safe generation %d under %s", text, d.GetCipher(), d.GetGeneration(), keyText(d.GetKey()))
 	if r := d.GetRekey(); r != nil {
-		part := float64(r.GetDoneBytes()) / float64(max(1, r.GetTotalBytes()))
-		text += fmt.Sprintf("; deep rekey under way, %d%% under %s", int64(part*100), keyText(r.GetKey()))
+		text += fmt.Sprintf("; deep rekey under way, %d%% under %s", percent(r.GetDoneBytes(), r.GetTotalBytes()), keyText(r.GetKey()))
 	}
 	return text
 }
+
+func percent(done, total int64) int64 { return int64(float64(done) / float64(max(1, total)) * 100) }

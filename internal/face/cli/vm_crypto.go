@@ -2,6 +2,7 @@ package cli
 
 import (
 	"context"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -58,6 +59,7 @@ func newVMEncryptCmd(env *Env) *cobra.Command {
 		pick     vmPick
 		provider string
 		rate     sizeValue
+		inPlace  bool
 	)
 	cmd := &cobra.Command{
 		Use:   "encrypt NAME...",
@@ -68,21 +70,29 @@ room for both. The guest of a running VM works on meanwhile and does not notice;
 --rate leaves it more of the disk's speed. Interrupted at any point, each disk
 is as it was, or encrypted.
 
+With --in-place the disks of VMs that are powered off are encrypted in their own
+files, for a datastore without room for a copy: a file grows by 32 MiB meanwhile,
+and by 16 MiB in the end. What was encrypted is not read back and compared: have
+a backup. Until a disk is done its VM cannot be powered on. Interrupted before
+anything was encrypted, the disk is as it was; later, the same command goes on.
+Holes stay holes: run "strongroom disk fill" before dm-crypt opens the disk.
+
 Undo it with "strongroom vm decrypt". Blocks that the plain disk left on the
 storage are not overwritten: on a new datastore, or after a secure erase of the
 old one, nothing of them remains. Needs the privilege Cryptographer.Encrypt.`,
 		Example: `  strongroom vm encrypt web-1
   strongroom vm encrypt web-1 --rate 100M
-  strongroom vm encrypt db-1 --disk disk-1 --provider kp-2`,
+  strongroom vm encrypt db-1 --disk disk-1 --provider kp-2
+  strongroom vm encrypt old-1 --in-place`,
 		RunE: env.withClient("encrypt the VMs", func(cmd *cobra.Command, c *client.Client, args []string) error {
-			names, err := pick.names(cmd.Context(), c, args, func(v *strongroomv1.VM) bool { return vmEncryption(v) == "none" })
+			names, err := pick.names(cmd.Context(), c, args, func(v *strongroomv1.VM) bool { return vmEncryption(v) == "none" || inPlace && begunInPlace(v) })
 			if err != nil {
 				return err
 			}
 			return env.runTasks(cmd.Context(), c, wait, verb{
 				infinitive: "encrypt VM", participle: "encrypted",
 				start: func(ctx context.Context, name string) (*strongroomv1.Task, error) {
-					return client.Call(ctx, c.VM().EncryptVM, &strongroomv1.EncryptVMRequest{Name: name, Provider: provider, Disks: pick.disks, Rate: int64(rate)})
+					return client.Call(ctx, c.VM().EncryptVM, &strongroomv1.EncryptVMRequest{Name: name, Provider: provider, Disks: pick.disks, Rate: int64(rate), InPlace: inPlace})
 				},
 			}, names)
 		}),
@@ -90,9 +100,15 @@ old one, nothing of them remains. Needs the privilege Cryptographer.Encrypt.`,
 	wait.add(cmd)
 	pick.add(env, cmd, "not encrypted")
 	addRate(cmd, &rate)
+	cmd.Flags().BoolVar(&inPlace, "in-place", false, "encrypt the disks of powered-off VMs in their own files, without room for a copy")
 	cmd.Flags().StringVar(&provider, "provider", "", "the key provider (default: the default provider)")
 	env.completeFlag(cmd, "provider", providerNames)
 	return cmd
+}
+
+// begunInPlace reports whether an encryption in place of a disk is not finished.
+func begunInPlace(v *strongroomv1.VM) bool {
+	return slices.ContainsFunc(v.GetDisks(), func(d *strongroomv1.Disk) bool { return d.GetEncryption() != nil })
 }
 
 func newVMDecryptCmd(env *Env) *cobra.Command {

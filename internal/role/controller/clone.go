@@ -37,7 +37,7 @@ func (c vms) CloneVM(ctx context.Context, req *connect.Request[strongroomv1.Clon
 		return nil, errs.New(errs.InvalidState, "VM %s is not encrypted, so its clone has no key to change", v.Name).WithHint("strongroom vm encrypt %s", v.Name)
 	}
 	if !m.GetRecrypt() {
-		if err := notRekeying(v, v.Disks); err != nil {
+		if err := undisturbed(v, v.Disks); err != nil {
 			return nil, err
 		}
 	}

@@ -104,6 +104,9 @@ func disksToAPI(disks []inventory.Disk) []*strongroomv1.Disk {
 		if r := d.Rekey; r != nil {
 			disk.Rekey = &strongroomv1.DiskRekey{Key: keyToAPI(&r.Key), DoneBytes: r.DoneBytes, TotalBytes: r.TotalBytes}
 		}
+		if e := d.Encryption; e != nil {
+			disk.Encryption = &strongroomv1.DiskEncryption{DoneBytes: e.DoneBytes, TotalBytes: e.TotalBytes}
+		}
 		out = append(out, disk)
 	}
 	return out
@@ -165,6 +168,9 @@ func disksFromAPI(disks []*strongroomv1.Disk, before []inventory.Disk) []invento
 		}
 		if r := d.GetRekey(); r.GetKey() != nil {
 			disk.Rekey = &inventory.DiskRekey{Key: *keyFromAPI(r.GetKey()), DoneBytes: r.GetDoneBytes(), TotalBytes: r.GetTotalBytes()}
+		}
+		if e := d.GetEncryption(); e != nil {
+			disk.Encryption = &inventory.DiskEncryption{DoneBytes: e.GetDoneBytes(), TotalBytes: e.GetTotalBytes()}
 		}
 		if disk.Format == inventory.LUKS && disk.Key == nil {
 			if old, ok := known[disk.Name]; ok && old.Key != nil {

@@ -54,6 +54,7 @@ type fakeHost struct {
 	created  *strongroomv1.AgentCreateVMRequest // the last one
 	rates    []int64                            // that rekeys were set to
 	reverts  []string                           // ids of the reverts that were asked for
+	encrypts []*strongroomv1.AgentEncryptVMRequest
 	// fault is asked before each call and says how it ends; nil: as it should.
 	fault func(method string, call int) fault
 }
@@ -473,7 +474,13 @@ func (h *fakeHost) ConsolidateSnapshots(_ context.Context, req *connect.Request[
 }
 
 func (h *fakeHost) EncryptVM(_ context.Context, req *connect.Request[strongroomv1.AgentEncryptVMRequest], out *connect.ServerStream[strongroomv1.AgentProgress]) error {
-	return h.work(out, req.Msg.GetId(), func(vm *strongroomv1.VM) { wrap(vm, req.Msg.GetKey()) })
+	return h.work(out, req.Msg.GetId(), func(vm *strongroomv1.VM) {
+		h.encrypts = append(h.encrypts, proto.CloneOf(req.Msg))
+		wrap(vm, req.Msg.GetKey())
+		for _, d := range vm.GetDisks() {
+			d.Encryption = nil
+		}
+	})
 }
 
 func (h *fakeHost) DecryptVM(_ context.Context, req *connect.Request[strongroomv1.AgentDecryptVMRequest], out *connect.ServerStream[strongroomv1.AgentProgress]) error {

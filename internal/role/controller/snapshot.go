@@ -47,7 +47,7 @@ func (c vms) CreateSnapshot(ctx context.Context, req *connect.Request[strongroom
 	if err := poweredOff(v, "a snapshot", "disks that change while they are copied have no one state"); err != nil {
 		return nil, err
 	}
-	if err := notRekeying(v, v.Disks); err != nil {
+	if err := undisturbed(v, v.Disks); err != nil {
 		return nil, err
 	}
 	args.Snapshot = &snapshotArgs{ID: uuid.NewString(), Name: m.GetSnapshot(), Description: m.GetDescription()}

@@ -265,23 +265,42 @@ func (c vms) EncryptVM(ctx context.Context, req *connect.Request[strongroomv1.En
 	if err != nil {
 		return nil, err
 	}
-	if !slices.ContainsFunc(chosen, func(d inventory.Disk) bool { return !encrypted(d) }) {
+	if !slices.ContainsFunc(chosen, func(d inventory.Disk) bool { return !encrypted(d) || d.Encryption != nil }) {
 		return nil, errs.New(errs.InvalidState, "VM %s has no disk that is not encrypted", v.Name).WithHint("strongroom vm rekey %s", v.Name)
 	}
-	if err := notRekeying(v, chosen); err != nil {
+	args.Disks, args.InPlace = req.Msg.GetDisks(), req.Msg.GetInPlace()
+	switch {
+	case !args.InPlace:
+		err = undisturbed(v, chosen)
+	case v.PowerState == inventory.PoweredOn:
+		err = errs.New(errs.InvalidState, "an encryption in place needs VM %s to be powered off", v.Name).
+			WithHint("strongroom vm power-off %s; or leave --in-place away, if there is room for a copy", v.Name)
+	}
+	if err != nil {
 		return nil, err
 	}
 	if err := withoutSnapshots(v); err != nil {
 		return nil, err
 	}
-	if err := c.chooseKey(ctx, &args, req.Msg.GetProvider()); err != nil {
+	if err := c.chooseEncryptKey(ctx, &args, chosen, req.Msg.GetProvider()); err != nil {
 		return nil, err
 	}
 	if args.Rate, err = rate(req.Msg.GetRate()); err != nil {
 		return nil, err
 	}
-	args.Disks = req.Msg.GetDisks()
 	return c.submit(ctx, taskEncrypt, v.Name, args)
+}
+
+// chooseEncryptKey says in args which KEK those disks get: that of an encryption in
+// place which goes on, else a new one.
+func (c *Controller) chooseEncryptKey(ctx context.Context, args *vmArgs, chosen []inventory.Disk, provider string) error {
+	for _, d := range chosen {
+		if d.Encryption != nil && d.Key != nil && (provider == "" || provider == d.Key.Provider) {
+			args.Key = d.Key
+			return nil
+		}
+	}
+	return c.chooseKey(ctx, args, provider)
 }
 
 func (c vms) DecryptVM(ctx context.Context, req *connect.Request[strongroomv1.DecryptVMRequest]) (*connect.Response[strongroomv1.Task], error) {
@@ -291,7 +310,7 @@ func (c vms) DecryptVM(ctx context.Context, req *connect.Request[strongroomv1.De
 	}
 	chosen, err := encryptedOf(v, req.Msg.GetDisks())
 	if err == nil {
-		err = notRekeying(v, chosen)
+		err = undisturbed(v, chosen)
 	}
 	if err == nil {
 		err = withoutSnapshots(v)
@@ -326,8 +345,24 @@ func encryptedOf(v inventory.VM, names []string) ([]inventory.Disk, error) {
 	return chosen, nil
 }
 
-// notRekeying returns an error if a deep rekey of one of those disks is under way.
-func notRekeying(v inventory.VM, chosen []inventory.Disk) error {
+// notEncrypting returns an error if an encryption in place of one of those disks is
+// not finished.
+func notEncrypting(v inventory.VM, chosen []inventory.Disk) error {
+	for _, d := range chosen {
+		if d.Encryption != nil {
+			return errs.New(errs.InvalidState, "the encryption in place of %s of %s is not finished", d.Name, v.Name).
+				WithReason(strongroomv1.ReasonEncryptionInProgress).WithHint("finish it first: strongroom vm encrypt %s --in-place", v.Name)
+		}
+	}
+	return nil
+}
+
+// undisturbed returns an error if an encryption in place of one of those disks is
+// not finished, or a deep rekey.
+func undisturbed(v inventory.VM, chosen []inventory.Disk) error {
+	if err := notEncrypting(v, chosen); err != nil {
+		return err
+	}
 	for _, d := range chosen {
 		if d.Rekey != nil {
 			return errs.New(errs.InvalidState, "a deep rekey of %s of %s is under way", d.Name, v.Name).
@@ -363,10 +398,12 @@ func (c vms) RekeyVM(ctx context.Context, req *connect.Request[strongroomv1.Reke
 	case err != nil:
 	case m.GetRate() < 0 || m.GetRate() > 0 && !m.GetDeep():
 		err = errs.New(errs.Invalid, "only a deep rekey has a rate, and that is not negative")
-	case !m.GetDeep():
-		err = notRekeying(v, chosen)
+	case m.GetDeep(): // one that is under way goes on
+		if err = notEncrypting(v, chosen); err == nil {
+			err = withoutSnapshots(v)
+		}
 	default:
-		err = withoutSnapshots(v)
+		err = undisturbed(v, chosen)
 	}
 	if err != nil {
 		return nil, err
@@ -436,7 +473,7 @@ func (c vms) FillDisks(ctx context.Context, req *connect.Request[strongroomv1.Fi
 	}
 	chosen, err := encryptedOf(v, req.Msg.GetDisks())
 	if err == nil {
-		err = notRekeying(v, chosen)
+		err = undisturbed(v, chosen)
 	}
 	if err != nil {
 		return nil, err

@@ -55,8 +55,10 @@ type vmArgs struct {
 	NewKeyOf string   `json:"new_key_of,omitempty"`
 	Disks    []string `json:"disks,omitempty"`
 	Deep     bool     `json:"deep,omitempty"`
-	Rate     int64    `json:"rate,omitempty"` // bytes a second that are copied or rewritten while the VM runs; 0: any number
-	Size     int64    `json:"size,omitempty"` // of a disk that is resized, in bytes
+	// InPlace: disks are encrypted in their own files, with the VM off.
+	InPlace bool  `json:"in_place,omitempty"`
+	Rate    int64 `json:"rate,omitempty"` // bytes a second that are copied or rewritten while the VM runs; 0: any number
+	Size    int64 `json:"size,omitempty"` // of a disk that is resized, in bytes
 
 	Source   string `json:"source,omitempty"`    // id of the VM that is cloned
 	SourceVM string `json:"source_vm,omitempty"` // and its name
@@ -186,6 +188,9 @@ func (c *Controller) conclude(ctx context.Context, t task.Task, a vmArgs, err er
 		tell.Args["depth"] = depth(a)
 		entry.Action += "." + depth(a)
 	}
+	if a.InPlace {
+		entry.Action += ".in-place"
+	}
 	if t.Kind == taskClone {
 		entry.Details["source"], tell.Args["source"] = "/vm/"+a.SourceVM, a.SourceVM
 		if a.Recrypt {
@@ -228,7 +233,7 @@ func locks(kind, vm string, a vmArgs) []string {
 	case kind == taskClone:
 		source := "vm/" + a.SourceVM
 		return []string{power, disks, source, source + "/disks"}
-	case kind == taskRekey && a.Deep, kind == taskEncrypt, kind == taskDecrypt:
+	case kind == taskRekey && a.Deep, kind == taskEncrypt && !a.InPlace, kind == taskDecrypt:
 		return []string{disks}
 	}
 	return []string{power, disks}
@@ -407,7 +412,7 @@ func (c *Controller) encrypt(ctx context.Context, r *task.Run, h inventory.Host,
 	if err := c.equipVM(ctx, h, a); err != nil {
 		return nil, err
 	}
-	return streamHost(ctx, h, c.agents.of(h).EncryptVM, &strongroomv1.AgentEncryptVMRequest{Id: a.ID, Disks: a.Disks, Key: keyToAPI(a.Key), Rate: a.Rate}, progress(ctx, r))
+	return streamHost(ctx, h, c.agents.of(h).EncryptVM, &strongroomv1.AgentEncryptVMRequest{Id: a.ID, Disks: a.Disks, Key: keyToAPI(a.Key), Rate: a.Rate, InPlace: a.InPlace}, progress(ctx, r))
 }
 
 func (c *Controller) decrypt(ctx context.Context, r *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {

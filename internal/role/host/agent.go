@@ -256,6 +256,9 @@ func (a *agent) ConsolidateSnapshots(ctx context.Context, req *connect.Request[s
 
 func (a *agent) EncryptVM(ctx context.Context, req *connect.Request[strongroomv1.AgentEncryptVMRequest], out *connect.ServerStream[strongroomv1.AgentProgress]) error {
 	return a.stream(ctx, out, req.Msg.GetId(), func(r report) error {
+		if req.Msg.GetInPlace() {
+			return a.host.encryptInPlace(ctx, req.Msg.GetId(), req.Msg.GetDisks(), ref(req.Msg.GetKey()), req.Msg.GetRate(), r)
+		}
 		return a.host.encryptVM(ctx, req.Msg.GetId(), req.Msg.GetDisks(), ref(req.Msg.GetKey()), req.Msg.GetRate(), r)
 	})
 }

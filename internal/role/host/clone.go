@@ -56,16 +56,15 @@ func (h *Host) fillClone(ctx context.Context, o *offline, work string, vm *bundl
 		}
 		vm.Key = bundle.KeyOf(key)
 	}
+	if err := notEncrypting(o.vm, all(vm)); err != nil {
+		return err
+	}
 	if !req.GetRecrypt() {
 		if err := o.notRekeying(nil); err != nil {
 			return err
 		}
 	}
-	var indices []int
-	for i := range vm.Disks {
-		indices = append(indices, i)
-	}
-	p := newDisksProgress(r, vm, indices, writtenAndVerified)
+	p := newDisksProgress(r, vm, all(vm), writtenAndVerified)
 	to, from := recrypt.Dir{Path: work}, o.folder()
 	for _, d := range vm.Disks {
 		share := writtenAndVerified * d.SizeBytes

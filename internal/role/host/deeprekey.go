@@ -273,9 +273,13 @@ func (l *liveRekey) stop(ctx context.Context) error {
 }
 
 // notRekeying returns an error if a deep rekey of one of the disks named is under
-// way. A header that cannot be read is for others to tell of.
+// way, or an encryption in place. A header that cannot be read is for others to tell
+// of.
 func (o *offline) notRekeying(disks []string) error {
 	indices, err := chosen(o.vm, disks)
+	if err == nil {
+		err = notEncrypting(o.vm, indices)
+	}
 	if err != nil {
 		return err
 	}

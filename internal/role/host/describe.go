@@ -54,7 +54,7 @@ func (h *Host) describe(ctx context.Context, m *machine) (*strongroomv1.VM, erro
 	}
 	h.describeSnapshots(ctx, m, dir, vm, out)
 	for _, d := range vm.Disks {
-		disk, keys, err := h.describeDisk(dir, d)
+		disk, keys, err := h.describeDisk(dir, vm, d)
 		for _, key := range keys {
 			if err == nil && !unlocked {
 				err = h.holdsKEK(ctx, key)
@@ -86,7 +86,7 @@ func (h *Host) describeSnapshots(ctx context.Context, m *machine, dir string, vm
 			Id: s.ID, Name: s.Name, Description: s.Description, Created: timestamppb.New(s.Created), Parent: s.Parent, Settings: describeSettings(s.Settings),
 		}
 		for _, d := range s.Disks {
-			disk, keys, err := h.describeDisk(dir, d)
+			disk, keys, err := h.describeDisk(dir, vm, d)
 			for _, key := range keys {
 				if err == nil {
 					err = h.haveKEK(ctx, key)
@@ -116,34 +116,75 @@ func stillHasStrays(dir string) bool {
 }
 
 // describeDisk also returns the addresses of the keys that the disk needs.
-func (h *Host) describeDisk(dir string, d bundle.Disk) (*strongroomv1.Disk, []keysafe.Ref, error) {
+func (h *Host) describeDisk(dir string, vm *bundle.VM, d bundle.Disk) (*strongroomv1.Disk, []keysafe.Ref, error) {
 	out := &strongroomv1.Disk{Name: d.Name, File: d.File, SizeBytes: d.SizeBytes, Encrypted: d.Format == bundle.FormatLUKS}
+	if d.Encrypting != "" {
+		return describeInPlace(dir, vm, d)
+	}
 	path := filepath.Join(dir, d.File)
-	info, err := os.Lstat(path)
-	if err != nil {
+	var err error
+	if out.AllocatedBytes, err = allocated(path); err != nil || !out.Encrypted {
 		return out, nil, err
-	}
-	if err := isStorage(info); err != nil {
-		return out, nil, err
-	}
-	if stat, ok := info.Sys().(*syscall.Stat_t); ok {
-		out.AllocatedBytes = stat.Blocks * 512
-	}
-	if !out.Encrypted {
-		return out, nil, nil
 	}
 	safes, vol, err := peek(path)
 	if err != nil {
 		return out, nil, err
 	}
 	safe := safes.Current
-	out.Key, out.Uuid, out.Generation, out.Cipher, out.Thin = keyRef(safe.KEK), vol.UUID, safe.Generation, "xts-aes-256", vol.Thin
+	out.Key, out.Uuid, out.Generation, out.Cipher, out.Thin = keyRef(safe.KEK), vol.UUID, safe.Generation, cipherName, vol.Thin
 	keys := []keysafe.Ref{safe.KEK}
 	if next := safes.Next; next != nil {
 		out.Rekey = &strongroomv1.DiskRekey{Key: keyRef(next.KEK), DoneBytes: vol.Rekey.Done, TotalBytes: vol.Rekey.Total}
 		keys = append(keys, next.KEK)
 	}
 	return out, keys, nil
+}
+
+// describeInPlace is describeDisk for a disk that is being encrypted in place, at
+// this moment or not. Until its header tells, its key is the VM's.
+func describeInPlace(dir string, vm *bundle.VM, d bundle.Disk) (*strongroomv1.Disk, []keysafe.Ref, error) {
+	out := &strongroomv1.Disk{
+		Name: d.Name, File: d.File, SizeBytes: d.SizeBytes, Encrypted: true, Cipher: cipherName, Key: keyRef(vm.Key.Ref()),
+		Encryption: &strongroomv1.DiskEncryption{TotalBytes: d.SizeBytes},
+	}
+	name, err := recrypt.InPlaceFile(recrypt.Dir{Path: dir}, d.Encrypting, d.File)
+	if err != nil {
+		return out, nil, err
+	}
+	out.File = name
+	if out.AllocatedBytes, err = allocated(filepath.Join(dir, name)); err != nil {
+		return out, nil, err
+	}
+	file, err := blockdev.OpenFile(filepath.Join(dir, name), blockdev.FileOptions{ReadOnly: true, Unlocked: true, NoFollow: true})
+	if err != nil {
+		return out, nil, err
+	}
+	defer file.Close()
+	state, err := volume.InspectEncryption(file, d.SizeBytes)
+	if err != nil || state == nil || state.Safe == nil {
+		return out, nil, err
+	}
+	out.Uuid, out.Generation, out.Key = state.UUID, state.Safe.Generation, keyRef(state.Safe.KEK)
+	out.Encryption.DoneBytes = state.Done
+	return out, []keysafe.Ref{state.Safe.KEK}, nil
+}
+
+// cipherName is how the API calls the cipher of every encrypted disk.
+const cipherName = "xts-aes-256"
+
+// allocated returns how many bytes the disk in that file takes on the datastore.
+func allocated(path string) (int64, error) {
+	info, err := os.Lstat(path)
+	if err == nil {
+		err = isStorage(info)
+	}
+	if err != nil {
+		return 0, err
+	}
+	if stat, ok := info.Sys().(*syscall.Stat_t); ok {
+		return stat.Blocks * 512, nil
+	}
+	return 0, nil
 }
 
 // isStorage returns an error unless a disk can be in what info tells of. A link

@@ -39,6 +39,9 @@ func (h *Host) exportDiskKey(ctx context.Context, what, disk string, public []by
 	if err != nil {
 		return nil, err
 	}
+	if err := notEncrypting(vm, indices); err != nil {
+		return nil, err
+	}
 	d := vm.Disks[indices[0]]
 	if d.Format != bundle.FormatLUKS {
 		return nil, errs.New(errs.InvalidState, "%s of %s is not encrypted: it has no key", d.Name, vm.Name)

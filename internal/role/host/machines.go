@@ -281,16 +281,22 @@ func (o *offline) release() {
 
 func (o *offline) folder() recrypt.Dir { return recrypt.Dir{Path: o.dir} }
 
+// all returns the indices of a VM's disks.
+func all(vm *bundle.VM) []int {
+	var indices []int
+	for i := range vm.Disks {
+		indices = append(indices, i)
+	}
+	return indices
+}
+
 // chosen returns the indices of the disks of those names, each once; no names:
 // all.
 func chosen(vm *bundle.VM, names []string) ([]int, error) {
-	var indices []int
 	if len(names) == 0 {
-		for i := range vm.Disks {
-			indices = append(indices, i)
-		}
-		return indices, nil
+		return all(vm), nil
 	}
+	var indices []int
 	for _, name := range names {
 		i := slices.IndexFunc(vm.Disks, func(d bundle.Disk) bool { return d.Name == name })
 		if i >= 0 && !slices.Contains(indices, i) {

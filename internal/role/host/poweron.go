@@ -145,6 +145,9 @@ func (h *Host) startVolumes(ctx context.Context, reg registered, dir string) (_ 
 	if err := tidy(dir, vm); err != nil { // the next start or change tries again
 		h.log.LogAttrs(ctx, slog.LevelWarn, "former file of a disk not deleted", slog.String("vm", reg.Name), slog.Any("err", err))
 	}
+	if err := notEncrypting(vm, all(vm)); err != nil {
+		return nil, nil, err
+	}
 	volumes, err := volumeproc.Start(ctx, volumeproc.Config{VM: reg.Name, RunDir: h.runDir(reg), Hold: []*os.File{lock.File()}})
 	if err != nil {
 		return nil, nil, errs.New(errs.Unavailable, "cannot start its volume process: %w", err)

@@ -356,7 +356,7 @@ func (o *offline) encrypted(disks []string) ([]int, error) {
 	if len(out) == 0 {
 		return nil, errs.New(errs.InvalidState, "VM %s is not encrypted", o.vm.Name).WithHint("strongroom vm encrypt %s", o.vm.Name)
 	}
-	return out, nil
+	return out, notEncrypting(o.vm, out)
 }
 
 // setKey records the VM's KEK, after all disks have it. A rekey of chosen disks

@@ -44,10 +44,10 @@ func (h *Host) takeSnapshot(ctx context.Context, o *offline, s bundle.Snapshot, 
 	}
 	next := o.vm.Clone()
 	next.Snapshots, next.Snapshot = append(next.Snapshots, s), s.ID
-	if err := next.Validate(); err != nil {
+	if err := o.notRekeying(nil); err != nil {
 		return err
 	}
-	if err := o.notRekeying(nil); err != nil {
+	if err := next.Validate(); err != nil {
 		return err
 	}
 	if err := h.copyDisks(ctx, o, s.Disks, o.vm.Disks, next, "copying", r); err != nil {

@@ -41,7 +41,7 @@ func EncryptInPlace(ctx context.Context, opts EncryptOptions) (_ volume.Info, er
 	}
 	if state != nil && state.Safe != nil {
 		return volume.Info{}, errs.New(errs.InvalidState, "it has a key safe under provider %s: it is a disk of a VM", state.Safe.KEK.Provider).
-			WithHint("strongroom vm encrypt NAME")
+			WithHint("strongroom vm encrypt NAME --in-place")
 	}
 	err = volume.EncryptInPlace(ctx, dev, volume.EncryptOptions{
 		DEK: dek, AllowDiscards: true, Rate: volume.NewRate(opts.Rate), Progress: opts.Progress,
