@@ -28,7 +28,7 @@ type AdoptOptions struct {
 // Adopt makes a volume of a LUKS1 or LUKS2 volume of another program: its data as
 // they are encrypted, and its key in a key file. File is only read; its
 // passphrases are not taken along, but whoever had one can have the key.
-func Adopt(ctx context.Context, opts AdoptOptions) (_ volume.Info, err error) {
+func Adopt(ctx context.Context, opts AdoptOptions) (volume.Info, error) {
 	if _, err := os.Lstat(opts.KeyFile); err == nil { // the copy may take hours
 		return volume.Info{}, errs.New(errs.Exists, "there is a file %s", opts.KeyFile).WithHint("choose another --key-file")
 	}
@@ -46,32 +46,37 @@ func Adopt(ctx context.Context, opts AdoptOptions) (_ volume.Info, err error) {
 		return volume.Info{}, explainForeign(err)
 	}
 	defer dek.Close()
-	size, err := foreign.Segment.Length(src.Size())
-	if err != nil {
-		return volume.Info{}, explain(err)
-	}
 	out, err := create(opts.Out, "choose another --out")
 	if err != nil {
 		return volume.Info{}, err
 	}
-	defer func() {
-		err = explain(errors.Join(err, out.Close()))
-		if err != nil {
-			os.Remove(opts.Out)
-		}
-	}()
-	err = volume.Format(out, volume.FormatOptions{Size: size, SectorSize: foreign.Segment.SectorSize, UUID: uuid.NewString(), DEK: dek, AllowDiscards: true})
+	info, err := adopt(ctx, out, src, foreign.Segment, dek, opts.Progress)
+	err = errors.Join(err, out.Close())
+	if err == nil {
+		err = keyfile.Write(opts.KeyFile, dek) // last: what fails leaves no key
+	}
+	if err != nil {
+		os.Remove(opts.Out)
+		return volume.Info{}, explain(err)
+	}
+	return info, nil
+}
+
+// adopt makes out, which is empty, a volume of the data in that segment of src. It
+// is durable then.
+func adopt(ctx context.Context, out blockdev.Resizer, src blockdev.Device, segment luks.Segment, dek *keymem.Key, progress func(done, total int64)) (volume.Info, error) {
+	size, err := segment.Length(src.Size())
 	if err != nil {
 		return volume.Info{}, err
 	}
-	if err := volume.Adopt(ctx, out, src, foreign.Segment, opts.Progress); err != nil {
-		return volume.Info{}, err
-	}
-	info, err := volume.Inspect(out)
+	err = volume.Format(out, volume.FormatOptions{Size: size, SectorSize: segment.SectorSize, UUID: uuid.NewString(), DEK: dek, AllowDiscards: true})
 	if err != nil {
 		return volume.Info{}, err
 	}
-	return info, keyfile.Write(opts.KeyFile, dek) // last: what fails leaves no key
+	if err := volume.Adopt(ctx, out, src, segment, progress); err != nil {
+		return volume.Info{}, err
+	}
+	return volume.Inspect(out)
 }
 
 // explainForeign tells what is wrong with a LUKS volume of another program.
