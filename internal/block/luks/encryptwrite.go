@@ -41,34 +41,16 @@ func (h *Header) beginEncryption(dek *keymem.Key, size int64) error {
 		return err
 	}
 	doc := cloneJSON(h.doc)
-	keyslots, digests := doc["keyslots"].(object), doc["digests"].(object)
-	slot, err := freeID(keyslots, keyslotsMax)
-	if err != nil {
-		return err
-	}
-	keyslots[slot] = object{
-		"type": keyslotReencrypt, "key_size": number(1), "priority": number(0), "mode": modeEncrypt, "direction": directionBackward,
-		"area": object{
-			"type": resilienceDatashift, "offset": strconv.FormatInt(e.area.Offset, 10), "size": strconv.FormatInt(e.area.Size, 10),
-			"shift_size": strconv.FormatInt(e.Shift, 10),
-		},
-	}
 	password, err := e.sealPassword(dek)
 	if err != nil {
 		return err
 	}
 	defer password.Close()
-	seal, err := newDigest(password, "")
-	if err != nil {
+	area := areaObject(resilienceDatashift, e.area)
+	area["shift_size"] = strconv.FormatInt(e.Shift, 10)
+	if err := addReencryptSlot(doc, modeEncrypt, directionBackward, area, password); err != nil {
 		return err
 	}
-	seal["segments"], seal["keyslots"] = []any{}, []any{slot}
-	sealID, err := freeID(digests, digestsMax)
-	if err != nil {
-		return err
-	}
-	digests[sealID] = seal
-	doc["config"].(object)["requirements"] = object{"mandatory": []any{requirementReencrypt}}
 	e.place(doc)
 	return h.replace(doc)
 }

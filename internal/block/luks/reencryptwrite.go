@@ -65,17 +65,7 @@ func (h *Header) beginReencryption(opts ReencryptionOptions) error {
 	}
 
 	doc := cloneJSON(h.doc)
-	keyslots, digests := doc["keyslots"].(object), doc["digests"].(object)
-	slot, err := freeID(keyslots, keyslotsMax)
-	if err != nil {
-		return err
-	}
-	keyslots[slot] = object{
-		"type": keyslotReencrypt, "key_size": number(1), "priority": number(0), "mode": modeReencrypt, "direction": directionForward,
-		"area": object{
-			"type": resilienceJournal, "offset": strconv.FormatInt(journal.Offset, 10), "size": strconv.FormatInt(journal.Size, 10),
-		},
-	}
+	digests := doc["digests"].(object)
 	newID, err := freeID(digests, digestsMax)
 	if err != nil {
 		return err
@@ -85,22 +75,14 @@ func (h *Header) beginReencryption(opts ReencryptionOptions) error {
 	}
 	r := reencryption{Reencryption: Reencryption{Segment: s, Journal: journal}, oldKey: h.meta.digestsOf(0)[0]}
 	r.newKey.id, _ = strconv.Atoi(newID)
-	seal, err := sealDigest(r.Reencryption, opts.OldDEK, opts.NewDEK, slot)
+	password, err := sealPassword(r.Reencryption, opts.OldDEK, opts.NewDEK)
 	if err != nil {
 		return err
 	}
-	sealID, err := freeID(digests, digestsMax)
-	if err != nil {
+	defer password.Close()
+	if err := addReencryptSlot(doc, modeReencrypt, directionForward, areaObject(resilienceJournal, journal), password); err != nil {
 		return err
 	}
-	digests[sealID] = seal
-	config := doc["config"].(object)
-	requirements, ok := config["requirements"].(object)
-	if !ok {
-		requirements = object{}
-		config["requirements"] = requirements
-	}
-	requirements["mandatory"] = []any{requirementReencrypt}
 	if opts.Safe != nil {
 		if err := addSafe(doc, opts.Safe, true); err != nil {
 			return err
@@ -189,18 +171,41 @@ func (h *Header) VerifyReencryption(oldDEK, newDEK *keymem.Key) error {
 	return nil
 }
 
-func sealDigest(r Reencryption, oldDEK, newDEK *keymem.Key, slot string) (object, error) {
-	password, err := sealPassword(r, oldDEK, newDEK)
+// addReencryptSlot adds the keyslot that says how a volume is re-encrypted, with its
+// resilience's area, the digest of password that seals it, and the requirement that
+// keeps others away, to doc.
+func addReencryptSlot(doc object, mode, direction string, area object, password *keymem.Key) error {
+	keyslots, digests := doc["keyslots"].(object), doc["digests"].(object)
+	slot, err := freeID(keyslots, keyslotsMax)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	defer password.Close()
+	keyslots[slot] = object{
+		"type": keyslotReencrypt, "key_size": number(1), "priority": number(0), "mode": mode, "direction": direction, "area": area,
+	}
+	sealID, err := freeID(digests, digestsMax)
+	if err != nil {
+		return err
+	}
 	seal, err := newDigest(password, "")
 	if err != nil {
-		return nil, err
+		return err
 	}
 	seal["segments"], seal["keyslots"] = []any{}, []any{slot}
-	return seal, nil
+	digests[sealID] = seal
+	config := doc["config"].(object)
+	requirements, ok := config["requirements"].(object)
+	if !ok {
+		requirements = object{}
+		config["requirements"] = requirements
+	}
+	requirements["mandatory"] = []any{requirementReencrypt}
+	return nil
+}
+
+// areaObject is the area of a keyslot.
+func areaObject(kind string, a Area) object {
+	return object{"type": kind, "offset": strconv.FormatInt(a.Offset, 10), "size": strconv.FormatInt(a.Size, 10)}
 }
 
 // sealPassword returns what the seal is a digest of.
