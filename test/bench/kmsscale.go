@@ -38,13 +38,14 @@ type kmsScale struct {
 	FileStartMiB float64    `json:"file_start_mib"`
 	AnonLoadMiB  float64    `json:"anon_load_mib"` // after the loads
 	FileLoadMiB  float64    `json:"file_load_mib"`
-	ScanSeconds  float64    `json:"scan_seconds"` // a Locate that looks at every key
+	ListSeconds  float64    `json:"list_seconds"` // of all keys, in pages
 	Loads        []kmsSpeed `json:"loads"`
 }
 
 const (
 	scaleConnections = 64
 	scaleBatch       = 64
+	scaleStartMax    = 10 * time.Minute
 )
 
 // measureScale fills a server with keys that have names, starts it anew and
@@ -114,10 +115,10 @@ func measureScale(ctx context.Context, o options, binary string) (_ *kmsScale, e
 		out.Loads = append(out.Loads, speed)
 	}
 	begin = time.Now()
-	if err := s.scan(); err != nil {
-		return nil, err
+	if err := s.list(); err != nil {
+		return nil, fmt.Errorf("cannot list all keys: %w", err)
 	}
-	out.ScanSeconds = time.Since(begin).Seconds()
+	out.ListSeconds = time.Since(begin).Seconds()
 	out.AnonLoadMiB, out.FileLoadMiB, err = resident(s.process.Process.Pid)
 	return out, err
 }
@@ -153,7 +154,7 @@ func startScale(ctx context.Context, dir, binary string) (*scaleServer, error) {
 		if err == nil {
 			return s, nil
 		}
-		if time.Since(begin) > kmsStartMax {
+		if time.Since(begin) > scaleStartMax {
 			s.end()
 			return nil, fmt.Errorf("it did not start: %w", err)
 		}
@@ -243,7 +244,8 @@ func (s *scaleServer) fill(ctx context.Context, keys int) error {
 				for i := first; i < min(first+scaleBatch, keys); i++ {
 					items = append(items, newKey(scaleName(i)))
 				}
-				if err := askAll(conn, items); err != nil {
+				m := kmip.NewRequestMessage(kmip.V1_2, items...)
+				if _, err := exchange(conn, &m); err != nil {
 					return err
 				}
 				if first%(100*scaleBatch) == 0 {
@@ -257,33 +259,32 @@ func (s *scaleServer) fill(ctx context.Context, keys int) error {
 	return group.Wait()
 }
 
-// askAll does several operations in one message.
-func askAll(conn net.Conn, items []kmip.OperationPayload) error {
-	m := kmip.NewRequestMessage(kmip.V1_2, items...)
-	if _, err := conn.Write(ttlv.MarshalTTLV(&m)); err != nil {
-		return err
+// exchange does the operations of a message, which must succeed.
+func exchange(conn net.Conn, m *kmip.RequestMessage) ([]kmip.ResponseBatchItem, error) {
+	if _, err := conn.Write(ttlv.MarshalTTLV(m)); err != nil {
+		return nil, err
 	}
 	var head [8]byte
 	if _, err := io.ReadFull(conn, head[:]); err != nil {
-		return err
+		return nil, err
 	}
 	body := make([]byte, binary.BigEndian.Uint32(head[4:]))
 	if _, err := io.ReadFull(conn, body); err != nil {
-		return err
+		return nil, err
 	}
 	var r kmip.ResponseMessage
 	if err := ttlv.UnmarshalTTLV(append(head[:], body...), &r); err != nil {
-		return err
+		return nil, err
 	}
-	if len(r.BatchItem) != len(items) {
-		return fmt.Errorf("an answer of %d items", len(r.BatchItem))
+	if len(r.BatchItem) != len(m.BatchItem) {
+		return nil, fmt.Errorf("an answer of %d items", len(r.BatchItem))
 	}
 	for _, item := range r.BatchItem {
 		if err := item.Err(); err != nil {
-			return err
+			return nil, err
 		}
 	}
-	return nil
+	return r.BatchItem, nil
 }
 
 // settled waits until the process has used less than a tenth of a processor for
@@ -356,16 +357,26 @@ func locateNewest(_ *kmsServer, conn net.Conn) error {
 	return err
 }
 
-// scan looks for what no key has.
-func (s *scaleServer) scan() error {
+// list reads the identifiers of all keys, page by page.
+func (s *scaleServer) list() error {
 	conn, err := tls.Dial("tcp", s.addr, s.client)
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
-	p, err := ask(conn, &payloads.LocateRequestPayload{Attribute: []kmip.Attribute{{AttributeName: kmip.AttributeNameContactInformation, AttributeValue: "nobody"}}})
-	if err == nil && len(p.(*payloads.LocateResponsePayload).UniqueIdentifier) != 0 {
-		err = errors.New("something was found")
+	for found := 0; ; {
+		m := kmip.NewRequestMessage(kmip.V1_3, &payloads.LocateRequestPayload{OffsetItems: int32(found), MaximumItems: 5000, Attribute: []kmip.Attribute{
+			{AttributeName: kmip.AttributeNameObjectType, AttributeValue: kmip.ObjectTypeSymmetricKey},
+		}})
+		items, err := exchange(conn, &m)
+		if err != nil {
+			return err
+		}
+		page := len(items[0].ResponsePayload.(*payloads.LocateResponsePayload).UniqueIdentifier)
+		if found += page; page == 0 && found >= s.keys {
+			return nil
+		} else if page == 0 {
+			return fmt.Errorf("%d keys were listed of %d", found, s.keys)
+		}
 	}
-	return err
 }

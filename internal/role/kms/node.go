@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
 
 	"strongroom/internal/control/audit"
@@ -135,6 +136,7 @@ func (k *KMS) openCluster(ctx context.Context, m *membership) error {
 	k.cluster = cluster.New(cluster.Config{
 		Self: k.cfg.Cluster.self(m.ID), Node: k.node, CA: k.ca, DB: k.db, Ring: k.secrets.ring, Log: k.log, Record: k.recordMember,
 	})
+	k.metrics.registry.MustRegister(memberMetrics{k.cluster})
 	k.objects = objectstore.NewShared(k.db, k.secrets.ring, k.cluster, k.log)
 	return k.cluster.Start(ctx)
 }
@@ -149,6 +151,32 @@ func (k *KMS) recordMember(actor, action, object string, err error) error {
 		return err
 	}
 	return k.audit.Flush(head)
+}
+
+// memberMetrics gives Prometheus what nodes have to do.
+type memberMetrics struct{ cluster *cluster.Cluster }
+
+// scrapeTimeout bounds what is read for one scrape: without a majority there is
+// no answer.
+const scrapeTimeout = 2 * time.Second
+
+// erasuresDue is read only.
+var erasuresDue = prometheus.NewDesc("strongroom_kms_member_erasures_due", "Epochs of destroyed keys whose KEKs a node has yet to erase.", []string{"member"}, nil)
+
+// Describe implements [prometheus.Collector].
+func (m memberMetrics) Describe(ch chan<- *prometheus.Desc) { ch <- erasuresDue }
+
+// Collect implements [prometheus.Collector].
+func (m memberMetrics) Collect(ch chan<- prometheus.Metric) {
+	ctx, cancel := context.WithTimeout(context.Background(), scrapeTimeout)
+	defer cancel()
+	members, err := m.cluster.List(ctx)
+	if err != nil {
+		return // not known: not told, rather than wrong
+	}
+	for _, one := range members {
+		ch <- prometheus.MustNewConstMetric(erasuresDue, prometheus.GaugeValue, float64(one.ErasuresDue), one.Name)
+	}
 }
 
 // serveMembers serves other nodes until ctx ends.

@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto/tls"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -33,7 +34,11 @@ import (
 // nodeChild makes the test's binary a node with that configuration.
 func nodeChild(config string) {
 	cfg, err := LoadConfig(config)
-	if err == nil {
+	if server := os.Getenv(childVariable + "_JOIN"); server != "" && err == nil {
+		if err = Join(context.Background(), cfg, server, os.Getenv(childVariable+"_TOKEN")); err == nil {
+			os.Exit(0)
+		}
+	} else if err == nil {
 		err = RunReady(context.Background(), cfg, slog.New(slog.NewTextHandler(os.Stderr, nil)), func(k *KMS) error {
 			fmt.Println(k.Address())
 			return nil
@@ -71,12 +76,13 @@ func newSite(t *testing.T, name string) *site {
 	s := &site{t: t, name: name, config: filepath.Join(dir, "kms.toml")}
 	text := fmt.Sprintf(`data_dir = %q
 listen = "127.0.0.1:%d"
+metrics_listen = "127.0.0.1:%d"
 local_socket = %q
 [cluster]
 name = %q
 listen = "127.0.0.1:%d"
 store_listen = "127.0.0.1:%d"
-`, filepath.Join(dir, "kms"), freePort(t), filepath.Join(socketDir(t), "s"), name, freePort(t), freePort(t))
+`, filepath.Join(dir, "kms"), freePort(t), freePort(t), filepath.Join(socketDir(t), "s"), name, freePort(t), freePort(t))
 	if err := os.WriteFile(s.config, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -163,6 +169,21 @@ func (s *site) list() []*strongroomv1.KMSMember {
 		s.t.Fatal(apierr.From(err))
 	}
 	return res.Msg.GetMembers()
+}
+
+// metrics returns what Prometheus gets from the site's node.
+func (s *site) metrics() string {
+	s.t.Helper()
+	res, err := http.Get("http://" + s.cfg.MetricsListen + "/metrics")
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	defer res.Body.Close()
+	text, err := io.ReadAll(res.Body)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return string(text)
 }
 
 // eventually waits for what must come.
@@ -514,6 +535,12 @@ func (n *trio) testAway(t *testing.T) {
 		return -1
 	}
 	eventually(t, "the others have erased the KEK", func() bool { return due("b") > 0 && due("a") == 0 && due("c") == 0 })
+	metrics := n.sites[0].metrics()
+	for name, want := range map[string]string{"a": "0", "b": fmt.Sprint(due("b")), "c": "0"} {
+		if line := fmt.Sprintf("strongroom_kms_member_erasures_due{member=%q} %s\n", name, want); !strings.Contains(metrics, line) {
+			t.Errorf("metrics lack %s:\n%s", line, metrics)
+		}
+	}
 	away.run()
 	if d := due("b"); d != 0 {
 		t.Errorf("a node that was away serves, and has %d KEKs to erase", d)

@@ -85,9 +85,10 @@ func (r *request) locate(p *payloads.LocateRequestPayload) (kmip.OperationPayloa
 		return nil, err
 	}
 	out := &payloads.LocateResponsePayload{UniqueIdentifier: found}
-	if len(found) == limit {
-		r.conn.next = page.behind(found)
-	} else if page.offset > 0 { // all have been seen
+	if len(found) > 0 {
+		r.conn.next = page.behind(found) // also of the last: clients ask for one more
+	}
+	if len(found) < limit && page.offset > 0 { // all have been seen
 		located := int32(page.offset - skip + passed)
 		out.LocatedItems = &located
 	}

@@ -78,7 +78,9 @@ func TestLocatePages(t *testing.T) {
 				if page.LocatedItems == nil || *page.LocatedItems != int32(len(all)) {
 					t.Errorf("the last page tells %v objects, want %d", page.LocatedItems, len(all))
 				}
-				return all
+				if len(page.UniqueIdentifier) == 0 { // which clients ask for
+					return all
+				}
 			}
 			between()
 		}

@@ -218,6 +218,7 @@ func (c *Cluster) Run(ctx context.Context, shred func()) error {
 	watching.Go(func() { c.watch(ctx, poke) })
 	tick := time.NewTicker(lookEvery)
 	defer tick.Stop()
+	var late overdue
 	for {
 		select {
 		case <-ctx.Done():
@@ -229,6 +230,7 @@ func (c *Cluster) Run(ctx context.Context, shred func()) error {
 		case <-tick.C:
 			if c.DB.Leads() {
 				shred()
+				c.warn(ctx, &late)
 			}
 		}
 		if err := c.CatchUp(ctx); err != nil && ctx.Err() == nil {
