@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -94,7 +93,7 @@ func verifyKMSBackup(ctx context.Context, b cli.KMSBackupFile) (r cli.KMSBackupR
 
 func drillKMSBackup(ctx context.Context, b cli.KMSBackupFile, dir string) (r cli.KMSDrillReport, err error) {
 	err = withBackupKey(b, func(key backup.Key) error {
-		d, err := kms.Drill(ctx, b.File, key, dir, slog.New(slog.NewTextHandler(io.Discard, nil)))
+		d, err := kms.Drill(ctx, b.File, key, dir, slog.New(slog.DiscardHandler))
 		r = cli.KMSDrillReport{
 			Backup: kmsBackupReport(d.Header, d.About, d.End), Groups: d.Groups, Applications: d.Applications, ObjectsRead: d.Objects, KeysRead: d.Keys,
 			RestoreMs: d.Restore.Milliseconds(), OpenMs: d.Open.Milliseconds(), ReadMs: d.Read.Milliseconds(),

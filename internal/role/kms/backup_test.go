@@ -94,16 +94,25 @@ func TestBackupUnderLoad(t *testing.T) {
 	for range 3 {
 		clients.Go(func() { a.work(p.addr, cfg) })
 	}
-	getOn := func(more int) {
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		clients.Wait()
+	}()
+	getOn := func(more int) (got bool) {
 		t.Helper()
-		before := a.count()
-		for begin := time.Now(); a.count() < before+more; time.Sleep(time.Millisecond) {
-			if time.Since(begin) > time.Minute {
-				t.Fatal("the clients do not get on")
+		for before := a.count(); a.count() < before+more; {
+			select {
+			case <-ended: // their minute is over
+				return false
+			case <-time.After(time.Millisecond):
 			}
 		}
+		return true
 	}
-	getOn(60)
+	if !getOn(60) {
+		t.Fatal("the clients do not get on")
+	}
 	// One that will be destroyed between the backup and the end.
 	conn := dial(t, p.addr, cfg)
 	doomed := ask(t, conn, nil, newAES("doomed")).ResponsePayload.(*payloads.CreateResponsePayload).UniqueIdentifier
@@ -122,12 +131,13 @@ func TestBackupUnderLoad(t *testing.T) {
 	if err != nil || confirmed.Msg.GetLast().GetId() != made.GetId() {
 		t.Fatalf("confirmed: %v, %v", confirmed, err)
 	}
+	conn = dial(t, p.addr, cfg)
 	if item := ask(t, conn, nil, &payloads.DestroyRequestPayload{UniqueIdentifier: doomed}); item.Err() != nil {
 		t.Fatal(item.Err())
 	}
 	getOn(20)
 	p.kill()
-	clients.Wait()
+	<-ended
 
 	v, err := VerifyBackup(t.Context(), file, key)
 	if err != nil || v.End.Keys != made.GetKeys() || v.End.Keys < int64(len(before)) {

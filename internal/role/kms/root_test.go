@@ -11,6 +11,9 @@ import (
 	"testing"
 	"time"
 
+	"connectrpc.com/connect"
+
+	"strongroom/api/apierr"
 	strongroomv1 "strongroom/api/strongroom/v1"
 	"strongroom/client"
 	"strongroom/internal/control/audit"
@@ -160,6 +163,17 @@ func TestSealed(t *testing.T) {
 		}
 		if _, err := client.Call(ctx, w.local.KMSRoot().SetKMSRoot, &strongroomv1.SetKMSRootRequest{}); errs.KindOf(err) != errs.Locked {
 			t.Errorf("a sealed KMS changes its root key: %v", err)
+		}
+		stream, err := w.local.KMSBackup().BackupKMS(ctx, connect.NewRequest(&strongroomv1.BackupKMSRequest{}))
+		if err == nil {
+			if stream.Receive() {
+				t.Error("a sealed KMS backs itself up")
+			}
+			err = stream.Err()
+			stream.Close()
+		}
+		if err := apierr.From(err); errs.KindOf(err) != errs.Locked {
+			t.Errorf("a backup of a sealed KMS: %v", err)
 		}
 		if status := w.health(); status != http.StatusServiceUnavailable {
 			t.Errorf("a sealed KMS is healthy: %d", status)
