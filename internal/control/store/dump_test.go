@@ -28,13 +28,15 @@ func TestDumpIsOfOneRevision(t *testing.T) {
 	d := open("")
 	raw, other := store.NewRawTable(d, "raw"), store.NewTable[thing](d, "other", 1)
 	want := map[string]string{}
-	const records = 600 // more than two pages
+	const records = 1600
+	var first []store.Record
 	for i := range records {
 		key := fmt.Sprintf("%04d", i)
-		if err := raw.Put(ctx, key, []byte("v"+key)); err != nil {
-			t.Fatal(err)
-		}
+		first = append(first, store.Record{Name: "raw/" + key, Value: []byte("v" + key)})
 		want["raw/"+key] = "v" + key
+	}
+	if err := d.Load(ctx, first); err != nil {
+		t.Fatal(err)
 	}
 	if err := other.Put(ctx, "a/b", thing{N: 3}); err != nil {
 		t.Fatal(err)
@@ -64,7 +66,7 @@ func TestDumpIsOfOneRevision(t *testing.T) {
 			if err := raw.Put(ctx, "9999", []byte("new")); err != nil {
 				return err
 			}
-			return raw.Put(ctx, "0599", []byte("changed"))
+			return raw.Put(ctx, "1599", []byte("changed"))
 		}
 		return nil
 	})
@@ -81,7 +83,7 @@ func TestDumpIsOfOneRevision(t *testing.T) {
 	if err := into.Load(ctx, all); err != nil {
 		t.Fatal(err)
 	}
-	if v, err := store.NewRawTable(into, "raw").Get(ctx, "0599"); err != nil || !bytes.Equal(v, []byte("v0599")) {
+	if v, err := store.NewRawTable(into, "raw").Get(ctx, "1599"); err != nil || !bytes.Equal(v, []byte("v1599")) {
 		t.Errorf("loaded: %q, %v", v, err)
 	}
 	for _, bad := range []string{"raw", "raw/", "/x", "Raw/x", "raw/\x00"} {
