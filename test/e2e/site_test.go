@@ -19,6 +19,7 @@ import (
 
 	"strongroom/internal/block/blockdev"
 	"strongroom/internal/keys/keyprovider"
+	"strongroom/internal/machine/bundle"
 	"strongroom/internal/machine/recrypt"
 	"strongroom/test/guest"
 	"strongroom/test/lab"
@@ -304,14 +305,20 @@ func (s *site) content(t *testing.T, vm, disk string) string {
 func (s *site) openDisk(t *testing.T, vm, disk string) blockdev.Device {
 	t.Helper()
 	dir := recrypt.Dir{Path: s.folder(vm)}
-	if ok, err := dir.Exists(disk + ".raw"); err != nil || ok {
-		dev, err := dir.Open(disk + ".raw")
+	v, err := bundle.Read(dir.Path)
+	must(t, err)
+	i := slices.IndexFunc(v.Disks, func(d bundle.Disk) bool { return d.Name == disk })
+	if i < 0 {
+		t.Fatalf("VM %s has no disk %s", vm, disk)
+	}
+	if d := v.Disks[i]; d.Format == bundle.FormatRaw {
+		dev, err := dir.Open(d.File)
 		must(t, err)
 		return dev
 	}
-	v, _, err := recrypt.OpenRekeying(t.Context(), dir, disk+".luks", s.keys.KEK)
+	vol, _, err := recrypt.OpenRekeying(t.Context(), dir, v.Disks[i].File, s.keys.KEK)
 	must(t, err)
-	return v
+	return vol
 }
 
 // allocated returns how many bytes a file has on disk, 0 if there is none.
