@@ -202,3 +202,66 @@ func TestFlush(t *testing.T) {
 	want("group, after a start", again.Of(Group("g")), 123)
 	want("forgotten", again.Of(Application("a8")), 0)
 }
+
+// TestFlushKilled ends a process in the middle of a flush, and another repeats
+// one that broke off: what was stored was done, once, and no subject has a part
+// of it.
+func TestFlushKilled(t *testing.T) {
+	t.Parallel()
+	const apps, times = 3*flushBatch - 7, 3
+	for batches := range 4 { // stored before the end
+		db := openDB(t)
+		b := open(t, db)
+		for a := range apps {
+			for range times {
+				b.try(t, directory.Application{Name: fmt.Sprintf("app-%03d", a)}, directory.Group{Name: "g"}, false)
+			}
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		if batches == 0 {
+			cancel()
+		}
+		watched := make(chan error, 1)
+		synced := make(chan struct{})
+		go func() {
+			seen := 0
+			watched <- b.table.Watch(ctx, "", 0, func(c store.Change[Counters]) error {
+				if c.Op == store.Synced {
+					close(synced)
+				}
+				if c.Op == store.Put {
+					if seen++; batches > 0 && seen == batches*flushBatch-1 {
+						cancel()
+					}
+				}
+				return nil
+			})
+		}()
+		select {
+		case <-synced:
+		case <-ctx.Done():
+		}
+		err := b.Flush(ctx)
+		cancel()
+		<-watched
+		check := func(what string, m *Meter, all bool) {
+			t.Helper()
+			sum := int64(0)
+			for a := range apps {
+				n := m.Of(Application(fmt.Sprintf("app-%03d", a))).Operations
+				if sum += n; n != times && (all || n != 0) {
+					t.Errorf("%s, after %d batches: application %d has %d operations, want %d", what, batches, a, n, times)
+				}
+			}
+			if n := m.Of(Group("g")).Operations; n != apps*times && (all || n != 0) {
+				t.Errorf("%s, after %d batches: the group has %d operations, want %d", what, batches, n, apps*times)
+			}
+		}
+		check("the process goes on", b.Meter, true)
+		check("another process", open(t, db).Meter, err == nil)
+		if err := b.Flush(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		check("flushed again", open(t, db).Meter, true)
+	}
+}
