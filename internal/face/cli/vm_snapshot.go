@@ -55,7 +55,7 @@ becomes the child of the snapshot that the disks come from.
 
 Interrupted, it is finished or nothing is left of it. Undo it with "strongroom vm
 snapshot delete". Needs the privilege VirtualMachine.State.CreateSnapshot.`,
-		Example:           `  strongroom vm snapshot create web-1 before-upgrade --description "Debian 13, patched"`,
+		Example:           `  strongroom vm snapshot create web-1 before-upgrade --description patched`,
 		Args:              exactArgs("the VM's name", "the snapshot's"),
 		ValidArgsFunction: env.completeFirst(vmNames),
 		RunE: env.withClient("make the snapshot", func(cmd *cobra.Command, c *client.Client, args []string) error {
