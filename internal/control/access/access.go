@@ -104,6 +104,8 @@ type Control struct {
 	roles    *store.Table[Role]
 	perms    *store.Table[Permission] // by principal "@" object
 	hashing  Hashing
+	builtin  []Role // Administrator among them
+	keepUser func(ctx context.Context, tx *store.Tx, name string) error
 	throttle *throttle
 	slots    chan struct{} // bounds hashes computed at a time, and so memory
 	now      func() time.Time
@@ -114,6 +116,12 @@ type Config struct {
 	DB *store.DB
 	// Hashing is how new passwords are hashed. Zero means [DefaultHashing].
 	Hashing Hashing
+	// BuiltIn are the roles that always exist, beside Administrator. Nil means
+	// NoCryptoAdmin and ReadOnly.
+	BuiltIn []Role
+	// KeepUser is asked, in the transaction, before a user is deleted; its error
+	// refuses that. Nil refuses nothing.
+	KeepUser func(ctx context.Context, tx *store.Tx, name string) error
 }
 
 // New returns the access control kept in cfg.DB.
@@ -124,6 +132,12 @@ func New(cfg Config) (*Control, error) {
 	if err := cfg.Hashing.check(); err != nil {
 		return nil, err
 	}
+	if cfg.BuiltIn == nil {
+		cfg.BuiltIn = []Role{noCryptoAdmin(), readOnly()}
+	}
+	if cfg.KeepUser == nil {
+		cfg.KeepUser = func(context.Context, *store.Tx, string) error { return nil }
+	}
 	now := func() time.Time { return time.Now().UTC() }
 	return &Control{
 		db:       cfg.DB,
@@ -132,6 +146,8 @@ func New(cfg Config) (*Control, error) {
 		roles:    store.NewTable[Role](cfg.DB, "role", 1),
 		perms:    store.NewTable[Permission](cfg.DB, "permission", 1),
 		hashing:  cfg.Hashing,
+		builtin:  append([]Role{administrator()}, cfg.BuiltIn...),
+		keepUser: cfg.KeepUser,
 		throttle: newThrottle(now),
 		slots:    make(chan struct{}, hashesAtOnce),
 		now:      now,
@@ -220,7 +236,7 @@ func permKey(principal string, o Object) string { return principal + "@" + strin
 
 // role returns the role called name.
 func (c *Control) role(ctx context.Context, tx *store.Tx, name string) (Role, error) {
-	for _, r := range builtinRoles() {
+	for _, r := range c.builtin {
 		if r.Name == name {
 			return r, nil
 		}
@@ -239,7 +255,7 @@ func missing(err error, kind, name string) error {
 // Roles returns all roles, those that always exist first.
 func (c *Control) Roles(ctx context.Context) ([]Role, error) {
 	custom, err := c.roles.List(ctx)
-	return append(builtinRoles(), custom...), err
+	return append(slices.Clone(c.builtin), custom...), err
 }
 
 // PutRole creates or changes a custom role.
@@ -252,7 +268,7 @@ func (c *Control) putRole(ctx context.Context, r Role) error {
 	if err := checkName("role", r.Name); err != nil {
 		return err
 	}
-	for _, b := range builtinRoles() {
+	for _, b := range c.builtin {
 		if strings.EqualFold(b.Name, r.Name) {
 			return errs.New(errs.InvalidState, "role %s is built in", b.Name)
 		}

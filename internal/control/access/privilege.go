@@ -33,6 +33,8 @@ func privileges() map[Privilege]string {
 		"Cryptographer.RegisterHost":           "Make a host ready for encryption.",
 		"Cryptographer.RegisterVM":             "Register an encrypted VM, or unlock it.",
 
+		"KeyServer.ApproveOperations": "Approve or deny what a quorum of a key management server is asked for.",
+
 		"VirtualMachine.Config.AddNewDisk":            "Add a disk to a VM.",
 		"VirtualMachine.Config.DiskExtend":            "Make a VM's disk larger.",
 		"VirtualMachine.Config.RemoveDisk":            "Remove a disk from a VM.",
@@ -99,11 +101,12 @@ func Known(p Privilege) bool {
 	return ok
 }
 
-// The roles that always exist.
+// The roles that always exist, some in one kind of role only.
 const (
 	Administrator = "Administrator"
 	NoCryptoAdmin = "NoCryptoAdmin"
 	ReadOnly      = "ReadOnly"
+	KeyCustodian  = "KeyCustodian" // of a key management server only
 )
 
 // withoutCrypto is what vSphere's "No cryptography administrator" lacks beside
@@ -114,25 +117,41 @@ func withoutCrypto() []Privilege {
 		"Host.Local.ManageUserGroups", "VirtualMachine.Interact.GuestControl", "Host.Tpm.Read", "Host.Tpm.Unseal",
 		// Who can hand out roles can hand himself the missing ones.
 		"Authorization.ModifyPermissions", "Authorization.ModifyRoles", "Authorization.ModifyUsers",
-		"Sessions.TerminateSession", "Vsan.Cluster.ShallowRekey",
+		"Sessions.TerminateSession", "Vsan.Cluster.ShallowRekey", "KeyServer.ApproveOperations",
 	}
 }
 
-// builtinRoles returns the roles that always exist and cannot be changed.
-func builtinRoles() []Role {
+func administrator() Role {
+	all, _ := Privileges()
+	return Role{Name: Administrator, Description: "Everything.", BuiltIn: true, Privileges: all}
+}
+
+func noCryptoAdmin() Role {
 	all, _ := Privileges()
 	no := withoutCrypto()
+	return Role{
+		Name: NoCryptoAdmin, Description: "Everything but cryptography, and what would lead around that.", BuiltIn: true,
+		Privileges: slices.DeleteFunc(all, func(p Privilege) bool {
+			return strings.HasPrefix(string(p), "Cryptographer.") || slices.Contains(no, p)
+		}),
+	}
+}
+
+func readOnly() Role {
+	return Role{
+		Name: ReadOnly, Description: "See everything but secrets, change nothing.", BuiltIn: true,
+		Privileges: []Privilege{"Cryptographer.ReadKeyServersInfo", "System.Anonymous", "System.Read", "System.View"},
+	}
+}
+
+// KMSRoles returns the roles that a key management server has beside
+// Administrator.
+func KMSRoles() []Role {
 	return []Role{
-		{Name: Administrator, Description: "Everything.", BuiltIn: true, Privileges: all},
 		{
-			Name: NoCryptoAdmin, Description: "Everything but cryptography, and what would lead around that.", BuiltIn: true,
-			Privileges: slices.DeleteFunc(slices.Clone(all), func(p Privilege) bool {
-				return strings.HasPrefix(string(p), "Cryptographer.") || slices.Contains(no, p)
-			}),
+			Name: KeyCustodian, Description: "Approve or deny what a group's quorum is asked for; see everything but secrets.", BuiltIn: true,
+			Privileges: append([]Privilege{"KeyServer.ApproveOperations"}, readOnly().Privileges...),
 		},
-		{
-			Name: ReadOnly, Description: "See everything but secrets, change nothing.", BuiltIn: true,
-			Privileges: []Privilege{"Cryptographer.ReadKeyServersInfo", "System.Anonymous", "System.Read", "System.View"},
-		},
+		readOnly(),
 	}
 }

@@ -159,6 +159,9 @@ func (c *Control) DeleteUser(ctx context.Context, name string) error {
 		if err := c.users.In(tx).Delete(ctx, name); err != nil {
 			return missing(err, "user", name)
 		}
+		if err := c.keepUser(ctx, tx, name); err != nil {
+			return err
+		}
 		perms, err := c.perms.In(tx).List(ctx, string(UserPrincipal)+":"+name+"@")
 		if err != nil {
 			return err
@@ -174,6 +177,23 @@ func (c *Control) DeleteUser(ctx context.Context, name string) error {
 		return c.keepAdministrator(ctx, tx)
 	})
 	return errs.Wrap(err, "cannot delete user %s", name)
+}
+
+// CheckOwnPassword refuses a name that is of no enabled user, or of one who
+// still has the password that somebody else has set: until it is changed, two
+// people can come in by that name. It is part of tx.
+func (c *Control) CheckOwnPassword(ctx context.Context, tx *store.Tx, name string) error {
+	u, err := c.users.In(tx).Get(ctx, name)
+	switch {
+	case err != nil:
+		return missing(err, "user", name)
+	case u.Disabled:
+		return errs.New(errs.InvalidState, "user %s is disabled", name)
+	case u.Changed.Equal(u.Created):
+		return errs.New(errs.InvalidState, "user %s has not changed the password that it was given", name).
+			WithHint("have %s log in and run: strongroom user password", name)
+	}
+	return nil
 }
 
 // SetDisabled locks a user out, with all its tokens, or lets it in again. The
