@@ -21,6 +21,9 @@ type Client struct {
 	// its error refuses the operation. done is called once, when it has ended: with
 	// nil if it succeeded. Nil admits everything.
 	Admit func(ctx context.Context, op kmip.Operation) (done func(error), err error)
+	// Approvals are those of the people who must approve what the client asks for.
+	// Nil: nobody must.
+	Approvals Approvals
 }
 
 // Policy narrows what a client may do. Nil allows everything.
@@ -76,13 +79,14 @@ type Event struct {
 	Object    string            // its identifier as the client gave it or the server made it; "" for none
 	Reason    kmip.ResultReason // 0: success
 	Cause     string            // of a [Refusal]
+	Approval  string            // that was used up, by its identifier; "" for none
 	Duration  time.Duration
 }
 
 // record tells the observer what came of an operation and returns the error
 // that the client is to see.
 func (r *request) record(op kmip.Operation, took time.Duration, err error) error {
-	e := Event{Client: r.client, Peer: r.conn.peer, Operation: op, Object: r.object, Duration: took}
+	e := Event{Client: r.client, Peer: r.conn.peer, Operation: op, Object: r.object, Approval: r.approval, Duration: took}
 	if err != nil {
 		e.Reason = kmip.ResultReasonGeneralFailure
 		if told := (*Refusal)(nil); errors.As(err, &told) {

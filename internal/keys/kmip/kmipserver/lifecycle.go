@@ -263,16 +263,21 @@ func (r *request) revoke(p *payloads.RevokeRequestPayload) (kmip.OperationPayloa
 // 4.21).
 func (r *request) destroy(p *payloads.DestroyRequestPayload) (kmip.OperationPayload, error) {
 	out := &payloads.DestroyResponsePayload{}
-	err := r.updateAny(p.UniqueIdentifier, func(_ Tx, o *Object) error {
-		switch o.state() {
-		case kmip.StateActive:
-			return refuse(kmip.ResultReasonPermissionDenied, "the object is active: revoke it first")
-		case kmip.StateDestroyed, kmip.StateDestroyedCompromised:
-			return refuse(kmip.ResultReasonPermissionDenied, "the object is destroyed already")
-		}
-		o.Destroy(r.now)
-		out.UniqueIdentifier = o.ID
-		return nil
+	err := r.approved(kmip.OperationDestroy, p.UniqueIdentifier, func(id string, use func(Tx, *Object) error) error {
+		return r.updateAny(id, func(tx Tx, o *Object) error {
+			switch o.state() {
+			case kmip.StateActive:
+				return refuse(kmip.ResultReasonPermissionDenied, "the object is active: revoke it first")
+			case kmip.StateDestroyed, kmip.StateDestroyedCompromised:
+				return refuse(kmip.ResultReasonPermissionDenied, "the object is destroyed already")
+			}
+			if err := use(tx, o); err != nil {
+				return err
+			}
+			o.Destroy(r.now)
+			out.UniqueIdentifier = o.ID
+			return nil
+		})
 	})
 	return out, err
 }

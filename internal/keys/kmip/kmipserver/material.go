@@ -207,7 +207,7 @@ func fits(algorithm kmip.CryptographicAlgorithm, bits int32, size int) bool {
 
 func (r *request) get(p *payloads.GetRequestPayload) (kmip.OperationPayload, error) {
 	out := &payloads.GetResponsePayload{}
-	fresh := false
+	fresh, guarded := false, false
 	read := func(v Reader, o *Object) (err error) {
 		if destroyed(o) {
 			return refuse(kmip.ResultReasonItemNotFound, "the object is destroyed")
@@ -220,21 +220,47 @@ func (r *request) get(p *payloads.GetRequestPayload) (kmip.OperationPayload, err
 		out.Object, err = r.export(v, o, p)
 		return err
 	}
-	if err := r.view(p.UniqueIdentifier, read); err != nil {
-		return nil, err
+	err := r.view(p.UniqueIdentifier, func(v Reader, o *Object) error {
+		// Then nothing is read yet: the approval is used up with it.
+		if guarded = r.needsApproval(kmip.OperationGet) && guardsExport(o); guarded {
+			return nil
+		}
+		return read(v, o)
+	})
+	if err != nil || !fresh && !guarded {
+		return out, err
 	}
-	if !fresh {
-		return out, nil
+	if !guarded {
+		return out, r.stale(out.UniqueIdentifier, read, nil)
 	}
-	// The first to get an object makes it stale, before the answer is sent.
-	err := r.updateAny(out.UniqueIdentifier, func(tx Tx, o *Object) error {
+	err = r.approved(kmip.OperationGet, p.UniqueIdentifier, func(id string, use func(Tx, *Object) error) error {
+		return r.stale(id, read, use)
+	})
+	return out, err
+}
+
+// stale reads an object and makes it stale, before the answer is sent, for the
+// first to get it; and if use is not nil, uses an approval.
+func (r *request) stale(id string, read func(Reader, *Object) error, use func(Tx, *Object) error) error {
+	return r.server.store.Update(r.ctx, r.client.Account, func(tx Tx) error {
+		o, err := r.load(tx, id)
+		if err != nil {
+			return err
+		}
 		if err := read(tx, o); err != nil {
 			return err
 		}
+		if use != nil {
+			if err := use(tx, o); err != nil {
+				return err
+			}
+		}
+		if fresh, _ := attribute[bool](o, kmip.AttributeNameFresh); !fresh {
+			return nil
+		}
 		o.set(kmip.AttributeNameFresh, false)
-		return nil
+		return r.put(tx, o)
 	})
-	return out, err
 }
 
 // export returns o as the request wants it.

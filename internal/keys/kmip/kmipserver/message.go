@@ -44,6 +44,7 @@ type request struct {
 	// items before this one made or found, or "".
 	placeholder string
 	object      string   // what the item under way is about, for the record
+	approval    string   // that the item under way used up, for the record
 	wipe        [][]byte // ordinary memory with key material in it
 	secretSize  int      // bytes of key material in the answer
 	unavailable bool     // what the last item needs cannot be had now
@@ -275,7 +276,7 @@ func (r *request) run(it item) (out kmip.ResponseBatchItem) {
 		}
 	}()
 	began := time.Now()
-	r.object = ""
+	r.object, r.approval = "", ""
 	payload, err := r.perform(it)
 	err = r.record(it.operation, time.Since(began), err)
 	if err != nil {
