@@ -1,6 +1,6 @@
 // Package client is the Go client of Strongroom's API: typed service clients
-// over HTTP/2 with TLS 1.3 to a controller, or over a local unix socket to a
-// host. The CLI and the tests use only this.
+// over HTTP/2 with TLS 1.3 to a controller or a key management server, or over a
+// local unix socket to one, or to a host. The CLI and the tests use only this.
 //
 // Errors are [errs.Error] values with the server's text, kind, reason and hint
 // (see package apierr).
@@ -161,9 +161,15 @@ func (c *Client) VM() strongroomv1connect.VMServiceClient {
 	return strongroomv1connect.NewVMServiceClient(c.http, c.base, c.options...)
 }
 
-// KMS returns the client of a key management server's local administration.
+// KMS returns the client of a key management server's administration.
 func (c *Client) KMS() strongroomv1connect.KMSServiceClient {
 	return strongroomv1connect.NewKMSServiceClient(c.http, c.base, c.options...)
+}
+
+// KMSApproval returns the client of what a key management server's approvers
+// decide on.
+func (c *Client) KMSApproval() strongroomv1connect.KMSApprovalServiceClient {
+	return strongroomv1connect.NewKMSApprovalServiceClient(c.http, c.base, c.options...)
 }
 
 // KMSRoot returns the client of a key management server's root key.

@@ -89,13 +89,14 @@ func ParseFingerprint(s string) (string, error) {
 }
 
 // checkRole refuses a server that proves to be something other than a
-// controller: hosts have certificates of the same authority, and a host must
-// not be able to pose as the controller. A certificate that names no role is
-// from an authority that the user chose to trust.
+// controller or a key management server: hosts have certificates of the
+// controller's authority, and a host must not be able to pose as the controller.
+// A certificate that names no role is from an authority that the user chose to
+// trust.
 func checkRole(cert *x509.Certificate) error {
 	for _, id := range cert.URIs {
-		if id.Scheme == "strongroom" && !strings.HasPrefix(id.Path, "/controller/") {
-			return errs.New(errs.Denied, "it is %s, not a controller", id)
+		if id.Scheme == "strongroom" && !strings.HasPrefix(id.Path, "/controller/") && !strings.HasPrefix(id.Path, "/kms/") {
+			return errs.New(errs.Denied, "it is %s, not a controller or a key management server", id)
 		}
 	}
 	return nil

@@ -46,6 +46,9 @@ func TestExampleConfigs(t *testing.T) {
 func fieldPatterns(config reflect.Type) []string {
 	var all []string
 	for i := range config.NumField() {
+		if !config.Field(i).IsExported() { // it is not of the file
+			continue
+		}
 		name, field := config.Field(i).Tag.Get("toml"), config.Field(i).Type
 		if field.Kind() == reflect.Pointer {
 			field = field.Elem()

@@ -427,6 +427,7 @@ type KMSGroup struct {
 	Quota         *KMSQuota              `protobuf:"bytes,6,opt,name=quota,proto3" json:"quota,omitempty"`
 	Usage         *KMSUsage              `protobuf:"bytes,7,opt,name=usage,proto3" json:"usage,omitempty"`
 	Rotation      *KMSRotation           `protobuf:"bytes,8,opt,name=rotation,proto3" json:"rotation,omitempty"`
+	Quorum        *KMSQuorum             `protobuf:"bytes,9,opt,name=quorum,proto3" json:"quorum,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -517,6 +518,96 @@ func (x *KMSGroup) GetRotation() *KMSRotation {
 	return nil
 }
 
+func (x *KMSGroup) GetQuorum() *KMSQuorum {
+	if x != nil {
+		return x.Quorum
+	}
+	return nil
+}
+
+// KMSQuorum is how many of which people must approve what is asked of a group's
+// keys before it is done.
+type KMSQuorum struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Users who have changed the password that they were given, at most 32.
+	Approvers []string `protobuf:"bytes,1,rep,name=approvers,proto3" json:"approvers,omitempty"`
+	// How many of them; 0: there is no quorum, and no other field is set.
+	Needed int32 `protobuf:"varint,2,opt,name=needed,proto3" json:"needed,omitempty"`
+	// What needs their approval: that a key is destroyed, that key material is given
+	// out, wrapped or not. Changes of the group's policy and quorum always do.
+	Destroy bool `protobuf:"varint,3,opt,name=destroy,proto3" json:"destroy,omitempty"`
+	Export  bool `protobuf:"varint,4,opt,name=export,proto3" json:"export,omitempty"`
+	// When a request expires, since it was made, from 60 to 2592000; 0: 86400.
+	ExpirySeconds int64 `protobuf:"varint,5,opt,name=expiry_seconds,json=expirySeconds,proto3" json:"expiry_seconds,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KMSQuorum) Reset() {
+	*x = KMSQuorum{}
+	mi := &file_strongroom_v1_kms_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KMSQuorum) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KMSQuorum) ProtoMessage() {}
+
+func (x *KMSQuorum) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_kms_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KMSQuorum.ProtoReflect.Descriptor instead.
+func (*KMSQuorum) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *KMSQuorum) GetApprovers() []string {
+	if x != nil {
+		return x.Approvers
+	}
+	return nil
+}
+
+func (x *KMSQuorum) GetNeeded() int32 {
+	if x != nil {
+		return x.Needed
+	}
+	return 0
+}
+
+func (x *KMSQuorum) GetDestroy() bool {
+	if x != nil {
+		return x.Destroy
+	}
+	return false
+}
+
+func (x *KMSQuorum) GetExport() bool {
+	if x != nil {
+		return x.Export
+	}
+	return false
+}
+
+func (x *KMSQuorum) GetExpirySeconds() int64 {
+	if x != nil {
+		return x.ExpirySeconds
+	}
+	return 0
+}
+
 type KMSApplication struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -534,7 +625,7 @@ type KMSApplication struct {
 
 func (x *KMSApplication) Reset() {
 	*x = KMSApplication{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[7]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -546,7 +637,7 @@ func (x *KMSApplication) String() string {
 func (*KMSApplication) ProtoMessage() {}
 
 func (x *KMSApplication) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[7]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -559,7 +650,7 @@ func (x *KMSApplication) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KMSApplication.ProtoReflect.Descriptor instead.
 func (*KMSApplication) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{7}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *KMSApplication) GetName() string {
@@ -643,7 +734,7 @@ type KMSCredential struct {
 
 func (x *KMSCredential) Reset() {
 	*x = KMSCredential{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[8]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -655,7 +746,7 @@ func (x *KMSCredential) String() string {
 func (*KMSCredential) ProtoMessage() {}
 
 func (x *KMSCredential) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[8]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -668,7 +759,7 @@ func (x *KMSCredential) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KMSCredential.ProtoReflect.Descriptor instead.
 func (*KMSCredential) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{8}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *KMSCredential) GetId() string {
@@ -725,7 +816,7 @@ type CreateKMSGroupRequest struct {
 
 func (x *CreateKMSGroupRequest) Reset() {
 	*x = CreateKMSGroupRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[9]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -737,7 +828,7 @@ func (x *CreateKMSGroupRequest) String() string {
 func (*CreateKMSGroupRequest) ProtoMessage() {}
 
 func (x *CreateKMSGroupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[9]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -750,7 +841,7 @@ func (x *CreateKMSGroupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateKMSGroupRequest.ProtoReflect.Descriptor instead.
 func (*CreateKMSGroupRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{9}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *CreateKMSGroupRequest) GetName() string {
@@ -790,7 +881,7 @@ type GetKMSGroupRequest struct {
 
 func (x *GetKMSGroupRequest) Reset() {
 	*x = GetKMSGroupRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[10]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -802,7 +893,7 @@ func (x *GetKMSGroupRequest) String() string {
 func (*GetKMSGroupRequest) ProtoMessage() {}
 
 func (x *GetKMSGroupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[10]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -815,7 +906,7 @@ func (x *GetKMSGroupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetKMSGroupRequest.ProtoReflect.Descriptor instead.
 func (*GetKMSGroupRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{10}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *GetKMSGroupRequest) GetName() string {
@@ -833,7 +924,7 @@ type ListKMSGroupsRequest struct {
 
 func (x *ListKMSGroupsRequest) Reset() {
 	*x = ListKMSGroupsRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[11]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -845,7 +936,7 @@ func (x *ListKMSGroupsRequest) String() string {
 func (*ListKMSGroupsRequest) ProtoMessage() {}
 
 func (x *ListKMSGroupsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[11]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -858,7 +949,7 @@ func (x *ListKMSGroupsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKMSGroupsRequest.ProtoReflect.Descriptor instead.
 func (*ListKMSGroupsRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{11}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{12}
 }
 
 type ListKMSGroupsResponse struct {
@@ -870,7 +961,7 @@ type ListKMSGroupsResponse struct {
 
 func (x *ListKMSGroupsResponse) Reset() {
 	*x = ListKMSGroupsResponse{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[12]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -882,7 +973,7 @@ func (x *ListKMSGroupsResponse) String() string {
 func (*ListKMSGroupsResponse) ProtoMessage() {}
 
 func (x *ListKMSGroupsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[12]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -895,7 +986,7 @@ func (x *ListKMSGroupsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKMSGroupsResponse.ProtoReflect.Descriptor instead.
 func (*ListKMSGroupsResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{12}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ListKMSGroupsResponse) GetGroups() []*KMSGroup {
@@ -915,7 +1006,7 @@ type SetKMSGroupPolicyRequest struct {
 
 func (x *SetKMSGroupPolicyRequest) Reset() {
 	*x = SetKMSGroupPolicyRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[13]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -927,7 +1018,7 @@ func (x *SetKMSGroupPolicyRequest) String() string {
 func (*SetKMSGroupPolicyRequest) ProtoMessage() {}
 
 func (x *SetKMSGroupPolicyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[13]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -940,7 +1031,7 @@ func (x *SetKMSGroupPolicyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetKMSGroupPolicyRequest.ProtoReflect.Descriptor instead.
 func (*SetKMSGroupPolicyRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{13}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *SetKMSGroupPolicyRequest) GetName() string {
@@ -967,7 +1058,7 @@ type SetKMSGroupQuotaRequest struct {
 
 func (x *SetKMSGroupQuotaRequest) Reset() {
 	*x = SetKMSGroupQuotaRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[14]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -979,7 +1070,7 @@ func (x *SetKMSGroupQuotaRequest) String() string {
 func (*SetKMSGroupQuotaRequest) ProtoMessage() {}
 
 func (x *SetKMSGroupQuotaRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[14]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -992,7 +1083,7 @@ func (x *SetKMSGroupQuotaRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetKMSGroupQuotaRequest.ProtoReflect.Descriptor instead.
 func (*SetKMSGroupQuotaRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{14}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *SetKMSGroupQuotaRequest) GetName() string {
@@ -1019,7 +1110,7 @@ type SetKMSApplicationQuotaRequest struct {
 
 func (x *SetKMSApplicationQuotaRequest) Reset() {
 	*x = SetKMSApplicationQuotaRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[15]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1031,7 +1122,7 @@ func (x *SetKMSApplicationQuotaRequest) String() string {
 func (*SetKMSApplicationQuotaRequest) ProtoMessage() {}
 
 func (x *SetKMSApplicationQuotaRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[15]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1044,7 +1135,7 @@ func (x *SetKMSApplicationQuotaRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetKMSApplicationQuotaRequest.ProtoReflect.Descriptor instead.
 func (*SetKMSApplicationQuotaRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{15}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *SetKMSApplicationQuotaRequest) GetName() string {
@@ -1071,7 +1162,7 @@ type SetKMSGroupRotationRequest struct {
 
 func (x *SetKMSGroupRotationRequest) Reset() {
 	*x = SetKMSGroupRotationRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[16]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1083,7 +1174,7 @@ func (x *SetKMSGroupRotationRequest) String() string {
 func (*SetKMSGroupRotationRequest) ProtoMessage() {}
 
 func (x *SetKMSGroupRotationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[16]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1096,7 +1187,7 @@ func (x *SetKMSGroupRotationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetKMSGroupRotationRequest.ProtoReflect.Descriptor instead.
 func (*SetKMSGroupRotationRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{16}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *SetKMSGroupRotationRequest) GetName() string {
@@ -1113,6 +1204,58 @@ func (x *SetKMSGroupRotationRequest) GetRotation() *KMSRotation {
 	return nil
 }
 
+type SetKMSGroupQuorumRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Quorum        *KMSQuorum             `protobuf:"bytes,2,opt,name=quorum,proto3" json:"quorum,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetKMSGroupQuorumRequest) Reset() {
+	*x = SetKMSGroupQuorumRequest{}
+	mi := &file_strongroom_v1_kms_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetKMSGroupQuorumRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetKMSGroupQuorumRequest) ProtoMessage() {}
+
+func (x *SetKMSGroupQuorumRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_kms_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetKMSGroupQuorumRequest.ProtoReflect.Descriptor instead.
+func (*SetKMSGroupQuorumRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *SetKMSGroupQuorumRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *SetKMSGroupQuorumRequest) GetQuorum() *KMSQuorum {
+	if x != nil {
+		return x.Quorum
+	}
+	return nil
+}
+
 type CreateKMSApplicationRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -1125,7 +1268,7 @@ type CreateKMSApplicationRequest struct {
 
 func (x *CreateKMSApplicationRequest) Reset() {
 	*x = CreateKMSApplicationRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[17]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1137,7 +1280,7 @@ func (x *CreateKMSApplicationRequest) String() string {
 func (*CreateKMSApplicationRequest) ProtoMessage() {}
 
 func (x *CreateKMSApplicationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[17]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1150,7 +1293,7 @@ func (x *CreateKMSApplicationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateKMSApplicationRequest.ProtoReflect.Descriptor instead.
 func (*CreateKMSApplicationRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{17}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *CreateKMSApplicationRequest) GetName() string {
@@ -1189,7 +1332,7 @@ type ListKMSApplicationsRequest struct {
 
 func (x *ListKMSApplicationsRequest) Reset() {
 	*x = ListKMSApplicationsRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[18]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1201,7 +1344,7 @@ func (x *ListKMSApplicationsRequest) String() string {
 func (*ListKMSApplicationsRequest) ProtoMessage() {}
 
 func (x *ListKMSApplicationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[18]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1214,7 +1357,7 @@ func (x *ListKMSApplicationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKMSApplicationsRequest.ProtoReflect.Descriptor instead.
 func (*ListKMSApplicationsRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{18}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{20}
 }
 
 type ListKMSApplicationsResponse struct {
@@ -1226,7 +1369,7 @@ type ListKMSApplicationsResponse struct {
 
 func (x *ListKMSApplicationsResponse) Reset() {
 	*x = ListKMSApplicationsResponse{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[19]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1238,7 +1381,7 @@ func (x *ListKMSApplicationsResponse) String() string {
 func (*ListKMSApplicationsResponse) ProtoMessage() {}
 
 func (x *ListKMSApplicationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[19]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1251,7 +1394,7 @@ func (x *ListKMSApplicationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKMSApplicationsResponse.ProtoReflect.Descriptor instead.
 func (*ListKMSApplicationsResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{19}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ListKMSApplicationsResponse) GetApplications() []*KMSApplication {
@@ -1270,7 +1413,7 @@ type GetKMSApplicationRequest struct {
 
 func (x *GetKMSApplicationRequest) Reset() {
 	*x = GetKMSApplicationRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[20]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1282,7 +1425,7 @@ func (x *GetKMSApplicationRequest) String() string {
 func (*GetKMSApplicationRequest) ProtoMessage() {}
 
 func (x *GetKMSApplicationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[20]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1295,7 +1438,7 @@ func (x *GetKMSApplicationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetKMSApplicationRequest.ProtoReflect.Descriptor instead.
 func (*GetKMSApplicationRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{20}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *GetKMSApplicationRequest) GetName() string {
@@ -1315,7 +1458,7 @@ type SetKMSApplicationDisabledRequest struct {
 
 func (x *SetKMSApplicationDisabledRequest) Reset() {
 	*x = SetKMSApplicationDisabledRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[21]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1327,7 +1470,7 @@ func (x *SetKMSApplicationDisabledRequest) String() string {
 func (*SetKMSApplicationDisabledRequest) ProtoMessage() {}
 
 func (x *SetKMSApplicationDisabledRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[21]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1340,7 +1483,7 @@ func (x *SetKMSApplicationDisabledRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetKMSApplicationDisabledRequest.ProtoReflect.Descriptor instead.
 func (*SetKMSApplicationDisabledRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{21}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *SetKMSApplicationDisabledRequest) GetName() string {
@@ -1366,7 +1509,7 @@ type DeleteKMSApplicationRequest struct {
 
 func (x *DeleteKMSApplicationRequest) Reset() {
 	*x = DeleteKMSApplicationRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[22]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1378,7 +1521,7 @@ func (x *DeleteKMSApplicationRequest) String() string {
 func (*DeleteKMSApplicationRequest) ProtoMessage() {}
 
 func (x *DeleteKMSApplicationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[22]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1391,7 +1534,7 @@ func (x *DeleteKMSApplicationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteKMSApplicationRequest.ProtoReflect.Descriptor instead.
 func (*DeleteKMSApplicationRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{22}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *DeleteKMSApplicationRequest) GetName() string {
@@ -1409,7 +1552,7 @@ type DeleteKMSApplicationResponse struct {
 
 func (x *DeleteKMSApplicationResponse) Reset() {
 	*x = DeleteKMSApplicationResponse{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[23]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1421,7 +1564,7 @@ func (x *DeleteKMSApplicationResponse) String() string {
 func (*DeleteKMSApplicationResponse) ProtoMessage() {}
 
 func (x *DeleteKMSApplicationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[23]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1434,7 +1577,7 @@ func (x *DeleteKMSApplicationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteKMSApplicationResponse.ProtoReflect.Descriptor instead.
 func (*DeleteKMSApplicationResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{23}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{25}
 }
 
 type CreateKMSPasswordRequest struct {
@@ -1448,7 +1591,7 @@ type CreateKMSPasswordRequest struct {
 
 func (x *CreateKMSPasswordRequest) Reset() {
 	*x = CreateKMSPasswordRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[24]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1460,7 +1603,7 @@ func (x *CreateKMSPasswordRequest) String() string {
 func (*CreateKMSPasswordRequest) ProtoMessage() {}
 
 func (x *CreateKMSPasswordRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[24]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1473,7 +1616,7 @@ func (x *CreateKMSPasswordRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateKMSPasswordRequest.ProtoReflect.Descriptor instead.
 func (*CreateKMSPasswordRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{24}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *CreateKMSPasswordRequest) GetApplication() string {
@@ -1501,7 +1644,7 @@ type CreateKMSPasswordResponse struct {
 
 func (x *CreateKMSPasswordResponse) Reset() {
 	*x = CreateKMSPasswordResponse{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[25]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1513,7 +1656,7 @@ func (x *CreateKMSPasswordResponse) String() string {
 func (*CreateKMSPasswordResponse) ProtoMessage() {}
 
 func (x *CreateKMSPasswordResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[25]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1526,7 +1669,7 @@ func (x *CreateKMSPasswordResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateKMSPasswordResponse.ProtoReflect.Descriptor instead.
 func (*CreateKMSPasswordResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{25}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *CreateKMSPasswordResponse) GetCredential() *KMSCredential {
@@ -1554,7 +1697,7 @@ type AddKMSCertificateRequest struct {
 
 func (x *AddKMSCertificateRequest) Reset() {
 	*x = AddKMSCertificateRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[26]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1566,7 +1709,7 @@ func (x *AddKMSCertificateRequest) String() string {
 func (*AddKMSCertificateRequest) ProtoMessage() {}
 
 func (x *AddKMSCertificateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[26]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1579,7 +1722,7 @@ func (x *AddKMSCertificateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddKMSCertificateRequest.ProtoReflect.Descriptor instead.
 func (*AddKMSCertificateRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{26}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *AddKMSCertificateRequest) GetApplication() string {
@@ -1606,7 +1749,7 @@ type RevokeKMSCredentialRequest struct {
 
 func (x *RevokeKMSCredentialRequest) Reset() {
 	*x = RevokeKMSCredentialRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[27]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1618,7 +1761,7 @@ func (x *RevokeKMSCredentialRequest) String() string {
 func (*RevokeKMSCredentialRequest) ProtoMessage() {}
 
 func (x *RevokeKMSCredentialRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[27]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1631,7 +1774,7 @@ func (x *RevokeKMSCredentialRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeKMSCredentialRequest.ProtoReflect.Descriptor instead.
 func (*RevokeKMSCredentialRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{27}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *RevokeKMSCredentialRequest) GetApplication() string {
@@ -1685,7 +1828,7 @@ const file_strongroom_v1_kms_proto_rawDesc = "" +
 	"\blast_use\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\alastUse\x12+\n" +
 	"\x11period_operations\x18\x05 \x01(\x03R\x10periodOperations\x12;\n" +
 	"\vperiod_ends\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
-	"periodEnds\"\xd4\x02\n" +
+	"periodEnds\"\x86\x03\n" +
 	"\bKMSGroup\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05title\x18\x02 \x01(\tR\x05title\x12 \n" +
@@ -1694,7 +1837,14 @@ const file_strongroom_v1_kms_proto_rawDesc = "" +
 	"\acreated\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x12-\n" +
 	"\x05quota\x18\x06 \x01(\v2\x17.strongroom.v1.KMSQuotaR\x05quota\x12-\n" +
 	"\x05usage\x18\a \x01(\v2\x17.strongroom.v1.KMSUsageR\x05usage\x126\n" +
-	"\brotation\x18\b \x01(\v2\x1a.strongroom.v1.KMSRotationR\brotation\"\xe2\x02\n" +
+	"\brotation\x18\b \x01(\v2\x1a.strongroom.v1.KMSRotationR\brotation\x120\n" +
+	"\x06quorum\x18\t \x01(\v2\x18.strongroom.v1.KMSQuorumR\x06quorum\"\x9a\x01\n" +
+	"\tKMSQuorum\x12\x1c\n" +
+	"\tapprovers\x18\x01 \x03(\tR\tapprovers\x12\x16\n" +
+	"\x06needed\x18\x02 \x01(\x05R\x06needed\x12\x18\n" +
+	"\adestroy\x18\x03 \x01(\bR\adestroy\x12\x16\n" +
+	"\x06export\x18\x04 \x01(\bR\x06export\x12%\n" +
+	"\x0eexpiry_seconds\x18\x05 \x01(\x03R\rexpirySeconds\"\xe2\x02\n" +
 	"\x0eKMSApplication\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05title\x18\x02 \x01(\tR\x05title\x12 \n" +
@@ -1733,7 +1883,10 @@ const file_strongroom_v1_kms_proto_rawDesc = "" +
 	"\x05quota\x18\x02 \x01(\v2\x17.strongroom.v1.KMSQuotaR\x05quota\"h\n" +
 	"\x1aSetKMSGroupRotationRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x126\n" +
-	"\brotation\x18\x02 \x01(\v2\x1a.strongroom.v1.KMSRotationR\brotation\"\x7f\n" +
+	"\brotation\x18\x02 \x01(\v2\x1a.strongroom.v1.KMSRotationR\brotation\"`\n" +
+	"\x18SetKMSGroupQuorumRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x120\n" +
+	"\x06quorum\x18\x02 \x01(\v2\x18.strongroom.v1.KMSQuorumR\x06quorum\"\x7f\n" +
 	"\x1bCreateKMSApplicationRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05title\x18\x02 \x01(\tR\x05title\x12 \n" +
@@ -1763,7 +1916,7 @@ const file_strongroom_v1_kms_proto_rawDesc = "" +
 	"\vcertificate\x18\x02 \x01(\fR\vcertificate\"N\n" +
 	"\x1aRevokeKMSCredentialRequest\x12 \n" +
 	"\vapplication\x18\x01 \x01(\tR\vapplication\x12\x0e\n" +
-	"\x02id\x18\x02 \x01(\tR\x02id2\xb2\x10\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id2\xad\x11\n" +
 	"\n" +
 	"KMSService\x12`\n" +
 	"\x06GetKMS\x12\x1c.strongroom.v1.GetKMSRequest\x1a\x12.strongroom.v1.KMS\"$\x8a\xb5\x18 Cryptographer.ReadKeyServersInfo\x12s\n" +
@@ -1772,7 +1925,8 @@ const file_strongroom_v1_kms_proto_rawDesc = "" +
 	"\rListKMSGroups\x12#.strongroom.v1.ListKMSGroupsRequest\x1a$.strongroom.v1.ListKMSGroupsResponse\"$\x8a\xb5\x18 Cryptographer.ReadKeyServersInfo\x12y\n" +
 	"\x11SetKMSGroupPolicy\x12'.strongroom.v1.SetKMSGroupPolicyRequest\x1a\x17.strongroom.v1.KMSGroup\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12w\n" +
 	"\x10SetKMSGroupQuota\x12&.strongroom.v1.SetKMSGroupQuotaRequest\x1a\x17.strongroom.v1.KMSGroup\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12}\n" +
-	"\x13SetKMSGroupRotation\x12).strongroom.v1.SetKMSGroupRotationRequest\x1a\x17.strongroom.v1.KMSGroup\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x85\x01\n" +
+	"\x13SetKMSGroupRotation\x12).strongroom.v1.SetKMSGroupRotationRequest\x1a\x17.strongroom.v1.KMSGroup\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12y\n" +
+	"\x11SetKMSGroupQuorum\x12'.strongroom.v1.SetKMSGroupQuorumRequest\x1a\x17.strongroom.v1.KMSGroup\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x85\x01\n" +
 	"\x14CreateKMSApplication\x12*.strongroom.v1.CreateKMSApplicationRequest\x1a\x1d.strongroom.v1.KMSApplication\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x92\x01\n" +
 	"\x13ListKMSApplications\x12).strongroom.v1.ListKMSApplicationsRequest\x1a*.strongroom.v1.ListKMSApplicationsResponse\"$\x8a\xb5\x18 Cryptographer.ReadKeyServersInfo\x12\x81\x01\n" +
 	"\x11GetKMSApplication\x12'.strongroom.v1.GetKMSApplicationRequest\x1a\x1d.strongroom.v1.KMSApplication\"$\x8a\xb5\x18 Cryptographer.ReadKeyServersInfo\x12\x8f\x01\n" +
@@ -1795,7 +1949,7 @@ func file_strongroom_v1_kms_proto_rawDescGZIP() []byte {
 	return file_strongroom_v1_kms_proto_rawDescData
 }
 
-var file_strongroom_v1_kms_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
+var file_strongroom_v1_kms_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
 var file_strongroom_v1_kms_proto_goTypes = []any{
 	(*GetKMSRequest)(nil),                    // 0: strongroom.v1.GetKMSRequest
 	(*KMS)(nil),                              // 1: strongroom.v1.KMS
@@ -1804,89 +1958,95 @@ var file_strongroom_v1_kms_proto_goTypes = []any{
 	(*KMSRotation)(nil),                      // 4: strongroom.v1.KMSRotation
 	(*KMSUsage)(nil),                         // 5: strongroom.v1.KMSUsage
 	(*KMSGroup)(nil),                         // 6: strongroom.v1.KMSGroup
-	(*KMSApplication)(nil),                   // 7: strongroom.v1.KMSApplication
-	(*KMSCredential)(nil),                    // 8: strongroom.v1.KMSCredential
-	(*CreateKMSGroupRequest)(nil),            // 9: strongroom.v1.CreateKMSGroupRequest
-	(*GetKMSGroupRequest)(nil),               // 10: strongroom.v1.GetKMSGroupRequest
-	(*ListKMSGroupsRequest)(nil),             // 11: strongroom.v1.ListKMSGroupsRequest
-	(*ListKMSGroupsResponse)(nil),            // 12: strongroom.v1.ListKMSGroupsResponse
-	(*SetKMSGroupPolicyRequest)(nil),         // 13: strongroom.v1.SetKMSGroupPolicyRequest
-	(*SetKMSGroupQuotaRequest)(nil),          // 14: strongroom.v1.SetKMSGroupQuotaRequest
-	(*SetKMSApplicationQuotaRequest)(nil),    // 15: strongroom.v1.SetKMSApplicationQuotaRequest
-	(*SetKMSGroupRotationRequest)(nil),       // 16: strongroom.v1.SetKMSGroupRotationRequest
-	(*CreateKMSApplicationRequest)(nil),      // 17: strongroom.v1.CreateKMSApplicationRequest
-	(*ListKMSApplicationsRequest)(nil),       // 18: strongroom.v1.ListKMSApplicationsRequest
-	(*ListKMSApplicationsResponse)(nil),      // 19: strongroom.v1.ListKMSApplicationsResponse
-	(*GetKMSApplicationRequest)(nil),         // 20: strongroom.v1.GetKMSApplicationRequest
-	(*SetKMSApplicationDisabledRequest)(nil), // 21: strongroom.v1.SetKMSApplicationDisabledRequest
-	(*DeleteKMSApplicationRequest)(nil),      // 22: strongroom.v1.DeleteKMSApplicationRequest
-	(*DeleteKMSApplicationResponse)(nil),     // 23: strongroom.v1.DeleteKMSApplicationResponse
-	(*CreateKMSPasswordRequest)(nil),         // 24: strongroom.v1.CreateKMSPasswordRequest
-	(*CreateKMSPasswordResponse)(nil),        // 25: strongroom.v1.CreateKMSPasswordResponse
-	(*AddKMSCertificateRequest)(nil),         // 26: strongroom.v1.AddKMSCertificateRequest
-	(*RevokeKMSCredentialRequest)(nil),       // 27: strongroom.v1.RevokeKMSCredentialRequest
-	(*timestamppb.Timestamp)(nil),            // 28: google.protobuf.Timestamp
+	(*KMSQuorum)(nil),                        // 7: strongroom.v1.KMSQuorum
+	(*KMSApplication)(nil),                   // 8: strongroom.v1.KMSApplication
+	(*KMSCredential)(nil),                    // 9: strongroom.v1.KMSCredential
+	(*CreateKMSGroupRequest)(nil),            // 10: strongroom.v1.CreateKMSGroupRequest
+	(*GetKMSGroupRequest)(nil),               // 11: strongroom.v1.GetKMSGroupRequest
+	(*ListKMSGroupsRequest)(nil),             // 12: strongroom.v1.ListKMSGroupsRequest
+	(*ListKMSGroupsResponse)(nil),            // 13: strongroom.v1.ListKMSGroupsResponse
+	(*SetKMSGroupPolicyRequest)(nil),         // 14: strongroom.v1.SetKMSGroupPolicyRequest
+	(*SetKMSGroupQuotaRequest)(nil),          // 15: strongroom.v1.SetKMSGroupQuotaRequest
+	(*SetKMSApplicationQuotaRequest)(nil),    // 16: strongroom.v1.SetKMSApplicationQuotaRequest
+	(*SetKMSGroupRotationRequest)(nil),       // 17: strongroom.v1.SetKMSGroupRotationRequest
+	(*SetKMSGroupQuorumRequest)(nil),         // 18: strongroom.v1.SetKMSGroupQuorumRequest
+	(*CreateKMSApplicationRequest)(nil),      // 19: strongroom.v1.CreateKMSApplicationRequest
+	(*ListKMSApplicationsRequest)(nil),       // 20: strongroom.v1.ListKMSApplicationsRequest
+	(*ListKMSApplicationsResponse)(nil),      // 21: strongroom.v1.ListKMSApplicationsResponse
+	(*GetKMSApplicationRequest)(nil),         // 22: strongroom.v1.GetKMSApplicationRequest
+	(*SetKMSApplicationDisabledRequest)(nil), // 23: strongroom.v1.SetKMSApplicationDisabledRequest
+	(*DeleteKMSApplicationRequest)(nil),      // 24: strongroom.v1.DeleteKMSApplicationRequest
+	(*DeleteKMSApplicationResponse)(nil),     // 25: strongroom.v1.DeleteKMSApplicationResponse
+	(*CreateKMSPasswordRequest)(nil),         // 26: strongroom.v1.CreateKMSPasswordRequest
+	(*CreateKMSPasswordResponse)(nil),        // 27: strongroom.v1.CreateKMSPasswordResponse
+	(*AddKMSCertificateRequest)(nil),         // 28: strongroom.v1.AddKMSCertificateRequest
+	(*RevokeKMSCredentialRequest)(nil),       // 29: strongroom.v1.RevokeKMSCredentialRequest
+	(*timestamppb.Timestamp)(nil),            // 30: google.protobuf.Timestamp
 }
 var file_strongroom_v1_kms_proto_depIdxs = []int32{
-	28, // 0: strongroom.v1.KMS.certificate_expires:type_name -> google.protobuf.Timestamp
-	28, // 1: strongroom.v1.KMSUsage.last_use:type_name -> google.protobuf.Timestamp
-	28, // 2: strongroom.v1.KMSUsage.period_ends:type_name -> google.protobuf.Timestamp
+	30, // 0: strongroom.v1.KMS.certificate_expires:type_name -> google.protobuf.Timestamp
+	30, // 1: strongroom.v1.KMSUsage.last_use:type_name -> google.protobuf.Timestamp
+	30, // 2: strongroom.v1.KMSUsage.period_ends:type_name -> google.protobuf.Timestamp
 	2,  // 3: strongroom.v1.KMSGroup.policy:type_name -> strongroom.v1.KMSPolicy
-	28, // 4: strongroom.v1.KMSGroup.created:type_name -> google.protobuf.Timestamp
+	30, // 4: strongroom.v1.KMSGroup.created:type_name -> google.protobuf.Timestamp
 	3,  // 5: strongroom.v1.KMSGroup.quota:type_name -> strongroom.v1.KMSQuota
 	5,  // 6: strongroom.v1.KMSGroup.usage:type_name -> strongroom.v1.KMSUsage
 	4,  // 7: strongroom.v1.KMSGroup.rotation:type_name -> strongroom.v1.KMSRotation
-	8,  // 8: strongroom.v1.KMSApplication.credentials:type_name -> strongroom.v1.KMSCredential
-	28, // 9: strongroom.v1.KMSApplication.created:type_name -> google.protobuf.Timestamp
-	3,  // 10: strongroom.v1.KMSApplication.quota:type_name -> strongroom.v1.KMSQuota
-	5,  // 11: strongroom.v1.KMSApplication.usage:type_name -> strongroom.v1.KMSUsage
-	28, // 12: strongroom.v1.KMSCredential.expires:type_name -> google.protobuf.Timestamp
-	28, // 13: strongroom.v1.KMSCredential.created:type_name -> google.protobuf.Timestamp
-	2,  // 14: strongroom.v1.CreateKMSGroupRequest.policy:type_name -> strongroom.v1.KMSPolicy
-	6,  // 15: strongroom.v1.ListKMSGroupsResponse.groups:type_name -> strongroom.v1.KMSGroup
-	2,  // 16: strongroom.v1.SetKMSGroupPolicyRequest.policy:type_name -> strongroom.v1.KMSPolicy
-	3,  // 17: strongroom.v1.SetKMSGroupQuotaRequest.quota:type_name -> strongroom.v1.KMSQuota
-	3,  // 18: strongroom.v1.SetKMSApplicationQuotaRequest.quota:type_name -> strongroom.v1.KMSQuota
-	4,  // 19: strongroom.v1.SetKMSGroupRotationRequest.rotation:type_name -> strongroom.v1.KMSRotation
-	7,  // 20: strongroom.v1.ListKMSApplicationsResponse.applications:type_name -> strongroom.v1.KMSApplication
-	8,  // 21: strongroom.v1.CreateKMSPasswordResponse.credential:type_name -> strongroom.v1.KMSCredential
-	0,  // 22: strongroom.v1.KMSService.GetKMS:input_type -> strongroom.v1.GetKMSRequest
-	9,  // 23: strongroom.v1.KMSService.CreateKMSGroup:input_type -> strongroom.v1.CreateKMSGroupRequest
-	10, // 24: strongroom.v1.KMSService.GetKMSGroup:input_type -> strongroom.v1.GetKMSGroupRequest
-	11, // 25: strongroom.v1.KMSService.ListKMSGroups:input_type -> strongroom.v1.ListKMSGroupsRequest
-	13, // 26: strongroom.v1.KMSService.SetKMSGroupPolicy:input_type -> strongroom.v1.SetKMSGroupPolicyRequest
-	14, // 27: strongroom.v1.KMSService.SetKMSGroupQuota:input_type -> strongroom.v1.SetKMSGroupQuotaRequest
-	16, // 28: strongroom.v1.KMSService.SetKMSGroupRotation:input_type -> strongroom.v1.SetKMSGroupRotationRequest
-	17, // 29: strongroom.v1.KMSService.CreateKMSApplication:input_type -> strongroom.v1.CreateKMSApplicationRequest
-	18, // 30: strongroom.v1.KMSService.ListKMSApplications:input_type -> strongroom.v1.ListKMSApplicationsRequest
-	20, // 31: strongroom.v1.KMSService.GetKMSApplication:input_type -> strongroom.v1.GetKMSApplicationRequest
-	21, // 32: strongroom.v1.KMSService.SetKMSApplicationDisabled:input_type -> strongroom.v1.SetKMSApplicationDisabledRequest
-	15, // 33: strongroom.v1.KMSService.SetKMSApplicationQuota:input_type -> strongroom.v1.SetKMSApplicationQuotaRequest
-	22, // 34: strongroom.v1.KMSService.DeleteKMSApplication:input_type -> strongroom.v1.DeleteKMSApplicationRequest
-	24, // 35: strongroom.v1.KMSService.CreateKMSPassword:input_type -> strongroom.v1.CreateKMSPasswordRequest
-	26, // 36: strongroom.v1.KMSService.AddKMSCertificate:input_type -> strongroom.v1.AddKMSCertificateRequest
-	27, // 37: strongroom.v1.KMSService.RevokeKMSCredential:input_type -> strongroom.v1.RevokeKMSCredentialRequest
-	1,  // 38: strongroom.v1.KMSService.GetKMS:output_type -> strongroom.v1.KMS
-	6,  // 39: strongroom.v1.KMSService.CreateKMSGroup:output_type -> strongroom.v1.KMSGroup
-	6,  // 40: strongroom.v1.KMSService.GetKMSGroup:output_type -> strongroom.v1.KMSGroup
-	12, // 41: strongroom.v1.KMSService.ListKMSGroups:output_type -> strongroom.v1.ListKMSGroupsResponse
-	6,  // 42: strongroom.v1.KMSService.SetKMSGroupPolicy:output_type -> strongroom.v1.KMSGroup
-	6,  // 43: strongroom.v1.KMSService.SetKMSGroupQuota:output_type -> strongroom.v1.KMSGroup
-	6,  // 44: strongroom.v1.KMSService.SetKMSGroupRotation:output_type -> strongroom.v1.KMSGroup
-	7,  // 45: strongroom.v1.KMSService.CreateKMSApplication:output_type -> strongroom.v1.KMSApplication
-	19, // 46: strongroom.v1.KMSService.ListKMSApplications:output_type -> strongroom.v1.ListKMSApplicationsResponse
-	7,  // 47: strongroom.v1.KMSService.GetKMSApplication:output_type -> strongroom.v1.KMSApplication
-	7,  // 48: strongroom.v1.KMSService.SetKMSApplicationDisabled:output_type -> strongroom.v1.KMSApplication
-	7,  // 49: strongroom.v1.KMSService.SetKMSApplicationQuota:output_type -> strongroom.v1.KMSApplication
-	23, // 50: strongroom.v1.KMSService.DeleteKMSApplication:output_type -> strongroom.v1.DeleteKMSApplicationResponse
-	25, // 51: strongroom.v1.KMSService.CreateKMSPassword:output_type -> strongroom.v1.CreateKMSPasswordResponse
-	8,  // 52: strongroom.v1.KMSService.AddKMSCertificate:output_type -> strongroom.v1.KMSCredential
-	7,  // 53: strongroom.v1.KMSService.RevokeKMSCredential:output_type -> strongroom.v1.KMSApplication
-	38, // [38:54] is the sub-list for method output_type
-	22, // [22:38] is the sub-list for method input_type
-	22, // [22:22] is the sub-list for extension type_name
-	22, // [22:22] is the sub-list for extension extendee
-	0,  // [0:22] is the sub-list for field type_name
+	7,  // 8: strongroom.v1.KMSGroup.quorum:type_name -> strongroom.v1.KMSQuorum
+	9,  // 9: strongroom.v1.KMSApplication.credentials:type_name -> strongroom.v1.KMSCredential
+	30, // 10: strongroom.v1.KMSApplication.created:type_name -> google.protobuf.Timestamp
+	3,  // 11: strongroom.v1.KMSApplication.quota:type_name -> strongroom.v1.KMSQuota
+	5,  // 12: strongroom.v1.KMSApplication.usage:type_name -> strongroom.v1.KMSUsage
+	30, // 13: strongroom.v1.KMSCredential.expires:type_name -> google.protobuf.Timestamp
+	30, // 14: strongroom.v1.KMSCredential.created:type_name -> google.protobuf.Timestamp
+	2,  // 15: strongroom.v1.CreateKMSGroupRequest.policy:type_name -> strongroom.v1.KMSPolicy
+	6,  // 16: strongroom.v1.ListKMSGroupsResponse.groups:type_name -> strongroom.v1.KMSGroup
+	2,  // 17: strongroom.v1.SetKMSGroupPolicyRequest.policy:type_name -> strongroom.v1.KMSPolicy
+	3,  // 18: strongroom.v1.SetKMSGroupQuotaRequest.quota:type_name -> strongroom.v1.KMSQuota
+	3,  // 19: strongroom.v1.SetKMSApplicationQuotaRequest.quota:type_name -> strongroom.v1.KMSQuota
+	4,  // 20: strongroom.v1.SetKMSGroupRotationRequest.rotation:type_name -> strongroom.v1.KMSRotation
+	7,  // 21: strongroom.v1.SetKMSGroupQuorumRequest.quorum:type_name -> strongroom.v1.KMSQuorum
+	8,  // 22: strongroom.v1.ListKMSApplicationsResponse.applications:type_name -> strongroom.v1.KMSApplication
+	9,  // 23: strongroom.v1.CreateKMSPasswordResponse.credential:type_name -> strongroom.v1.KMSCredential
+	0,  // 24: strongroom.v1.KMSService.GetKMS:input_type -> strongroom.v1.GetKMSRequest
+	10, // 25: strongroom.v1.KMSService.CreateKMSGroup:input_type -> strongroom.v1.CreateKMSGroupRequest
+	11, // 26: strongroom.v1.KMSService.GetKMSGroup:input_type -> strongroom.v1.GetKMSGroupRequest
+	12, // 27: strongroom.v1.KMSService.ListKMSGroups:input_type -> strongroom.v1.ListKMSGroupsRequest
+	14, // 28: strongroom.v1.KMSService.SetKMSGroupPolicy:input_type -> strongroom.v1.SetKMSGroupPolicyRequest
+	15, // 29: strongroom.v1.KMSService.SetKMSGroupQuota:input_type -> strongroom.v1.SetKMSGroupQuotaRequest
+	17, // 30: strongroom.v1.KMSService.SetKMSGroupRotation:input_type -> strongroom.v1.SetKMSGroupRotationRequest
+	18, // 31: strongroom.v1.KMSService.SetKMSGroupQuorum:input_type -> strongroom.v1.SetKMSGroupQuorumRequest
+	19, // 32: strongroom.v1.KMSService.CreateKMSApplication:input_type -> strongroom.v1.CreateKMSApplicationRequest
+	20, // 33: strongroom.v1.KMSService.ListKMSApplications:input_type -> strongroom.v1.ListKMSApplicationsRequest
+	22, // 34: strongroom.v1.KMSService.GetKMSApplication:input_type -> strongroom.v1.GetKMSApplicationRequest
+	23, // 35: strongroom.v1.KMSService.SetKMSApplicationDisabled:input_type -> strongroom.v1.SetKMSApplicationDisabledRequest
+	16, // 36: strongroom.v1.KMSService.SetKMSApplicationQuota:input_type -> strongroom.v1.SetKMSApplicationQuotaRequest
+	24, // 37: strongroom.v1.KMSService.DeleteKMSApplication:input_type -> strongroom.v1.DeleteKMSApplicationRequest
+	26, // 38: strongroom.v1.KMSService.CreateKMSPassword:input_type -> strongroom.v1.CreateKMSPasswordRequest
+	28, // 39: strongroom.v1.KMSService.AddKMSCertificate:input_type -> strongroom.v1.AddKMSCertificateRequest
+	29, // 40: strongroom.v1.KMSService.RevokeKMSCredential:input_type -> strongroom.v1.RevokeKMSCredentialRequest
+	1,  // 41: strongroom.v1.KMSService.GetKMS:output_type -> strongroom.v1.KMS
+	6,  // 42: strongroom.v1.KMSService.CreateKMSGroup:output_type -> strongroom.v1.KMSGroup
+	6,  // 43: strongroom.v1.KMSService.GetKMSGroup:output_type -> strongroom.v1.KMSGroup
+	13, // 44: strongroom.v1.KMSService.ListKMSGroups:output_type -> strongroom.v1.ListKMSGroupsResponse
+	6,  // 45: strongroom.v1.KMSService.SetKMSGroupPolicy:output_type -> strongroom.v1.KMSGroup
+	6,  // 46: strongroom.v1.KMSService.SetKMSGroupQuota:output_type -> strongroom.v1.KMSGroup
+	6,  // 47: strongroom.v1.KMSService.SetKMSGroupRotation:output_type -> strongroom.v1.KMSGroup
+	6,  // 48: strongroom.v1.KMSService.SetKMSGroupQuorum:output_type -> strongroom.v1.KMSGroup
+	8,  // 49: strongroom.v1.KMSService.CreateKMSApplication:output_type -> strongroom.v1.KMSApplication
+	21, // 50: strongroom.v1.KMSService.ListKMSApplications:output_type -> strongroom.v1.ListKMSApplicationsResponse
+	8,  // 51: strongroom.v1.KMSService.GetKMSApplication:output_type -> strongroom.v1.KMSApplication
+	8,  // 52: strongroom.v1.KMSService.SetKMSApplicationDisabled:output_type -> strongroom.v1.KMSApplication
+	8,  // 53: strongroom.v1.KMSService.SetKMSApplicationQuota:output_type -> strongroom.v1.KMSApplication
+	25, // 54: strongroom.v1.KMSService.DeleteKMSApplication:output_type -> strongroom.v1.DeleteKMSApplicationResponse
+	27, // 55: strongroom.v1.KMSService.CreateKMSPassword:output_type -> strongroom.v1.CreateKMSPasswordResponse
+	9,  // 56: strongroom.v1.KMSService.AddKMSCertificate:output_type -> strongroom.v1.KMSCredential
+	8,  // 57: strongroom.v1.KMSService.RevokeKMSCredential:output_type -> strongroom.v1.KMSApplication
+	41, // [41:58] is the sub-list for method output_type
+	24, // [24:41] is the sub-list for method input_type
+	24, // [24:24] is the sub-list for extension type_name
+	24, // [24:24] is the sub-list for extension extendee
+	0,  // [0:24] is the sub-list for field type_name
 }
 
 func init() { file_strongroom_v1_kms_proto_init() }
@@ -1901,7 +2061,7 @@ func file_strongroom_v1_kms_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_strongroom_v1_kms_proto_rawDesc), len(file_strongroom_v1_kms_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   28,
+			NumMessages:   30,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

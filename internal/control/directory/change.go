@@ -40,12 +40,12 @@ func checkGroup(g Group) error {
 }
 
 // SetPolicy gives a group another policy, which holds for requests from then
-// on.
-func (d *Directory) SetPolicy(ctx context.Context, group string, p Policy) error {
+// on, if allow lets it.
+func (d *Directory) SetPolicy(ctx context.Context, group string, p Policy, allow Allow) error {
 	if err := checkGroup(Group{Name: group, Policy: p}); err != nil {
 		return errs.Wrap(err, "cannot change group")
 	}
-	return d.changeGroup(ctx, group, func(g *Group) { g.Policy = p })
+	return d.changeGroupIf(ctx, group, allow, func(g *Group) { g.Policy = p })
 }
 
 // SetGroupQuota gives a group another quota, which holds for operations from
@@ -93,6 +93,10 @@ func checkQuota(q Quota) error {
 }
 
 func (d *Directory) changeGroup(ctx context.Context, group string, f func(*Group)) error {
+	return d.changeGroupIf(ctx, group, nil, f)
+}
+
+func (d *Directory) changeGroupIf(ctx context.Context, group string, allow Allow, f func(*Group)) error {
 	err := d.alter(ctx, func(tx *store.Tx) error {
 		g, err := d.groups.In(tx).Get(ctx, group)
 		if store.IsNotFound(err) {
@@ -100,6 +104,11 @@ func (d *Directory) changeGroup(ctx context.Context, group string, f func(*Group
 		}
 		if err != nil {
 			return err
+		}
+		if allow != nil {
+			if err := allow(ctx, tx, g); err != nil {
+				return err
+			}
 		}
 		f(&g)
 		return d.groups.In(tx).Put(ctx, group, g)

@@ -37,6 +37,7 @@ type Group struct {
 	Policy      Policy    `json:"policy"`
 	Quota       Quota     `json:"quota,omitzero"`
 	Rotation    Rotation  `json:"rotation,omitzero"`
+	Quorum      Quorum    `json:"quorum,omitzero"`
 	Created     time.Time `json:"created"`
 }
 
@@ -67,6 +68,20 @@ type Policy struct {
 	// length, "AES"; none means all objects.
 	KeyTypes []string `json:"keyTypes,omitempty"`
 }
+
+// Quorum is how many of which people must approve what is asked of a group's
+// keys before it is done. The zero Quorum asks nobody. A group that has one also
+// has its policy, and the quorum itself, changed with their approval only.
+type Quorum struct {
+	Approvers []string      `json:"approvers,omitempty"` // users
+	Needed    int           `json:"needed,omitempty"`    // of them
+	Destroy   bool          `json:"destroy,omitempty"`   // for destroying keys
+	Export    bool          `json:"export,omitempty"`    // for giving out key material
+	Expiry    time.Duration `json:"expiry,omitempty"`    // of a request, since it was made
+}
+
+// On reports whether anybody must be asked.
+func (q Quorum) On() bool { return q.Needed > 0 }
 
 // Application is a program that uses keys.
 type Application struct {
@@ -111,6 +126,17 @@ const (
 	rotationMax   = 36500 // days
 	periodMin     = time.Minute
 	periodMax     = 365 * 24 * time.Hour
+	approverMax   = 32 // of a group
+
+	// groupSchema is 2 since groups have a quorum, which an older release would
+	// drop when it changes one.
+	groupSchema = 2
+)
+
+// The bounds of [Quorum.Expiry].
+const (
+	ExpiryMin = time.Minute
+	ExpiryMax = 30 * 24 * time.Hour
 )
 
 // Directory is the groups and applications in a state database.
@@ -145,7 +171,7 @@ const latestKey = "change"
 
 // Open reads the directory in db.
 func Open(ctx context.Context, db *store.DB) (*Directory, error) {
-	d := &Directory{db: db, groups: store.NewTable[Group](db, "kms-group", 1), apps: store.NewTable[Application](db, "kms-application", 1), latest: store.NewTable[latest](db, "kms-directory", 1), now: time.Now}
+	d := &Directory{db: db, groups: store.NewTable[Group](db, "kms-group", groupSchema), apps: store.NewTable[Application](db, "kms-application", 1), latest: store.NewTable[latest](db, "kms-directory", 1), now: time.Now}
 	return d, errs.Wrap(d.reload(ctx), "cannot read the directory")
 }
 

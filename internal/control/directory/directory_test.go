@@ -166,8 +166,8 @@ func TestRefused(t *testing.T) {
 	b.wantKind("application twice", b.CreateApplication(ctx, Application{Name: "a", Group: "g"}), errs.Exists)
 	b.wantKind("no group", b.CreateApplication(ctx, Application{Name: "c", Group: "none"}), errs.NotFound)
 	b.wantKind("title", b.CreateGroup(ctx, Group{Name: "h", Title: string(bytes.Repeat([]byte{'x'}, titleMax+1))}), errs.Invalid)
-	b.wantKind("policy", b.SetPolicy(ctx, "g", Policy{Operations: make([]string, listMax+1)}), errs.Invalid)
-	b.wantKind("policy of none", b.SetPolicy(ctx, "none", Policy{}), errs.NotFound)
+	b.wantKind("policy", b.SetPolicy(ctx, "g", Policy{Operations: make([]string, listMax+1)}, nil), errs.Invalid)
+	b.wantKind("policy of none", b.SetPolicy(ctx, "none", Policy{}, nil), errs.NotFound)
 	for _, q := range []Quota{{Keys: -1}, {Operations: -1, Period: time.Hour}, {Period: time.Hour}, {Operations: 1}, {Operations: 1, Period: time.Second}, {Operations: 1, Period: time.Minute + 1}, {Operations: 1, Period: 2 * periodMax}} {
 		b.wantKind("group's quota", b.SetGroupQuota(ctx, "g", q), errs.Invalid)
 		b.wantKind("application's quota", b.SetApplicationQuota(ctx, "a", q), errs.Invalid)
@@ -188,7 +188,7 @@ func TestRefused(t *testing.T) {
 	}
 	_, _, err = b.AddPassword(ctx, "a", 0)
 	b.wantKind("one credential too many", err, errs.InvalidState)
-	b.check(b.SetPolicy(ctx, "g", Policy{NoExport: true}))
+	b.check(b.SetPolicy(ctx, "g", Policy{NoExport: true}, nil))
 	if g := b.Groups(); len(g) != 1 || !g[0].Policy.NoExport || len(b.Applications()) != 2 {
 		t.Errorf("groups %+v", g)
 	}

@@ -17,8 +17,10 @@ standard key providers, storage arrays, databases. A client is an application wi
 credentials; applications of one group share keys.
 
 Its administration is on a local socket, for root and the user that it runs as:
---server unix:/PATH, by default kms.sock in its data folder.`,
-		newKMSRunCmd(roles), newKMSJoinCmd(env, roles), newKMSMemberCmd(env), newKMSDevCmd(roles), newKMSBackupCmd(env, roles), newKMSRestoreCmd(env, roles), newKMSShowCmd(env), newKMSUnsealCmd(env), newKMSRootCmd(env), newKMSGroupCmd(env), newKMSAppCmd(env), newKMSCredentialCmd(env))
+--server unix:/PATH, by default kms.sock in its data folder. With api_listen in its
+configuration it has users, as a controller has: "strongroom login --server
+https://HOST:PORT", then "strongroom user", "strongroom role", "strongroom token".`,
+		newKMSRunCmd(roles), newKMSJoinCmd(env, roles), newKMSMemberCmd(env), newKMSDevCmd(roles), newKMSBackupCmd(env, roles), newKMSRestoreCmd(env, roles), newKMSShowCmd(env), newKMSUnsealCmd(env), newKMSRootCmd(env), newKMSGroupCmd(env), newKMSAppCmd(env), newKMSCredentialCmd(env), newKMSApprovalCmd(env))
 }
 
 func newKMSRunCmd(roles Roles) *cobra.Command {
@@ -95,7 +97,7 @@ func newKMSGroupCmd(env *Env) *cobra.Command {
 	return newGroup("group", "Groups of applications that share keys",
 		`A group's applications see the same keys, and no other's. Its policy says what they
 may do.`,
-		newKMSGroupCreateCmd(env), newKMSGroupLsCmd(env), newKMSGroupShowCmd(env), newKMSGroupPolicyCmd(env), newKMSGroupQuotaCmd(env), newKMSGroupRotationCmd(env))
+		newKMSGroupCreateCmd(env), newKMSGroupLsCmd(env), newKMSGroupShowCmd(env), newKMSGroupPolicyCmd(env), newKMSGroupQuotaCmd(env), newKMSGroupRotationCmd(env), newKMSGroupQuorumCmd(env))
 }
 
 // addPolicy adds the flags of a group's policy.
@@ -207,6 +209,7 @@ It changes nothing.`,
 				{"Export", yesNo(!g.GetPolicy().GetNoExport())},
 				{"Keys rotated", days("every", g.GetRotation().GetEveryDays())},
 				{"Replaced keys deactivated", days("after", g.GetRotation().GetDeactivateAfterDays())},
+				{"Quorum", quorumText(g.GetQuorum())},
 			}, env.usageFields(g.GetUsage(), g.GetQuota(), "Keys")...))
 		}),
 	}

@@ -16,11 +16,12 @@ func newLoginCmd(env *Env) *cobra.Command {
 	var user, passwordFile, fingerprint string
 	cmd := &cobra.Command{
 		Use:   "login",
-		Short: "Log in to a controller",
-		Long: `Log in to a controller as a local user, and remember it, its certificate authority
-and the session for the commands that follow, in a file that only you can read.
+		Short: "Log in to a controller or a key management server",
+		Long: `Log in to a controller, or to a key management server, as a local user, and
+remember it, its certificate authority and the session for the commands that
+follow, in a file that only you can read.
 
-The first time, say whom to trust: --ca FILE with the controller's ca.pem, or
+The first time, say whom to trust: --ca FILE with the server's ca.pem, or
 --ca-fingerprint with its fingerprint. At a terminal you are otherwise shown the
 fingerprint and asked.`,
 		Example: `  strongroom login --server https://controller.example:7443 --user administrator --ca ca.pem
@@ -114,7 +115,7 @@ func (env *Env) establishTrust(ctx context.Context, login *client.Login, fingerp
 	presented := client.Fingerprint(cert)
 	if fingerprint == "" {
 		env.notef("The certificate authority of %s is not known here. Its fingerprint is\n  %s", login.URL, presented)
-		if err := env.confirm(false, "Is this the fingerprint of the right controller?"); err != nil {
+		if err := env.confirm(false, "Is this the fingerprint of the right server?"); err != nil {
 			return err
 		}
 	} else if presented != fingerprint {

@@ -6,20 +6,14 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"fmt"
-	"net/http"
-	"strings"
 	"time"
 
 	"connectrpc.com/connect"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
-	"strongroom/api/apierr"
-	"strongroom/api/rule"
 	strongroomv1 "strongroom/api/strongroom/v1"
 	"strongroom/api/strongroom/v1/strongroomv1connect"
-	"strongroom/internal/control/audit"
 	"strongroom/internal/control/directory"
-	"strongroom/internal/daemon"
 	"strongroom/internal/errs"
 	"strongroom/internal/role/kms/usage"
 )
@@ -33,95 +27,15 @@ const (
 	lifetimeMax = 20 * 365 * 24 * time.Hour
 )
 
-// api serves the administration of a KMS on its local socket.
+// api serves the administration of a KMS.
 type api struct {
 	strongroomv1connect.UnimplementedKMSServiceHandler
+	strongroomv1connect.UnimplementedKMSApprovalServiceHandler
 	strongroomv1connect.UnimplementedKMSClusterServiceHandler
 	strongroomv1connect.UnimplementedKMSRootServiceHandler
 	strongroomv1connect.UnimplementedKMSBackupServiceHandler
 	strongroomv1connect.UnimplementedSessionServiceHandler
 	k *KMS
-}
-
-func (k *KMS) localServer() (*http.Server, error) {
-	rules, err := rule.Of(strongroomv1connect.KMSServiceName, strongroomv1connect.KMSRootServiceName, strongroomv1connect.KMSClusterServiceName, strongroomv1connect.KMSBackupServiceName)
-	if err != nil {
-		return nil, err
-	}
-	return newLocalServer(&api{k: k}, k.recorded(rules)), nil
-}
-
-// localAPI is what the local socket serves.
-type localAPI interface {
-	strongroomv1connect.KMSServiceHandler
-	strongroomv1connect.KMSRootServiceHandler
-	strongroomv1connect.KMSClusterServiceHandler
-	strongroomv1connect.KMSBackupServiceHandler
-	strongroomv1connect.SessionServiceHandler
-}
-
-func newLocalServer(a localAPI, interceptor connect.Interceptor) *http.Server {
-	options := []connect.HandlerOption{connect.WithInterceptors(interceptor), connect.WithReadMaxBytes(requestMax)}
-	mux := http.NewServeMux()
-	mux.Handle(strongroomv1connect.NewKMSServiceHandler(a, options...))
-	mux.Handle(strongroomv1connect.NewKMSRootServiceHandler(a, options...))
-	mux.Handle(strongroomv1connect.NewKMSClusterServiceHandler(a, options...))
-	mux.Handle(strongroomv1connect.NewKMSBackupServiceHandler(a, options...))
-	mux.Handle(strongroomv1connect.NewSessionServiceHandler(a, options...))
-	// What belongs to a controller is refused with a hint.
-	mux.Handle(strongroomv1connect.NewProviderServiceHandler(strongroomv1connect.UnimplementedProviderServiceHandler{}, options...))
-	mux.Handle(strongroomv1connect.NewVMServiceHandler(strongroomv1connect.UnimplementedVMServiceHandler{}, options...))
-	mux.Handle(strongroomv1connect.NewHostServiceHandler(strongroomv1connect.UnimplementedHostServiceHandler{}, options...))
-	mux.Handle(strongroomv1connect.NewClusterServiceHandler(strongroomv1connect.UnimplementedClusterServiceHandler{}, options...))
-	mux.Handle(strongroomv1connect.NewAccessServiceHandler(strongroomv1connect.UnimplementedAccessServiceHandler{}, options...))
-	return &http.Server{Handler: mux, ReadHeaderTimeout: daemon.HeaderTimeout, MaxHeaderBytes: daemon.HeaderMax}
-}
-
-// recorded puts calls that change something on record, durably, before they are
-// answered, and gives errors their form on the wire.
-func (k *KMS) recorded(rules rule.Rules) connect.UnaryInterceptorFunc {
-	return func(next connect.UnaryFunc) connect.UnaryFunc {
-		return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
-			res, err := next(ctx, req)
-			if err != nil && connect.CodeOf(err) == connect.CodeUnimplemented {
-				err = errs.New(errs.InvalidState, "a KMS cannot do this").WithHint("ask the controller: leave out --server, or name it there")
-			}
-			if rules[req.Spec().Procedure].Privilege == "Cryptographer.ManageKeyServers" {
-				if recordErr := k.recordCall(req, err); err == nil {
-					err = recordErr
-				}
-			}
-			if err != nil {
-				return nil, apierr.To(err)
-			}
-			return res, nil
-		}
-	}
-}
-
-func (k *KMS) recordCall(req connect.AnyRequest, callErr error) error {
-	object := "kms"
-	switch m := req.Any().(type) {
-	case interface{ GetApplication() string }:
-		object = "application/" + m.GetApplication()
-	case interface{ GetName() string }:
-		object = "application/" + m.GetName()
-		if strings.Contains(req.Spec().Procedure, "Group") {
-			object = "group/" + m.GetName()
-		}
-		if strings.Contains(req.Spec().Procedure, "Member") {
-			object = "node/" + m.GetName()
-		}
-	}
-	e := audit.Entry{Actor: "local administrator", Action: strings.TrimPrefix(req.Spec().Procedure, "/strongroom.v1."), Object: object, Outcome: audit.Success}
-	if callErr != nil {
-		e.Outcome, e.Details = audit.Failed, map[string]string{"kind": errs.KindOf(callErr).String()}
-	}
-	head, err := k.audit.Append(e)
-	if err != nil {
-		return err
-	}
-	return k.audit.Flush(head)
 }
 
 func fingerprint(cert *x509.Certificate) [sha256.Size]byte { return sha256.Sum256(cert.Raw) }
@@ -157,17 +71,6 @@ func (a *api) CreateKMSGroup(ctx context.Context, req *connect.Request[strongroo
 	return a.group(ctx, m.GetName())
 }
 
-func (a *api) SetKMSGroupPolicy(ctx context.Context, req *connect.Request[strongroomv1.SetKMSGroupPolicyRequest]) (*connect.Response[strongroomv1.KMSGroup], error) {
-	policy, err := checkPolicy(req.Msg.GetPolicy())
-	if err != nil {
-		return nil, errs.Wrap(err, "cannot change group %.64s", req.Msg.GetName())
-	}
-	if err := a.k.directory.SetPolicy(ctx, req.Msg.GetName(), policy); err != nil {
-		return nil, err
-	}
-	return a.group(ctx, req.Msg.GetName())
-}
-
 func (a *api) group(ctx context.Context, name string) (*connect.Response[strongroomv1.KMSGroup], error) {
 	g, err := a.k.directory.Group(name)
 	if err != nil {
@@ -183,9 +86,10 @@ func (a *api) group(ctx context.Context, name string) (*connect.Response[strongr
 func (a *api) groupOf(ctx context.Context, g directory.Group) (*strongroomv1.KMSGroup, error) {
 	out := &strongroomv1.KMSGroup{
 		Name: g.Name, Title: g.Title, Description: g.Description, Created: timestamppb.New(g.Created),
-		Policy:   &strongroomv1.KMSPolicy{Operations: g.Policy.Operations, NoExport: g.Policy.NoExport, KeyTypes: g.Policy.KeyTypes},
+		Policy:   policyToAPI(g.Policy),
 		Rotation: &strongroomv1.KMSRotation{EveryDays: int32(g.Rotation.EveryDays), DeactivateAfterDays: int32(g.Rotation.DeactivateAfterDays)},
 		Quota:    quotaOf(g.Quota), Usage: usageOf(a.k.usage.Of(usage.Group(g.Name)), g.Quota),
+		Quorum: quorumOf(g.Quorum),
 	}
 	var err error
 	out.Usage.Keys, err = a.k.objects.Keys(ctx, g.Name)

@@ -48,7 +48,7 @@ func (k *KMS) authenticate(ctx context.Context, state tls.ConnectionState, crede
 	if err != nil {
 		return kmipserver.Client{}, errs.Wrap(err, "policy of group %s", group.Name)
 	}
-	return kmipserver.Client{Account: group.Name, Name: "application:" + app.Name, Policy: policy, Admit: k.admit(app, group)}, nil
+	return kmipserver.Client{Account: group.Name, Name: "application:" + app.Name, Policy: policy, Admit: k.admit(app, group), Approvals: k.approvalsOf(app, group)}, nil
 }
 
 // pace makes applications that ask too often wait. The zero value is ready.

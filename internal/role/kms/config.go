@@ -1,10 +1,12 @@
 package kms
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"path/filepath"
 
+	"strongroom/internal/control/access"
 	"strongroom/internal/control/pki"
 	"strongroom/internal/daemon"
 )
@@ -55,6 +57,19 @@ type Config struct {
 	// BackupMaxAgeHours is how old the last backup may be before the log and the
 	// metrics say that one is overdue. Default: 168, a week; -1: any age.
 	BackupMaxAgeHours int `toml:"backup_max_age_hours"`
+
+	// APIListen is the address of the API for users, over TLS 1.3: "host:port".
+	// Default: none; the KMS is then administered on its local socket only, and
+	// nobody can approve anything.
+	APIListen string `toml:"api_listen"`
+
+	// APIAdvertise is the address under which users reach the API, "host:port".
+	// It stands in the certificate. Default: APIListen, which must then name an
+	// address.
+	APIAdvertise string `toml:"api_advertise"`
+
+	// hashing is how passwords are hashed; tests want it cheap.
+	hashing access.Hashing
 
 	// Cluster makes this node one of several: docs/how-to/run-three-kms-nodes.md.
 	// Default: none, a KMS of one node.
@@ -169,6 +184,13 @@ func (c Config) withDefaults() (Config, error) {
 		if _, err := daemon.CheckAddresses(c.MetricsListen, "any:1"); err != nil {
 			return Config{}, fmt.Errorf("metrics_listen: %w", err)
 		}
+	}
+	if c.APIListen != "" {
+		if c.APIAdvertise, err = daemon.CheckAddresses(c.APIListen, c.APIAdvertise); err != nil {
+			return Config{}, fmt.Errorf("api_%w", err)
+		}
+	} else if c.APIAdvertise != "" {
+		return Config{}, errors.New("api_advertise without api_listen")
 	}
 	if c.Cluster != nil {
 		if err := c.Cluster.withDefaults(); err != nil {

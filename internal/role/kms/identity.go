@@ -77,6 +77,11 @@ func (k *KMS) serves(cert *x509.Certificate) bool {
 // names are the addresses under which the KMIP server is reached.
 func (k *KMS) names() []string {
 	host, _, _ := net.SplitHostPort(k.cfg.Advertise) // checked by the configuration
+	return withLocal(host)
+}
+
+// withLocal returns host and what this machine calls itself.
+func withLocal(host string) []string {
 	names := []string{host}
 	for _, local := range []string{"localhost", "127.0.0.1"} {
 		if local != host {

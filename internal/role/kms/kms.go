@@ -17,12 +17,14 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"time"
 
 	"golang.org/x/sync/errgroup"
 
+	"strongroom/internal/control/access"
 	"strongroom/internal/control/audit"
 	"strongroom/internal/control/directory"
 	"strongroom/internal/control/pki"
@@ -31,6 +33,7 @@ import (
 	"strongroom/internal/errs"
 	"strongroom/internal/keys/kmip/kmipserver"
 	"strongroom/internal/keys/rootkey"
+	"strongroom/internal/role/kms/approval"
 	"strongroom/internal/role/kms/cluster"
 	"strongroom/internal/role/kms/objectstore"
 	"strongroom/internal/role/kms/usage"
@@ -65,12 +68,17 @@ type KMS struct {
 	directory   *directory.Directory
 	objects     *objectstore.Store
 	usage       *usage.Meter
+	access      *access.Control
+	approvals   *approval.Book
+	credential  *pki.Credential  // of the API; nil if it is not on the network
 	node        *cluster.Node    // nil, like the next, if it is the only one
 	cluster     *cluster.Cluster // of this node and the others
 	metrics     *metrics
 	pace        pace
 	backups     backups
+	now         func() time.Time
 	address     net.Addr // of the KMIP server, once it listens
+	apiAddress  net.Addr // of the API; nil if it is not on the network
 }
 
 // Address returns where the KMIP server listens; it may be called once the KMS
@@ -110,7 +118,7 @@ func RunReady(ctx context.Context, cfg Config, log *slog.Logger, ready func(*KMS
 // takes u over. The caller closes the KMS.
 func open(ctx context.Context, cfg Config, u *unlocked, log *slog.Logger) (_ *KMS, err error) {
 	defer u.root.Close()
-	k := &KMS{cfg: cfg, log: log, lock: u.lock, metrics: newMetrics()}
+	k := &KMS{cfg: cfg, log: log, lock: u.lock, metrics: newMetrics(), now: time.Now}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, k.close())
@@ -154,6 +162,10 @@ func open(ctx context.Context, cfg Config, u *unlocked, log *slog.Logger) (_ *KM
 	if membership == nil {
 		k.objects = objectstore.New(k.db, k.secrets.ring, log)
 	} else if err := k.openCluster(ctx, membership); err != nil {
+		return nil, err
+	}
+	k.approvals = approval.Open(k.db, k.directory)
+	if err := k.openUsers(ctx); err != nil {
 		return nil, err
 	}
 	if k.usage, err = usage.Open(ctx, k.db, k.objects.Keys, log); err != nil {
@@ -217,10 +229,10 @@ func (k *KMS) close() error {
 }
 
 // listeners are where a KMS is reached.
-type listeners struct{ kmip, local, metrics, members net.Listener }
+type listeners struct{ kmip, local, api, metrics, members net.Listener }
 
 func (l *listeners) close() {
-	for _, one := range []net.Listener{l.kmip, l.local, l.metrics, l.members} {
+	for _, one := range []net.Listener{l.kmip, l.local, l.api, l.metrics, l.members} {
 		if one != nil {
 			one.Close()
 		}
@@ -238,6 +250,12 @@ func (k *KMS) listen() (l listeners, err error) {
 	}
 	if l.local, err = daemon.ListenLocal(k.cfg.LocalSocket); err != nil {
 		return l, err
+	}
+	if k.cfg.APIListen != "" {
+		if l.api, err = net.Listen("tcp", k.cfg.APIListen); err != nil {
+			return l, errs.New(errs.Unavailable, "cannot listen for users: %w", err)
+		}
+		k.apiAddress = l.api.Addr()
 	}
 	if k.cfg.MetricsListen != "" {
 		if l.metrics, err = net.Listen("tcp", k.cfg.MetricsListen); err != nil {
@@ -265,6 +283,12 @@ func (k *KMS) run(ctx context.Context, ready func(*KMS) error) error {
 	if err != nil {
 		return err
 	}
+	var users *http.Server
+	if k.credential != nil {
+		if users, err = k.apiServer(); err != nil {
+			return err
+		}
+	}
 	l, err := k.listen()
 	if err != nil {
 		return err
@@ -273,6 +297,11 @@ func (k *KMS) run(ctx context.Context, ready func(*KMS) error) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return kmip.Serve(ctx, l.kmip) })
 	group.Go(func() error { return daemon.Serve(ctx, local, l.local) })
+	if users != nil {
+		group.Go(func() error { return daemon.Serve(ctx, users, l.api) })
+		group.Go(func() error { return k.keepCertificate(ctx) })
+	}
+	group.Go(func() error { return k.keepApprovals(ctx) })
 	if l.metrics != nil {
 		group.Go(func() error { return daemon.Serve(ctx, k.metricsServer(), l.metrics) })
 	}

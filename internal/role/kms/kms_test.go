@@ -2,6 +2,7 @@ package kms
 
 import (
 	"context"
+	"crypto/ed25519"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/binary"
@@ -26,6 +27,7 @@ import (
 	"strongroom/api/apierr"
 	strongroomv1 "strongroom/api/strongroom/v1"
 	"strongroom/api/strongroom/v1/strongroomv1connect"
+	"strongroom/internal/control/access"
 	"strongroom/internal/control/audit"
 	"strongroom/internal/crypto/clientcert"
 	"strongroom/internal/errs"
@@ -40,10 +42,11 @@ func TestMain(m *testing.M) {
 
 func configOf(t testing.TB, dir string) Config {
 	t.Helper()
-	cfg, err := ParseConfig(fmt.Appendf(nil, "data_dir = %q\nlisten = \"127.0.0.1:0\"\nadvertise = \"127.0.0.1:5696\"\nmetrics_listen = \"127.0.0.1:0\"\n", dir))
+	cfg, err := ParseConfig(fmt.Appendf(nil, "data_dir = %q\nlisten = \"127.0.0.1:0\"\nadvertise = \"127.0.0.1:5696\"\nmetrics_listen = \"127.0.0.1:0\"\napi_listen = \"127.0.0.1:0\"\napi_advertise = \"127.0.0.1:5700\"\n", dir))
 	if err != nil {
 		t.Fatal(err)
 	}
+	cfg.hashing = access.Hashing{Time: 1, MemoryKiB: 64, Threads: 1}
 	cfg.LocalSocket = filepath.Join(socketDir(t), "s")
 	return cfg
 }
@@ -358,20 +361,26 @@ func readTree(dir string) (string, error) {
 	return all.String(), err
 }
 
+// auditKey is the public key of the audit log.
+func (b *bench) auditKey(t *testing.T) ed25519.PublicKey {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join(b.cfg.DataDir, auditKeyName))
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, err := publicKey(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return key
+}
+
 // checkAudit verifies the log of a KMS that has stopped, and that it has those
 // records ("actor action object outcome").
 func (b *bench) checkAudit(t *testing.T, want ...string) {
 	t.Helper()
-	cert, err := os.ReadFile(filepath.Join(b.cfg.DataDir, auditKeyName))
-	if err != nil {
-		t.Fatal(err)
-	}
-	key, err := publicKey(cert)
-	if err != nil {
-		t.Fatal(err)
-	}
 	seen := map[string]bool{}
-	if _, err := audit.Verify(filepath.Join(b.cfg.DataDir, "audit"), audit.Expect{Key: key}, func(r audit.Record) error {
+	if _, err := audit.Verify(filepath.Join(b.cfg.DataDir, "audit"), audit.Expect{Key: b.auditKey(t)}, func(r audit.Record) error {
 		seen[strings.Join([]string{r.Actor, r.Action, r.Object, r.Outcome}, " ")] = true
 		return nil
 	}); err != nil {

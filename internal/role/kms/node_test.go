@@ -78,11 +78,12 @@ func newSite(t *testing.T, name string) *site {
 listen = "127.0.0.1:%d"
 metrics_listen = "127.0.0.1:%d"
 local_socket = %q
+api_listen = "127.0.0.1:%d"
 [cluster]
 name = %q
 listen = "127.0.0.1:%d"
 store_listen = "127.0.0.1:%d"
-`, filepath.Join(dir, "kms"), freePort(t), freePort(t), filepath.Join(socketDir(t), "s"), name, freePort(t), freePort(t))
+`, filepath.Join(dir, "kms"), freePort(t), freePort(t), filepath.Join(socketDir(t), "s"), freePort(t), name, freePort(t), freePort(t))
 	if err := os.WriteFile(s.config, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -439,6 +440,7 @@ func TestThreeNodes(t *testing.T) {
 
 	t.Run("cut off", func(t *testing.T) { n.testCutOff(t) })
 	t.Run("revoked elsewhere", func(t *testing.T) { n.testRevoked(t) })
+	t.Run("quorum", func(t *testing.T) { n.testQuorum(t) })
 	t.Run("destroyed while away", func(t *testing.T) { n.testAway(t) })
 	n.check(n.sites[0], keys)
 	t.Run("removed", func(t *testing.T) { n.testRemoved(t, keys) })

@@ -103,8 +103,11 @@ func (k *KMS) observe(_ context.Context, e kmipserver.Event) error {
 	if e.Cause != "" {
 		entry.Details["cause"] = e.Cause
 	}
+	if e.Approval != "" {
+		entry.Details["approval"] = e.Approval
+	}
 	head, err := k.audit.Append(entry)
-	if err != nil || !changes(e.Operation) {
+	if err != nil || !changes(e.Operation) && e.Approval == "" {
 		return err
 	}
 	return k.audit.Flush(head)

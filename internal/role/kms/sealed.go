@@ -27,6 +27,7 @@ const wrongMax = 1000
 // takes the key.
 type sealedAPI struct {
 	strongroomv1connect.UnimplementedKMSServiceHandler
+	strongroomv1connect.UnimplementedKMSApprovalServiceHandler
 	strongroomv1connect.UnimplementedKMSClusterServiceHandler
 	strongroomv1connect.UnimplementedKMSRootServiceHandler
 	strongroomv1connect.UnimplementedKMSBackupServiceHandler
@@ -58,7 +59,8 @@ func (u *unlocked) serveSealed(ctx context.Context, cfg Config, log *slog.Logger
 	a := &sealedAPI{lock: u.lock, log: log, done: done}
 	group, serving := errgroup.WithContext(serving)
 	group.Go(func() error {
-		return daemon.Serve(serving, newLocalServer(a, connect.UnaryInterceptorFunc(a.only)), l.local)
+		s := services{kms: a, approval: a, root: a, cluster: a, backup: a, session: a, access: strongroomv1connect.UnimplementedAccessServiceHandler{}}
+		return daemon.Serve(serving, newServer(s.handler(connect.UnaryInterceptorFunc(a.only))), l.local)
 	})
 	if l.metrics != nil {
 		group.Go(func() error { return daemon.Serve(serving, a.healthServer(), l.metrics) })

@@ -52,6 +52,9 @@ const (
 	// KMSServiceSetKMSGroupRotationProcedure is the fully-qualified name of the KMSService's
 	// SetKMSGroupRotation RPC.
 	KMSServiceSetKMSGroupRotationProcedure = "/strongroom.v1.KMSService/SetKMSGroupRotation"
+	// KMSServiceSetKMSGroupQuorumProcedure is the fully-qualified name of the KMSService's
+	// SetKMSGroupQuorum RPC.
+	KMSServiceSetKMSGroupQuorumProcedure = "/strongroom.v1.KMSService/SetKMSGroupQuorum"
 	// KMSServiceCreateKMSApplicationProcedure is the fully-qualified name of the KMSService's
 	// CreateKMSApplication RPC.
 	KMSServiceCreateKMSApplicationProcedure = "/strongroom.v1.KMSService/CreateKMSApplication"
@@ -96,6 +99,10 @@ type KMSServiceClient interface {
 	// SetKMSGroupRotation replaces when a group's keys are rotated. It never
 	// destroys a key.
 	SetKMSGroupRotation(context.Context, *connect.Request[v1.SetKMSGroupRotationRequest]) (*connect.Response[v1.KMSGroup], error)
+	// SetKMSGroupQuorum replaces who must approve what is asked of a group's keys.
+	// What it refuses becomes a request of KMSApprovalService. Once a group has a
+	// quorum, this and SetKMSGroupPolicy need its approval too.
+	SetKMSGroupQuorum(context.Context, *connect.Request[v1.SetKMSGroupQuorumRequest]) (*connect.Response[v1.KMSGroup], error)
 	CreateKMSApplication(context.Context, *connect.Request[v1.CreateKMSApplicationRequest]) (*connect.Response[v1.KMSApplication], error)
 	ListKMSApplications(context.Context, *connect.Request[v1.ListKMSApplicationsRequest]) (*connect.Response[v1.ListKMSApplicationsResponse], error)
 	GetKMSApplication(context.Context, *connect.Request[v1.GetKMSApplicationRequest]) (*connect.Response[v1.KMSApplication], error)
@@ -169,6 +176,12 @@ func NewKMSServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...
 			connect.WithSchema(kMSServiceMethods.ByName("SetKMSGroupRotation")),
 			connect.WithClientOptions(opts...),
 		),
+		setKMSGroupQuorum: connect.NewClient[v1.SetKMSGroupQuorumRequest, v1.KMSGroup](
+			httpClient,
+			baseURL+KMSServiceSetKMSGroupQuorumProcedure,
+			connect.WithSchema(kMSServiceMethods.ByName("SetKMSGroupQuorum")),
+			connect.WithClientOptions(opts...),
+		),
 		createKMSApplication: connect.NewClient[v1.CreateKMSApplicationRequest, v1.KMSApplication](
 			httpClient,
 			baseURL+KMSServiceCreateKMSApplicationProcedure,
@@ -235,6 +248,7 @@ type kMSServiceClient struct {
 	setKMSGroupPolicy         *connect.Client[v1.SetKMSGroupPolicyRequest, v1.KMSGroup]
 	setKMSGroupQuota          *connect.Client[v1.SetKMSGroupQuotaRequest, v1.KMSGroup]
 	setKMSGroupRotation       *connect.Client[v1.SetKMSGroupRotationRequest, v1.KMSGroup]
+	setKMSGroupQuorum         *connect.Client[v1.SetKMSGroupQuorumRequest, v1.KMSGroup]
 	createKMSApplication      *connect.Client[v1.CreateKMSApplicationRequest, v1.KMSApplication]
 	listKMSApplications       *connect.Client[v1.ListKMSApplicationsRequest, v1.ListKMSApplicationsResponse]
 	getKMSApplication         *connect.Client[v1.GetKMSApplicationRequest, v1.KMSApplication]
@@ -279,6 +293,11 @@ func (c *kMSServiceClient) SetKMSGroupQuota(ctx context.Context, req *connect.Re
 // SetKMSGroupRotation calls strongroom.v1.KMSService.SetKMSGroupRotation.
 func (c *kMSServiceClient) SetKMSGroupRotation(ctx context.Context, req *connect.Request[v1.SetKMSGroupRotationRequest]) (*connect.Response[v1.KMSGroup], error) {
 	return c.setKMSGroupRotation.CallUnary(ctx, req)
+}
+
+// SetKMSGroupQuorum calls strongroom.v1.KMSService.SetKMSGroupQuorum.
+func (c *kMSServiceClient) SetKMSGroupQuorum(ctx context.Context, req *connect.Request[v1.SetKMSGroupQuorumRequest]) (*connect.Response[v1.KMSGroup], error) {
+	return c.setKMSGroupQuorum.CallUnary(ctx, req)
 }
 
 // CreateKMSApplication calls strongroom.v1.KMSService.CreateKMSApplication.
@@ -341,6 +360,10 @@ type KMSServiceHandler interface {
 	// SetKMSGroupRotation replaces when a group's keys are rotated. It never
 	// destroys a key.
 	SetKMSGroupRotation(context.Context, *connect.Request[v1.SetKMSGroupRotationRequest]) (*connect.Response[v1.KMSGroup], error)
+	// SetKMSGroupQuorum replaces who must approve what is asked of a group's keys.
+	// What it refuses becomes a request of KMSApprovalService. Once a group has a
+	// quorum, this and SetKMSGroupPolicy need its approval too.
+	SetKMSGroupQuorum(context.Context, *connect.Request[v1.SetKMSGroupQuorumRequest]) (*connect.Response[v1.KMSGroup], error)
 	CreateKMSApplication(context.Context, *connect.Request[v1.CreateKMSApplicationRequest]) (*connect.Response[v1.KMSApplication], error)
 	ListKMSApplications(context.Context, *connect.Request[v1.ListKMSApplicationsRequest]) (*connect.Response[v1.ListKMSApplicationsResponse], error)
 	GetKMSApplication(context.Context, *connect.Request[v1.GetKMSApplicationRequest]) (*connect.Response[v1.KMSApplication], error)
@@ -408,6 +431,12 @@ func NewKMSServiceHandler(svc KMSServiceHandler, opts ...connect.HandlerOption) 
 		KMSServiceSetKMSGroupRotationProcedure,
 		svc.SetKMSGroupRotation,
 		connect.WithSchema(kMSServiceMethods.ByName("SetKMSGroupRotation")),
+		connect.WithHandlerOptions(opts...),
+	)
+	kMSServiceSetKMSGroupQuorumHandler := connect.NewUnaryHandler(
+		KMSServiceSetKMSGroupQuorumProcedure,
+		svc.SetKMSGroupQuorum,
+		connect.WithSchema(kMSServiceMethods.ByName("SetKMSGroupQuorum")),
 		connect.WithHandlerOptions(opts...),
 	)
 	kMSServiceCreateKMSApplicationHandler := connect.NewUnaryHandler(
@@ -480,6 +509,8 @@ func NewKMSServiceHandler(svc KMSServiceHandler, opts ...connect.HandlerOption) 
 			kMSServiceSetKMSGroupQuotaHandler.ServeHTTP(w, r)
 		case KMSServiceSetKMSGroupRotationProcedure:
 			kMSServiceSetKMSGroupRotationHandler.ServeHTTP(w, r)
+		case KMSServiceSetKMSGroupQuorumProcedure:
+			kMSServiceSetKMSGroupQuorumHandler.ServeHTTP(w, r)
 		case KMSServiceCreateKMSApplicationProcedure:
 			kMSServiceCreateKMSApplicationHandler.ServeHTTP(w, r)
 		case KMSServiceListKMSApplicationsProcedure:
@@ -533,6 +564,10 @@ func (UnimplementedKMSServiceHandler) SetKMSGroupQuota(context.Context, *connect
 
 func (UnimplementedKMSServiceHandler) SetKMSGroupRotation(context.Context, *connect.Request[v1.SetKMSGroupRotationRequest]) (*connect.Response[v1.KMSGroup], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.KMSService.SetKMSGroupRotation is not implemented"))
+}
+
+func (UnimplementedKMSServiceHandler) SetKMSGroupQuorum(context.Context, *connect.Request[v1.SetKMSGroupQuorumRequest]) (*connect.Response[v1.KMSGroup], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.KMSService.SetKMSGroupQuorum is not implemented"))
 }
 
 func (UnimplementedKMSServiceHandler) CreateKMSApplication(context.Context, *connect.Request[v1.CreateKMSApplicationRequest]) (*connect.Response[v1.KMSApplication], error) {

@@ -1,0 +1,423 @@
+// Package approval keeps what people must approve before a key management server
+// does it (docs/spec/kms-approval.md): requests, what approvers decided, and that
+// each was used.
+//
+// Invariants: a request counts for one operation on one object, or one change, by
+// one requester; it is used at most once, in the transaction of what it was for,
+// by whichever node; whether it is approved is decided in that transaction by the
+// quorum that the group has then; an approver counts once, and whoever asked does
+// not. A [Book] keeps no state of its own and is safe for concurrent use.
+package approval
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"net/url"
+	"slices"
+	"strings"
+	"time"
+
+	"strongroom/internal/control/directory"
+	"strongroom/internal/control/store"
+	"strongroom/internal/errs"
+)
+
+// Operation is what needs approval.
+type Operation string
+
+// The operations.
+const (
+	Destroy   Operation = "Destroy"
+	Export    Operation = "Export"
+	SetPolicy Operation = "SetPolicy"
+	SetQuorum Operation = "SetQuorum"
+)
+
+// Want is what somebody wants to do.
+type Want struct {
+	Group     string    `json:"group"`
+	Requester string    `json:"requester"` // "application:vcenter-1", "user:ann"
+	Operation Operation `json:"operation"`
+	// Object is the key's identifier, or the [Change.Digest] of a change.
+	Object string `json:"object"`
+}
+
+// Change is what a group is to be.
+type Change struct {
+	Policy *directory.Policy `json:"policy,omitempty"`
+	Quorum *directory.Quorum `json:"quorum,omitempty"`
+}
+
+// Digest tells changes apart.
+func (c Change) Digest() (string, error) {
+	b, err := json.Marshal(c)
+	if err != nil {
+		return "", err
+	}
+	sum := sha256.Sum256(b)
+	return hex.EncodeToString(sum[:]), nil
+}
+
+// Request is one request for approval.
+type Request struct {
+	ID string `json:"id"` // 16 hex digits
+	Want
+	About
+	Created   time.Time  `json:"created"`
+	Expires   time.Time  `json:"expires"`
+	Decisions []Decision `json:"decisions,omitempty"` // at most one of a user
+	Used      time.Time  `json:"used,omitzero"`
+}
+
+// About is what approvers are told of a request beside what it is for.
+type About struct {
+	Name    string  `json:"name,omitempty"`    // of the key
+	Change  *Change `json:"change,omitempty"`  // of a change
+	Address string  `json:"address,omitempty"` // of whoever asked
+}
+
+// Decision is what one approver has decided.
+type Decision struct {
+	User     string    `json:"user"`
+	Approved bool      `json:"approved"`
+	Reason   string    `json:"reason,omitempty"`
+	Time     time.Time `json:"time"`
+}
+
+// State is the state of a request.
+type State string
+
+// The states.
+const (
+	Pending  State = "pending"
+	Approved State = "approved" // and may be used once
+	Denied   State = "denied"
+	Used     State = "used"
+	Expired  State = "expired"
+)
+
+// Approvals returns how many approvals of r count under q, and who has denied it,
+// or "".
+func (r *Request) Approvals(q directory.Quorum) (count int, denied string) {
+	for _, d := range r.Decisions {
+		switch {
+		case !slices.Contains(q.Approvers, d.User) || r.Requester == userPrefix+d.User:
+		case d.Approved:
+			count++
+		case denied == "":
+			denied = d.User
+		}
+	}
+	return count, denied
+}
+
+// StateAt returns the state of r under q.
+func (r *Request) StateAt(q directory.Quorum, now time.Time) State {
+	count, denied := r.Approvals(q)
+	switch {
+	case !r.Used.IsZero():
+		return Used
+	case !now.Before(r.Expires):
+		return Expired
+	case denied != "":
+		return Denied
+	case q.On() && count >= q.Needed:
+		return Approved
+	}
+	return Pending
+}
+
+const (
+	// userPrefix is in front of the name of a user who asks.
+	userPrefix = "user:"
+	idBytes    = 8
+	// openMax bounds the requests that one requester has open.
+	openMax   = 256
+	reasonMax = 256
+	nameMax   = 256
+	// keepFor is how long a request is kept after it has expired.
+	keepFor = 30 * 24 * time.Hour
+	// tidyAtOnce bounds the deletions of one transaction.
+	tidyAtOnce = 100
+)
+
+// ErrNotApproved says that nobody has approved what is wanted, or not enough.
+var ErrNotApproved = errors.New("not approved")
+
+// Book is the requests of a KMS. Use [Open].
+type Book struct {
+	db        *store.DB
+	directory *directory.Directory
+	requests  *store.Table[Request]
+	open      *store.Table[open] // by what is wanted
+	now       func() time.Time
+}
+
+// open points to the request for what is wanted that is not used.
+type open struct {
+	ID      string    `json:"id"`
+	Expires time.Time `json:"expires"`
+}
+
+// Open returns the book in db, of groups in dir.
+func Open(db *store.DB, dir *directory.Directory) *Book {
+	return &Book{
+		db: db, directory: dir, requests: store.NewTable[Request](db, "kms-approval", 1), open: store.NewTable[open](db, "kms-approval-open", 1),
+		now: func() time.Time { return time.Now().UTC() },
+	}
+}
+
+func requesterPrefix(w Want) string {
+	return url.PathEscape(w.Group) + "/" + url.PathEscape(w.Requester) + "/"
+}
+
+func keyOf(w Want) string {
+	return requesterPrefix(w) + string(w.Operation) + "/" + url.PathEscape(w.Object)
+}
+
+// Use uses up the approval of w and returns its id, in tx, which must be the one
+// that does what is wanted. If there is none it returns [ErrNotApproved]: then
+// nothing may be done, and [Book.Ask] comes next.
+func (b *Book) Use(ctx context.Context, tx *store.Tx, w Want) (id string, err error) {
+	q, err := b.directory.QuorumIn(ctx, tx, w.Group)
+	if err != nil {
+		return "", err
+	}
+	at, err := b.open.In(tx).Get(ctx, keyOf(w))
+	if store.IsNotFound(err) {
+		return "", ErrNotApproved
+	}
+	if err != nil {
+		return "", err
+	}
+	r, err := b.requests.In(tx).Get(ctx, at.ID)
+	if err != nil {
+		return "", err
+	}
+	now := b.now()
+	if r.Want != w || r.StateAt(q, now) != Approved {
+		return "", ErrNotApproved
+	}
+	r.Used = now
+	if err := b.open.In(tx).Delete(ctx, keyOf(w)); err != nil {
+		return "", err
+	}
+	return r.ID, b.requests.In(tx).Put(ctx, r.ID, r)
+}
+
+// Asked is what became of [Book.Ask].
+type Asked struct {
+	Request
+	State    State // Pending, Approved or Denied
+	New      bool
+	Approved int // approvals that count
+	Quorum   directory.Quorum
+}
+
+// Ask returns the request for w that is open, or makes one.
+func (b *Book) Ask(ctx context.Context, w Want, about About) (Asked, error) {
+	about.Name = cut(about.Name, nameMax)
+	var out Asked
+	err := b.db.Txn(ctx, func(tx *store.Tx) error {
+		now := b.now()
+		q, err := b.directory.QuorumIn(ctx, tx, w.Group)
+		if err != nil {
+			return err
+		}
+		at, err := b.open.In(tx).Get(ctx, keyOf(w))
+		if err != nil && !store.IsNotFound(err) {
+			return err
+		}
+		if err == nil && now.Before(at.Expires) {
+			r, err := b.requests.In(tx).Get(ctx, at.ID)
+			out = Asked{Request: r, State: r.StateAt(q, now), Quorum: q}
+			out.Approved, _ = r.Approvals(q)
+			return err
+		}
+		if err := b.room(ctx, tx, w, now); err != nil {
+			return err
+		}
+		id := make([]byte, idBytes)
+		rand.Read(id)
+		r := Request{ID: hex.EncodeToString(id), Want: w, About: about, Created: now, Expires: now.Add(q.Expiry)}
+		out = Asked{Request: r, State: r.StateAt(q, now), New: true, Quorum: q}
+		if err := b.requests.In(tx).Create(ctx, r.ID, r); err != nil {
+			return err
+		}
+		return b.open.In(tx).Set(keyOf(w), open{ID: r.ID, Expires: r.Expires})
+	})
+	return out, errs.Wrap(err, "cannot ask for approval")
+}
+
+// room drops what has expired of a requester's open requests and refuses one more
+// than there may be: an application must not fill the database.
+func (b *Book) room(ctx context.Context, tx *store.Tx, w Want, now time.Time) error {
+	all, err := b.open.In(tx).Entries(ctx, requesterPrefix(w))
+	if err != nil {
+		return err
+	}
+	count := 0
+	for _, e := range all {
+		if now.Before(e.Value.Expires) {
+			count++
+		} else if err := b.open.In(tx).Delete(ctx, e.Key); err != nil {
+			return err
+		}
+	}
+	if count >= openMax {
+		return errs.New(errs.InvalidState, "%s has %d open requests, the limit", w.Requester, count).WithHint("strongroom kms approval ls")
+	}
+	return nil
+}
+
+// Decide notes what a user has decided on a request, in place of what the user
+// decided before. It returns the request as it is then.
+func (b *Book) Decide(ctx context.Context, id, user string, approve bool, reason string) (Asked, error) {
+	if len(reason) > reasonMax {
+		return Asked{}, errs.New(errs.Invalid, "a reason takes at most %d bytes", reasonMax)
+	}
+	var out Asked
+	err := b.db.Txn(ctx, func(tx *store.Tx) error {
+		now := b.now()
+		r, err := b.get(ctx, tx, id)
+		if err != nil {
+			return err
+		}
+		q, err := b.directory.QuorumIn(ctx, tx, r.Group)
+		if err != nil {
+			return err
+		}
+		switch state := r.StateAt(q, now); {
+		case state == Used || state == Expired:
+			return errs.New(errs.InvalidState, "it is %s", state)
+		case !slices.Contains(q.Approvers, user):
+			return errs.New(errs.Denied, "%s is no approver of group %s", user, r.Group)
+		case r.Requester == userPrefix+user:
+			return errs.New(errs.Denied, "%s has asked for it: others decide", user)
+		}
+		d := Decision{User: user, Approved: approve, Reason: reason, Time: now}
+		switch at := slices.IndexFunc(r.Decisions, func(d Decision) bool { return d.User == user }); {
+		case at < 0:
+			r.Decisions = append(r.Decisions, d)
+		case r.Decisions[at].Approved == approve:
+			return errs.New(errs.Exists, "%s has decided so already", user)
+		default:
+			r.Decisions[at] = d
+		}
+		out = Asked{Request: r, State: r.StateAt(q, now), Quorum: q}
+		out.Approved, _ = r.Approvals(q)
+		return b.requests.In(tx).Put(ctx, id, r)
+	})
+	verb := "deny"
+	if approve {
+		verb = "approve"
+	}
+	return out, errs.Wrap(err, "cannot %s request %.32s", verb, id)
+}
+
+func (b *Book) get(ctx context.Context, tx *store.Tx, id string) (Request, error) {
+	r, err := b.requests.In(tx).Get(ctx, id)
+	if store.IsNotFound(err) || errors.Is(err, store.ErrInvalidKey) {
+		return Request{}, errs.New(errs.NotFound, "there is no request %.32q", id).WithHint("strongroom kms approval ls")
+	}
+	return r, err
+}
+
+// Get returns a request.
+func (b *Book) Get(ctx context.Context, id string) (Asked, error) {
+	var out Asked
+	err := b.db.View(ctx, func(tx *store.Tx) error {
+		r, err := b.get(ctx, tx, id)
+		if err != nil {
+			return err
+		}
+		q, err := b.directory.QuorumIn(ctx, tx, r.Group)
+		out = Asked{Request: r, State: r.StateAt(q, b.now()), Quorum: q}
+		out.Approved, _ = r.Approvals(q)
+		return err
+	})
+	return out, err
+}
+
+// List returns the requests, the latest first: those that are open, or all that
+// are kept.
+func (b *Book) List(ctx context.Context, all bool) ([]Asked, error) {
+	var out []Asked
+	err := b.db.View(ctx, func(tx *store.Tx) error {
+		out = nil
+		quorums, now := map[string]directory.Quorum{}, b.now()
+		requests, err := b.requests.In(tx).List(ctx, "")
+		if err != nil {
+			return err
+		}
+		for _, r := range requests {
+			q, ok := quorums[r.Group]
+			if !ok {
+				if q, err = b.directory.QuorumIn(ctx, tx, r.Group); err != nil {
+					return err
+				}
+				quorums[r.Group] = q
+			}
+			a := Asked{Request: r, State: r.StateAt(q, now), Quorum: q}
+			a.Approved, _ = r.Approvals(q)
+			if all || a.State != Used && a.State != Expired {
+				out = append(out, a)
+			}
+		}
+		return nil
+	})
+	slices.SortFunc(out, func(x, y Asked) int { return y.Created.Compare(x.Created) })
+	return out, errs.Wrap(err, "cannot list requests for approval")
+}
+
+// Tidy forgets requests that have expired long ago. What became of them is in the
+// audit log.
+func (b *Book) Tidy(ctx context.Context) error {
+	for {
+		more := false
+		err := b.db.Txn(ctx, func(tx *store.Tx) error {
+			more = false
+			now, dropped := b.now(), 0
+			entries, err := b.open.In(tx).Entries(ctx, "")
+			if err != nil {
+				return err
+			}
+			for _, e := range entries {
+				if now.Before(e.Value.Expires) || dropped == tidyAtOnce {
+					continue
+				}
+				dropped++
+				if err := b.open.In(tx).Delete(ctx, e.Key); err != nil {
+					return err
+				}
+			}
+			requests, err := b.requests.In(tx).List(ctx, "")
+			if err != nil {
+				return err
+			}
+			for _, r := range requests {
+				if now.Before(r.Expires.Add(keepFor)) || dropped == tidyAtOnce {
+					continue
+				}
+				dropped++
+				if err := b.requests.In(tx).Delete(ctx, r.ID); err != nil {
+					return err
+				}
+			}
+			more = dropped == tidyAtOnce
+			return nil
+		})
+		if err != nil || !more {
+			return errs.Wrap(err, "cannot tidy up requests for approval")
+		}
+	}
+}
+
+// cut makes s valid UTF-8 of at most limit bytes.
+func cut(s string, limit int) string {
+	return strings.ToValidUTF8(s[:min(len(s), limit)], "")
+}
