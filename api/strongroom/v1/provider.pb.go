@@ -168,7 +168,9 @@ type StandardProvider struct {
 	// When a key was first made, got and destroyed; unset if never.
 	Established *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=established,proto3" json:"established,omitempty"`
 	// "brokered" or "direct", as in StandardSettings.
-	HostAccess    string `protobuf:"bytes,15,opt,name=host_access,json=hostAccess,proto3" json:"host_access,omitempty"`
+	HostAccess string `protobuf:"bytes,15,opt,name=host_access,json=hostAccess,proto3" json:"host_access,omitempty"`
+	// Unset if each VM has a key of its own, and no wrapping key was ever made.
+	Wrapping      *Wrapping `protobuf:"bytes,8,opt,name=wrapping,proto3" json:"wrapping,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -259,6 +261,192 @@ func (x *StandardProvider) GetHostAccess() string {
 	return ""
 }
 
+func (x *StandardProvider) GetWrapping() *Wrapping {
+	if x != nil {
+		return x.Wrapping
+	}
+	return nil
+}
+
+// Wrapping is how one key at the key server wraps the keys of all VMs.
+type Wrapping struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// False if each VM gets a key of its own again.
+	On bool `protobuf:"varint,1,opt,name=on,proto3" json:"on,omitempty"`
+	// The key that wraps what is new; unset if none was made yet.
+	Current *WrappingKey `protobuf:"bytes,2,opt,name=current,proto3" json:"current,omitempty"`
+	// How many days a key is used, 30 to 3650; 0: until RotateProvider.
+	RotateDays uint32 `protobuf:"varint,3,opt,name=rotate_days,json=rotateDays,proto3" json:"rotate_days,omitempty"`
+	// When the next key is made; unset if no time is set.
+	NextRotation *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=next_rotation,json=nextRotation,proto3" json:"next_rotation,omitempty"`
+	// Why the key that is due could not be made; empty if it could.
+	Problem string `protobuf:"bytes,5,opt,name=problem,proto3" json:"problem,omitempty"`
+	// The keys before, oldest first, until they are destroyed.
+	Replaced []*WrappingKey `protobuf:"bytes,6,rep,name=replaced,proto3" json:"replaced,omitempty"`
+	// How many VMs have another key of the provider than they are to have.
+	VmsToFollow   uint32 `protobuf:"varint,7,opt,name=vms_to_follow,json=vmsToFollow,proto3" json:"vms_to_follow,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Wrapping) Reset() {
+	*x = Wrapping{}
+	mi := &file_strongroom_v1_provider_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Wrapping) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Wrapping) ProtoMessage() {}
+
+func (x *Wrapping) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_provider_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Wrapping.ProtoReflect.Descriptor instead.
+func (*Wrapping) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Wrapping) GetOn() bool {
+	if x != nil {
+		return x.On
+	}
+	return false
+}
+
+func (x *Wrapping) GetCurrent() *WrappingKey {
+	if x != nil {
+		return x.Current
+	}
+	return nil
+}
+
+func (x *Wrapping) GetRotateDays() uint32 {
+	if x != nil {
+		return x.RotateDays
+	}
+	return 0
+}
+
+func (x *Wrapping) GetNextRotation() *timestamppb.Timestamp {
+	if x != nil {
+		return x.NextRotation
+	}
+	return nil
+}
+
+func (x *Wrapping) GetProblem() string {
+	if x != nil {
+		return x.Problem
+	}
+	return ""
+}
+
+func (x *Wrapping) GetReplaced() []*WrappingKey {
+	if x != nil {
+		return x.Replaced
+	}
+	return nil
+}
+
+func (x *Wrapping) GetVmsToFollow() uint32 {
+	if x != nil {
+		return x.VmsToFollow
+	}
+	return 0
+}
+
+type WrappingKey struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	KeyId string                 `protobuf:"bytes,1,opt,name=key_id,json=keyId,proto3" json:"key_id,omitempty"`
+	// When it became the current one.
+	Made     *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=made,proto3" json:"made,omitempty"`
+	Replaced *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=replaced,proto3" json:"replaced,omitempty"`
+	// When its use was ended: it opens what it wrapped, and wraps nothing.
+	Ended *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=ended,proto3" json:"ended,omitempty"`
+	// How many VMs here need it.
+	Vms           uint32 `protobuf:"varint,5,opt,name=vms,proto3" json:"vms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WrappingKey) Reset() {
+	*x = WrappingKey{}
+	mi := &file_strongroom_v1_provider_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WrappingKey) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WrappingKey) ProtoMessage() {}
+
+func (x *WrappingKey) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_provider_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WrappingKey.ProtoReflect.Descriptor instead.
+func (*WrappingKey) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *WrappingKey) GetKeyId() string {
+	if x != nil {
+		return x.KeyId
+	}
+	return ""
+}
+
+func (x *WrappingKey) GetMade() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Made
+	}
+	return nil
+}
+
+func (x *WrappingKey) GetReplaced() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Replaced
+	}
+	return nil
+}
+
+func (x *WrappingKey) GetEnded() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Ended
+	}
+	return nil
+}
+
+func (x *WrappingKey) GetVms() uint32 {
+	if x != nil {
+		return x.Vms
+	}
+	return 0
+}
+
 // KeyServer is a server of a standard provider, and how it was found last.
 type KeyServer struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -284,7 +472,7 @@ type KeyServer struct {
 
 func (x *KeyServer) Reset() {
 	*x = KeyServer{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[2]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -296,7 +484,7 @@ func (x *KeyServer) String() string {
 func (*KeyServer) ProtoMessage() {}
 
 func (x *KeyServer) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[2]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -309,7 +497,7 @@ func (x *KeyServer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyServer.ProtoReflect.Descriptor instead.
 func (*KeyServer) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{2}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *KeyServer) GetAddress() string {
@@ -388,7 +576,7 @@ type CertificateInfo struct {
 
 func (x *CertificateInfo) Reset() {
 	*x = CertificateInfo{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[3]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -400,7 +588,7 @@ func (x *CertificateInfo) String() string {
 func (*CertificateInfo) ProtoMessage() {}
 
 func (x *CertificateInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[3]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -413,7 +601,7 @@ func (x *CertificateInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CertificateInfo.ProtoReflect.Descriptor instead.
 func (*CertificateInfo) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{3}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *CertificateInfo) GetFingerprint() string {
@@ -464,7 +652,7 @@ type InspectKeyServersRequest struct {
 
 func (x *InspectKeyServersRequest) Reset() {
 	*x = InspectKeyServersRequest{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[4]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -476,7 +664,7 @@ func (x *InspectKeyServersRequest) String() string {
 func (*InspectKeyServersRequest) ProtoMessage() {}
 
 func (x *InspectKeyServersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[4]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -489,7 +677,7 @@ func (x *InspectKeyServersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InspectKeyServersRequest.ProtoReflect.Descriptor instead.
 func (*InspectKeyServersRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{4}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *InspectKeyServersRequest) GetServers() []string {
@@ -523,7 +711,7 @@ type InspectKeyServersResponse struct {
 
 func (x *InspectKeyServersResponse) Reset() {
 	*x = InspectKeyServersResponse{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[5]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -535,7 +723,7 @@ func (x *InspectKeyServersResponse) String() string {
 func (*InspectKeyServersResponse) ProtoMessage() {}
 
 func (x *InspectKeyServersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[5]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -548,7 +736,7 @@ func (x *InspectKeyServersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InspectKeyServersResponse.ProtoReflect.Descriptor instead.
 func (*InspectKeyServersResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{5}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *InspectKeyServersResponse) GetServers() []*KeyServer {
@@ -568,7 +756,7 @@ type AddStandardProviderRequest struct {
 
 func (x *AddStandardProviderRequest) Reset() {
 	*x = AddStandardProviderRequest{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[6]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -580,7 +768,7 @@ func (x *AddStandardProviderRequest) String() string {
 func (*AddStandardProviderRequest) ProtoMessage() {}
 
 func (x *AddStandardProviderRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[6]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -593,7 +781,7 @@ func (x *AddStandardProviderRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddStandardProviderRequest.ProtoReflect.Descriptor instead.
 func (*AddStandardProviderRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{6}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *AddStandardProviderRequest) GetName() string {
@@ -620,7 +808,7 @@ type UpdateStandardProviderRequest struct {
 
 func (x *UpdateStandardProviderRequest) Reset() {
 	*x = UpdateStandardProviderRequest{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[7]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -632,7 +820,7 @@ func (x *UpdateStandardProviderRequest) String() string {
 func (*UpdateStandardProviderRequest) ProtoMessage() {}
 
 func (x *UpdateStandardProviderRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[7]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -645,7 +833,7 @@ func (x *UpdateStandardProviderRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateStandardProviderRequest.ProtoReflect.Descriptor instead.
 func (*UpdateStandardProviderRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{7}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *UpdateStandardProviderRequest) GetName() string {
@@ -687,14 +875,21 @@ type StandardSettings struct {
 	ClientKey []byte `protobuf:"bytes,8,opt,name=client_key,json=clientKey,proto3" json:"client_key,omitempty"`
 	// "brokered" (hosts get keys from the controller only) or "direct" (a host that
 	// lacks a key asks the key servers itself). Empty: as it is, at first brokered.
-	HostAccess    string `protobuf:"bytes,15,opt,name=host_access,json=hostAccess,proto3" json:"host_access,omitempty"`
+	HostAccess string `protobuf:"bytes,15,opt,name=host_access,json=hostAccess,proto3" json:"host_access,omitempty"`
+	// "per-vm" (the key server makes a key for each VM) or "wrapping" (one key
+	// wraps those of all VMs). VMs that have other keys follow. Empty: as it is,
+	// for a new provider per-vm.
+	Keys string `protobuf:"bytes,9,opt,name=keys,proto3" json:"keys,omitempty"`
+	// How many days a wrapping key is used, 30 to 3650; -1: until RotateProvider;
+	// 0: as it is.
+	RotateDays    int32 `protobuf:"varint,10,opt,name=rotate_days,json=rotateDays,proto3" json:"rotate_days,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *StandardSettings) Reset() {
 	*x = StandardSettings{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[8]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -706,7 +901,7 @@ func (x *StandardSettings) String() string {
 func (*StandardSettings) ProtoMessage() {}
 
 func (x *StandardSettings) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[8]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -719,7 +914,7 @@ func (x *StandardSettings) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StandardSettings.ProtoReflect.Descriptor instead.
 func (*StandardSettings) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{8}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *StandardSettings) GetServers() []*TrustedServer {
@@ -785,6 +980,20 @@ func (x *StandardSettings) GetHostAccess() string {
 	return ""
 }
 
+func (x *StandardSettings) GetKeys() string {
+	if x != nil {
+		return x.Keys
+	}
+	return ""
+}
+
+func (x *StandardSettings) GetRotateDays() int32 {
+	if x != nil {
+		return x.RotateDays
+	}
+	return 0
+}
+
 type TrustedServer struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
 	Address string                 `protobuf:"bytes,1,opt,name=address,proto3" json:"address,omitempty"`
@@ -797,7 +1006,7 @@ type TrustedServer struct {
 
 func (x *TrustedServer) Reset() {
 	*x = TrustedServer{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[9]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -809,7 +1018,7 @@ func (x *TrustedServer) String() string {
 func (*TrustedServer) ProtoMessage() {}
 
 func (x *TrustedServer) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[9]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -822,7 +1031,7 @@ func (x *TrustedServer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrustedServer.ProtoReflect.Descriptor instead.
 func (*TrustedServer) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{9}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *TrustedServer) GetAddress() string {
@@ -848,7 +1057,7 @@ type GetClientIdentityRequest struct {
 
 func (x *GetClientIdentityRequest) Reset() {
 	*x = GetClientIdentityRequest{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[10]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -860,7 +1069,7 @@ func (x *GetClientIdentityRequest) String() string {
 func (*GetClientIdentityRequest) ProtoMessage() {}
 
 func (x *GetClientIdentityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[10]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -873,7 +1082,7 @@ func (x *GetClientIdentityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetClientIdentityRequest.ProtoReflect.Descriptor instead.
 func (*GetClientIdentityRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{10}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *GetClientIdentityRequest) GetName() string {
@@ -898,7 +1107,7 @@ type ClientIdentity struct {
 
 func (x *ClientIdentity) Reset() {
 	*x = ClientIdentity{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[11]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -910,7 +1119,7 @@ func (x *ClientIdentity) String() string {
 func (*ClientIdentity) ProtoMessage() {}
 
 func (x *ClientIdentity) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[11]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -923,7 +1132,7 @@ func (x *ClientIdentity) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClientIdentity.ProtoReflect.Descriptor instead.
 func (*ClientIdentity) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{11}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ClientIdentity) GetMethod() string {
@@ -963,7 +1172,7 @@ type CheckProviderRequest struct {
 
 func (x *CheckProviderRequest) Reset() {
 	*x = CheckProviderRequest{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[12]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -975,7 +1184,7 @@ func (x *CheckProviderRequest) String() string {
 func (*CheckProviderRequest) ProtoMessage() {}
 
 func (x *CheckProviderRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[12]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -988,7 +1197,7 @@ func (x *CheckProviderRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckProviderRequest.ProtoReflect.Descriptor instead.
 func (*CheckProviderRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{12}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *CheckProviderRequest) GetName() string {
@@ -1009,7 +1218,7 @@ type CreateNativeProviderRequest struct {
 
 func (x *CreateNativeProviderRequest) Reset() {
 	*x = CreateNativeProviderRequest{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[13]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1021,7 +1230,7 @@ func (x *CreateNativeProviderRequest) String() string {
 func (*CreateNativeProviderRequest) ProtoMessage() {}
 
 func (x *CreateNativeProviderRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[13]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1034,7 +1243,7 @@ func (x *CreateNativeProviderRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateNativeProviderRequest.ProtoReflect.Descriptor instead.
 func (*CreateNativeProviderRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{13}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *CreateNativeProviderRequest) GetName() string {
@@ -1059,7 +1268,7 @@ type ListProvidersRequest struct {
 
 func (x *ListProvidersRequest) Reset() {
 	*x = ListProvidersRequest{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[14]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1071,7 +1280,7 @@ func (x *ListProvidersRequest) String() string {
 func (*ListProvidersRequest) ProtoMessage() {}
 
 func (x *ListProvidersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[14]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1084,7 +1293,7 @@ func (x *ListProvidersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListProvidersRequest.ProtoReflect.Descriptor instead.
 func (*ListProvidersRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{14}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{16}
 }
 
 type ListProvidersResponse struct {
@@ -1096,7 +1305,7 @@ type ListProvidersResponse struct {
 
 func (x *ListProvidersResponse) Reset() {
 	*x = ListProvidersResponse{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[15]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1108,7 +1317,7 @@ func (x *ListProvidersResponse) String() string {
 func (*ListProvidersResponse) ProtoMessage() {}
 
 func (x *ListProvidersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[15]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1121,7 +1330,7 @@ func (x *ListProvidersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListProvidersResponse.ProtoReflect.Descriptor instead.
 func (*ListProvidersResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{15}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ListProvidersResponse) GetProviders() []*Provider {
@@ -1140,7 +1349,7 @@ type GetProviderRequest struct {
 
 func (x *GetProviderRequest) Reset() {
 	*x = GetProviderRequest{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[16]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1152,7 +1361,7 @@ func (x *GetProviderRequest) String() string {
 func (*GetProviderRequest) ProtoMessage() {}
 
 func (x *GetProviderRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[16]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1165,7 +1374,7 @@ func (x *GetProviderRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetProviderRequest.ProtoReflect.Descriptor instead.
 func (*GetProviderRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{16}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *GetProviderRequest) GetName() string {
@@ -1186,7 +1395,7 @@ type ExportProviderRequest struct {
 
 func (x *ExportProviderRequest) Reset() {
 	*x = ExportProviderRequest{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[17]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1198,7 +1407,7 @@ func (x *ExportProviderRequest) String() string {
 func (*ExportProviderRequest) ProtoMessage() {}
 
 func (x *ExportProviderRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[17]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1211,7 +1420,7 @@ func (x *ExportProviderRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportProviderRequest.ProtoReflect.Descriptor instead.
 func (*ExportProviderRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{17}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ExportProviderRequest) GetName() string {
@@ -1239,7 +1448,7 @@ type ExportProviderResponse struct {
 
 func (x *ExportProviderResponse) Reset() {
 	*x = ExportProviderResponse{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[18]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1251,7 +1460,7 @@ func (x *ExportProviderResponse) String() string {
 func (*ExportProviderResponse) ProtoMessage() {}
 
 func (x *ExportProviderResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[18]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1264,7 +1473,7 @@ func (x *ExportProviderResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportProviderResponse.ProtoReflect.Descriptor instead.
 func (*ExportProviderResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{18}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ExportProviderResponse) GetFileName() string {
@@ -1300,7 +1509,7 @@ type ConfirmProviderBackupRequest struct {
 
 func (x *ConfirmProviderBackupRequest) Reset() {
 	*x = ConfirmProviderBackupRequest{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[19]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1312,7 +1521,7 @@ func (x *ConfirmProviderBackupRequest) String() string {
 func (*ConfirmProviderBackupRequest) ProtoMessage() {}
 
 func (x *ConfirmProviderBackupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[19]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1325,7 +1534,7 @@ func (x *ConfirmProviderBackupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfirmProviderBackupRequest.ProtoReflect.Descriptor instead.
 func (*ConfirmProviderBackupRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{19}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ConfirmProviderBackupRequest) GetName() string {
@@ -1360,7 +1569,7 @@ type ImportProviderRequest struct {
 
 func (x *ImportProviderRequest) Reset() {
 	*x = ImportProviderRequest{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[20]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1372,7 +1581,7 @@ func (x *ImportProviderRequest) String() string {
 func (*ImportProviderRequest) ProtoMessage() {}
 
 func (x *ImportProviderRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[20]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1385,7 +1594,7 @@ func (x *ImportProviderRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportProviderRequest.ProtoReflect.Descriptor instead.
 func (*ImportProviderRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{20}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ImportProviderRequest) GetP12() []byte {
@@ -1424,7 +1633,7 @@ type ImportProviderResponse struct {
 
 func (x *ImportProviderResponse) Reset() {
 	*x = ImportProviderResponse{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[21]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1436,7 +1645,7 @@ func (x *ImportProviderResponse) String() string {
 func (*ImportProviderResponse) ProtoMessage() {}
 
 func (x *ImportProviderResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[21]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1449,7 +1658,7 @@ func (x *ImportProviderResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportProviderResponse.ProtoReflect.Descriptor instead.
 func (*ImportProviderResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{21}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ImportProviderResponse) GetProvider() *Provider {
@@ -1496,7 +1705,7 @@ type SetDefaultProviderRequest struct {
 
 func (x *SetDefaultProviderRequest) Reset() {
 	*x = SetDefaultProviderRequest{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[22]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1508,7 +1717,7 @@ func (x *SetDefaultProviderRequest) String() string {
 func (*SetDefaultProviderRequest) ProtoMessage() {}
 
 func (x *SetDefaultProviderRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[22]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1521,7 +1730,7 @@ func (x *SetDefaultProviderRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetDefaultProviderRequest.ProtoReflect.Descriptor instead.
 func (*SetDefaultProviderRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{22}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *SetDefaultProviderRequest) GetName() string {
@@ -1539,7 +1748,7 @@ type SetDefaultProviderResponse struct {
 
 func (x *SetDefaultProviderResponse) Reset() {
 	*x = SetDefaultProviderResponse{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[23]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1551,7 +1760,7 @@ func (x *SetDefaultProviderResponse) String() string {
 func (*SetDefaultProviderResponse) ProtoMessage() {}
 
 func (x *SetDefaultProviderResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[23]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1564,7 +1773,7 @@ func (x *SetDefaultProviderResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetDefaultProviderResponse.ProtoReflect.Descriptor instead.
 func (*SetDefaultProviderResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{23}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{25}
 }
 
 type GetProviderUsageRequest struct {
@@ -1576,7 +1785,7 @@ type GetProviderUsageRequest struct {
 
 func (x *GetProviderUsageRequest) Reset() {
 	*x = GetProviderUsageRequest{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[24]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1588,7 +1797,7 @@ func (x *GetProviderUsageRequest) String() string {
 func (*GetProviderUsageRequest) ProtoMessage() {}
 
 func (x *GetProviderUsageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[24]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1601,7 +1810,7 @@ func (x *GetProviderUsageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetProviderUsageRequest.ProtoReflect.Descriptor instead.
 func (*GetProviderUsageRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{24}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *GetProviderUsageRequest) GetName() string {
@@ -1620,7 +1829,7 @@ type GetProviderUsageResponse struct {
 
 func (x *GetProviderUsageResponse) Reset() {
 	*x = GetProviderUsageResponse{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[25]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1632,7 +1841,7 @@ func (x *GetProviderUsageResponse) String() string {
 func (*GetProviderUsageResponse) ProtoMessage() {}
 
 func (x *GetProviderUsageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[25]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1645,7 +1854,7 @@ func (x *GetProviderUsageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetProviderUsageResponse.ProtoReflect.Descriptor instead.
 func (*GetProviderUsageResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{25}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *GetProviderUsageResponse) GetUsers() []*KeyUser {
@@ -1671,7 +1880,7 @@ type KeyUser struct {
 
 func (x *KeyUser) Reset() {
 	*x = KeyUser{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[26]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1683,7 +1892,7 @@ func (x *KeyUser) String() string {
 func (*KeyUser) ProtoMessage() {}
 
 func (x *KeyUser) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[26]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1696,7 +1905,7 @@ func (x *KeyUser) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyUser.ProtoReflect.Descriptor instead.
 func (*KeyUser) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{26}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *KeyUser) GetVm() string {
@@ -1746,7 +1955,7 @@ type ListOrphanKeysRequest struct {
 
 func (x *ListOrphanKeysRequest) Reset() {
 	*x = ListOrphanKeysRequest{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[27]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1758,7 +1967,7 @@ func (x *ListOrphanKeysRequest) String() string {
 func (*ListOrphanKeysRequest) ProtoMessage() {}
 
 func (x *ListOrphanKeysRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[27]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1771,7 +1980,7 @@ func (x *ListOrphanKeysRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOrphanKeysRequest.ProtoReflect.Descriptor instead.
 func (*ListOrphanKeysRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{27}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ListOrphanKeysRequest) GetName() string {
@@ -1807,7 +2016,7 @@ type ListOrphanKeysResponse struct {
 
 func (x *ListOrphanKeysResponse) Reset() {
 	*x = ListOrphanKeysResponse{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[28]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1819,7 +2028,7 @@ func (x *ListOrphanKeysResponse) String() string {
 func (*ListOrphanKeysResponse) ProtoMessage() {}
 
 func (x *ListOrphanKeysResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[28]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1832,7 +2041,7 @@ func (x *ListOrphanKeysResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOrphanKeysResponse.ProtoReflect.Descriptor instead.
 func (*ListOrphanKeysResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{28}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ListOrphanKeysResponse) GetKeys() []*OrphanKey {
@@ -1874,9 +2083,10 @@ func (x *ListOrphanKeysResponse) GetSilentHosts() []string {
 type OrphanKey struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	KeyId string                 `protobuf:"bytes,1,opt,name=key_id,json=keyId,proto3" json:"key_id,omitempty"`
-	// What it was made for: "Virtual Machine", or "Trial Key".
+	// What it was made for: "Virtual Machine", "Wrapping Key" or "Trial Key".
 	Component string `protobuf:"bytes,2,opt,name=component,proto3" json:"component,omitempty"`
-	// The VM's name when it was made; empty if it was for none.
+	// The VM's name when it was made, of a wrapping key the provider's; empty if
+	// it was for none.
 	Vm string `protobuf:"bytes,3,opt,name=vm,proto3" json:"vm,omitempty"`
 	// UUID.
 	VmId    string                 `protobuf:"bytes,4,opt,name=vm_id,json=vmId,proto3" json:"vm_id,omitempty"`
@@ -1889,7 +2099,7 @@ type OrphanKey struct {
 
 func (x *OrphanKey) Reset() {
 	*x = OrphanKey{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[29]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1901,7 +2111,7 @@ func (x *OrphanKey) String() string {
 func (*OrphanKey) ProtoMessage() {}
 
 func (x *OrphanKey) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[29]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1914,7 +2124,7 @@ func (x *OrphanKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OrphanKey.ProtoReflect.Descriptor instead.
 func (*OrphanKey) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{29}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *OrphanKey) GetKeyId() string {
@@ -1971,7 +2181,7 @@ type DestroyOrphanKeysRequest struct {
 
 func (x *DestroyOrphanKeysRequest) Reset() {
 	*x = DestroyOrphanKeysRequest{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[30]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1983,7 +2193,7 @@ func (x *DestroyOrphanKeysRequest) String() string {
 func (*DestroyOrphanKeysRequest) ProtoMessage() {}
 
 func (x *DestroyOrphanKeysRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[30]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1996,7 +2206,7 @@ func (x *DestroyOrphanKeysRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DestroyOrphanKeysRequest.ProtoReflect.Descriptor instead.
 func (*DestroyOrphanKeysRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{30}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *DestroyOrphanKeysRequest) GetName() string {
@@ -2013,6 +2223,50 @@ func (x *DestroyOrphanKeysRequest) GetBefore() *timestamppb.Timestamp {
 	return nil
 }
 
+type RotateProviderRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RotateProviderRequest) Reset() {
+	*x = RotateProviderRequest{}
+	mi := &file_strongroom_v1_provider_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RotateProviderRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RotateProviderRequest) ProtoMessage() {}
+
+func (x *RotateProviderRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_provider_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RotateProviderRequest.ProtoReflect.Descriptor instead.
+func (*RotateProviderRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *RotateProviderRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
 type DeleteProviderRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -2024,7 +2278,7 @@ type DeleteProviderRequest struct {
 
 func (x *DeleteProviderRequest) Reset() {
 	*x = DeleteProviderRequest{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[31]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2036,7 +2290,7 @@ func (x *DeleteProviderRequest) String() string {
 func (*DeleteProviderRequest) ProtoMessage() {}
 
 func (x *DeleteProviderRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[31]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2049,7 +2303,7 @@ func (x *DeleteProviderRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteProviderRequest.ProtoReflect.Descriptor instead.
 func (*DeleteProviderRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{31}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *DeleteProviderRequest) GetName() string {
@@ -2074,7 +2328,7 @@ type DeleteProviderResponse struct {
 
 func (x *DeleteProviderResponse) Reset() {
 	*x = DeleteProviderResponse{}
-	mi := &file_strongroom_v1_provider_proto_msgTypes[32]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2086,7 +2340,7 @@ func (x *DeleteProviderResponse) String() string {
 func (*DeleteProviderResponse) ProtoMessage() {}
 
 func (x *DeleteProviderResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_provider_proto_msgTypes[32]
+	mi := &file_strongroom_v1_provider_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2099,7 +2353,7 @@ func (x *DeleteProviderResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteProviderResponse.ProtoReflect.Descriptor instead.
 func (*DeleteProviderResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{32}
+	return file_strongroom_v1_provider_proto_rawDescGZIP(), []int{35}
 }
 
 var File_strongroom_v1_provider_proto protoreflect.FileDescriptor
@@ -2120,7 +2374,7 @@ const file_strongroom_v1_provider_proto_rawDesc = "" +
 	"\tbacked_up\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\bbackedUp\x12\x15\n" +
 	"\x06in_use\x18\n" +
 	" \x01(\bR\x05inUse\x12;\n" +
-	"\bstandard\x18\v \x01(\v2\x1f.strongroom.v1.StandardProviderR\bstandard\"\xec\x02\n" +
+	"\bstandard\x18\v \x01(\v2\x1f.strongroom.v1.StandardProviderR\bstandard\"\xa1\x03\n" +
 	"\x10StandardProvider\x122\n" +
 	"\aservers\x18\x01 \x03(\v2\x18.strongroom.v1.KeyServerR\aservers\x12\x12\n" +
 	"\x04user\x18\x02 \x01(\tR\x04user\x12\x14\n" +
@@ -2130,7 +2384,23 @@ const file_strongroom_v1_provider_proto_rawDesc = "" +
 	"\x12client_certificate\x18\x06 \x01(\v2\x1e.strongroom.v1.CertificateInfoR\x11clientCertificate\x12<\n" +
 	"\vestablished\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\vestablished\x12\x1f\n" +
 	"\vhost_access\x18\x0f \x01(\tR\n" +
-	"hostAccess\"\xd3\x02\n" +
+	"hostAccess\x123\n" +
+	"\bwrapping\x18\b \x01(\v2\x17.strongroom.v1.WrappingR\bwrapping\"\xa8\x02\n" +
+	"\bWrapping\x12\x0e\n" +
+	"\x02on\x18\x01 \x01(\bR\x02on\x124\n" +
+	"\acurrent\x18\x02 \x01(\v2\x1a.strongroom.v1.WrappingKeyR\acurrent\x12\x1f\n" +
+	"\vrotate_days\x18\x03 \x01(\rR\n" +
+	"rotateDays\x12?\n" +
+	"\rnext_rotation\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\fnextRotation\x12\x18\n" +
+	"\aproblem\x18\x05 \x01(\tR\aproblem\x126\n" +
+	"\breplaced\x18\x06 \x03(\v2\x1a.strongroom.v1.WrappingKeyR\breplaced\x12\"\n" +
+	"\rvms_to_follow\x18\a \x01(\rR\vvmsToFollow\"\xd0\x01\n" +
+	"\vWrappingKey\x12\x15\n" +
+	"\x06key_id\x18\x01 \x01(\tR\x05keyId\x12.\n" +
+	"\x04made\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x04made\x126\n" +
+	"\breplaced\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\breplaced\x120\n" +
+	"\x05ended\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05ended\x12\x10\n" +
+	"\x03vms\x18\x05 \x01(\rR\x03vms\"\xd3\x02\n" +
 	"\tKeyServer\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\tR\aaddress\x12 \n" +
 	"\vfingerprint\x18\x02 \x01(\tR\vfingerprint\x12\x16\n" +
@@ -2159,7 +2429,7 @@ const file_strongroom_v1_provider_proto_rawDesc = "" +
 	"\bsettings\x18\x02 \x01(\v2\x1f.strongroom.v1.StandardSettingsR\bsettings\"p\n" +
 	"\x1dUpdateStandardProviderRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12;\n" +
-	"\bsettings\x18\x02 \x01(\v2\x1f.strongroom.v1.StandardSettingsR\bsettings\"\xcd\x02\n" +
+	"\bsettings\x18\x02 \x01(\v2\x1f.strongroom.v1.StandardSettingsR\bsettings\"\x82\x03\n" +
 	"\x10StandardSettings\x126\n" +
 	"\aservers\x18\x01 \x03(\v2\x1c.strongroom.v1.TrustedServerR\aservers\x12\x12\n" +
 	"\x04user\x18\x02 \x01(\tR\x04user\x12\x1a\n" +
@@ -2171,7 +2441,11 @@ const file_strongroom_v1_provider_proto_rawDesc = "" +
 	"\n" +
 	"client_key\x18\b \x01(\fR\tclientKey\x12\x1f\n" +
 	"\vhost_access\x18\x0f \x01(\tR\n" +
-	"hostAccess\"K\n" +
+	"hostAccess\x12\x12\n" +
+	"\x04keys\x18\t \x01(\tR\x04keys\x12\x1f\n" +
+	"\vrotate_days\x18\n" +
+	" \x01(\x05R\n" +
+	"rotateDays\"K\n" +
 	"\rTrustedServer\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\tR\aaddress\x12 \n" +
 	"\vfingerprint\x18\x02 \x01(\tR\vfingerprint\".\n" +
@@ -2246,11 +2520,13 @@ const file_strongroom_v1_provider_proto_rawDesc = "" +
 	"\funused_since\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\vunusedSince\"b\n" +
 	"\x18DestroyOrphanKeysRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x122\n" +
-	"\x06before\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x06before\"A\n" +
+	"\x06before\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x06before\"+\n" +
+	"\x15RotateProviderRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"A\n" +
 	"\x15DeleteProviderRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05force\x18\x02 \x01(\bR\x05force\"\x18\n" +
-	"\x16DeleteProviderResponse2\xb4\x10\n" +
+	"\x16DeleteProviderResponse2\x9f\x11\n" +
 	"\x0fProviderService\x12\x7f\n" +
 	"\x14CreateNativeProvider\x12*.strongroom.v1.CreateNativeProviderRequest\x1a\x17.strongroom.v1.Provider\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x8a\x01\n" +
 	"\x11InspectKeyServers\x12'.strongroom.v1.InspectKeyServersRequest\x1a(.strongroom.v1.InspectKeyServersResponse\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12}\n" +
@@ -2266,7 +2542,8 @@ const file_strongroom_v1_provider_proto_rawDesc = "" +
 	"\x12SetDefaultProvider\x12(.strongroom.v1.SetDefaultProviderRequest\x1a).strongroom.v1.SetDefaultProviderResponse\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x89\x01\n" +
 	"\x10GetProviderUsage\x12&.strongroom.v1.GetProviderUsageRequest\x1a'.strongroom.v1.GetProviderUsageResponse\"$\x8a\xb5\x18 Cryptographer.ReadKeyServersInfo\x12\x85\x01\n" +
 	"\x0eListOrphanKeys\x12$.strongroom.v1.ListOrphanKeysRequest\x1a%.strongroom.v1.ListOrphanKeysResponse\"$\x8a\xb5\x18 Cryptographer.ReadKeyServersInfo0\x01\x12o\n" +
-	"\x11DestroyOrphanKeys\x12'.strongroom.v1.DestroyOrphanKeysRequest\x1a\x13.strongroom.v1.Task\"\x1c\x8a\xb5\x18\x18Cryptographer.ManageKeys\x12\x81\x01\n" +
+	"\x11DestroyOrphanKeys\x12'.strongroom.v1.DestroyOrphanKeysRequest\x1a\x13.strongroom.v1.Task\"\x1c\x8a\xb5\x18\x18Cryptographer.ManageKeys\x12i\n" +
+	"\x0eRotateProvider\x12$.strongroom.v1.RotateProviderRequest\x1a\x13.strongroom.v1.Task\"\x1c\x8a\xb5\x18\x18Cryptographer.ManageKeys\x12\x81\x01\n" +
 	"\x0eDeleteProvider\x12$.strongroom.v1.DeleteProviderRequest\x1a%.strongroom.v1.DeleteProviderResponse\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServersB+Z)strongroom/api/strongroom/v1;strongroomv1b\x06proto3"
 
 var (
@@ -2281,104 +2558,116 @@ func file_strongroom_v1_provider_proto_rawDescGZIP() []byte {
 	return file_strongroom_v1_provider_proto_rawDescData
 }
 
-var file_strongroom_v1_provider_proto_msgTypes = make([]protoimpl.MessageInfo, 33)
+var file_strongroom_v1_provider_proto_msgTypes = make([]protoimpl.MessageInfo, 36)
 var file_strongroom_v1_provider_proto_goTypes = []any{
 	(*Provider)(nil),                      // 0: strongroom.v1.Provider
 	(*StandardProvider)(nil),              // 1: strongroom.v1.StandardProvider
-	(*KeyServer)(nil),                     // 2: strongroom.v1.KeyServer
-	(*CertificateInfo)(nil),               // 3: strongroom.v1.CertificateInfo
-	(*InspectKeyServersRequest)(nil),      // 4: strongroom.v1.InspectKeyServersRequest
-	(*InspectKeyServersResponse)(nil),     // 5: strongroom.v1.InspectKeyServersResponse
-	(*AddStandardProviderRequest)(nil),    // 6: strongroom.v1.AddStandardProviderRequest
-	(*UpdateStandardProviderRequest)(nil), // 7: strongroom.v1.UpdateStandardProviderRequest
-	(*StandardSettings)(nil),              // 8: strongroom.v1.StandardSettings
-	(*TrustedServer)(nil),                 // 9: strongroom.v1.TrustedServer
-	(*GetClientIdentityRequest)(nil),      // 10: strongroom.v1.GetClientIdentityRequest
-	(*ClientIdentity)(nil),                // 11: strongroom.v1.ClientIdentity
-	(*CheckProviderRequest)(nil),          // 12: strongroom.v1.CheckProviderRequest
-	(*CreateNativeProviderRequest)(nil),   // 13: strongroom.v1.CreateNativeProviderRequest
-	(*ListProvidersRequest)(nil),          // 14: strongroom.v1.ListProvidersRequest
-	(*ListProvidersResponse)(nil),         // 15: strongroom.v1.ListProvidersResponse
-	(*GetProviderRequest)(nil),            // 16: strongroom.v1.GetProviderRequest
-	(*ExportProviderRequest)(nil),         // 17: strongroom.v1.ExportProviderRequest
-	(*ExportProviderResponse)(nil),        // 18: strongroom.v1.ExportProviderResponse
-	(*ConfirmProviderBackupRequest)(nil),  // 19: strongroom.v1.ConfirmProviderBackupRequest
-	(*ImportProviderRequest)(nil),         // 20: strongroom.v1.ImportProviderRequest
-	(*ImportProviderResponse)(nil),        // 21: strongroom.v1.ImportProviderResponse
-	(*SetDefaultProviderRequest)(nil),     // 22: strongroom.v1.SetDefaultProviderRequest
-	(*SetDefaultProviderResponse)(nil),    // 23: strongroom.v1.SetDefaultProviderResponse
-	(*GetProviderUsageRequest)(nil),       // 24: strongroom.v1.GetProviderUsageRequest
-	(*GetProviderUsageResponse)(nil),      // 25: strongroom.v1.GetProviderUsageResponse
-	(*KeyUser)(nil),                       // 26: strongroom.v1.KeyUser
-	(*ListOrphanKeysRequest)(nil),         // 27: strongroom.v1.ListOrphanKeysRequest
-	(*ListOrphanKeysResponse)(nil),        // 28: strongroom.v1.ListOrphanKeysResponse
-	(*OrphanKey)(nil),                     // 29: strongroom.v1.OrphanKey
-	(*DestroyOrphanKeysRequest)(nil),      // 30: strongroom.v1.DestroyOrphanKeysRequest
-	(*DeleteProviderRequest)(nil),         // 31: strongroom.v1.DeleteProviderRequest
-	(*DeleteProviderResponse)(nil),        // 32: strongroom.v1.DeleteProviderResponse
-	(*timestamppb.Timestamp)(nil),         // 33: google.protobuf.Timestamp
-	(*Task)(nil),                          // 34: strongroom.v1.Task
+	(*Wrapping)(nil),                      // 2: strongroom.v1.Wrapping
+	(*WrappingKey)(nil),                   // 3: strongroom.v1.WrappingKey
+	(*KeyServer)(nil),                     // 4: strongroom.v1.KeyServer
+	(*CertificateInfo)(nil),               // 5: strongroom.v1.CertificateInfo
+	(*InspectKeyServersRequest)(nil),      // 6: strongroom.v1.InspectKeyServersRequest
+	(*InspectKeyServersResponse)(nil),     // 7: strongroom.v1.InspectKeyServersResponse
+	(*AddStandardProviderRequest)(nil),    // 8: strongroom.v1.AddStandardProviderRequest
+	(*UpdateStandardProviderRequest)(nil), // 9: strongroom.v1.UpdateStandardProviderRequest
+	(*StandardSettings)(nil),              // 10: strongroom.v1.StandardSettings
+	(*TrustedServer)(nil),                 // 11: strongroom.v1.TrustedServer
+	(*GetClientIdentityRequest)(nil),      // 12: strongroom.v1.GetClientIdentityRequest
+	(*ClientIdentity)(nil),                // 13: strongroom.v1.ClientIdentity
+	(*CheckProviderRequest)(nil),          // 14: strongroom.v1.CheckProviderRequest
+	(*CreateNativeProviderRequest)(nil),   // 15: strongroom.v1.CreateNativeProviderRequest
+	(*ListProvidersRequest)(nil),          // 16: strongroom.v1.ListProvidersRequest
+	(*ListProvidersResponse)(nil),         // 17: strongroom.v1.ListProvidersResponse
+	(*GetProviderRequest)(nil),            // 18: strongroom.v1.GetProviderRequest
+	(*ExportProviderRequest)(nil),         // 19: strongroom.v1.ExportProviderRequest
+	(*ExportProviderResponse)(nil),        // 20: strongroom.v1.ExportProviderResponse
+	(*ConfirmProviderBackupRequest)(nil),  // 21: strongroom.v1.ConfirmProviderBackupRequest
+	(*ImportProviderRequest)(nil),         // 22: strongroom.v1.ImportProviderRequest
+	(*ImportProviderResponse)(nil),        // 23: strongroom.v1.ImportProviderResponse
+	(*SetDefaultProviderRequest)(nil),     // 24: strongroom.v1.SetDefaultProviderRequest
+	(*SetDefaultProviderResponse)(nil),    // 25: strongroom.v1.SetDefaultProviderResponse
+	(*GetProviderUsageRequest)(nil),       // 26: strongroom.v1.GetProviderUsageRequest
+	(*GetProviderUsageResponse)(nil),      // 27: strongroom.v1.GetProviderUsageResponse
+	(*KeyUser)(nil),                       // 28: strongroom.v1.KeyUser
+	(*ListOrphanKeysRequest)(nil),         // 29: strongroom.v1.ListOrphanKeysRequest
+	(*ListOrphanKeysResponse)(nil),        // 30: strongroom.v1.ListOrphanKeysResponse
+	(*OrphanKey)(nil),                     // 31: strongroom.v1.OrphanKey
+	(*DestroyOrphanKeysRequest)(nil),      // 32: strongroom.v1.DestroyOrphanKeysRequest
+	(*RotateProviderRequest)(nil),         // 33: strongroom.v1.RotateProviderRequest
+	(*DeleteProviderRequest)(nil),         // 34: strongroom.v1.DeleteProviderRequest
+	(*DeleteProviderResponse)(nil),        // 35: strongroom.v1.DeleteProviderResponse
+	(*timestamppb.Timestamp)(nil),         // 36: google.protobuf.Timestamp
+	(*Task)(nil),                          // 37: strongroom.v1.Task
 }
 var file_strongroom_v1_provider_proto_depIdxs = []int32{
-	33, // 0: strongroom.v1.Provider.created:type_name -> google.protobuf.Timestamp
-	33, // 1: strongroom.v1.Provider.backed_up:type_name -> google.protobuf.Timestamp
+	36, // 0: strongroom.v1.Provider.created:type_name -> google.protobuf.Timestamp
+	36, // 1: strongroom.v1.Provider.backed_up:type_name -> google.protobuf.Timestamp
 	1,  // 2: strongroom.v1.Provider.standard:type_name -> strongroom.v1.StandardProvider
-	2,  // 3: strongroom.v1.StandardProvider.servers:type_name -> strongroom.v1.KeyServer
-	3,  // 4: strongroom.v1.StandardProvider.client_certificate:type_name -> strongroom.v1.CertificateInfo
-	33, // 5: strongroom.v1.StandardProvider.established:type_name -> google.protobuf.Timestamp
-	3,  // 6: strongroom.v1.KeyServer.certificate:type_name -> strongroom.v1.CertificateInfo
-	33, // 7: strongroom.v1.CertificateInfo.not_before:type_name -> google.protobuf.Timestamp
-	33, // 8: strongroom.v1.CertificateInfo.not_after:type_name -> google.protobuf.Timestamp
-	2,  // 9: strongroom.v1.InspectKeyServersResponse.servers:type_name -> strongroom.v1.KeyServer
-	8,  // 10: strongroom.v1.AddStandardProviderRequest.settings:type_name -> strongroom.v1.StandardSettings
-	8,  // 11: strongroom.v1.UpdateStandardProviderRequest.settings:type_name -> strongroom.v1.StandardSettings
-	9,  // 12: strongroom.v1.StandardSettings.servers:type_name -> strongroom.v1.TrustedServer
-	0,  // 13: strongroom.v1.ListProvidersResponse.providers:type_name -> strongroom.v1.Provider
-	0,  // 14: strongroom.v1.ImportProviderResponse.provider:type_name -> strongroom.v1.Provider
-	33, // 15: strongroom.v1.ImportProviderResponse.exported:type_name -> google.protobuf.Timestamp
-	26, // 16: strongroom.v1.GetProviderUsageResponse.users:type_name -> strongroom.v1.KeyUser
-	29, // 17: strongroom.v1.ListOrphanKeysResponse.keys:type_name -> strongroom.v1.OrphanKey
-	33, // 18: strongroom.v1.ListOrphanKeysResponse.before:type_name -> google.protobuf.Timestamp
-	33, // 19: strongroom.v1.OrphanKey.created:type_name -> google.protobuf.Timestamp
-	33, // 20: strongroom.v1.OrphanKey.unused_since:type_name -> google.protobuf.Timestamp
-	33, // 21: strongroom.v1.DestroyOrphanKeysRequest.before:type_name -> google.protobuf.Timestamp
-	13, // 22: strongroom.v1.ProviderService.CreateNativeProvider:input_type -> strongroom.v1.CreateNativeProviderRequest
-	4,  // 23: strongroom.v1.ProviderService.InspectKeyServers:input_type -> strongroom.v1.InspectKeyServersRequest
-	6,  // 24: strongroom.v1.ProviderService.AddStandardProvider:input_type -> strongroom.v1.AddStandardProviderRequest
-	7,  // 25: strongroom.v1.ProviderService.UpdateStandardProvider:input_type -> strongroom.v1.UpdateStandardProviderRequest
-	10, // 26: strongroom.v1.ProviderService.GetClientIdentity:input_type -> strongroom.v1.GetClientIdentityRequest
-	12, // 27: strongroom.v1.ProviderService.CheckProvider:input_type -> strongroom.v1.CheckProviderRequest
-	14, // 28: strongroom.v1.ProviderService.ListProviders:input_type -> strongroom.v1.ListProvidersRequest
-	16, // 29: strongroom.v1.ProviderService.GetProvider:input_type -> strongroom.v1.GetProviderRequest
-	17, // 30: strongroom.v1.ProviderService.ExportProvider:input_type -> strongroom.v1.ExportProviderRequest
-	19, // 31: strongroom.v1.ProviderService.ConfirmProviderBackup:input_type -> strongroom.v1.ConfirmProviderBackupRequest
-	20, // 32: strongroom.v1.ProviderService.ImportProvider:input_type -> strongroom.v1.ImportProviderRequest
-	22, // 33: strongroom.v1.ProviderService.SetDefaultProvider:input_type -> strongroom.v1.SetDefaultProviderRequest
-	24, // 34: strongroom.v1.ProviderService.GetProviderUsage:input_type -> strongroom.v1.GetProviderUsageRequest
-	27, // 35: strongroom.v1.ProviderService.ListOrphanKeys:input_type -> strongroom.v1.ListOrphanKeysRequest
-	30, // 36: strongroom.v1.ProviderService.DestroyOrphanKeys:input_type -> strongroom.v1.DestroyOrphanKeysRequest
-	31, // 37: strongroom.v1.ProviderService.DeleteProvider:input_type -> strongroom.v1.DeleteProviderRequest
-	0,  // 38: strongroom.v1.ProviderService.CreateNativeProvider:output_type -> strongroom.v1.Provider
-	5,  // 39: strongroom.v1.ProviderService.InspectKeyServers:output_type -> strongroom.v1.InspectKeyServersResponse
-	0,  // 40: strongroom.v1.ProviderService.AddStandardProvider:output_type -> strongroom.v1.Provider
-	0,  // 41: strongroom.v1.ProviderService.UpdateStandardProvider:output_type -> strongroom.v1.Provider
-	11, // 42: strongroom.v1.ProviderService.GetClientIdentity:output_type -> strongroom.v1.ClientIdentity
-	0,  // 43: strongroom.v1.ProviderService.CheckProvider:output_type -> strongroom.v1.Provider
-	15, // 44: strongroom.v1.ProviderService.ListProviders:output_type -> strongroom.v1.ListProvidersResponse
-	0,  // 45: strongroom.v1.ProviderService.GetProvider:output_type -> strongroom.v1.Provider
-	18, // 46: strongroom.v1.ProviderService.ExportProvider:output_type -> strongroom.v1.ExportProviderResponse
-	0,  // 47: strongroom.v1.ProviderService.ConfirmProviderBackup:output_type -> strongroom.v1.Provider
-	21, // 48: strongroom.v1.ProviderService.ImportProvider:output_type -> strongroom.v1.ImportProviderResponse
-	23, // 49: strongroom.v1.ProviderService.SetDefaultProvider:output_type -> strongroom.v1.SetDefaultProviderResponse
-	25, // 50: strongroom.v1.ProviderService.GetProviderUsage:output_type -> strongroom.v1.GetProviderUsageResponse
-	28, // 51: strongroom.v1.ProviderService.ListOrphanKeys:output_type -> strongroom.v1.ListOrphanKeysResponse
-	34, // 52: strongroom.v1.ProviderService.DestroyOrphanKeys:output_type -> strongroom.v1.Task
-	32, // 53: strongroom.v1.ProviderService.DeleteProvider:output_type -> strongroom.v1.DeleteProviderResponse
-	38, // [38:54] is the sub-list for method output_type
-	22, // [22:38] is the sub-list for method input_type
-	22, // [22:22] is the sub-list for extension type_name
-	22, // [22:22] is the sub-list for extension extendee
-	0,  // [0:22] is the sub-list for field type_name
+	4,  // 3: strongroom.v1.StandardProvider.servers:type_name -> strongroom.v1.KeyServer
+	5,  // 4: strongroom.v1.StandardProvider.client_certificate:type_name -> strongroom.v1.CertificateInfo
+	36, // 5: strongroom.v1.StandardProvider.established:type_name -> google.protobuf.Timestamp
+	2,  // 6: strongroom.v1.StandardProvider.wrapping:type_name -> strongroom.v1.Wrapping
+	3,  // 7: strongroom.v1.Wrapping.current:type_name -> strongroom.v1.WrappingKey
+	36, // 8: strongroom.v1.Wrapping.next_rotation:type_name -> google.protobuf.Timestamp
+	3,  // 9: strongroom.v1.Wrapping.replaced:type_name -> strongroom.v1.WrappingKey
+	36, // 10: strongroom.v1.WrappingKey.made:type_name -> google.protobuf.Timestamp
+	36, // 11: strongroom.v1.WrappingKey.replaced:type_name -> google.protobuf.Timestamp
+	36, // 12: strongroom.v1.WrappingKey.ended:type_name -> google.protobuf.Timestamp
+	5,  // 13: strongroom.v1.KeyServer.certificate:type_name -> strongroom.v1.CertificateInfo
+	36, // 14: strongroom.v1.CertificateInfo.not_before:type_name -> google.protobuf.Timestamp
+	36, // 15: strongroom.v1.CertificateInfo.not_after:type_name -> google.protobuf.Timestamp
+	4,  // 16: strongroom.v1.InspectKeyServersResponse.servers:type_name -> strongroom.v1.KeyServer
+	10, // 17: strongroom.v1.AddStandardProviderRequest.settings:type_name -> strongroom.v1.StandardSettings
+	10, // 18: strongroom.v1.UpdateStandardProviderRequest.settings:type_name -> strongroom.v1.StandardSettings
+	11, // 19: strongroom.v1.StandardSettings.servers:type_name -> strongroom.v1.TrustedServer
+	0,  // 20: strongroom.v1.ListProvidersResponse.providers:type_name -> strongroom.v1.Provider
+	0,  // 21: strongroom.v1.ImportProviderResponse.provider:type_name -> strongroom.v1.Provider
+	36, // 22: strongroom.v1.ImportProviderResponse.exported:type_name -> google.protobuf.Timestamp
+	28, // 23: strongroom.v1.GetProviderUsageResponse.users:type_name -> strongroom.v1.KeyUser
+	31, // 24: strongroom.v1.ListOrphanKeysResponse.keys:type_name -> strongroom.v1.OrphanKey
+	36, // 25: strongroom.v1.ListOrphanKeysResponse.before:type_name -> google.protobuf.Timestamp
+	36, // 26: strongroom.v1.OrphanKey.created:type_name -> google.protobuf.Timestamp
+	36, // 27: strongroom.v1.OrphanKey.unused_since:type_name -> google.protobuf.Timestamp
+	36, // 28: strongroom.v1.DestroyOrphanKeysRequest.before:type_name -> google.protobuf.Timestamp
+	15, // 29: strongroom.v1.ProviderService.CreateNativeProvider:input_type -> strongroom.v1.CreateNativeProviderRequest
+	6,  // 30: strongroom.v1.ProviderService.InspectKeyServers:input_type -> strongroom.v1.InspectKeyServersRequest
+	8,  // 31: strongroom.v1.ProviderService.AddStandardProvider:input_type -> strongroom.v1.AddStandardProviderRequest
+	9,  // 32: strongroom.v1.ProviderService.UpdateStandardProvider:input_type -> strongroom.v1.UpdateStandardProviderRequest
+	12, // 33: strongroom.v1.ProviderService.GetClientIdentity:input_type -> strongroom.v1.GetClientIdentityRequest
+	14, // 34: strongroom.v1.ProviderService.CheckProvider:input_type -> strongroom.v1.CheckProviderRequest
+	16, // 35: strongroom.v1.ProviderService.ListProviders:input_type -> strongroom.v1.ListProvidersRequest
+	18, // 36: strongroom.v1.ProviderService.GetProvider:input_type -> strongroom.v1.GetProviderRequest
+	19, // 37: strongroom.v1.ProviderService.ExportProvider:input_type -> strongroom.v1.ExportProviderRequest
+	21, // 38: strongroom.v1.ProviderService.ConfirmProviderBackup:input_type -> strongroom.v1.ConfirmProviderBackupRequest
+	22, // 39: strongroom.v1.ProviderService.ImportProvider:input_type -> strongroom.v1.ImportProviderRequest
+	24, // 40: strongroom.v1.ProviderService.SetDefaultProvider:input_type -> strongroom.v1.SetDefaultProviderRequest
+	26, // 41: strongroom.v1.ProviderService.GetProviderUsage:input_type -> strongroom.v1.GetProviderUsageRequest
+	29, // 42: strongroom.v1.ProviderService.ListOrphanKeys:input_type -> strongroom.v1.ListOrphanKeysRequest
+	32, // 43: strongroom.v1.ProviderService.DestroyOrphanKeys:input_type -> strongroom.v1.DestroyOrphanKeysRequest
+	33, // 44: strongroom.v1.ProviderService.RotateProvider:input_type -> strongroom.v1.RotateProviderRequest
+	34, // 45: strongroom.v1.ProviderService.DeleteProvider:input_type -> strongroom.v1.DeleteProviderRequest
+	0,  // 46: strongroom.v1.ProviderService.CreateNativeProvider:output_type -> strongroom.v1.Provider
+	7,  // 47: strongroom.v1.ProviderService.InspectKeyServers:output_type -> strongroom.v1.InspectKeyServersResponse
+	0,  // 48: strongroom.v1.ProviderService.AddStandardProvider:output_type -> strongroom.v1.Provider
+	0,  // 49: strongroom.v1.ProviderService.UpdateStandardProvider:output_type -> strongroom.v1.Provider
+	13, // 50: strongroom.v1.ProviderService.GetClientIdentity:output_type -> strongroom.v1.ClientIdentity
+	0,  // 51: strongroom.v1.ProviderService.CheckProvider:output_type -> strongroom.v1.Provider
+	17, // 52: strongroom.v1.ProviderService.ListProviders:output_type -> strongroom.v1.ListProvidersResponse
+	0,  // 53: strongroom.v1.ProviderService.GetProvider:output_type -> strongroom.v1.Provider
+	20, // 54: strongroom.v1.ProviderService.ExportProvider:output_type -> strongroom.v1.ExportProviderResponse
+	0,  // 55: strongroom.v1.ProviderService.ConfirmProviderBackup:output_type -> strongroom.v1.Provider
+	23, // 56: strongroom.v1.ProviderService.ImportProvider:output_type -> strongroom.v1.ImportProviderResponse
+	25, // 57: strongroom.v1.ProviderService.SetDefaultProvider:output_type -> strongroom.v1.SetDefaultProviderResponse
+	27, // 58: strongroom.v1.ProviderService.GetProviderUsage:output_type -> strongroom.v1.GetProviderUsageResponse
+	30, // 59: strongroom.v1.ProviderService.ListOrphanKeys:output_type -> strongroom.v1.ListOrphanKeysResponse
+	37, // 60: strongroom.v1.ProviderService.DestroyOrphanKeys:output_type -> strongroom.v1.Task
+	37, // 61: strongroom.v1.ProviderService.RotateProvider:output_type -> strongroom.v1.Task
+	35, // 62: strongroom.v1.ProviderService.DeleteProvider:output_type -> strongroom.v1.DeleteProviderResponse
+	46, // [46:63] is the sub-list for method output_type
+	29, // [29:46] is the sub-list for method input_type
+	29, // [29:29] is the sub-list for extension type_name
+	29, // [29:29] is the sub-list for extension extendee
+	0,  // [0:29] is the sub-list for field type_name
 }
 
 func init() { file_strongroom_v1_provider_proto_init() }
@@ -2394,7 +2683,7 @@ func file_strongroom_v1_provider_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_strongroom_v1_provider_proto_rawDesc), len(file_strongroom_v1_provider_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   33,
+			NumMessages:   36,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -122,6 +122,10 @@ func (w world) keyServerConditions(alarmID string, p inventory.Provider) []Condi
 		if p.State == inventory.NotEstablished {
 			add(target, "", strings.Join(p.Details, " "))
 		}
+	case AlarmRotationOverdue:
+		if late := p.Standard.Wrapping.Overdue(w.now); late != "" {
+			add(target, "", late)
+		}
 	case AlarmClientCertificate:
 		if ending := p.Standard.Certificate.Ending(w.now); ending != "" {
 			add(target, "", ending)

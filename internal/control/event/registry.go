@@ -59,6 +59,11 @@ const (
 
 	ProviderOrphansDestroyed = "strongroom.kms.OrphansDestroyed"
 
+	WrappingKeyRotated = "strongroom.kms.WrappingKeyRotated"
+	WrappingKeyEnded   = "strongroom.kms.WrappingKeyEnded"
+	RotationOverdue    = "strongroom.kms.crypto.RotationOverdue"
+	RotationUpToDate   = "strongroom.kms.crypto.RotationUpToDate"
+
 	KeyServerFailed    = "strongroom.kms.crypto.Failure"
 	KeyServerRecovered = "strongroom.kms.crypto.Recovered"
 	ServerCertEnding   = "strongroom.kms.crypto.ServerCertWarning"
@@ -128,6 +133,10 @@ func Types() []Type {
 		{ProviderEstablished, Info, "{target} is established"},
 		{ProviderUpdated, Info, "{principal} changed {target}"},
 		{ProviderOrphansDestroyed, Warning, "{principal} had {keys} keys of {target} destroyed that nothing known here needed"},
+		{WrappingKeyRotated, Info, "{target} has the new wrapping key {key_id}; {vms} VMs follow"},
+		{WrappingKeyEnded, Info, "Nothing here needs the replaced wrapping key {key_id} of {target}: its use was ended at the key server"},
+		{RotationOverdue, Warning, "{target} has not got the new wrapping key that it is to have: {details}"},
+		{RotationUpToDate, Info, "{target} has the wrapping key that it is to have"},
 		{KeyServerFailed, Error, "Key server {server} of {target} cannot be used: {details}"},
 		{KeyServerRecovered, Info, "{target} can be used"},
 		{ServerCertEnding, Warning, "The certificate of key server {server} of {target} {details}"},
@@ -202,6 +211,7 @@ const (
 	AlarmKeyServer              = "key-server-failure"
 	AlarmServerCertificate      = "key-server-certificate"
 	AlarmClientCertificate      = "key-client-certificate"
+	AlarmRotationOverdue        = "key-rotation-overdue"
 )
 
 // AlarmTypes returns every sort of alarm.
@@ -246,6 +256,11 @@ func AlarmTypes() []AlarmType {
 			ID: AlarmClientCertificate, Name: "KMS Client Certificate Status", Check: "The controller's certificates for key servers are valid for long enough",
 			Raised: ClientCertEnding, Cleared: ClientCertWell,
 			Hint: "strongroom provider set-client {provider}", RepeatHours: 24,
+		},
+		{
+			ID: AlarmRotationOverdue, Name: "Wrapping Key Rotation", Check: "The wrapping keys of all key providers are replaced in time",
+			Raised: RotationOverdue, Cleared: RotationUpToDate,
+			Hint: "strongroom provider show {provider}", RepeatHours: 24,
 		},
 		{
 			ID: AlarmVMLocked, Name: "Virtual Machine Locked", Check: "All VMs are unlocked",

@@ -62,7 +62,7 @@ func New(db *store.DB) *Inventory {
 		hosts:      store.NewTable[Host](db, "host", 1),
 		datastores: store.NewTable[Datastore](db, "datastore", 1),
 		vms:        store.NewTable[VM](db, "vm", 1),
-		providers:  store.NewTable[Provider](db, "provider", 2),
+		providers:  store.NewTable[Provider](db, "provider", 3),
 		names:      store.NewTable[nameOwner](db, "name", 1),
 		burnt:      store.NewTable[providerName](db, "provider-name", 1),
 		retired:    store.NewTable[Retired](db, "retired-key", 1),

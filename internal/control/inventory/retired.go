@@ -73,10 +73,13 @@ func (inv *Inventory) Retired(ctx context.Context, provider string) (map[string]
 // ForgetRetired forgets a key that is destroyed. One that is not known is no
 // error.
 func (inv *Inventory) ForgetRetired(ctx context.Context, k KeyRef) error {
-	if err := inv.retired.Delete(ctx, retiredKey(k)); err != nil && !errors.Is(err, store.ErrNotFound) {
-		return errs.Wrap(err, "cannot forget key %s of key provider %s", k.KeyID, k.Provider)
-	}
-	return nil
+	err := inv.db.Txn(ctx, func(tx *store.Tx) error {
+		if err := inv.retired.In(tx).Delete(ctx, retiredKey(k)); err != nil && !errors.Is(err, store.ErrNotFound) {
+			return err
+		}
+		return inv.forgetReplaced(ctx, tx, k)
+	})
+	return errs.Wrap(err, "cannot forget key %s of key provider %s", k.KeyID, k.Provider)
 }
 
 // KeptVMs returns the VMs that were unregistered and not registered or deleted

@@ -51,6 +51,9 @@ type Standard struct {
 	// Established is when a key was first made, got and destroyed; zero after
 	// servers or credentials changed.
 	Established time.Time `json:"established,omitzero"`
+	// Wrapping is set once one key was to wrap those of all VMs; nil: each VM has
+	// had its own ever since.
+	Wrapping *Wrapping `json:"wrapping,omitempty"`
 }
 
 // KeyServer is a server of a standard provider and how it was found last.
@@ -137,7 +140,7 @@ func (inv *Inventory) UpdateStandard(ctx context.Context, name string, f func(*S
 			return errs.New(errs.InvalidState, "key provider %s is not a standard one", name)
 		}
 		next := *p.Standard
-		next.Servers = slices.Clone(next.Servers)
+		next.Servers, next.Wrapping = slices.Clone(next.Servers), next.Wrapping.clone()
 		if err := f(&next); err != nil {
 			return err
 		}

@@ -69,6 +69,10 @@ type Controller struct {
 	wake       chan struct{} // buffered by one: remediate soon
 	starved    chan struct{} // buffered by one: a host lacks a KEK
 	look       chan struct{} // buffered by one: check the key servers soon
+	due        chan struct{} // buffered by one: a wrapping key may be due
+	stray      chan struct{} // buffered by one: a VM may have another key than it is to have
+	reluctant  reluctant
+	now        func() time.Time // for rotation
 
 	said said
 
@@ -106,7 +110,8 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) (err error) {
 // controller.
 func open(ctx context.Context, cfg Config, log *slog.Logger, hashing access.Hashing) (_ *Controller, err error) {
 	c := &Controller{
-		cfg: cfg, log: log, servers: &standard.Set{}, wake: make(chan struct{}, 1), starved: make(chan struct{}, 1), look: make(chan struct{}, 1), beatLife: heartbeatLife,
+		cfg: cfg, log: log, servers: &standard.Set{}, wake: make(chan struct{}, 1), starved: make(chan struct{}, 1), look: make(chan struct{}, 1),
+		due: make(chan struct{}, 1), stray: make(chan struct{}, 1), reluctant: reluctant{vms: map[string]pause{}}, now: time.Now, beatLife: heartbeatLife,
 		said: said{keys: map[string][]inventory.KeyRef{}}, orphanAgeMin: orphanAgeMin,
 	}
 	defer func() {
@@ -191,6 +196,8 @@ func (c *Controller) run(ctx context.Context, listener net.Listener) error {
 	group.Go(func() error { return c.remediate(ctx) })
 	group.Go(func() error { return c.supply(ctx) })
 	group.Go(func() error { return c.watchKeyServers(ctx) })
+	group.Go(func() error { return c.rotate(ctx) })
+	group.Go(func() error { return c.follow(ctx) })
 	group.Go(func() error { return c.signAudit(ctx) })
 	group.Go(func() error {
 		return c.credential.KeepFresh(ctx, c.ca.Certificate(), renewRetry, c.renew, func(err error) {

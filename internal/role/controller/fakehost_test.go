@@ -363,18 +363,23 @@ func (h *fakeHost) newVM(id, name, datastore string, key *strongroomv1.KeyRef, d
 	return vm
 }
 
-// wrap encrypts a VM's disks under a key, or rekeys them; a key that they have
-// changes nothing.
-func wrap(vm *strongroomv1.VM, key *strongroomv1.KeyRef) {
+// wrap encrypts a VM's disks under a key, or rekeys them, and the VM with them
+// unless some are named; a key that they have changes nothing.
+func wrap(vm *strongroomv1.VM, key *strongroomv1.KeyRef, disks ...string) {
 	if key == nil {
 		return
 	}
 	for _, d := range vm.GetDisks() {
+		if len(disks) > 0 && !slices.Contains(disks, d.GetName()) {
+			continue
+		}
 		if !proto.Equal(d.GetKey(), key) {
 			d.Encrypted, d.Key, d.Generation, d.Cipher = true, key, d.GetGeneration()+1, "xts-aes-256"
 		}
 	}
-	vm.Key = key
+	if len(disks) == 0 {
+		vm.Key = key
+	}
 }
 
 func (h *fakeHost) find(id string) (*strongroomv1.VM, error) {
@@ -493,7 +498,7 @@ func (h *fakeHost) DecryptVM(_ context.Context, req *connect.Request[strongroomv
 }
 
 func (h *fakeHost) RekeyVM(_ context.Context, req *connect.Request[strongroomv1.AgentRekeyVMRequest], out *connect.ServerStream[strongroomv1.AgentProgress]) error {
-	return h.work(out, req.Msg.GetId(), func(vm *strongroomv1.VM) { wrap(vm, req.Msg.GetKey()) })
+	return h.work(out, req.Msg.GetId(), func(vm *strongroomv1.VM) { wrap(vm, req.Msg.GetKey(), req.Msg.GetDisks()...) })
 }
 
 func (h *fakeHost) SetRekeyRate(_ context.Context, req *connect.Request[strongroomv1.AgentSetRekeyRateRequest]) (*connect.Response[strongroomv1.AgentSetRekeyRateResponse], error) {

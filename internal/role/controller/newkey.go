@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"log/slog"
 	"slices"
+	"time"
 
 	"github.com/google/uuid"
 
@@ -47,32 +48,72 @@ func (c *Controller) makeKey(ctx context.Context, r *task.Run, _ inventory.Host,
 	if err := r.Data(&made); err != nil {
 		return nil, err
 	}
+	if made.Object == "" && !a.Deep { // a deep rekey has a KEK of its own
+		shared, key, err := c.wrappingKey(ctx, a.NewKeyOf)
+		if err != nil {
+			return nil, err
+		}
+		if shared {
+			return nil, r.SetData(ctx, madeKey{Key: &key})
+		}
+	}
 	if made.Object == "" {
 		made.Object = uuid.NewString()
 		if err := r.SetData(ctx, made); err != nil {
 			return nil, err
 		}
 	}
-	object, err := uuid.Parse(made.Object)
+	ref, err := c.newKey(ctx, a.NewKeyOf, made.Object, standard.Labels{Identifier: a.ID, Component: standard.ComponentVM, Name: a.Name})
 	if err != nil {
-		return nil, errs.New(errs.Corrupt, "data of task %s: %w", r.Task().ID, err)
+		return nil, err
 	}
-	p, err := c.servers.Lookup(a.NewKeyOf)
+	made.Key = &ref
+	return nil, r.SetData(ctx, made)
+}
+
+// newKey has a provider make the key for an object (UUID), or finds the one that
+// it made, and labels it.
+func (c *Controller) newKey(ctx context.Context, provider, object string, labels standard.Labels) (inventory.KeyRef, error) {
+	id, err := uuid.Parse(object)
 	if err != nil {
-		return nil, keyError("make a key", a.NewKeyOf, "", err)
+		return inventory.KeyRef{}, errs.New(errs.Corrupt, "object of a key: %w", err)
 	}
-	ref, kek, err := p.NewKEK(ctx, object)
+	p, err := c.servers.Lookup(provider)
 	if err != nil {
-		return nil, keyError("make a key", a.NewKeyOf, "", err)
+		return inventory.KeyRef{}, keyError("make a key", provider, "", err)
+	}
+	ref, kek, err := p.NewKEK(ctx, id)
+	if err != nil {
+		return inventory.KeyRef{}, keyError("make a key", provider, "", err)
 	}
 	kek.Close() // got again when a host is sure to be there for it
 	// Before the key is noted: a step that is cut off before that labels it again.
-	if err := p.Label(ctx, ref, standard.Labels{Identifier: a.ID, Component: standard.ComponentVM, Name: a.Name}); err != nil {
+	if err := p.Label(ctx, ref, labels); err != nil {
 		c.log.LogAttrs(ctx, slog.LevelInfo, "the key server takes no labels for its key", slog.String("key", ref.String()), slog.Any("err", err))
 	}
-	made.Key = &inventory.KeyRef{Provider: ref.Provider, KeyID: ref.KeyID}
-	return nil, r.SetData(ctx, made)
+	return inventory.KeyRef{Provider: ref.Provider, KeyID: ref.KeyID}, nil
 }
+
+// wrappingKey returns the key that wraps what is new, if the provider shares one
+// among its VMs. While the first one is being made it asks for patience.
+func (c *Controller) wrappingKey(ctx context.Context, provider string) (shared bool, key inventory.KeyRef, err error) {
+	p, err := c.inv.Provider(ctx, provider)
+	if err != nil || p.Standard == nil || !p.Standard.Wrapping.On() {
+		return false, key, err
+	}
+	switch w := p.Standard.Wrapping; {
+	case w.Current != nil:
+		return true, inventory.KeyRef{Provider: provider, KeyID: w.Current.KeyID}, nil
+	case w.Problem != "":
+		return false, key, errs.New(errs.Unavailable, "key provider %s has no wrapping key yet: %s", provider, w.Problem).WithReason(reasonUnreachable).
+			WithHint("strongroom provider check %s", provider)
+	}
+	ring(c.due)
+	return false, key, &task.Retry{After: firstKeyWait, Reason: "the first wrapping key of key provider " + provider + " is being made"}
+}
+
+// firstKeyWait is how soon a task looks again for the first wrapping key.
+const firstKeyWait = 200 * time.Millisecond
 
 // unmakeKey destroys the key of a task that failed, unless something uses it or
 // might: better a key too many at the key server than one too few.
@@ -138,7 +179,7 @@ func (c *Controller) keysOfTasks(ctx context.Context, clusterID string) ([]inven
 	for _, t := range active {
 		var made madeKey
 		var a vmArgs
-		if len(t.Data) == 0 || json.Unmarshal(t.Data, &made) != nil || made.Key == nil || json.Unmarshal(t.Args, &a) != nil {
+		if len(t.Data) == 0 || json.Unmarshal(t.Data, &made) != nil || made.Key == nil || json.Unmarshal(t.Args, &a) != nil || a.HostID == "" {
 			continue // of another kind of task
 		}
 		if h, err := c.inv.HostByID(ctx, a.HostID); err == nil && h.ClusterID == clusterID {

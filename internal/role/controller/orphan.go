@@ -37,6 +37,10 @@ const (
 	orphanAge    = 30 * 24 * time.Hour // that is asked for if none is said
 	orphanAgeMin = 24 * time.Hour
 
+	// What the audit log calls the end of a key's use, and of the key.
+	actionDeactivate = "provider.deactivate-key"
+	actionDestroy    = "provider.destroy-key"
+
 	reasonHostSilent = "HostNotResponding"
 
 	orphanBatch = 256 // keys looked at before what is needed is asked anew
@@ -78,6 +82,7 @@ func (s *said) get(hostID string) (keys []inventory.KeyRef, ok bool) {
 type need struct {
 	registered map[string]bool // key ids that registered VMs need
 	other      map[string]bool // key ids that something else needs
+	wrapping   map[string]bool // key ids of wrapping keys whose use was not ended
 	names      map[string]bool // Names at the KMS of keys that tasks are making
 	kept       []string        // unregistered VMs of the provider, for people
 	silent     []string        // hosts that have not told what they have
@@ -87,7 +92,7 @@ type need struct {
 // needed finds out what needs keys of a provider. Tasks are asked first: a key
 // of a task that has ended by then is known to the inventory.
 func (c *Controller) needed(ctx context.Context, provider string) (need, error) {
-	n := need{registered: map[string]bool{}, other: map[string]bool{}, names: map[string]bool{}}
+	n := need{registered: map[string]bool{}, other: map[string]bool{}, wrapping: map[string]bool{}, names: map[string]bool{}}
 	active, err := c.tasks.List(ctx, 0, true)
 	if err != nil {
 		return n, err
@@ -140,8 +145,24 @@ func (c *Controller) needed(ctx context.Context, provider string) (need, error) 
 	for _, u := range users {
 		n.registered[u.Key.KeyID] = true
 	}
-	n.retired, err = c.inv.Retired(ctx, provider)
-	return n, err
+	if n.retired, err = c.inv.Retired(ctx, provider); err != nil {
+		return n, err
+	}
+	p, err := c.inv.Provider(ctx, provider)
+	if err != nil || p.Standard == nil || p.Standard.Wrapping == nil {
+		return n, err
+	}
+	if k := p.Standard.Wrapping.Current; k != nil {
+		n.wrapping[k.KeyID] = true
+	}
+	for _, k := range p.Standard.Wrapping.Replaced {
+		if k.Ended.IsZero() {
+			n.wrapping[k.KeyID] = true
+		} else if r := n.retired[k.KeyID]; k.Ended.After(r.Since) {
+			n.retired[k.KeyID] = inventory.Retired{Key: inventory.KeyRef{Provider: provider, KeyID: k.KeyID}, VM: r.VM, Since: k.Ended}
+		}
+	}
+	return n, nil
 }
 
 // orphan says whether a key is one, and since when.
@@ -150,8 +171,8 @@ func (n need) orphan(k standard.Key, before time.Time) (orphan, bool) {
 	if r, ok := n.retired[k.ID]; ok && r.Since.After(o.since) {
 		o.since = r.Since
 	}
-	known := k.Labels.Component == standard.ComponentVM || k.Labels.Component == standard.ComponentTrial
-	return o, known && !n.registered[k.ID] && !n.other[k.ID] && !n.names[k.Name] && !o.since.IsZero() && !o.since.After(before)
+	known := slices.Contains([]string{standard.ComponentVM, standard.ComponentWrapping, standard.ComponentTrial}, k.Labels.Component)
+	return o, known && !n.registered[k.ID] && !n.other[k.ID] && !n.wrapping[k.ID] && !n.names[k.Name] && !o.since.IsZero() && !o.since.After(before)
 }
 
 // orphans calls do with the orphans among the keys of those identifiers.
@@ -167,7 +188,7 @@ func (c *Controller) orphans(ctx context.Context, p *standard.Provider, ids []st
 		group, groupCtx := errgroup.WithContext(ctx)
 		group.SetLimit(fetchesMax)
 		for _, id := range batch {
-			if n.registered[id] || n.other[id] {
+			if n.registered[id] || n.other[id] || n.wrapping[id] {
 				continue
 			}
 			group.Go(func() error {
@@ -375,17 +396,16 @@ func (c *Controller) destroyOrphan(ctx context.Context, p *standard.Provider, t 
 		_, auditErr := c.audit.Append(audit.Entry{Actor: t.Owner, Action: action, Object: "/" + t.Target, Outcome: outcome, Details: details})
 		return errs.Wrap(auditErr, "cannot write the audit log")
 	}
-	const deactivate, destroy = "provider.deactivate-key", "provider.destroy-key"
 	if err := p.Deactivate(ctx, o.ID); err != nil {
-		return errors.Join(err, record(deactivate, audit.Failed, err))
+		return errors.Join(err, record(actionDeactivate, audit.Failed, err))
 	}
-	if err := record(deactivate, audit.Success, nil); err != nil {
+	if err := record(actionDeactivate, audit.Success, nil); err != nil {
 		return err
 	}
 	if err := p.Destroy(ctx, o.ID); err != nil {
-		return errors.Join(err, record(destroy, audit.Failed, err))
+		return errors.Join(err, record(actionDestroy, audit.Failed, err))
 	}
-	if err := record(destroy, audit.Success, nil); err != nil {
+	if err := record(actionDestroy, audit.Success, nil); err != nil {
 		return err
 	}
 	return c.inv.ForgetRetired(ctx, inventory.KeyRef{Provider: p.Name(), KeyID: o.ID})

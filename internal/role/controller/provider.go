@@ -72,7 +72,11 @@ func (c providers) show(ctx context.Context, p inventory.Provider) (*strongroomv
 	if err != nil {
 		return nil, err
 	}
-	return providerToAPI(p, len(users) > 0), nil
+	out := providerToAPI(p, len(users) > 0)
+	if p.Standard != nil && p.Standard.Wrapping != nil {
+		out.Standard.Wrapping, err = c.wrappingToAPI(ctx, p, users)
+	}
+	return out, err
 }
 
 func (c providers) ListProviders(ctx context.Context, _ *connect.Request[strongroomv1.ListProvidersRequest]) (*connect.Response[strongroomv1.ListProvidersResponse], error) {
@@ -375,7 +379,7 @@ func (c *Controller) unneededByTasks(ctx context.Context, provider string) error
 		if err := json.Unmarshal(t.Args, &a); err != nil {
 			return errs.New(errs.Corrupt, "arguments of task %s: %w", t.ID, err)
 		}
-		if a.Key != nil && a.Key.Provider == provider || a.NewKeyOf == provider {
+		if a.Key != nil && a.Key.Provider == provider || a.NewKeyOf == provider || t.Kind == taskRotate && t.Target == "provider/"+provider {
 			return errs.New(errs.InvalidState, "cannot delete key provider %s: %s of %s uses it", provider, t.Kind, t.Target).
 				WithReason("ResourceInUse").WithHint("strongroom task wait %s", t.ID)
 		}

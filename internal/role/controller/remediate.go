@@ -111,6 +111,7 @@ func (c *Controller) remediateOnce(ctx context.Context) error {
 		})
 	}
 	_ = group.Wait()
+	ring(c.stray)
 	return c.refresh(ctx)
 }
 
@@ -285,13 +286,17 @@ func (c *Controller) noteVM(ctx context.Context, hostID string, said *strongroom
 	}
 	// What it was just before this change: a heartbeat and a task may tell the
 	// same change, and it is told to users once.
+	var keys []inventory.KeyRef
 	next, err = c.inv.UpdateVM(ctx, old.ID, func(v *inventory.VM) error {
-		old = *v
+		old, keys = *v, v.Keys()
 		apply(v, said)
 		return nil
 	})
 	if err != nil {
 		return err
+	}
+	if !slices.Equal(keys, next.Keys()) {
+		c.poke() // other hosts need them too, and it may have to follow its provider
 	}
 	if old.PowerState != next.PowerState && old.PowerState != inventory.PowerUnknown {
 		kind := event.VMPoweredOff

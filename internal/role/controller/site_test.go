@@ -35,6 +35,8 @@ type site struct {
 	admin *client.Client // the first administrator
 	// beatLife replaces heartbeatLife from the next start on, if it is set.
 	beatLife time.Duration
+	// now replaces the clock of rotations, too.
+	now func() time.Time
 
 	c    *Controller
 	stop func()
@@ -90,6 +92,9 @@ func (s *site) start(l net.Listener) {
 	}
 	if s.beatLife != 0 {
 		s.c.beatLife = s.beatLife
+	}
+	if s.now != nil {
+		s.c.now = s.now
 	}
 	ended := make(chan error, 1)
 	go func() { ended <- s.c.run(ctx, l) }()

@@ -147,7 +147,13 @@ func (c *Controller) addStandard(ctx context.Context, name string, settings *str
 		return inventory.Provider{}, err
 	}
 	var s inventory.Standard
+	if err := checkKeys(nil, settings); err != nil {
+		return inventory.Provider{}, err
+	}
 	if err := c.applySettings(name, &s, settings); err != nil {
+		return inventory.Provider{}, err
+	}
+	if err := c.applyKeys(&s, settings); err != nil {
 		return inventory.Provider{}, err
 	}
 	p, err := c.inv.CreateProvider(ctx, inventory.Provider{Name: name, Type: inventory.StandardType, Standard: &s})
@@ -183,6 +189,9 @@ func (c *Controller) updateSettings(ctx context.Context, name string, settings *
 		return errs.New(errs.InvalidState, "it is a %s provider: only standard ones have key servers", p.Type)
 	}
 	s := *p.Standard
+	if err := checkKeys(s.Wrapping, settings); err != nil {
+		return err
+	}
 	if err := c.applySettings(name, &s, settings); err != nil {
 		return err
 	}
@@ -190,11 +199,15 @@ func (c *Controller) updateSettings(ctx context.Context, name string, settings *
 		s.Established = time.Time{} // what was seen was seen with others
 	}
 	if p, err = c.updateStandard(ctx, name, func(old *inventory.Standard) error {
+		wrapping := old.Wrapping // a rotation may have changed it since
 		*old = s
-		return nil
+		old.Wrapping = wrapping
+		return c.applyKeys(old, settings)
 	}); err != nil {
 		return err
 	}
+	ring(c.due)
+	ring(c.stray)
 	return c.finishSettings(name, p)
 }
 
@@ -404,6 +417,7 @@ func (c *Controller) establish(ctx context.Context, name string) error {
 		s.Established = time.Now().UTC()
 		return nil
 	})
+	ring(c.due)
 	c.poke()
 	return err
 }

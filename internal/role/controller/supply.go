@@ -109,7 +109,14 @@ func (c *Controller) getKEK(ctx context.Context, ref inventory.KeyRef) (*keymem.
 	if err != nil {
 		return nil, err
 	}
-	return p.KEK(ctx, safeRef(ref))
+	kek, err := p.KEK(ctx, safeRef(ref))
+	if errors.Is(err, standard.ErrNotActive) {
+		// Of a backup, perhaps: it is opened, and follows to the key of now.
+		if is, lookErr := c.inv.Provider(ctx, ref.Provider); lookErr == nil && is.Standard != nil && is.Standard.Wrapping.WasReplaced(ref.KeyID) {
+			return p.SupersededKEK(ctx, safeRef(ref))
+		}
+	}
+	return kek, err
 }
 
 // equip sees to it that a host has the KEKs at refs before it works with them.

@@ -120,6 +120,7 @@ func (c *Controller) taskKinds() []task.Kind {
 		one(taskUnlock, "look for keys", false, c.unlock),
 		one(taskUnregister, "unregister", true, c.unregister),
 		one(taskDelete, "delete", true, c.delete),
+		c.rotateKind(),
 		{Name: taskDestroyOrphans, Steps: []task.StepFuncs{{Name: "destroy keys that nothing needs", Do: c.destroyOrphans}}},
 	}
 }
@@ -155,6 +156,9 @@ func (c *Controller) step(do vmStep) func(context.Context, *task.Run) error {
 		later := errors.Is(err, errUnreachable) || errs.ReasonOf(err) == strongroomv1.ReasonVMBusy
 		if later && ctx.Err() == nil && waits(r.Task().Kind) {
 			return &task.Retry{After: retryAfter, Reason: err.Error()}
+		}
+		if retry := new(task.Retry); errors.As(err, &retry) {
+			return err
 		}
 		if ctx.Err() == nil {
 			err = c.conclude(ctx, r.Task(), a, err)

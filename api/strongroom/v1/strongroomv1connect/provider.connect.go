@@ -78,6 +78,9 @@ const (
 	// ProviderServiceDestroyOrphanKeysProcedure is the fully-qualified name of the ProviderService's
 	// DestroyOrphanKeys RPC.
 	ProviderServiceDestroyOrphanKeysProcedure = "/strongroom.v1.ProviderService/DestroyOrphanKeys"
+	// ProviderServiceRotateProviderProcedure is the fully-qualified name of the ProviderService's
+	// RotateProvider RPC.
+	ProviderServiceRotateProviderProcedure = "/strongroom.v1.ProviderService/RotateProvider"
 	// ProviderServiceDeleteProviderProcedure is the fully-qualified name of the ProviderService's
 	// DeleteProvider RPC.
 	ProviderServiceDeleteProviderProcedure = "/strongroom.v1.ProviderService/DeleteProvider"
@@ -133,6 +136,9 @@ type ProviderServiceClient interface {
 	// that ListOrphanKeys tells of at the time when their turn comes. It is
 	// refused while a host has not told what VMs it has.
 	DestroyOrphanKeys(context.Context, *connect.Request[v1.DestroyOrphanKeysRequest]) (*connect.Response[v1.Task], error)
+	// RotateProvider makes a new wrapping key for a standard provider. When the
+	// task has ended new wraps use it; the VMs follow in the background.
+	RotateProvider(context.Context, *connect.Request[v1.RotateProviderRequest]) (*connect.Response[v1.Task], error)
 	// DeleteProvider removes a provider here and its keys from all hosts. One
 	// that is in use is refused unless force is set.
 	DeleteProvider(context.Context, *connect.Request[v1.DeleteProviderRequest]) (*connect.Response[v1.DeleteProviderResponse], error)
@@ -239,6 +245,12 @@ func NewProviderServiceClient(httpClient connect.HTTPClient, baseURL string, opt
 			connect.WithSchema(providerServiceMethods.ByName("DestroyOrphanKeys")),
 			connect.WithClientOptions(opts...),
 		),
+		rotateProvider: connect.NewClient[v1.RotateProviderRequest, v1.Task](
+			httpClient,
+			baseURL+ProviderServiceRotateProviderProcedure,
+			connect.WithSchema(providerServiceMethods.ByName("RotateProvider")),
+			connect.WithClientOptions(opts...),
+		),
 		deleteProvider: connect.NewClient[v1.DeleteProviderRequest, v1.DeleteProviderResponse](
 			httpClient,
 			baseURL+ProviderServiceDeleteProviderProcedure,
@@ -265,6 +277,7 @@ type providerServiceClient struct {
 	getProviderUsage       *connect.Client[v1.GetProviderUsageRequest, v1.GetProviderUsageResponse]
 	listOrphanKeys         *connect.Client[v1.ListOrphanKeysRequest, v1.ListOrphanKeysResponse]
 	destroyOrphanKeys      *connect.Client[v1.DestroyOrphanKeysRequest, v1.Task]
+	rotateProvider         *connect.Client[v1.RotateProviderRequest, v1.Task]
 	deleteProvider         *connect.Client[v1.DeleteProviderRequest, v1.DeleteProviderResponse]
 }
 
@@ -343,6 +356,11 @@ func (c *providerServiceClient) DestroyOrphanKeys(ctx context.Context, req *conn
 	return c.destroyOrphanKeys.CallUnary(ctx, req)
 }
 
+// RotateProvider calls strongroom.v1.ProviderService.RotateProvider.
+func (c *providerServiceClient) RotateProvider(ctx context.Context, req *connect.Request[v1.RotateProviderRequest]) (*connect.Response[v1.Task], error) {
+	return c.rotateProvider.CallUnary(ctx, req)
+}
+
 // DeleteProvider calls strongroom.v1.ProviderService.DeleteProvider.
 func (c *providerServiceClient) DeleteProvider(ctx context.Context, req *connect.Request[v1.DeleteProviderRequest]) (*connect.Response[v1.DeleteProviderResponse], error) {
 	return c.deleteProvider.CallUnary(ctx, req)
@@ -398,6 +416,9 @@ type ProviderServiceHandler interface {
 	// that ListOrphanKeys tells of at the time when their turn comes. It is
 	// refused while a host has not told what VMs it has.
 	DestroyOrphanKeys(context.Context, *connect.Request[v1.DestroyOrphanKeysRequest]) (*connect.Response[v1.Task], error)
+	// RotateProvider makes a new wrapping key for a standard provider. When the
+	// task has ended new wraps use it; the VMs follow in the background.
+	RotateProvider(context.Context, *connect.Request[v1.RotateProviderRequest]) (*connect.Response[v1.Task], error)
 	// DeleteProvider removes a provider here and its keys from all hosts. One
 	// that is in use is refused unless force is set.
 	DeleteProvider(context.Context, *connect.Request[v1.DeleteProviderRequest]) (*connect.Response[v1.DeleteProviderResponse], error)
@@ -500,6 +521,12 @@ func NewProviderServiceHandler(svc ProviderServiceHandler, opts ...connect.Handl
 		connect.WithSchema(providerServiceMethods.ByName("DestroyOrphanKeys")),
 		connect.WithHandlerOptions(opts...),
 	)
+	providerServiceRotateProviderHandler := connect.NewUnaryHandler(
+		ProviderServiceRotateProviderProcedure,
+		svc.RotateProvider,
+		connect.WithSchema(providerServiceMethods.ByName("RotateProvider")),
+		connect.WithHandlerOptions(opts...),
+	)
 	providerServiceDeleteProviderHandler := connect.NewUnaryHandler(
 		ProviderServiceDeleteProviderProcedure,
 		svc.DeleteProvider,
@@ -538,6 +565,8 @@ func NewProviderServiceHandler(svc ProviderServiceHandler, opts ...connect.Handl
 			providerServiceListOrphanKeysHandler.ServeHTTP(w, r)
 		case ProviderServiceDestroyOrphanKeysProcedure:
 			providerServiceDestroyOrphanKeysHandler.ServeHTTP(w, r)
+		case ProviderServiceRotateProviderProcedure:
+			providerServiceRotateProviderHandler.ServeHTTP(w, r)
 		case ProviderServiceDeleteProviderProcedure:
 			providerServiceDeleteProviderHandler.ServeHTTP(w, r)
 		default:
@@ -607,6 +636,10 @@ func (UnimplementedProviderServiceHandler) ListOrphanKeys(context.Context, *conn
 
 func (UnimplementedProviderServiceHandler) DestroyOrphanKeys(context.Context, *connect.Request[v1.DestroyOrphanKeysRequest]) (*connect.Response[v1.Task], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.ProviderService.DestroyOrphanKeys is not implemented"))
+}
+
+func (UnimplementedProviderServiceHandler) RotateProvider(context.Context, *connect.Request[v1.RotateProviderRequest]) (*connect.Response[v1.Task], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.ProviderService.RotateProvider is not implemented"))
 }
 
 func (UnimplementedProviderServiceHandler) DeleteProvider(context.Context, *connect.Request[v1.DeleteProviderRequest]) (*connect.Response[v1.DeleteProviderResponse], error) {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/ovh/kmip-go"
 
 	"strongroom/internal/crypto/keysafe"
@@ -18,8 +19,9 @@ const vendor = "Strongroom"
 
 // The components that keys are for.
 const (
-	ComponentVM    = "Virtual Machine"
-	ComponentTrial = "Trial Key" // of [Provider.Probe]
+	ComponentVM       = "Virtual Machine"
+	ComponentWrapping = "Wrapping Key" // of all VMs of a provider
+	ComponentTrial    = "Trial Key"    // of [Provider.Probe]
 )
 
 // Labels are what is written to a key at the KMS for the people who look there,
@@ -28,7 +30,7 @@ const (
 type Labels struct {
 	Identifier string // x-Identifier: the VM's UUID
 	Component  string // x-Component: one of the above
-	Name       string // x-Name: the VM's name
+	Name       string // x-Name: the VM's name, of a wrapping key the provider's
 }
 
 // ownerLabel has the installation that made the key: [Config.Installation].
@@ -126,7 +128,31 @@ func (p *Provider) mark(ctx, caller context.Context, id string) (Key, error) {
 // whose use has ended is no error. It returns an error wrapping [ErrNotOurs] and
 // does nothing if the labels of the key say otherwise.
 func (p *Provider) Deactivate(caller context.Context, id string) error {
-	return p.change(caller, id, p.deactivate)
+	return p.change(caller, id, func(ctx context.Context, id string) error {
+		return p.deactivate(ctx, id, kmip.RevocationReasonCodeCessationOfOperation)
+	})
+}
+
+// Supersede ends the use of the wrapping key that [Provider.NewKEK] made for an
+// object: see [Provider.SupersededKEK]. One whose use has ended, and one that is
+// not there any more, is no error. The key is known by its Name: not every key
+// server takes labels.
+func (p *Provider) Supersede(caller context.Context, objectID uuid.UUID) error {
+	ctx, done, err := p.begin(caller)
+	if err != nil {
+		return err
+	}
+	defer done()
+	found, err := p.client.Find(ctx, nameOf(objectID))
+	for _, id := range found {
+		if err == nil {
+			err = p.deactivate(ctx, id, kmip.RevocationReasonCodeSuperseded)
+		}
+	}
+	if errs.KindOf(err) == errs.NotFound {
+		return nil
+	}
+	return p.outcome(caller, err)
 }
 
 // Destroy has the KMS forget a key that the installation made and whose use has
@@ -147,10 +173,10 @@ func (p *Provider) change(caller context.Context, id string, do func(context.Con
 	return p.outcome(caller, do(ctx, id))
 }
 
-func (p *Provider) deactivate(ctx context.Context, id string) error {
+func (p *Provider) deactivate(ctx context.Context, id string, why kmip.RevocationReasonCode) error {
 	state, err := p.client.State(ctx, id)
 	if err != nil || state != kmip.StateActive {
 		return err
 	}
-	return p.client.Revoke(ctx, id, kmip.RevocationReasonCodeCessationOfOperation)
+	return p.client.Revoke(ctx, id, why)
 }

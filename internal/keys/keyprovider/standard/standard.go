@@ -18,6 +18,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -191,12 +192,22 @@ func (p *Provider) newKEK(caller context.Context, objectID uuid.UUID) (keysafe.R
 	if err := ref.Validate(); err != nil {
 		return keysafe.Ref{}, nil, fmt.Errorf("%w: its key server gave a key an identifier that cannot be stored: %w", keyprovider.ErrUnavailable, err)
 	}
-	kek, err := p.get(ctx, id, true)
+	kek, err := p.get(ctx, id, kmip.StateActive, kmip.StatePreActive)
 	return ref, kek, p.outcome(caller, err)
 }
 
 // KEK implements [keyprovider.Provider].
 func (p *Provider) KEK(caller context.Context, ref keysafe.Ref) (*keymem.Key, error) {
+	return p.kek(caller, ref, false)
+}
+
+// SupersededKEK is [Provider.KEK] of a wrapping key that was replaced: also when
+// its use was ended, to open what it wrapped before.
+func (p *Provider) SupersededKEK(caller context.Context, ref keysafe.Ref) (*keymem.Key, error) {
+	return p.kek(caller, ref, true)
+}
+
+func (p *Provider) kek(caller context.Context, ref keysafe.Ref, ended bool) (*keymem.Key, error) {
 	if ref.Provider != p.name {
 		return nil, fmt.Errorf("cannot get KEK %s from key provider %s: %w", ref, p.name, keyprovider.ErrWrongProvider)
 	}
@@ -205,29 +216,35 @@ func (p *Provider) KEK(caller context.Context, ref keysafe.Ref) (*keymem.Key, er
 		return nil, fmt.Errorf("cannot get KEK %s: %w", ref, err)
 	}
 	defer done()
-	kek, err := p.get(ctx, ref.KeyID, false)
+	usable := []kmip.State{kmip.StateActive}
+	if ended {
+		usable = append(usable, kmip.StateDeactivated)
+	}
+	kek, err := p.get(ctx, ref.KeyID, usable...)
 	if err != nil {
 		return nil, fmt.Errorf("cannot get KEK %s: %w", ref, p.outcome(caller, err))
 	}
 	return kek, nil
 }
 
-// get returns an active key, or if it may be activated, one that is not yet.
-func (p *Provider) get(ctx context.Context, id string, activate bool) (*keymem.Key, error) {
+// get returns a key that is in one of those states. One that is Pre-Active is
+// activated.
+func (p *Provider) get(ctx context.Context, id string, usable ...kmip.State) (*keymem.Key, error) {
 	state, err := p.client.State(ctx, id)
 	if err != nil {
 		return nil, err
 	}
 	switch {
-	case state == kmip.StateActive:
-	case state == kmip.StatePreActive && activate:
-		if err := p.client.Activate(ctx, id); err != nil {
-			return nil, err
-		}
+	case slices.Contains(usable, state):
 	case state == kmip.StateDestroyed, state == kmip.StateDestroyedCompromised:
 		return nil, keyprovider.ErrNotFound
 	default:
 		return nil, fmt.Errorf("%w: its state is %s", ErrNotActive, stateName(state))
+	}
+	if state == kmip.StatePreActive {
+		if err := p.client.Activate(ctx, id); err != nil {
+			return nil, err
+		}
 	}
 	kek, err := p.client.Get(ctx, id)
 	if err != nil {
@@ -286,7 +303,7 @@ func (p *Provider) Discard(caller context.Context, objectID uuid.UUID) error {
 		return p.outcome(caller, err)
 	}
 	for _, id := range found {
-		err := p.deactivate(ctx, id)
+		err := p.deactivate(ctx, id, kmip.RevocationReasonCodeCessationOfOperation)
 		if err == nil {
 			err = p.client.Destroy(ctx, id)
 		}
