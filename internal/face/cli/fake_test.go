@@ -112,8 +112,10 @@ func (c *controller) ListProviders(context.Context, *connect.Request[strongroomv
 }
 
 func (c *controller) GetProvider(_ context.Context, r *connect.Request[strongroomv1.GetProviderRequest]) (*connect.Response[strongroomv1.Provider], error) {
-	if r.Msg.GetName() == standardProvider.GetName() {
-		return reply(standardProvider)
+	for _, p := range []*strongroomv1.Provider{standardProvider, wrappingProvider} {
+		if r.Msg.GetName() == p.GetName() {
+			return reply(p)
+		}
 	}
 	if r.Msg.GetName() != provider.GetName() {
 		return nil, apierr.To(errs.New(errs.NotFound, "no provider %q", r.Msg.GetName()).WithHint("strongroom provider ls"))

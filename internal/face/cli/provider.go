@@ -22,13 +22,15 @@ work without the controller. The keys of a standard provider are made and kept
 by a key management server (KMS), which is asked over KMIP; hosts have them in
 memory only.
 
-A provider cannot be renamed, and its key never changes: to rotate, create a new
-one, make it the default, and rekey the VMs to it.`,
+A provider cannot be renamed, and the key of a native one never changes: to rotate,
+create a new one, make it the default, and rekey the VMs to it. A standard one has
+a key for each VM, or one wrapping key, which it can replace at intervals.`,
 		newProviderCreateNativeCmd(env), newProviderBackupCmd(env), newProviderImportCmd(env),
 		newProviderAddStandardCmd(env), newProviderTrustCmd(env), newProviderUpdateCmd(env),
 		newProviderSetClientCmd(env), newProviderClientCertCmd(env), newProviderCheckCmd(env),
 		newProviderDefaultCmd(env), newProviderLsCmd(env), newProviderShowCmd(env),
-		newProviderUsageCmd(env), newProviderOrphansCmd(env), newProviderDeleteCmd(env))
+		newProviderUsageCmd(env), newProviderRotateCmd(env), newProviderOrphansCmd(env),
+		newProviderDeleteCmd(env))
 }
 
 func newProviderCreateNativeCmd(env *Env) *cobra.Command {

@@ -23,10 +23,10 @@ func newProviderOrphansCmd(env *Env) *cobra.Command {
 		Short: "List keys at a key server that nothing needs, or destroy them",
 		Long: `List the keys at a standard provider's key server that this installation made and
 that nothing known here needs: keys of VMs that were rekeyed, decrypted or
-deleted, and of tasks that were cut off. Never listed are keys that other
-controllers or vCenters made, those that a registered VM needs, powered off or
-locked, and those of a VM that was unregistered, whose folder can be registered
-again.
+deleted, wrapping keys that were replaced, and keys of tasks that were cut off.
+Never listed are keys that other controllers or vCenters made, those that a
+registered VM needs, powered off or locked, and those of a VM that was
+unregistered, whose folder can be registered again.
 
 With --destroy they are destroyed: the key server deactivates and then forgets
 each of them, which nobody can take back, and the audit log has a record of each.

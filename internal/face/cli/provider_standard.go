@@ -178,6 +178,7 @@ func newProviderAddStandardCmd(env *Env) *cobra.Command {
 	var own clientFlags
 	var credential credentialFlags
 	var access string
+	var keys keysFlags
 	cmd := &cobra.Command{
 		Use:   "add-standard NAME --server HOST:PORT",
 		Short: "Add a standard key provider: a key server (KMS)",
@@ -195,15 +196,23 @@ fingerprint with what the server's administrator says.
 The provider gives keys once "strongroom provider check NAME" has seen the
 server make, give and destroy one; that is tried at once.
 
+The key server makes a key for each VM. With --wrapping-key it makes one that wraps
+the keys of all VMs, for a key server that counts or charges keys; --rotate-every
+has it replaced at intervals.
+
 Needs the privilege Cryptographer.ManageKeyServers.`,
 		Example: `  strongroom provider add-standard kms-1 --server kms-a.example:5696 --server kms-b.example:5696
   strongroom provider client-cert kms-1 --out kms-1-client.pem
-  strongroom provider check kms-1`,
+  strongroom provider check kms-1
+  strongroom provider add-standard kms-2 --server kms-a.example:5696 --wrapping-key --rotate-every 90d`,
 		Args: exactArgs("the provider's name"),
 		RunE: env.withClient("add the provider", func(cmd *cobra.Command, c *client.Client, args []string) error {
 			settings := &strongroomv1.StandardSettings{Proxy: servers.proxy, TimeoutSeconds: servers.timeout, HostAccess: access}
 			defer clearSettings(settings)
 			if err := own.read(settings); err != nil {
+				return err
+			}
+			if err := keys.read(cmd, settings); err != nil {
 				return err
 			}
 			var err error
@@ -231,6 +240,7 @@ Needs the privilege Cryptographer.ManageKeyServers.`,
 	}
 	servers.add(cmd, true)
 	credential.add(cmd)
+	keys.add(cmd, false)
 	own.add(cmd, "client-")
 	addHostAccess(cmd, &access)
 	return cmd
@@ -293,26 +303,36 @@ func (env *Env) updateAndCheck(ctx context.Context, c *client.Client, name strin
 
 func newProviderUpdateCmd(env *Env) *cobra.Command {
 	var credential credentialFlags
+	var keys keysFlags
 	var proxy, access string
 	var timeout uint32
 	cmd := &cobra.Command{
 		Use:   "update NAME",
-		Short: "Change the credential, proxy, timeout or host access of a standard provider",
-		Long: `Change how a standard provider's key servers are reached and by whom, and the user
-name and password for them. What is not given stays. Addresses and certificates
-are changed with "strongroom provider trust".
+		Short: "Change the credential, proxy, timeout, host access or keys of a standard provider",
+		Long: `Change how a standard provider's key servers are reached and by whom, the user name
+and password for them, and whether each VM has a key at the key server or one
+wrapping key is for all. What is not given stays. Addresses and certificates are
+changed with "strongroom provider trust".
+
+When the keys change, new VMs get theirs the new way, and the others follow in the
+background, while they run: "strongroom provider show" tells how many are to.
 
 ` + hostAccessHelp + `
 
 Needs the privilege Cryptographer.ManageKeyServers.`,
 		Example: `  strongroom provider update kms-1 --user app-1 --password-file pw
   strongroom provider update kms-1 --proxy none --timeout 10
-  strongroom provider update kms-1 --host-access direct`,
+  strongroom provider update kms-1 --host-access direct
+  strongroom provider update kms-1 --wrapping-key --rotate-every 90d
+  strongroom provider update kms-1 --key-per-vm`,
 		Args:              exactArgs("the provider's name"),
 		ValidArgsFunction: env.completeFirst(providerNames),
 		RunE: env.withClient("change the provider", func(cmd *cobra.Command, c *client.Client, args []string) error {
 			settings := &strongroomv1.StandardSettings{Proxy: proxy, TimeoutSeconds: timeout, HostAccess: access}
 			defer clearSettings(settings)
+			if err := keys.read(cmd, settings); err != nil {
+				return err
+			}
 			if err := env.readCredential(credential, settings); err != nil {
 				return err
 			}
@@ -321,6 +341,7 @@ Needs the privilege Cryptographer.ManageKeyServers.`,
 	}
 	credential.add(cmd)
 	addHostAccess(cmd, &access)
+	keys.add(cmd, true)
 	cmd.Flags().StringVar(&proxy, "proxy", "", "`HOST:PORT` of an HTTP proxy in front of the servers, or none")
 	cmd.Flags().Uint32Var(&timeout, "timeout", 0, "`seconds` for connecting, for the TLS handshake, and for each request, 1 to 60")
 	return cmd
@@ -440,6 +461,7 @@ func (env *Env) standardFields(s *strongroomv1.StandardProvider) []field {
 		fields = append(fields, field{"Proxy", s.GetProxy()})
 	}
 	fields = append(fields, field{"Timeout", fmt.Sprintf("%d s", s.GetTimeoutSeconds())}, field{"Host access", s.GetHostAccess()})
+	fields = append(fields, env.wrappingFields(s.GetWrapping())...)
 	for _, server := range s.GetServers() {
 		state := server.GetStatus()
 		if server.GetProblem() != "" {

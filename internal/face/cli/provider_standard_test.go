@@ -46,7 +46,7 @@ func settings(s *strongroomv1.StandardSettings) string {
 	for _, server := range s.GetServers() {
 		all = append(all, server.GetAddress()+" "+server.GetFingerprint()[:11])
 	}
-	for name, v := range map[string]string{"user": s.GetUser(), "proxy": s.GetProxy(), "method": s.GetClientMethod(), "access": s.GetHostAccess()} {
+	for name, v := range map[string]string{"user": s.GetUser(), "proxy": s.GetProxy(), "method": s.GetClientMethod(), "access": s.GetHostAccess(), "keys": s.GetKeys()} {
 		if v != "" {
 			all = append(all, name+" "+v)
 		}
@@ -55,6 +55,9 @@ func settings(s *strongroomv1.StandardSettings) string {
 		if n > 0 {
 			all = append(all, fmt.Sprintf("%s %d", name, n))
 		}
+	}
+	if n := s.GetRotateDays(); n != 0 {
+		all = append(all, fmt.Sprintf("rotate %d", n))
 	}
 	slices.Sort(all)
 	return strings.Join(all, ", ")

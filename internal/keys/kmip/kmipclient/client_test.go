@@ -34,6 +34,7 @@ type losing struct {
 	net.Listener
 	armed    atomic.Int32
 	refusing atomic.Bool // close new connections at once
+	accepted atomic.Int32
 }
 
 func (l *losing) Accept() (net.Conn, error) {
@@ -41,6 +42,7 @@ func (l *losing) Accept() (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
+	l.accepted.Add(1)
 	if l.refusing.Load() {
 		c.Close()
 	}
@@ -371,6 +373,113 @@ func TestLostAnswers(t *testing.T) {
 	var unknown *UnknownOutcome
 	if !errors.As(err, &unknown) || !strings.HasPrefix(unknown.Key, "strongroom-") {
 		t.Errorf("got %v, want an unknown outcome that names the key", err)
+	}
+}
+
+// TestLostOnNewConnection loses each write of a server on a new connection, of
+// handshake, negotiation and answer: what reads is asked once more, with nobody
+// else to ask, and a change is done once. What breaks twice is told.
+func TestLostOnNewConnection(t *testing.T) {
+	t.Parallel()
+	ca := testca.New(t)
+	store := kmipserver.NewMemory()
+	defer store.Close()
+	l, stop := start(t, ca, store, "127.0.0.1:0")
+	defer stop()
+	c := newClient(t, ca, nil, l.Addr().String())
+	ctx := t.Context()
+	id, err := c.Create(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fresh := func(n int32) {
+		s := c.servers[0]
+		s.forget()
+		s.mark(errors.New("so that the version is negotiated anew"))
+		l.armed.Store(n)
+	}
+	const writesMax = 20
+	n := int32(1)
+	for ; ; n++ {
+		if n > writesMax {
+			t.Fatalf("an answer over a new connection takes more than %d writes", writesMax)
+		}
+		fresh(n)
+		key, err := c.Get(ctx, id)
+		if err != nil {
+			t.Errorf("write %d lost: %v", n, err)
+			continue
+		}
+		key.Close()
+		if l.armed.Swap(0) > 0 {
+			break
+		}
+		made := fmt.Sprintf("strongroom-%d", n)
+		fresh(n)
+		if _, err := c.CreateNamed(ctx, made); err != nil {
+			t.Errorf("creation, write %d lost: %v", n, err)
+		}
+		if found, err := c.Find(ctx, made); err != nil || len(found) != 1 {
+			t.Errorf("creation, write %d lost: %d keys, %v", n, len(found), err)
+		}
+	}
+	if n < 4 {
+		t.Errorf("only %d writes were lost", n-1)
+	}
+	l.refusing.Store(true)
+	fresh(0)
+	if _, err := c.Get(ctx, id); errs.KindOf(err) != errs.Unavailable {
+		t.Errorf("from a server that breaks each connection: %v", err)
+	}
+}
+
+// TestReturnToPreferred: the first server is asked again once it has been left
+// alone for long enough, although the second works.
+func TestReturnToPreferred(t *testing.T) {
+	t.Parallel()
+	ca := testca.New(t)
+	store := kmipserver.NewMemory()
+	defer store.Close()
+	first, stopFirst := start(t, ca, store, "127.0.0.1:0")
+	second, _ := start(t, ca, store, "127.0.0.1:0")
+	addr := first.Addr().String()
+	c := newClient(t, ca, func(c *Config) { c.Retry = time.Hour }, addr, second.Addr().String())
+	id, err := c.Create(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	// asked says which of the servers are asked: those that take another connection.
+	asked := func() [2]bool {
+		t.Helper()
+		var before [2]int32
+		for i, l := range []*losing{first, second} {
+			before[i] = l.accepted.Load()
+			c.servers[i].forget()
+		}
+		if _, err := c.State(t.Context(), id); err != nil {
+			t.Fatal(err)
+		}
+		return [2]bool{first.accepted.Load() > before[0], second.accepted.Load() > before[1]}
+	}
+	if got := asked(); got != [2]bool{true, false} {
+		t.Errorf("with both: asked %v", got)
+	}
+	stopFirst()
+	if got := asked(); got != [2]bool{false, true} {
+		t.Errorf("with the second alone: asked %v", got)
+	}
+	first, _ = start(t, ca, store, addr)
+	if got := asked(); got != [2]bool{false, true} {
+		t.Errorf("just after the return: asked %v, want the second for a while", got)
+	}
+	s := c.servers[0]
+	s.mu.Lock()
+	s.failed = s.failed.Add(-c.config.Retry) // as if that time had passed
+	s.mu.Unlock()
+	for range 2 {
+		if got := asked(); got != [2]bool{true, false} {
+			t.Errorf("later: asked %v, want the first", got)
+		}
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"strings"
@@ -135,10 +136,16 @@ func (c *Client) give(s *server, k *conn) {
 }
 
 // exchange sends p to s alone. When a connection that had been idle breaks,
-// that says nothing about s: what only reads is asked again over a new one.
+// that says nothing about s: what only reads is asked again over a new one. When
+// a new one breaks, what s cannot have done is asked once more: there may be no
+// other server to ask.
 func (c *Client) exchange(ctx context.Context, s *server, p kmip.OperationPayload, key string, change bool) (kmip.OperationPayload, error) {
-	for {
+	for again := false; ; {
 		k, err := c.take(ctx, s)
+		if err != nil && !again && broke(err) && ctx.Err() == nil {
+			again = true
+			continue
+		}
 		if err != nil {
 			s.mark(err)
 			return nil, err
@@ -152,14 +159,25 @@ func (c *Client) exchange(ctx context.Context, s *server, p kmip.OperationPayloa
 		}
 		k.Close()
 		if !k.reused {
-			s.mark(err)
-			return nil, err
+			if again || change && errors.Is(err, errLost) || !broke(err) || ctx.Err() != nil {
+				s.mark(err)
+				return nil, err
+			}
+			again = true
+			continue
 		}
 		s.forget()
 		if change || ctx.Err() != nil {
 			return nil, err
 		}
 	}
+}
+
+// broke reports whether a connection that had been made ended, other than by a
+// deadline: who did not answer in time has cost enough of it.
+func broke(err error) bool {
+	var op *net.OpError
+	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.As(err, &op) && (op.Op == "read" || op.Op == "write") && !op.Timeout()
 }
 
 // ask negotiates if need be, and sends p over k.
