@@ -111,7 +111,7 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) (err error) {
 func open(ctx context.Context, cfg Config, log *slog.Logger, hashing access.Hashing) (_ *Controller, err error) {
 	c := &Controller{
 		cfg: cfg, log: log, servers: &standard.Set{}, wake: make(chan struct{}, 1), starved: make(chan struct{}, 1), look: make(chan struct{}, 1),
-		due: make(chan struct{}, 1), stray: make(chan struct{}, 1), reluctant: reluctant{vms: map[string]pause{}}, now: time.Now, beatLife: heartbeatLife,
+		due: make(chan struct{}, 1), stray: make(chan struct{}, 1), reluctant: reluctant{again: followAgainMin, vms: map[string]pause{}}, now: time.Now, beatLife: heartbeatLife,
 		said: said{keys: map[string][]inventory.KeyRef{}}, orphanAgeMin: orphanAgeMin,
 	}
 	defer func() {

@@ -35,8 +35,9 @@ const (
 
 // reluctant are VMs that failed to follow. It is safe for concurrent use.
 type reluctant struct {
-	mu  sync.Mutex
-	vms map[string]pause // by id
+	again time.Duration // the first pause
+	mu    sync.Mutex
+	vms   map[string]pause // by id
 }
 
 type pause struct {
@@ -49,7 +50,7 @@ func (r *reluctant) failed(vm string, now time.Time) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	p := r.vms[vm]
-	p.next = min(max(2*p.next, followAgainMin), followAgainMax)
+	p.next = min(max(2*p.next, r.again), followAgainMax)
 	p.until = now.Add(p.next)
 	r.vms[vm] = p
 }
@@ -155,7 +156,7 @@ func (c *Controller) followVM(ctx context.Context, id, provider string) error {
 			return nil // the VM's own key follows when somebody rekeys all of the VM
 		}
 	}
-	t, err := c.tasks.Submit(ctx, task.Request{Kind: taskRekey, Target: "vm/" + v.Name, Locks: locks(taskRekey, v.Name, args), Owner: callerOf(ctx).name(), Args: args})
+	t, err := c.tasks.Submit(ctx, task.Request{Kind: taskRekey, Target: "vm/" + v.Name, Locks: locks(taskRekey, v.Name, args), Owner: callerName(ctx), Args: args})
 	if errs.ReasonOf(err) == "TaskInProgress" {
 		return nil
 	}
@@ -230,7 +231,7 @@ func (c *Controller) endWrappingKey(ctx context.Context, name string, k inventor
 		return keyError("end the use of", name, k.KeyID, err)
 	}
 	if _, err := c.audit.Append(audit.Entry{
-		Actor: callerOf(ctx).name(), Action: actionDeactivate, Object: "/provider/" + name, Outcome: audit.Success,
+		Actor: callerName(ctx), Action: actionDeactivate, Object: "/provider/" + name, Outcome: audit.Success,
 		Details: map[string]string{"provider": name, "key_id": k.KeyID, "component": "Wrapping Key", "reason": "Superseded"},
 	}); err != nil {
 		return errs.Wrap(err, "cannot write the audit log")

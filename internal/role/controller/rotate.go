@@ -64,7 +64,7 @@ func (c *Controller) submitRotation(ctx context.Context, name string) (task.Task
 		return task.Task{}, err
 	}
 	return c.tasks.Submit(ctx, task.Request{
-		Kind: taskRotate, Target: "provider/" + name, Locks: []string{"provider/" + name + "/rotation"}, Owner: callerOf(ctx).name(), Args: rotateArgs{Provider: name},
+		Kind: taskRotate, Target: "provider/" + name, Locks: []string{"provider/" + name + "/rotation"}, Owner: callerName(ctx), Args: rotateArgs{Provider: name},
 	})
 }
 

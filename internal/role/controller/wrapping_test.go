@@ -38,6 +38,9 @@ func (s *site) current(name, other string) string {
 	eventually(s.t, "another wrapping key, which all VMs have", func() bool {
 		w := s.getProvider(name).GetStandard().GetWrapping()
 		id = w.GetCurrent().GetKeyId()
+		if w.GetVmsToFollow() > 0 {
+			s.c.poke() // for one that failed at first
+		}
 		return id != "" && id != other && w.GetVmsToFollow() == 0
 	})
 	return id
