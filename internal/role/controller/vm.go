@@ -400,7 +400,7 @@ func (c *Controller) notShared(ctx context.Context, args vmArgs, v inventory.VM,
 	has := func(k *inventory.KeyRef) bool {
 		return k == nil || k.Provider == p.Name && k.KeyID == p.Standard.Wrapping.Current.KeyID
 	}
-	if len(args.Disks) == 0 && !has(v.Key) || slices.ContainsFunc(chosen, func(d inventory.Disk) bool { return !has(d.Key) }) {
+	if len(args.Disks) == 0 && (!has(v.Key) || len(p.Standard.Wrapping.Strays(p.Name, v)) > 0) || slices.ContainsFunc(chosen, func(d inventory.Disk) bool { return !has(d.Key) }) {
 		return nil
 	}
 	return errs.New(errs.InvalidState, "VM %s has the wrapping key of key provider %s, which all its VMs share, already", v.Name, p.Name).
