@@ -201,7 +201,6 @@ func TestWrappingKey(t *testing.T) {
 // keyErrorReason is the reason that people are told.
 func keyErrorReason(err error) string { return errs.ReasonOf(keyError("get key", "kms-1", "x", err)) }
 
-
 // TestWrappingMode: a provider changes between a key for each VM and one for
 // all, and the VMs follow, those that cannot at once later; disks that have keys
 // of other providers keep them.
@@ -222,7 +221,11 @@ func TestWrappingMode(t *testing.T) {
 		t.Fatalf("%d keys, want one for each VM", n)
 	}
 	for _, bad := range []*strongroomv1.StandardSettings{
-		{RotateDays: 90}, {Keys: "some"}, {Keys: keysWrapping, RotateDays: 29}, {Keys: keysWrapping, RotateDays: 3651}, {Keys: keysWrapping, RotateDays: -2},
+		{RotateDays: 90},
+		{Keys: "some"},
+		{Keys: keysWrapping, RotateDays: 29},
+		{Keys: keysWrapping, RotateDays: 3651},
+		{Keys: keysWrapping, RotateDays: -2},
 		{Keys: keysPerVM, RotateDays: 30},
 	} {
 		wantKind(t, s.update("kms-1", bad), errs.Invalid)
@@ -278,7 +281,10 @@ func TestWrappingMode(t *testing.T) {
 	}
 	named(near, "locked-1", func(vm *strongroomv1.VM) { vm.CryptoState, vm.LockReason = "unlocked", "" })
 	named(near, "busy-1", func(vm *strongroomv1.VM) { vm.Disks[0].Rekey = nil })
-	named(near, "mixed-1", func(vm *strongroomv1.VM) { vm.Disks[1].Key = vm.GetDisks()[0].GetKey(); vm.Key = vm.GetDisks()[0].GetKey() })
+	named(near, "mixed-1", func(vm *strongroomv1.VM) {
+		vm.Disks[1].Key = vm.GetDisks()[0].GetKey()
+		vm.Key = vm.GetDisks()[0].GetKey()
+	})
 	far.change(func() { far.instance = "second" })
 	far.beat()
 	if got := s.current("kms-1", ""); got != shared {
