@@ -2,6 +2,7 @@ package controller
 
 import (
 	"context"
+	"slices"
 
 	strongroomv1 "strongroom/api/strongroom/v1"
 	"strongroom/internal/control/inventory"
@@ -97,4 +98,24 @@ func (c *Controller) wrappingToAPI(ctx context.Context, p inventory.Provider, us
 		}
 	}
 	return out, nil
+}
+
+// notShared returns an error if a shallow rekey of those disks would change
+// nothing, because the key that it would give them is the one that they have.
+func (c *Controller) notShared(ctx context.Context, args vmArgs, v inventory.VM, chosen []inventory.Disk) error {
+	if args.Deep || args.NewKeyOf == "" {
+		return nil
+	}
+	p, err := c.inv.Provider(ctx, args.NewKeyOf)
+	if err != nil || p.Standard == nil || !p.Standard.Wrapping.On() || p.Standard.Wrapping.Current == nil {
+		return err
+	}
+	has := func(k *inventory.KeyRef) bool {
+		return k == nil || k.Provider == p.Name && k.KeyID == p.Standard.Wrapping.Current.KeyID
+	}
+	if len(args.Disks) == 0 && (!has(v.Key) || len(p.Standard.Wrapping.Strays(p.Name, v)) > 0) || slices.ContainsFunc(chosen, func(d inventory.Disk) bool { return !has(d.Key) }) {
+		return nil
+	}
+	return errs.New(errs.InvalidState, "VM %s has the wrapping key of key provider %s, which all its VMs share, already", v.Name, p.Name).
+		WithReason("WrappingKeyInUse").WithHint("for a new wrapping key: strongroom provider rotate %s; for a new data key: strongroom vm rekey %s --deep", p.Name, v.Name)
 }
