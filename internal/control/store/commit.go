@@ -12,6 +12,9 @@ const (
 	// groupBytes how many bytes of values they write, unless one writes more.
 	groupMax   = 64
 	groupBytes = 1 << 20
+	// groupOps is how many comparisons or writes one of them has at most: what the
+	// database refuses for having too many must not take others along.
+	groupOps = 256
 )
 
 // pending is a transaction that waits to be committed with others.
@@ -35,13 +38,18 @@ func together(group []*pending, next *pending) bool {
 	if len(group) == groupMax || size > groupBytes {
 		return false
 	}
+	if next.large() {
+		return false
+	}
 	for _, p := range group {
-		if p.tx.leased() || next.tx.leased() || p.tx.disturbs(next.tx) || next.tx.disturbs(p.tx) {
+		if p.large() || p.tx.leased() || next.tx.leased() || p.tx.disturbs(next.tx) || next.tx.disturbs(p.tx) {
 			return false
 		}
 	}
 	return true
 }
+
+func (p *pending) large() bool { return len(p.cmps) > groupOps || len(p.ops) > groupOps }
 
 // leased reports whether tx binds a key to a lease: if that has run out, the
 // whole of what is committed with it fails.

@@ -128,3 +128,45 @@ func TestCommitsTogether(t *testing.T) {
 		t.Errorf("%d of %d own keys are there, %v", len(mine), own.Load(), err)
 	}
 }
+
+// TestLargeAmongOthers: a transaction with as many writes as there may be is
+// committed, and one with more fails alone, whoever comes at the same time.
+func TestLargeAmongOthers(t *testing.T) {
+	t.Parallel()
+	ctx := t.Context()
+	db, err := store.Open(ctx, store.Config{Dir: t.TempDir()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	numbers := store.NewTable[int](db, "numbers", 1)
+	large := func(name string, n int) error {
+		return db.Txn(ctx, func(tx *store.Tx) error {
+			for i := range n {
+				if err := numbers.In(tx).Set(fmt.Sprintf("%s%d", name, i), i); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
+	var all sync.WaitGroup
+	for w := range 8 {
+		all.Go(func() {
+			for n := range 40 {
+				if err := numbers.Put(ctx, fmt.Sprintf("small%d-%d", w, n), n); err != nil {
+					t.Errorf("a small one: %v", err)
+				}
+			}
+		})
+	}
+	for n := range 4 {
+		if err := large(fmt.Sprintf("full%d-", n), 4096); err != nil {
+			t.Errorf("4096 writes: %v", err)
+		}
+		if err := large(fmt.Sprintf("over%d-", n), 4097); err == nil {
+			t.Error("4097 writes were committed")
+		}
+	}
+	all.Wait()
+}
