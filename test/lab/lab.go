@@ -347,9 +347,9 @@ func (h *Host) Crash() error {
 	return nil
 }
 
-// Children returns the processes that have the host's run folder in their
-// command line or open: the volume processes and QEMU. They live in sessions of
-// their own, so their parent does not tell.
+// Children returns the processes that have a VM's run folder in their command
+// line: the volume processes and QEMU. They live in sessions of their own, so their
+// parent does not tell. A host that has just started also tries what QEMU can do.
 func (h *Host) Children() ([]int, error) {
 	procs, err := os.ReadDir("/proc")
 	if err != nil {
@@ -368,7 +368,8 @@ func (h *Host) Children() ([]int, error) {
 		if err != nil {
 			return nil, err
 		}
-		if bytes.Contains(cmdline, []byte(filepath.Join(h.dir, "run"))) {
+		run := filepath.Join(h.dir, "run")
+		if bytes.Contains(cmdline, []byte(run)) && !bytes.Contains(cmdline, []byte(filepath.Join(run, "probe"))) {
 			pids = append(pids, pid)
 		}
 	}

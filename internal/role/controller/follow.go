@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/google/uuid"
@@ -31,6 +32,8 @@ const (
 	// the second.
 	followAgainMin = time.Minute
 	followAgainMax = time.Hour
+	// followBusyAgain is when one that had another task is looked at again.
+	followBusyAgain = 5 * time.Second
 )
 
 // reluctant are VMs that failed to follow. It is safe for concurrent use.
@@ -67,21 +70,32 @@ func (r *reluctant) paused(vm string, now time.Time) bool {
 	return now.Before(r.vms[vm].until)
 }
 
+// errFollowLater says that a VM has another task now.
+var errFollowLater = errors.New("another task is under way")
+
 // follow has VMs follow their providers, after each remediation and each
 // rotation.
 func (c *Controller) follow(ctx context.Context) error {
+	var again <-chan time.Time
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-c.stray:
+		case <-again:
 		}
-		if err := c.followOnce(ctx); err != nil && ctx.Err() == nil {
+		err := c.followOnce(ctx)
+		again = nil
+		if errors.Is(err, errFollowLater) {
+			again = time.After(followBusyAgain)
+		} else if err != nil && ctx.Err() == nil {
 			c.log.LogAttrs(ctx, slog.LevelError, "VMs do not follow their key provider; it is tried again", slog.Any("err", err))
 		}
 	}
 }
 
+// followOnce has all follow that can. It returns [errFollowLater] if others may
+// soon.
 func (c *Controller) followOnce(ctx context.Context) error {
 	all, err := c.inv.Providers(ctx)
 	if err != nil {
@@ -96,12 +110,16 @@ func (c *Controller) followOnce(ctx context.Context) error {
 		return err
 	}
 	var group errgroup.Group
+	var later atomic.Bool
 	group.SetLimit(followsMax)
 	for _, v := range vms {
 		for _, p := range all {
 			if ctx.Err() == nil && len(p.Standard.Wrapping.Strays(p.Name, v)) > 0 && !c.reluctant.paused(v.ID, time.Now()) {
 				group.Go(func() error {
-					if err := c.followVM(ctx, v.ID, p.Name); err != nil && ctx.Err() == nil {
+					err := c.followVM(ctx, v.ID, p.Name)
+					if errors.Is(err, errFollowLater) {
+						later.Store(true)
+					} else if err != nil && ctx.Err() == nil {
 						c.reluctant.failed(v.ID, time.Now())
 						c.log.LogAttrs(ctx, slog.LevelWarn, "VM does not follow its key provider; it is tried again", slog.String("vm", v.Name),
 							slog.String("provider", p.Name), slog.Any("err", err))
@@ -118,11 +136,14 @@ func (c *Controller) followOnce(ctx context.Context) error {
 			failed = errors.Join(failed, errs.Wrap(err, "key provider %s", p.Name))
 		}
 	}
+	if failed == nil && later.Load() {
+		return errFollowLater
+	}
 	return failed
 }
 
 // followVM rekeys a VM to the key of a provider that it is to have. One that
-// cannot be rekeyed now is left for later.
+// cannot be rekeyed now is left for later: with [errFollowLater] for soon.
 func (c *Controller) followVM(ctx context.Context, id, provider string) error {
 	// As they are now: this VM's turn may have come long after the pass began.
 	v, err := c.inv.VMByID(ctx, id)
@@ -158,7 +179,7 @@ func (c *Controller) followVM(ctx context.Context, id, provider string) error {
 	}
 	t, err := c.tasks.Submit(ctx, task.Request{Kind: taskRekey, Target: "vm/" + v.Name, Locks: locks(taskRekey, v.Name, args), Owner: callerName(ctx), Args: args})
 	if errs.ReasonOf(err) == "TaskInProgress" {
-		return nil
+		return errFollowLater
 	}
 	if err != nil {
 		return err
