@@ -32,8 +32,6 @@ const (
 	// the second.
 	followAgainMin = time.Minute
 	followAgainMax = time.Hour
-	// followBusyAgain is when one that had another task is looked at again.
-	followBusyAgain = 5 * time.Second
 )
 
 // reluctant are VMs that failed to follow. It is safe for concurrent use.
@@ -70,8 +68,9 @@ func (r *reluctant) paused(vm string, now time.Time) bool {
 	return now.Before(r.vms[vm].until)
 }
 
-// errFollowLater says that a VM has another task now.
-var errFollowLater = errors.New("another task is under way")
+// errFollowLater says that a VM is to be looked at again: it has another task now,
+// or failed to follow.
+var errFollowLater = errors.New("it follows later")
 
 // follow has VMs follow their providers, after each remediation and each
 // rotation.
@@ -87,7 +86,7 @@ func (c *Controller) follow(ctx context.Context) error {
 		err := c.followOnce(ctx)
 		again = nil
 		if errors.Is(err, errFollowLater) {
-			again = time.After(followBusyAgain)
+			again = time.After(c.reluctant.again)
 		} else if err != nil && ctx.Err() == nil {
 			c.log.LogAttrs(ctx, slog.LevelError, "VMs do not follow their key provider; it is tried again", slog.Any("err", err))
 		}
@@ -95,7 +94,7 @@ func (c *Controller) follow(ctx context.Context) error {
 }
 
 // followOnce has all follow that can. It returns [errFollowLater] if others may
-// soon.
+// soon, and nothing else went wrong.
 func (c *Controller) followOnce(ctx context.Context) error {
 	all, err := c.inv.Providers(ctx)
 	if err != nil {
@@ -114,12 +113,17 @@ func (c *Controller) followOnce(ctx context.Context) error {
 	group.SetLimit(followsMax)
 	for _, v := range vms {
 		for _, p := range all {
-			if ctx.Err() == nil && len(p.Standard.Wrapping.Strays(p.Name, v)) > 0 && !c.reluctant.paused(v.ID, time.Now()) {
+			if ctx.Err() == nil && len(p.Standard.Wrapping.Strays(p.Name, v)) > 0 {
+				if c.reluctant.paused(v.ID, time.Now()) {
+					later.Store(true)
+					continue
+				}
 				group.Go(func() error {
 					err := c.followVM(ctx, v.ID, p.Name)
-					if errors.Is(err, errFollowLater) {
+					if err != nil {
 						later.Store(true)
-					} else if err != nil && ctx.Err() == nil {
+					}
+					if err != nil && !errors.Is(err, errFollowLater) && ctx.Err() == nil {
 						c.reluctant.failed(v.ID, time.Now())
 						c.log.LogAttrs(ctx, slog.LevelWarn, "VM does not follow its key provider; it is tried again", slog.String("vm", v.Name),
 							slog.String("provider", p.Name), slog.Any("err", err))
@@ -143,7 +147,8 @@ func (c *Controller) followOnce(ctx context.Context) error {
 }
 
 // followVM rekeys a VM to the key of a provider that it is to have. One that
-// cannot be rekeyed now is left for later: with [errFollowLater] for soon.
+// cannot be rekeyed now is left for later, with [errFollowLater] if that may be
+// soon.
 func (c *Controller) followVM(ctx context.Context, id, provider string) error {
 	// As they are now: this VM's turn may have come long after the pass began.
 	v, err := c.inv.VMByID(ctx, id)

@@ -93,7 +93,7 @@ func (s *site) start(l net.Listener) {
 	if s.beatLife != 0 {
 		s.c.beatLife = s.beatLife
 	}
-	s.c.reluctant.again = time.Millisecond
+	s.c.reluctant.again = 100 * time.Millisecond
 	if s.now != nil {
 		s.c.now = s.now
 	}
