@@ -105,7 +105,7 @@ func (c *Controller) wrappingKey(ctx context.Context, provider string) (shared b
 	case w.Current != nil:
 		return true, inventory.KeyRef{Provider: provider, KeyID: w.Current.KeyID}, nil
 	case w.Problem != "":
-		return false, key, errs.New(errs.Unavailable, "key provider %s has no wrapping key yet: %s", provider, w.Problem).WithReason(reasonUnreachable).
+		return false, key, errs.New(errs.Unavailable, "key provider %s has no wrapping key yet: %s", provider, w.Problem).WithReason(standard.ReasonUnreachable).
 			WithHint("strongroom provider check %s", provider)
 	}
 	ring(c.due)

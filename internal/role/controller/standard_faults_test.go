@@ -11,6 +11,7 @@ import (
 	"strongroom/client"
 	"strongroom/internal/control/event"
 	"strongroom/internal/errs"
+	"strongroom/internal/keys/keyprovider/standard"
 	"strongroom/internal/keys/kmip/kmipclient"
 	"strongroom/internal/keys/kmip/testca"
 	"strongroom/test/kms"
@@ -136,7 +137,7 @@ func TestLostKMSAnswers(t *testing.T) {
 		s.accounted(t, server, "creation, lost answer", n)
 		if err == nil {
 			s.success(client.Call(t.Context(), s.admin.VM().DeleteVM, &strongroomv1.DeleteVMRequest{Name: name}))
-		} else if done || errs.ReasonOf(err) != reasonUnreachable { // there is no other server to ask
+		} else if done || errs.ReasonOf(err) != standard.ReasonUnreachable { // there is no other server to ask
 			t.Errorf("creation, lost answer %d: %v", n, err)
 		}
 		for id := range materials(t, server, clientName) { // as a clean-up does, so that the next one is alone
@@ -165,7 +166,7 @@ func TestLostKMSAnswers(t *testing.T) {
 		f.arm(n, nil)
 		_, err := s.ended(must[strongroomv1.Task](t)(client.Call(t.Context(), s.admin.VM().RekeyVM, &strongroomv1.RekeyVMRequest{Name: "web-1"})))
 		done := f.disarm()
-		if err == nil || errs.KindOf(err) != errs.NoSpace && (done || errs.ReasonOf(err) != reasonUnreachable) {
+		if err == nil || errs.KindOf(err) != errs.NoSpace && (done || errs.ReasonOf(err) != standard.ReasonUnreachable) {
 			t.Errorf("failed rekey, lost answer %d: %v", n, err)
 		}
 		s.accounted(t, server, "failed rekey, lost answer", n)

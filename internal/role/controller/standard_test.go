@@ -22,6 +22,7 @@ import (
 	"strongroom/internal/control/event"
 	"strongroom/internal/control/inventory"
 	"strongroom/internal/errs"
+	"strongroom/internal/keys/keyprovider/standard"
 	"strongroom/internal/keys/kmip/kmipclient"
 	"strongroom/internal/keys/kmip/kmipserver"
 	"strongroom/internal/keys/kmip/testca"
@@ -233,11 +234,11 @@ func TestStandardOutage(t *testing.T) {
 	// From an empty one it does not.
 	h.change(func() { clear(h.keks) })
 	_, err := s.ended(must[strongroomv1.Task](t)(client.Call(t.Context(), s.admin.VM().PowerOnVM, &strongroomv1.PowerOnVMRequest{Name: "web-1"})))
-	if errs.KindOf(err) != errs.Locked || errs.ReasonOf(err) != reasonUnreachable || !strings.Contains(err.Error(), "kms-1") || !strings.Contains(err.Error(), ref.KeyID) {
+	if errs.KindOf(err) != errs.Locked || errs.ReasonOf(err) != standard.ReasonUnreachable || !strings.Contains(err.Error(), "kms-1") || !strings.Contains(err.Error(), ref.KeyID) {
 		t.Errorf("power-on: %v (%v, %s)", err, errs.KindOf(err), errs.ReasonOf(err))
 	}
 	_, err = s.ended(must[strongroomv1.Task](t)(client.Call(t.Context(), s.admin.VM().RekeyVM, &strongroomv1.RekeyVMRequest{Name: "web-1"})))
-	if errs.KindOf(err) != errs.Unavailable || errs.ReasonOf(err) != reasonUnreachable {
+	if errs.KindOf(err) != errs.Unavailable || errs.ReasonOf(err) != standard.ReasonUnreachable {
 		t.Errorf("rekey: %v (%v, %s)", err, errs.KindOf(err), errs.ReasonOf(err))
 	}
 	// A controller that starts without its key servers is well.
@@ -253,7 +254,7 @@ func TestStandardOutage(t *testing.T) {
 		&strongroomv1.UpdateStandardProviderRequest{Name: "kms-1", Settings: standardSettings(server2)}))
 	h.change(func() { clear(h.keks) })
 	_, err = s.ended(must[strongroomv1.Task](t)(client.Call(t.Context(), s.admin.VM().PowerOnVM, &strongroomv1.PowerOnVMRequest{Name: "web-1"})))
-	if errs.KindOf(err) != errs.Locked || errs.ReasonOf(err) != reasonMissing {
+	if errs.KindOf(err) != errs.Locked || errs.ReasonOf(err) != standard.ReasonMissing {
 		t.Errorf("power-on with a KMS that lost the key: %v (%v, %s)", err, errs.KindOf(err), errs.ReasonOf(err))
 	}
 

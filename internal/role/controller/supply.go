@@ -20,14 +20,9 @@ import (
 	"strongroom/internal/keys/keyprovider/standard"
 )
 
-// Reasons why a key cannot be had, with vSphere's names.
-const (
-	reasonUnreachable  = "KeyStateClusterUnreachable"
-	reasonMissing      = "KeyStateMissingInKMS"
-	reasonNotActive    = "KeyStateNotActiveOrEnabled"
-	reasonNotPermitted = "NoPermissionToAccessKeyProvider"
-	reasonUnknown      = "KeyStateClusterInvalid"
-)
+// reasonUnknown is vSphere's name for why keys of a provider that is not here
+// cannot be had; standard.Explain has the others.
+const reasonUnknown = "KeyStateClusterInvalid"
 
 const (
 	fetchesMax = 8    // keys got at a time
@@ -49,20 +44,12 @@ func keyError(doing, provider, keyID string, err error) error {
 	if keyID != "" {
 		what = "cannot " + doing + " " + keyID + " of key provider " + provider
 	}
-	kind, reason := errs.Locked, ""
-	hint := "strongroom provider show " + provider
+	kind := errs.Locked
+	reason, hint, ok := standard.Explain(provider, err)
 	switch {
 	case errors.Is(err, keyprovider.ErrUnknownProvider), errors.Is(err, keyprovider.ErrClosed):
-		reason = reasonUnknown
-	case errors.Is(err, standard.ErrNotActive):
-		reason, hint = reasonNotActive, "activate the key at the key server, or restore the VM from a backup"
-	case errors.Is(err, keyprovider.ErrLocked):
-		reason, hint = reasonNotPermitted, "let the controller's account at the key server use the key"
-	case errors.Is(err, keyprovider.ErrNotFound):
-		reason, hint = reasonMissing, "restore the key at the key server from its backup"
-	case errors.Is(err, keyprovider.ErrUnavailable):
-		reason, hint = reasonUnreachable, "strongroom provider check "+provider
-	default:
+		reason, hint = reasonUnknown, "strongroom provider show "+provider
+	case !ok:
 		return errs.Wrap(err, "%s", what)
 	}
 	if keyID == "" {

@@ -145,7 +145,7 @@ func TestWrappingKey(t *testing.T) {
 		t.Fatal(err)
 	}
 	ref := inventory.KeyRef{Provider: "kms-1", KeyID: first}
-	if _, err := open.KEK(t.Context(), safeRef(ref)); keyErrorReason(err) != reasonNotActive {
+	if _, err := open.KEK(t.Context(), safeRef(ref)); keyErrorReason(err) != standard.ReasonNotActive {
 		t.Errorf("the first key, as any other: %v", err)
 	}
 	if n := s.events(event.WrappingKeyRotated, "provider/kms-1"); n != 2 {

@@ -15,10 +15,7 @@ import (
 const (
 	reasonProviderUnknown = "KeyStateClusterInvalid"
 	reasonKeyMissing      = "KeyStateMissingInCache"
-	reasonNotPermitted    = "NoPermissionToAccessKeyProvider"
-	reasonUnreachable     = "KeyStateClusterUnreachable"
-	reasonMissingInKMS    = "KeyStateMissingInKMS"
-	reasonNotActive       = "KeyStateNotActiveOrEnabled"
+	reasonNotPermitted    = standard.ReasonNotPermitted
 )
 
 // kek returns the KEK at ref, which the caller closes, from what this host
@@ -68,15 +65,8 @@ func explainKEK(ref keysafe.Ref, err error) error {
 
 // explainFetch tells a user why the key server does not give the KEK at ref.
 func explainFetch(ref keysafe.Ref, err error) error {
-	reason, hint := reasonUnreachable, "strongroom provider check "+ref.Provider
-	switch {
-	case errors.Is(err, standard.ErrNotActive):
-		reason, hint = reasonNotActive, "activate the key at the key server, or restore the VM from a backup"
-	case errors.Is(err, keyprovider.ErrLocked):
-		reason, hint = reasonNotPermitted, "let the controller's account at the key server use the key"
-	case errors.Is(err, keyprovider.ErrNotFound):
-		reason, hint = reasonMissingInKMS, "restore the key at the key server from its backup"
-	case !errors.Is(err, keyprovider.ErrUnavailable):
+	reason, hint, ok := standard.Explain(ref.Provider, err)
+	if !ok {
 		return err
 	}
 	return errs.New(errs.Locked, "key %s of provider %s is not in this host's memory, and its key server does not give it: %w", ref.KeyID, ref.Provider, err).

@@ -132,7 +132,7 @@ func TestDirectAccess(t *testing.T) {
 
 	again := openHost(t, k.cfg)
 	check(t, k.server.Stop())
-	k.wantReason(t, again, reasonUnreachable)
+	k.wantReason(t, again, standard.ReasonUnreachable)
 	k.wantKey(t, k.Host) // it is in memory
 	k.server.Start(t)
 	k.wantKey(t, again)
@@ -158,9 +158,9 @@ func TestDirectAccessRefused(t *testing.T) {
 	check(t, k.sync(k.Host, k.access(t, nil)))
 	check(t, k.admin.Label(t.Context(), k.ref, standard.Labels{Component: standard.ComponentVM, Identifier: uuid.NewString(), Name: "web-1"}))
 	check(t, k.admin.Deactivate(t.Context(), k.ref.KeyID))
-	k.wantReason(t, k.Host, reasonNotActive)
+	k.wantReason(t, k.Host, standard.ReasonNotActive)
 	check(t, k.admin.Destroy(t.Context(), k.ref.KeyID))
-	k.wantReason(t, k.Host, reasonMissingInKMS)
+	k.wantReason(t, k.Host, standard.ReasonMissing)
 }
 
 // TestKeyServersNotTaken: what is not for this host and provider, or of no use,

@@ -40,6 +40,30 @@ const DefaultTimeout = 5 * time.Second
 // has revoked or not activated: it is there, and must not be used.
 var ErrNotActive = fmt.Errorf("%w: it is not active at the key server", keyprovider.ErrLocked)
 
+// Reasons why a key server gives no key, with vSphere's names.
+const (
+	ReasonUnreachable  = "KeyStateClusterUnreachable"
+	ReasonMissing      = "KeyStateMissingInKMS"
+	ReasonNotActive    = "KeyStateNotActiveOrEnabled"
+	ReasonNotPermitted = "NoPermissionToAccessKeyProvider"
+)
+
+// Explain returns vSphere's name for why a provider gives no key, and what to do
+// about it; ok is false for an error that says nothing of the key or the KMS.
+func Explain(provider string, err error) (reason, hint string, ok bool) {
+	switch {
+	case errors.Is(err, ErrNotActive):
+		return ReasonNotActive, "activate the key at the key server, or restore the VM from a backup", true
+	case errors.Is(err, keyprovider.ErrLocked):
+		return ReasonNotPermitted, "let the controller's account at the key server use the key", true
+	case errors.Is(err, keyprovider.ErrNotFound):
+		return ReasonMissing, "restore the key at the key server from its backup", true
+	case errors.Is(err, keyprovider.ErrUnavailable):
+		return ReasonUnreachable, "strongroom provider check " + provider, true
+	}
+	return "", "", false
+}
+
 // Config is the way to a KMS and the credentials for it.
 type Config struct {
 	Name string // of the provider
