@@ -378,6 +378,16 @@ type flush struct {
 	err  error
 }
 
+// AppendDurably is [Log.Append] and then [Log.Flush]: it returns when the record is
+// on disk.
+func (l *Log) AppendDurably(e Entry) error {
+	head, err := l.Append(e)
+	if err != nil {
+		return err
+	}
+	return l.Flush(head)
+}
+
 // Flush returns when all up to head is on disk. Calls at the same time share
 // the disk's work: for logs with [SyncCheckpoint] some of whose records must be
 // durable before what they tell is acknowledged.

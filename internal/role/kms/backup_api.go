@@ -104,11 +104,7 @@ func (k *KMS) recordBackup(method string, err error, details map[string]string) 
 	if err != nil {
 		e.Outcome, e.Details = audit.Failed, map[string]string{"kind": errs.KindOf(err).String()}
 	}
-	head, err := k.audit.Append(e)
-	if err != nil {
-		return err
-	}
-	return k.audit.Flush(head)
+	return k.audit.AppendDurably(e)
 }
 
 // chunks sends what is written to it, in messages of some size.

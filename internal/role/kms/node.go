@@ -146,11 +146,7 @@ func (k *KMS) recordMember(actor, action, object string, err error) error {
 	if err != nil {
 		e.Outcome, e.Details = audit.Failed, map[string]string{"kind": errs.KindOf(err).String()}
 	}
-	head, err := k.audit.Append(e)
-	if err != nil {
-		return err
-	}
-	return k.audit.Flush(head)
+	return k.audit.AppendDurably(e)
 }
 
 // memberMetrics gives Prometheus what nodes have to do.

@@ -147,11 +147,7 @@ func (k *KMS) recordCall(e audit.Entry) error {
 			return nil
 		}
 	}
-	head, err := k.audit.Append(e)
-	if err != nil {
-		return err
-	}
-	return k.audit.Flush(head)
+	return k.audit.AppendDurably(e)
 }
 
 // objectOf is what a call is about, as it stands in records.
