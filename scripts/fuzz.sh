@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Runs every fuzzer of the module for the time given (default 10s), as many at a
+# Runs every fuzzer of the module for the time given (default 5s), as many at a
 # time as there are processors, each on one. Fails if one finds something, and
 # shows what.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export FUZZTIME=${1:-10s}
+export FUZZTIME=${1:-5s}
 
 one() {
 	local pkg=$1 fuzzer=$2 out
