@@ -4,8 +4,9 @@
 // In one run, in turn and in several rounds, it loads: an encrypted volume of
 // ours, the same without encryption, qemu-storage-daemon serving a LUKS image,
 // and nbdkit's luks filter; and once more a server that does nothing, to show
-// where the load generators themselves end. All images are on a tmpfs. Medians
-// are reported. Then it measures the cipher beside OpenSSL and a loop in C, rekeys
+// where the load generators themselves end. All images are on a tmpfs. The same
+// follows on a disk with direct I/O, for those that have that. Medians are
+// reported. Then it measures the cipher beside OpenSSL and a loop in C, rekeys
 // volumes on a disk beside cryptsetup, times how soon a controller and a VM are
 // there, and loads our key management server beside PyKMIP, with the binary that
 // $STRONGROOM names.
@@ -15,7 +16,7 @@
 // be the limit, and fio's nbd engine, which everybody has and which ends near
 // 75,000 requests a second.
 //
-// Run as `bench serve KIND FILE KEYFILE SOCKET VHOSTSOCKET`, it is the server under test,
+// Run as `bench serve KIND cached|direct FILE KEYFILE SOCKET VHOSTSOCKET`, it is the server under test,
 // in a process of its own so that its processor time can be told apart.
 package main
 
@@ -55,8 +56,8 @@ func main() {
 }
 
 func run(ctx context.Context, args []string) error {
-	if len(args) == 6 && args[0] == "serve" {
-		return serve(ctx, args[1], args[2], args[3], args[4], args[5])
+	if len(args) == 7 && args[0] == "serve" {
+		return serve(ctx, args[1], args[2], args[3], args[4], args[5], args[6])
 	}
 	var o options
 	var only string
@@ -69,7 +70,7 @@ func run(ctx context.Context, args []string) error {
 	flags.StringVar(&o.out, "out", filepath.FromSlash("docs/reference/performance.md"), "where the tables go")
 	flags.IntVar(&o.kmsKeys, "kms-keys", 0, "also measure our key management server with so many keys, such as 1000000: some minutes")
 	flags.StringVar(&o.kmsDir, "kms-dir", "", "where the key management server with -kms-keys keeps them, to be measured again")
-	flags.StringVar(&only, "only", "", "measure only what matches: a regular expression on `SERVER/GENERATOR/LOAD` and on 'cipher', 'rekey', 'starts' and 'kms'")
+	flags.StringVar(&only, "only", "", "measure only what matches: a regular expression on `[disk/]SERVER/GENERATOR/LOAD` and on 'cipher', 'rekey', 'starts' and 'kms'")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}

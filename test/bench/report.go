@@ -47,7 +47,8 @@ type report struct {
 	Commands []string          `json:"commands"`
 	Duration string            `json:"duration"`
 	Size     int64             `json:"size"`
-	Results  []result          `json:"results"`
+	Results  results           `json:"results"`
+	Disk     results           `json:"disk,omitempty"`
 	Cipher   []cipherSpeed     `json:"cipher,omitempty"`
 	Rekey    []rekeySpeed      `json:"rekey,omitempty"`
 	Starts   []start           `json:"starts,omitempty"`
@@ -55,18 +56,42 @@ type report struct {
 	Scale    *kmsScale         `json:"kms_scale,omitempty"`
 }
 
-// measure runs everything.
-func measure(ctx context.Context, o options) (r *report, err error) {
-	dir, err := os.MkdirTemp(o.dir, "strongroom-bench-")
+// results of several loads on several servers.
+type results []result
+
+// measure loads the servers on a tmpfs and on a disk.
+func measure(ctx context.Context, o options) (*report, error) {
+	r, err := newReport(ctx, o)
+	if err != nil {
+		return nil, err
+	}
+	if r.Results, err = r.measureServers(ctx, o, medium{dir: o.dir}); err != nil {
+		return nil, fmt.Errorf("cannot measure on a tmpfs: %w", err)
+	}
+	if r.Disk, err = r.measureServers(ctx, o, medium{dir: o.disk, direct: true}); err != nil {
+		return nil, fmt.Errorf("cannot measure on a disk: %w", err)
+	}
+	return r, nil
+}
+
+// measureServers loads each server in turn, in several rounds.
+func (r *report) measureServers(ctx context.Context, o options, m medium) (_ results, err error) {
+	type key struct{ server, generator, load string }
+	wanted := func(s *server, generator string, l load) bool {
+		switch {
+		case generator == fioGenerator && (m.direct || l.random && l.depth != 32), generator == vhostGenerator && s.vhost == "":
+			return false
+		}
+		return o.only.MatchString(m.String() + s.name + "/" + generator + "/" + l.name)
+	}
+
+	dir, err := os.MkdirTemp(m.dir, "strongroom-bench-")
 	if err != nil {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	r, err = newReport(ctx, o)
-	if err != nil {
-		return nil, err
-	}
-	servers, err := startServers(ctx, dir, o.size)
+	m.dir = dir
+	servers, err := startServers(ctx, m, o.size)
 	if err != nil {
 		return nil, err
 	}
@@ -79,21 +104,16 @@ func measure(ctx context.Context, o options) (r *report, err error) {
 		}
 	}
 
-	type key struct {
-		server, generator string
-		load              string
-	}
 	samples := map[key][]sample{}
 	for round := range o.rounds {
-		fmt.Fprintf(os.Stderr, "round %d of %d\n", round+1, o.rounds)
+		fmt.Fprintf(os.Stderr, "%sround %d of %d\n", m, round+1, o.rounds)
 		for _, l := range loads() {
 			for i := range servers {
 				// Another one begins each time, so that none is always measured
 				// after the same neighbour.
 				s := servers[(i+round)%len(servers)]
 				for _, generator := range generators() {
-					k := key{s.name, generator, l.name}
-					if generator == fioGenerator && l.random && l.depth != 32 || generator == vhostGenerator && s.vhost == "" || !o.only.MatchString(k.server+"/"+k.generator+"/"+k.load) {
+					if !wanted(s, generator, l) {
 						continue
 					}
 					var one sample
@@ -105,21 +125,23 @@ func measure(ctx context.Context, o options) (r *report, err error) {
 					if err != nil {
 						return nil, fmt.Errorf("cannot measure %s with %s, %s: %w\n%s", l.name, generator, s.name, err, s.errors.String())
 					}
+					k := key{s.name, generator, l.name}
 					samples[k] = append(samples[k], one)
 				}
 			}
 		}
 	}
+	var all results
 	for _, generator := range generators() {
 		for _, l := range loads() {
 			for _, s := range servers {
-				if all := samples[key{s.name, generator, l.name}]; len(all) > 0 {
-					r.Results = append(r.Results, summarize(s.name, generator, l, all))
+				if found := samples[key{s.name, generator, l.name}]; len(found) > 0 {
+					all = append(all, summarize(s.name, generator, l, found))
 				}
 			}
 		}
 	}
-	return r, nil
+	return all, nil
 }
 
 func summarize(server, generator string, l load, all []sample) result {
@@ -199,9 +221,9 @@ func machine() (string, error) {
 }
 
 // find returns the result of a load on a server, or nil.
-func (r *report) find(server, generator, load string) *result {
-	for i := range r.Results {
-		if x := &r.Results[i]; x.Server == server && x.Generator == generator && x.Load == load {
+func (r results) find(server, generator, load string) *result {
+	for i := range r {
+		if x := &r[i]; x.Server == server && x.Generator == generator && x.Load == load {
 			return x
 		}
 	}
@@ -241,36 +263,24 @@ of the two peers; CPU is the server's processor seconds per GiB moved, user and 
 
 - machine: %s
 - load average before: %s
-`, r.rounds(), r.Duration, r.Size>>20, r.Machine, r.Load)
+`, r.Results.rounds(), r.Duration, r.Size>>20, r.Machine, r.Load)
 	for _, name := range []string{"strongroom", "Go", "qemu-storage-daemon", "nbdkit", "fio", "Linux"} {
 		fmt.Fprintf(&b, "- %s: %s\n", name, r.Versions[name])
 	}
 
-	for _, g := range []struct{ name, title string }{
-		{ownGenerator, "NBD, with our own load generator"},
-		{fioGenerator, "NBD, with fio's nbd engine"},
-		{vhostGenerator, "vhost-user-blk, with our own load generator"},
-	} {
-		rows := r.rows(g.name)
-		if len(rows) == 0 {
-			continue
-		}
-		fmt.Fprintf(&b, "\n## %s\n\n", g.title)
-		table(&b, append([][]string{{"load", "server", "requests/s", "MiB/s", "p99 µs", "CPU s/GiB", "ours : this"}}, rows...))
-	}
-
-	if rows := r.ratios(); len(rows) > 0 {
-		b.WriteString("\n## Ratios\n\n")
-		table(&b, append([][]string{{"load", "generator", "ours : peers", "p99, ours : peers", "CPU, ours : peers", "encrypted : not encrypted"}}, rows...))
-	}
+	r.Results.tables(&b, "##")
 	b.WriteString(`
 "` + ceiling + `" is our server on a device that does nothing: no server can be seen to be faster than
 that with the same generator. A ratio between rows that come close to it says little about the
 servers. Ours uses one thread for load; where it used that wholly, it was the limit.
 
 `)
-	if rows := r.generator(); len(rows) > 0 {
+	if rows := r.Results.generator(); len(rows) > 0 {
 		table(&b, append([][]string{{"load", "generator", "our generator's end, requests/s", "processors it used for that", "and for ours, encrypted", "fio's end, requests/s"}}, rows...))
+	}
+	if len(r.Disk) > 0 {
+		b.WriteString("\n## On a disk\n\nThe same with images on a disk and direct I/O, so that no request ends in the page cache: ours with Direct,\nqemu-storage-daemon with cache.direct=on. nbdkit's file plugin has no direct I/O.\n")
+		r.Disk.tables(&b, "###")
 	}
 	if len(r.Cipher) > 0 {
 		b.WriteString("\n## The cipher\n\nXTS-AES-256 on sectors of 512 bytes, each with its own tweak, on one core, by processor time. OpenSSL has one sector in\na call, whatever its size. The C loop is test/bench/xts_vaes512.c.\n\n")
@@ -334,18 +344,39 @@ func rate(n float64) string {
 	return fmt.Sprintf("%.0f", n)
 }
 
-func (r *report) rounds() int {
+func (r results) rounds() int {
 	n := 0
-	for _, x := range r.Results {
+	for _, x := range r {
 		n = max(n, x.Rounds)
 	}
 	return n
 }
 
+// tables writes the tables of all generators and the ratios, each under a
+// heading of the level that hashes tell.
+func (r results) tables(b *strings.Builder, hashes string) {
+	for _, g := range []struct{ name, title string }{
+		{ownGenerator, "NBD, with our own load generator"},
+		{fioGenerator, "NBD, with fio's nbd engine"},
+		{vhostGenerator, "vhost-user-blk, with our own load generator"},
+	} {
+		rows := r.rows(g.name)
+		if len(rows) == 0 {
+			continue
+		}
+		fmt.Fprintf(b, "\n%s %s\n\n", hashes, g.title)
+		table(b, append([][]string{{"load", "server", "requests/s", "MiB/s", "p99 µs", "CPU s/GiB", "ours : this"}}, rows...))
+	}
+	if rows := r.ratios(); len(rows) > 0 {
+		fmt.Fprintf(b, "\n%s Ratios\n\n", hashes)
+		table(b, append([][]string{{"load", "generator", "ours : peers", "p99, ours : peers", "CPU, ours : peers", "encrypted : not encrypted"}}, rows...))
+	}
+}
+
 // rows is the table of one generator.
-func (r *report) rows(generator string) [][]string {
+func (r results) rows(generator string) [][]string {
 	var rows [][]string
-	for _, x := range r.Results {
+	for _, x := range r {
 		if x.Generator != generator {
 			continue
 		}
@@ -362,14 +393,14 @@ func (r *report) rows(generator string) [][]string {
 }
 
 // ratios compares ours with the better peer and with ourselves.
-func (r *report) ratios() [][]string {
+func (r results) ratios() [][]string {
 	var rows [][]string
 	for _, generator := range generators() {
 		for _, l := range loads() {
 			o, p := r.find(ours, generator, l.name), r.find(plain, generator, l.name)
 			d, k := r.find(daemon, generator, l.name), r.find(kit, generator, l.name)
-			if k == nil && generator == vhostGenerator {
-				k = d // nbdkit has none
+			if k == nil {
+				k = d // nbdkit has neither vhost-user nor direct I/O
 			}
 			if o == nil || p == nil || d == nil || k == nil {
 				continue
@@ -387,7 +418,7 @@ func (r *report) ratios() [][]string {
 }
 
 // generator shows where the load generators end.
-func (r *report) generator() [][]string {
+func (r results) generator() [][]string {
 	var rows [][]string
 	for _, generator := range []string{ownGenerator, vhostGenerator} {
 		for _, l := range loads() {

@@ -17,8 +17,8 @@ import (
 )
 
 // serve is the server under test, until ctx ends, over NBD and over vhost-user.
-func serve(ctx context.Context, kind, file, keyFile, socket, vhost string) error {
-	dev, err := openDevice(kind, file, keyFile)
+func serve(ctx context.Context, kind, open, file, keyFile, socket, vhost string) error {
+	dev, err := openDevice(kind, open, file, keyFile)
 	if err != nil {
 		return err
 	}
@@ -42,8 +42,8 @@ func serve(ctx context.Context, kind, file, keyFile, socket, vhost string) error
 	return g.Wait()
 }
 
-func openDevice(kind, file, keyFile string) (blockdev.Device, error) {
-	f, err := blockdev.OpenFile(file, blockdev.FileOptions{})
+func openDevice(kind, open, file, keyFile string) (blockdev.Device, error) {
+	f, err := blockdev.OpenFile(file, blockdev.FileOptions{Direct: open == "direct"})
 	if err != nil {
 		return nil, err
 	}

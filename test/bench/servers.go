@@ -37,13 +37,27 @@ type server struct {
 // passphrase opens the peers' images. It protects nothing.
 const passphrase = "measured, not hidden"
 
-// startServers makes the images below dir and starts a server for each.
-func startServers(ctx context.Context, dir string, size int64) ([]*server, error) {
+// medium is what the images are on.
+type medium struct {
+	dir    string
+	direct bool // past the page cache; not on a tmpfs, and not with nbdkit, which cannot
+}
+
+// String is what the names of its measurements begin with.
+func (m medium) String() string {
+	if m.direct {
+		return "disk/"
+	}
+	return ""
+}
+
+// startServers makes images of size bytes on m and starts a server for each.
+func startServers(ctx context.Context, m medium, size int64) ([]*server, error) {
 	self, err := os.Executable()
 	if err != nil {
 		return nil, err
 	}
-	path := func(name string) string { return filepath.Join(dir, name) }
+	path := func(name string) string { return filepath.Join(m.dir, name) }
 	if err := makeEncrypted(path("ours.luks"), path("key"), size); err != nil {
 		return nil, err
 	}
@@ -67,12 +81,16 @@ func startServers(ctx context.Context, dir string, size int64) ([]*server, error
 		}
 	}
 
+	open, cache := "cached", "off"
+	if m.direct {
+		open, cache = "direct", "on"
+	}
 	all := []*server{
-		{name: ours, command: []string{self, "serve", "encrypted", path("ours.luks"), path("key"), path("ours.sock"), path("ours.vhost")}, socket: path("ours.sock"), vhost: path("ours.vhost")},
-		{name: plain, command: []string{self, "serve", "plain", path("plain.raw"), "-", path("plain.sock"), path("plain.vhost")}, socket: path("plain.sock"), vhost: path("plain.vhost")},
+		{name: ours, command: []string{self, "serve", "encrypted", open, path("ours.luks"), path("key"), path("ours.sock"), path("ours.vhost")}, socket: path("ours.sock"), vhost: path("ours.vhost")},
+		{name: plain, command: []string{self, "serve", "plain", open, path("plain.raw"), "-", path("plain.sock"), path("plain.vhost")}, socket: path("plain.sock"), vhost: path("plain.vhost")},
 		{name: daemon, socket: path("daemon.sock"), vhost: path("daemon.vhost"), command: []string{
 			"qemu-storage-daemon", "--object", secret,
-			"--blockdev", "driver=file,node-name=file,filename=" + path("daemon.luks"),
+			"--blockdev", "driver=file,node-name=file,cache.direct=" + cache + ",filename=" + path("daemon.luks"),
 			"--blockdev", "driver=luks,node-name=luks,file=file,key-secret=s",
 			"--nbd-server", "addr.type=unix,addr.path=" + path("daemon.sock"),
 			"--export", "type=nbd,id=e,node-name=luks,name=,writable=on",
@@ -81,7 +99,10 @@ func startServers(ctx context.Context, dir string, size int64) ([]*server, error
 		{name: kit, socket: path("kit.sock"), command: []string{
 			"nbdkit", "--foreground", "--unix", path("kit.sock"), "--filter=luks", "file", path("kit.luks"), "passphrase=+" + path("passphrase"),
 		}},
-		{name: ceiling, command: []string{self, "serve", "nothing", path("nothing.raw"), "-", path("nothing.sock"), path("nothing.vhost")}, socket: path("nothing.sock"), vhost: path("nothing.vhost")},
+		{name: ceiling, command: []string{self, "serve", "nothing", open, path("nothing.raw"), "-", path("nothing.sock"), path("nothing.vhost")}, socket: path("nothing.sock"), vhost: path("nothing.vhost")},
+	}
+	if m.direct {
+		all = all[:3] // neither nbdkit nor what does not reach the disk
 	}
 	for i, s := range all {
 		if err := s.start(ctx); err != nil {
