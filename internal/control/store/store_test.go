@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -22,9 +23,22 @@ import (
 	"strongroom/internal/errs"
 )
 
-// db is the one member that the tests of this package share; each test has a
-// table of its own.
+// db is the one member that the tests of this package share; each test has tables
+// of its own.
 var db *store.DB
+
+// runs counts the tables of [own].
+var runs atomic.Int64
+
+// own returns a table's name that no other test has, nor the same one when it is
+// run again.
+func own(name string) string {
+	name += "-"
+	for n := runs.Add(1); n > 0; n /= 26 {
+		name += string(rune('a' + n%26))
+	}
+	return name
+}
 
 func TestMain(m *testing.M) {
 	code := func() int {
@@ -105,7 +119,7 @@ func TestOpenIsQuickAndDurable(t *testing.T) {
 func TestTableConformance(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()
-	tbl := store.NewTable[thing](db, "conformance", 1)
+	tbl := store.NewTable[thing](db, own("conformance"), 1)
 
 	if _, err := tbl.Get(ctx, "a"); !errors.Is(err, store.ErrNotFound) || errs.KindOf(err) != errs.NotFound {
 		t.Errorf("Get of nothing: %v", err)
@@ -162,9 +176,10 @@ func TestTableConformance(t *testing.T) {
 func TestScan(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()
-	tbl := store.NewTable[thing](db, "scan", 1)
+	name := own("scan")
+	tbl := store.NewTable[thing](db, name, 1)
 	// A neighbour whose name starts alike must never be seen.
-	if err := store.NewTable[thing](db, "scan-b", 1).Put(ctx, "x", thing{}); err != nil {
+	if err := store.NewTable[thing](db, name+"-b", 1).Put(ctx, "x", thing{}); err != nil {
 		t.Fatal(err)
 	}
 	const n = 2500 // more than two pages
@@ -223,7 +238,7 @@ func TestScan(t *testing.T) {
 func TestConcurrentUpdatesAllCount(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()
-	tbl := store.NewTable[thing](db, "counter", 1)
+	tbl := store.NewTable[thing](db, own("counter"), 1)
 	if err := tbl.Create(ctx, "c", thing{}); err != nil {
 		t.Fatal(err)
 	}
@@ -249,7 +264,7 @@ func TestConcurrentUpdatesAllCount(t *testing.T) {
 func TestScanInTransactionGuardsTheRange(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()
-	tbl := store.NewTable[thing](db, "one-only", 1)
+	tbl := store.NewTable[thing](db, own("one-only"), 1)
 	taken := errors.New("taken")
 	for round := range 10 {
 		prefix := fmt.Sprintf("r%d/", round)
@@ -287,8 +302,8 @@ func TestScanInTransactionGuardsTheRange(t *testing.T) {
 func TestTransactionSeesItsWritesAndIsAtomic(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()
-	tbl := store.NewTable[thing](db, "atomic", 1)
-	other := store.NewTable[thing](db, "atomic-other", 1)
+	tbl := store.NewTable[thing](db, own("atomic"), 1)
+	other := store.NewTable[thing](db, own("atomic-other"), 1)
 	boom := errors.New("boom")
 	for _, end := range []error{boom, nil} {
 		err := db.Txn(ctx, func(tx *store.Tx) error {
@@ -342,7 +357,8 @@ func TestSchema(t *testing.T) {
 		Name  string `json:"name"`
 		Added string `json:"added"`
 	}
-	old, same, newer := store.NewTable[thing](db, "schema", 1), store.NewTable[newThing](db, "schema", 1), store.NewTable[newThing](db, "schema", 2)
+	name := own("schema")
+	old, same, newer := store.NewTable[thing](db, name, 1), store.NewTable[newThing](db, name, 1), store.NewTable[newThing](db, name, 2)
 	if err := old.Put(ctx, "k", thing{"k", 3}); err != nil {
 		t.Fatal(err)
 	}
@@ -374,7 +390,7 @@ func TestSchema(t *testing.T) {
 func TestLease(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()
-	tbl := store.NewTable[thing](db, "presence", 1)
+	tbl := store.NewTable[thing](db, own("presence"), 1)
 	l, err := db.NewLease(ctx, time.Second)
 	if err != nil {
 		t.Fatal(err)
@@ -455,7 +471,7 @@ func TestNoListener(t *testing.T) {
 func TestRawTable(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()
-	raw := store.NewRawTable(db, "test-raw")
+	raw := store.NewRawTable(db, own("raw"))
 	const n = 2500 // more than two pages
 	for i := 0; i < n; i += 500 {
 		if err := db.Txn(ctx, func(tx *store.Tx) error {

@@ -33,7 +33,7 @@ func TestWatchFromTheBeginningAndFromARevision(t *testing.T) {
 	t.Parallel()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	tbl := store.NewTable[thing](db, "watch", 1)
+	tbl := store.NewTable[thing](db, own("watch"), 1)
 	for i, k := range []string{"a", "b", "z/other"} {
 		if err := tbl.Put(ctx, k, thing{N: i}); err != nil {
 			t.Fatal(err)
