@@ -61,9 +61,9 @@ const newPattern = ".key-*.new"
 // before the file gets its own, so that there is never a part of a key at path.
 //
 // It returns an error wrapping [fs.ErrExist] if there is something at path, and
-// leaves that alone. After another error or a crash there is no file, or one
-// that [Read] accepts and whose key nobody has used; a ".key-*.new" beside it
-// may be deleted.
+// leaves that alone. After another error there is no file; after a crash there is
+// none, or one that [Read] accepts and whose key nobody has used, and a
+// ".key-*.new" beside it may be deleted.
 func Create(path string, n int) (*keymem.Key, error) {
 	key, err := create(path, n)
 	return key, errs.Wrap(err, "cannot make key file %s", path)
@@ -104,11 +104,14 @@ func write(path string, key *keymem.Key) error {
 	if err := place(f.Name(), path); err != nil {
 		return errors.Join(err, os.Remove(f.Name()))
 	}
-	if err := durable.SyncDir(dir); err != nil {
-		return fmt.Errorf("cannot make its name durable: %w", err)
+	if err := syncDir(dir); err != nil {
+		return errors.Join(fmt.Errorf("cannot make its name durable: %w", err), os.Remove(path))
 	}
 	return nil
 }
+
+// syncDir is changed by tests.
+var syncDir = durable.SyncDir
 
 // fill writes the key to f, makes it durable and reads it back.
 func fill(f *os.File, key *keymem.Key) error {

@@ -76,6 +76,28 @@ func TestWrite(t *testing.T) {
 	}
 }
 
+// TestNameNotDurable: a key file whose name may not outlast a power loss is no
+// key file, and making it can be tried again.
+func TestNameNotDurable(t *testing.T) { // not parallel: it changes what all use
+	dir := t.TempDir()
+	path := filepath.Join(dir, "k")
+	failure := errors.New("the disk is gone")
+	restore := keyfile.SetSyncDir(func(string) error { return failure })
+	_, err := keyfile.Create(path, 32)
+	restore()
+	if !errors.Is(err, failure) {
+		t.Errorf("error %v", err)
+	}
+	if entries, err := os.ReadDir(dir); err != nil || len(entries) != 0 {
+		t.Errorf("the folder holds %v, %v", entries, err)
+	}
+	key, err := keyfile.Create(path, 32)
+	if err != nil {
+		t.Fatal(err)
+	}
+	key.Close()
+}
+
 // TestCreateLeavesWhatIsThere: also a link that leads nowhere is something.
 func TestCreateLeavesWhatIsThere(t *testing.T) {
 	t.Parallel()
