@@ -195,13 +195,8 @@ func (c *Controller) updateSettings(ctx context.Context, name string, settings *
 	if err := c.applySettings(name, &s, settings); err != nil {
 		return err
 	}
-	if len(settings.GetServers()) > 0 || settings.GetUser() != "" || len(settings.GetPassword()) > 0 || settings.GetClientMethod() != "" {
-		s.Established = time.Time{} // what was seen was seen with others
-	}
 	if p, err = c.updateStandard(ctx, name, func(old *inventory.Standard) error {
-		wrapping := old.Wrapping // a rotation may have changed it since
-		*old = s
-		old.Wrapping = wrapping
+		settle(old, s, settings)
 		return c.applyKeys(old, settings)
 	}); err != nil {
 		return err
@@ -209,6 +204,19 @@ func (c *Controller) updateSettings(ctx context.Context, name string, settings *
 	ring(c.due)
 	ring(c.stray)
 	return c.finishSettings(name, p)
+}
+
+// settle makes s, a record as it is now, what settings made of an earlier one:
+// next. What was found out of servers and done with keys meanwhile stays.
+func settle(s *inventory.Standard, next inventory.Standard, settings *strongroomv1.StandardSettings) {
+	next.Wrapping, next.Established = s.Wrapping, s.Established
+	if len(settings.GetServers()) == 0 {
+		next.Servers = s.Servers
+	}
+	if len(settings.GetServers()) > 0 || settings.GetUser() != "" || len(settings.GetPassword()) > 0 || settings.GetClientMethod() != "" {
+		next.Established = time.Time{} // what was seen was seen with others
+	}
+	*s = next
 }
 
 // applySettings changes s as settings say, and stores new secrets beside those

@@ -511,3 +511,31 @@ func (a *authority) sign(t *testing.T, request []byte) []byte {
 	}
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
 }
+
+// TestSettle: a change of settings does not undo what the controller found out or
+// did while it was being made.
+func TestSettle(t *testing.T) {
+	t.Parallel()
+	seen := time.Now().UTC()
+	before := inventory.Standard{Servers: []inventory.KeyServer{{Address: "a:1"}}, TimeoutSeconds: 5}
+	now := before
+	now.Servers, now.Established = []inventory.KeyServer{{Address: "a:1", Checked: true}}, seen
+	now.Wrapping = &inventory.Wrapping{Current: &inventory.WrappingKey{KeyID: "k"}}
+	for _, c := range []struct {
+		what     string
+		settings *strongroomv1.StandardSettings
+		checked  bool
+		seen     time.Time
+	}{
+		{"timeout", &strongroomv1.StandardSettings{TimeoutSeconds: 9}, true, seen},
+		{"credential", &strongroomv1.StandardSettings{User: "u"}, true, time.Time{}},
+		{"servers", &strongroomv1.StandardSettings{Servers: []*strongroomv1.TrustedServer{{Address: "a:1"}}}, false, time.Time{}},
+	} {
+		next, got := before, now
+		next.TimeoutSeconds = 9
+		settle(&got, next, c.settings)
+		if got.TimeoutSeconds != 9 || got.Wrapping != now.Wrapping || got.Servers[0].Checked != c.checked || !got.Established.Equal(c.seen) {
+			t.Errorf("%s: %+v", c.what, got)
+		}
+	}
+}
