@@ -66,13 +66,9 @@ func (k *KMS) recordStep(group string, step kmipserver.Step, result, phase strin
 	if step.Replacement != "" {
 		details["replacement"] = step.Replacement
 	}
-	head, err := k.audit.Append(audit.Entry{
+	return errs.Wrap(k.audit.AppendDurably(audit.Entry{
 		Actor: scheduler, Action: "scheduler." + string(step.Kind), Object: "group/" + group + "/key/" + step.Object, Outcome: result, Details: details,
-	})
-	if err != nil {
-		return errs.Wrap(err, "cannot write the audit log")
-	}
-	return k.audit.Flush(head)
+	}), "cannot write the audit log")
 }
 
 func (a *api) SetKMSGroupRotation(ctx context.Context, req *connect.Request[strongroomv1.SetKMSGroupRotationRequest]) (*connect.Response[strongroomv1.KMSGroup], error) {
