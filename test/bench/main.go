@@ -16,8 +16,9 @@
 // be the limit, and fio's nbd engine, which everybody has and which ends near
 // 75,000 requests a second.
 //
-// Run as `bench serve KIND cached|direct FILE KEYFILE SOCKET VHOSTSOCKET`, it is the server under test,
-// in a process of its own so that its processor time can be told apart.
+// Run as `bench serve KIND cached|direct FILE KEYFILE SOCKET VHOSTSOCKET`, it
+// is the server under test, in a process of its own so that its processor time
+// can be told apart.
 package main
 
 import (

@@ -38,9 +38,9 @@ type FileOptions struct {
 
 // File is a regular file or a block device as a [Device].
 //
-// Requests go through the page cache, or past it ([FileOptions]). Holes in a regular file are real: Discard
-// and WriteZeroes with mayPunch give storage back. Resize of a block device
-// accepts only the size that it has.
+// Requests go through the page cache, or past it ([FileOptions]). Holes in a
+// regular file are real: Discard and WriteZeroes with mayPunch give storage
+// back. Resize of a block device accepts only the size that it has.
 //
 // # Locks
 //

@@ -18,8 +18,9 @@ const (
 )
 
 // Safes returns the key safes in the header, in the order of their tokens:
-// none, one, or two while a rekey is in progress, that of the new key last. It returns an error if one
-// of them is not valid, wrapping [keysafe.ErrInvalid] or [keysafe.ErrVersion].
+// none, one, or two while a rekey is in progress, that of the new key last. It
+// returns an error if one of them is not valid, wrapping [keysafe.ErrInvalid]
+// or [keysafe.ErrVersion].
 func (h *Header) Safes() ([]*keysafe.Safe, error) {
 	var safes, next []*keysafe.Safe
 	for _, t := range h.meta.tokens {

@@ -21,9 +21,9 @@ func Owner(uuid string) string { return "disk:" + uuid }
 // FormatOptions say what volume [Format] makes.
 type FormatOptions struct {
 	// Size is the size of the disk that the guest sees, in bytes, at most
-	// [SizeMax]: a multiple of the sector size and of the block size of the storage. The storage is resized
-	// to hold it. 0: as much as fits on the storage as it is, such as a block
-	// device.
+	// [SizeMax]: a multiple of the sector size and of the block size of the
+	// storage. The storage is resized to hold it. 0: as much as fits on the
+	// storage as it is, such as a block device.
 	Size int64
 	// SectorSize is the unit of encryption in bytes: 512 (0 means that too), or
 	// 4096 for a disk with logical blocks of 4096 bytes only.

@@ -45,11 +45,12 @@ func VirtualSize(path string) (int64, error) {
 
 // Convert writes the disk in the qcow2 image at path to an NBD export on a unix
 // socket. The export is at least as large as the disk; what it has beyond is
-// left alone. With zeroed the export is known to read as zeros, and zeros of the
-// disk are not written. The image's tables are checked first. progress, which may be nil, is called with the part done, 0 to 1.
-// Errors are those of [VirtualSize], and of kind [errs.Invalid] for an image
-// that qemu-img cannot read or an export that it cannot write, and of kind
-// [errs.NoSpace] if there is no room below the export.
+// left alone. With zeroed the export is known to read as zeros, and zeros of
+// the disk are not written. The image's tables are checked first. progress,
+// which may be nil, is called with the part done, 0 to 1. Errors are those of
+// [VirtualSize], and of kind [errs.Invalid] for an image that qemu-img cannot
+// read or an export that it cannot write, and of kind [errs.NoSpace] if there
+// is no room below the export.
 func Convert(ctx context.Context, path, socket, export string, zeroed bool, progress func(part float64)) error {
 	f, _, err := open(path)
 	if err != nil {

@@ -3,11 +3,12 @@
 // hosts, and asks hosts over mutual TLS to do what must be done.
 //
 // Invariants: KDKs are in locked memory, in the sealed key store and, as HPKE
-// parcels, on their way to hosts, never elsewhere; a KEK of a standard provider is
-// here in passing, in locked memory, between its key server and a parcel for a
-// host; a DEK never comes here; everything that takes long is a task, whose state is in the store before
-// and after each step, so a controller that is killed goes on where it was. A
-// controller that is away stops no VM and, with a native provider, no power-on.
+// parcels, on their way to hosts, never elsewhere; a KEK of a standard provider
+// is here in passing, in locked memory, between its key server and a parcel for
+// a host; a DEK never comes here; everything that takes long is a task, whose
+// state is in the store before and after each step, so a controller that is
+// killed goes on where it was. A controller that is away stops no VM and, with
+// a native provider, no power-on.
 package controller
 
 import (

@@ -28,8 +28,9 @@ const (
 )
 
 // keystore holds the native providers with their KDKs, in locked memory and
-// sealed on disk, and the credentials for key servers. It also seals small secrets of the control plane (the CA's
-// private key). It is safe for concurrent use.
+// sealed on disk, and the credentials for key servers. It also seals small
+// secrets of the control plane (the CA's private key). It is safe for
+// concurrent use.
 type keystore struct {
 	key   *keymem.Key
 	vault *vault.Vault

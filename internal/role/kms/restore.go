@@ -58,7 +58,8 @@ type Restored struct {
 // key, an audit log and a database identity of its own. The folder must be empty, or
 // hold the rest of a restore that broke off. Keys that were destroyed since are destroyed again.
 //
-// since must say which keys were destroyed after the backup was made. The backup is read to its end before anything is written. After an error nothing
+// since must say which keys were destroyed after the backup was made. The
+// backup is read to its end before anything is written. After an error nothing
 // is left; after a crash the folder has no KMS, and Restore begins anew.
 func Restore(ctx context.Context, cfg Config, file string, key backup.Key, since Since) (Restored, error) {
 	r, err := restore(ctx, cfg, file, key, since, func(string) {})

@@ -10,8 +10,9 @@ import (
 	"strongroom/internal/errs"
 )
 
-// listen makes the socket at path, mode 0600; its address is the absolute path. A socket that nobody listens on any more
-// is replaced, anything else is left alone.
+// listen makes the socket at path, mode 0600; its address is the absolute path.
+// A socket that nobody listens on any more is replaced, anything else is left
+// alone.
 func listen(path string) (*net.UnixListener, error) {
 	socket, err := filepath.Abs(path)
 	if err != nil {
