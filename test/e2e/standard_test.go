@@ -339,7 +339,15 @@ func alwaysRemovable(t *testing.T, s *standardSite) {
 		t.Errorf("registered again without its KMS, web-2 is %s: %s", v.CryptoState, v.LockReason)
 	}
 	s.ok(t, "vm", "delete", "web-1", "--yes")
-	s.ok(t, "vm", "delete", "web-2", "--yes")
+	// A folder that somebody deleted by hand is forgotten when it is gone.
+	s.ok(t, "vm", "unregister", "web-2", "--yes")
+	s.refused(t, refusal{1, "sees its folder, web-2 on datastore ds", "strongroom vm register web-2 --datastore ds"}, "vm", "forget", "web-2", "--datastore", "ds", "--yes")
+	must(t, os.RemoveAll(s.folder("web-2")))
+	if r := s.ok(t, "vm", "ls", "--unregistered"); !strings.Contains(r.Stdout, "web-2") || !strings.Contains(r.Stdout, "of kms-1") {
+		t.Errorf("unregistered:\n%s", r.Stdout)
+	}
+	s.ok(t, "vm", "forget", "web-2", "--datastore", "ds", "--yes")
+	s.refused(t, refusal{3, "no unregistered VM", "strongroom vm ls --unregistered"}, "vm", "forget", "web-2", "--datastore", "ds", "--yes")
 	began := time.Now()
 	s.ok(t, "provider", "delete", "kms-1", "--yes")
 	if took := time.Since(began); took > 20*time.Second {

@@ -2319,6 +2319,191 @@ func (x *AgentGetVMRequest) GetId() string {
 	return ""
 }
 
+type AgentFindVMRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// Where it was.
+	Datastore     string `protobuf:"bytes,2,opt,name=datastore,proto3" json:"datastore,omitempty"`
+	Folder        string `protobuf:"bytes,3,opt,name=folder,proto3" json:"folder,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AgentFindVMRequest) Reset() {
+	*x = AgentFindVMRequest{}
+	mi := &file_strongroom_v1_agent_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AgentFindVMRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AgentFindVMRequest) ProtoMessage() {}
+
+func (x *AgentFindVMRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_agent_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AgentFindVMRequest.ProtoReflect.Descriptor instead.
+func (*AgentFindVMRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *AgentFindVMRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *AgentFindVMRequest) GetDatastore() string {
+	if x != nil {
+		return x.Datastore
+	}
+	return ""
+}
+
+func (x *AgentFindVMRequest) GetFolder() string {
+	if x != nil {
+		return x.Folder
+	}
+	return ""
+}
+
+type AgentFindVMResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Folders that hold the VM, or may.
+	Folders []*FoundFolder `protobuf:"bytes,1,rep,name=folders,proto3" json:"folders,omitempty"`
+	// Whether the host has the datastore where the VM was, and that has nothing on
+	// it at all.
+	HasDatastore   bool `protobuf:"varint,2,opt,name=has_datastore,json=hasDatastore,proto3" json:"has_datastore,omitempty"`
+	DatastoreEmpty bool `protobuf:"varint,3,opt,name=datastore_empty,json=datastoreEmpty,proto3" json:"datastore_empty,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *AgentFindVMResponse) Reset() {
+	*x = AgentFindVMResponse{}
+	mi := &file_strongroom_v1_agent_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AgentFindVMResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AgentFindVMResponse) ProtoMessage() {}
+
+func (x *AgentFindVMResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_agent_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AgentFindVMResponse.ProtoReflect.Descriptor instead.
+func (*AgentFindVMResponse) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *AgentFindVMResponse) GetFolders() []*FoundFolder {
+	if x != nil {
+		return x.Folders
+	}
+	return nil
+}
+
+func (x *AgentFindVMResponse) GetHasDatastore() bool {
+	if x != nil {
+		return x.HasDatastore
+	}
+	return false
+}
+
+func (x *AgentFindVMResponse) GetDatastoreEmpty() bool {
+	if x != nil {
+		return x.DatastoreEmpty
+	}
+	return false
+}
+
+type FoundFolder struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Datastore string                 `protobuf:"bytes,1,opt,name=datastore,proto3" json:"datastore,omitempty"`
+	Folder    string                 `protobuf:"bytes,2,opt,name=folder,proto3" json:"folder,omitempty"`
+	// Why it cannot be told which VM the folder holds; empty: it is the one.
+	Problem       string `protobuf:"bytes,3,opt,name=problem,proto3" json:"problem,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FoundFolder) Reset() {
+	*x = FoundFolder{}
+	mi := &file_strongroom_v1_agent_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FoundFolder) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FoundFolder) ProtoMessage() {}
+
+func (x *FoundFolder) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_agent_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FoundFolder.ProtoReflect.Descriptor instead.
+func (*FoundFolder) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *FoundFolder) GetDatastore() string {
+	if x != nil {
+		return x.Datastore
+	}
+	return ""
+}
+
+func (x *FoundFolder) GetFolder() string {
+	if x != nil {
+		return x.Folder
+	}
+	return ""
+}
+
+func (x *FoundFolder) GetProblem() string {
+	if x != nil {
+		return x.Problem
+	}
+	return ""
+}
+
 type AgentVMResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Vm            *VM                    `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
@@ -2328,7 +2513,7 @@ type AgentVMResponse struct {
 
 func (x *AgentVMResponse) Reset() {
 	*x = AgentVMResponse{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[37]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2340,7 +2525,7 @@ func (x *AgentVMResponse) String() string {
 func (*AgentVMResponse) ProtoMessage() {}
 
 func (x *AgentVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[37]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2353,7 +2538,7 @@ func (x *AgentVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentVMResponse.ProtoReflect.Descriptor instead.
 func (*AgentVMResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{37}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *AgentVMResponse) GetVm() *VM {
@@ -2541,13 +2726,25 @@ const file_strongroom_v1_agent_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"\x17\n" +
 	"\x15AgentDeleteVMResponse\"#\n" +
 	"\x11AgentGetVMRequest\x12\x0e\n" +
-	"\x02id\x18\x01 \x01(\tR\x02id\"4\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"Z\n" +
+	"\x12AgentFindVMRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
+	"\tdatastore\x18\x02 \x01(\tR\tdatastore\x12\x16\n" +
+	"\x06folder\x18\x03 \x01(\tR\x06folder\"\x99\x01\n" +
+	"\x13AgentFindVMResponse\x124\n" +
+	"\afolders\x18\x01 \x03(\v2\x1a.strongroom.v1.FoundFolderR\afolders\x12#\n" +
+	"\rhas_datastore\x18\x02 \x01(\bR\fhasDatastore\x12'\n" +
+	"\x0fdatastore_empty\x18\x03 \x01(\bR\x0edatastoreEmpty\"]\n" +
+	"\vFoundFolder\x12\x1c\n" +
+	"\tdatastore\x18\x01 \x01(\tR\tdatastore\x12\x16\n" +
+	"\x06folder\x18\x02 \x01(\tR\x06folder\x12\x18\n" +
+	"\aproblem\x18\x03 \x01(\tR\aproblem\"4\n" +
 	"\x0fAgentVMResponse\x12!\n" +
 	"\x02vm\x18\x01 \x01(\v2\x11.strongroom.v1.VMR\x02vm2\x9f\x02\n" +
 	"\rEnrollService\x12E\n" +
 	"\x04Join\x12\x1a.strongroom.v1.JoinRequest\x1a\x1b.strongroom.v1.JoinResponse\"\x04\x90\xb5\x18\x01\x12X\n" +
 	"\tHeartbeat\x12\x1f.strongroom.v1.HeartbeatRequest\x1a .strongroom.v1.HeartbeatResponse\"\b\xa2\xb5\x18\x04host\x12m\n" +
-	"\x10RenewCertificate\x12&.strongroom.v1.RenewCertificateRequest\x1a'.strongroom.v1.RenewCertificateResponse\"\b\xa2\xb5\x18\x04host2\xa2\x10\n" +
+	"\x10RenewCertificate\x12&.strongroom.v1.RenewCertificateRequest\x1a'.strongroom.v1.RenewCertificateResponse\"\b\xa2\xb5\x18\x04host2\x83\x11\n" +
 	"\fAgentService\x12[\n" +
 	"\bSyncHost\x12\x1e.strongroom.v1.SyncHostRequest\x1a\x1f.strongroom.v1.SyncHostResponse\"\x0e\xa2\xb5\x18\n" +
 	"controller\x12_\n" +
@@ -2591,6 +2788,8 @@ const file_strongroom_v1_agent_proto_rawDesc = "" +
 	"\bDeleteVM\x12#.strongroom.v1.AgentDeleteVMRequest\x1a$.strongroom.v1.AgentDeleteVMResponse\"\x0e\xa2\xb5\x18\n" +
 	"controller\x12Y\n" +
 	"\x05GetVM\x12 .strongroom.v1.AgentGetVMRequest\x1a\x1e.strongroom.v1.AgentVMResponse\"\x0e\xa2\xb5\x18\n" +
+	"controller\x12_\n" +
+	"\x06FindVM\x12!.strongroom.v1.AgentFindVMRequest\x1a\".strongroom.v1.AgentFindVMResponse\"\x0e\xa2\xb5\x18\n" +
 	"controllerB+Z)strongroom/api/strongroom/v1;strongroomv1b\x06proto3"
 
 var (
@@ -2605,7 +2804,7 @@ func file_strongroom_v1_agent_proto_rawDescGZIP() []byte {
 	return file_strongroom_v1_agent_proto_rawDescData
 }
 
-var file_strongroom_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 41)
+var file_strongroom_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 44)
 var file_strongroom_v1_agent_proto_goTypes = []any{
 	(*JoinRequest)(nil),                      // 0: strongroom.v1.JoinRequest
 	(*JoinResponse)(nil),                     // 1: strongroom.v1.JoinResponse
@@ -2644,93 +2843,99 @@ var file_strongroom_v1_agent_proto_goTypes = []any{
 	(*AgentDeleteVMRequest)(nil),             // 34: strongroom.v1.AgentDeleteVMRequest
 	(*AgentDeleteVMResponse)(nil),            // 35: strongroom.v1.AgentDeleteVMResponse
 	(*AgentGetVMRequest)(nil),                // 36: strongroom.v1.AgentGetVMRequest
-	(*AgentVMResponse)(nil),                  // 37: strongroom.v1.AgentVMResponse
-	nil,                                      // 38: strongroom.v1.JoinRequest.CapabilitiesEntry
-	nil,                                      // 39: strongroom.v1.HeartbeatRequest.CapabilitiesEntry
-	nil,                                      // 40: strongroom.v1.AgentCreateVMRequest.PassphrasesEntry
-	(*VM)(nil),                               // 41: strongroom.v1.VM
-	(*KeyRef)(nil),                           // 42: strongroom.v1.KeyRef
-	(*timestamppb.Timestamp)(nil),            // 43: google.protobuf.Timestamp
-	(*TrustedServer)(nil),                    // 44: strongroom.v1.TrustedServer
-	(*VMSettings)(nil),                       // 45: strongroom.v1.VMSettings
-	(*NewDisk)(nil),                          // 46: strongroom.v1.NewDisk
-	(*ExportDiskKeyResponse)(nil),            // 47: strongroom.v1.ExportDiskKeyResponse
+	(*AgentFindVMRequest)(nil),               // 37: strongroom.v1.AgentFindVMRequest
+	(*AgentFindVMResponse)(nil),              // 38: strongroom.v1.AgentFindVMResponse
+	(*FoundFolder)(nil),                      // 39: strongroom.v1.FoundFolder
+	(*AgentVMResponse)(nil),                  // 40: strongroom.v1.AgentVMResponse
+	nil,                                      // 41: strongroom.v1.JoinRequest.CapabilitiesEntry
+	nil,                                      // 42: strongroom.v1.HeartbeatRequest.CapabilitiesEntry
+	nil,                                      // 43: strongroom.v1.AgentCreateVMRequest.PassphrasesEntry
+	(*VM)(nil),                               // 44: strongroom.v1.VM
+	(*KeyRef)(nil),                           // 45: strongroom.v1.KeyRef
+	(*timestamppb.Timestamp)(nil),            // 46: google.protobuf.Timestamp
+	(*TrustedServer)(nil),                    // 47: strongroom.v1.TrustedServer
+	(*VMSettings)(nil),                       // 48: strongroom.v1.VMSettings
+	(*NewDisk)(nil),                          // 49: strongroom.v1.NewDisk
+	(*ExportDiskKeyResponse)(nil),            // 50: strongroom.v1.ExportDiskKeyResponse
 }
 var file_strongroom_v1_agent_proto_depIdxs = []int32{
-	38, // 0: strongroom.v1.JoinRequest.capabilities:type_name -> strongroom.v1.JoinRequest.CapabilitiesEntry
-	39, // 1: strongroom.v1.HeartbeatRequest.capabilities:type_name -> strongroom.v1.HeartbeatRequest.CapabilitiesEntry
+	41, // 0: strongroom.v1.JoinRequest.capabilities:type_name -> strongroom.v1.JoinRequest.CapabilitiesEntry
+	42, // 1: strongroom.v1.HeartbeatRequest.capabilities:type_name -> strongroom.v1.HeartbeatRequest.CapabilitiesEntry
 	3,  // 2: strongroom.v1.HeartbeatRequest.providers:type_name -> strongroom.v1.HeldProvider
-	41, // 3: strongroom.v1.HeartbeatRequest.vms:type_name -> strongroom.v1.VM
+	44, // 3: strongroom.v1.HeartbeatRequest.vms:type_name -> strongroom.v1.VM
 	9,  // 4: strongroom.v1.SyncHostRequest.providers:type_name -> strongroom.v1.WantedProvider
 	11, // 5: strongroom.v1.SyncHostRequest.datastores:type_name -> strongroom.v1.WantedDatastore
 	8,  // 6: strongroom.v1.SyncHostRequest.keks:type_name -> strongroom.v1.WantedKEK
-	42, // 7: strongroom.v1.WantedKEK.key:type_name -> strongroom.v1.KeyRef
-	43, // 8: strongroom.v1.WantedProvider.created:type_name -> google.protobuf.Timestamp
+	45, // 7: strongroom.v1.WantedKEK.key:type_name -> strongroom.v1.KeyRef
+	46, // 8: strongroom.v1.WantedProvider.created:type_name -> google.protobuf.Timestamp
 	10, // 9: strongroom.v1.WantedProvider.key_servers:type_name -> strongroom.v1.KeyServerAccess
-	44, // 10: strongroom.v1.KeyServerAccess.servers:type_name -> strongroom.v1.TrustedServer
+	47, // 10: strongroom.v1.KeyServerAccess.servers:type_name -> strongroom.v1.TrustedServer
 	3,  // 11: strongroom.v1.SyncHostResponse.providers:type_name -> strongroom.v1.HeldProvider
 	13, // 12: strongroom.v1.SyncHostResponse.datastores:type_name -> strongroom.v1.DatastoreSpace
-	42, // 13: strongroom.v1.SyncHostResponse.missing_keks:type_name -> strongroom.v1.KeyRef
-	41, // 14: strongroom.v1.AgentProgress.result:type_name -> strongroom.v1.VM
-	45, // 15: strongroom.v1.AgentCreateVMRequest.settings:type_name -> strongroom.v1.VMSettings
-	46, // 16: strongroom.v1.AgentCreateVMRequest.disks:type_name -> strongroom.v1.NewDisk
-	42, // 17: strongroom.v1.AgentCreateVMRequest.key:type_name -> strongroom.v1.KeyRef
-	40, // 18: strongroom.v1.AgentCreateVMRequest.passphrases:type_name -> strongroom.v1.AgentCreateVMRequest.PassphrasesEntry
-	42, // 19: strongroom.v1.AgentCloneVMRequest.key:type_name -> strongroom.v1.KeyRef
-	42, // 20: strongroom.v1.AgentEncryptVMRequest.key:type_name -> strongroom.v1.KeyRef
-	42, // 21: strongroom.v1.AgentRekeyVMRequest.key:type_name -> strongroom.v1.KeyRef
-	41, // 22: strongroom.v1.AgentVMResponse.vm:type_name -> strongroom.v1.VM
-	0,  // 23: strongroom.v1.EnrollService.Join:input_type -> strongroom.v1.JoinRequest
-	2,  // 24: strongroom.v1.EnrollService.Heartbeat:input_type -> strongroom.v1.HeartbeatRequest
-	5,  // 25: strongroom.v1.EnrollService.RenewCertificate:input_type -> strongroom.v1.RenewCertificateRequest
-	7,  // 26: strongroom.v1.AgentService.SyncHost:input_type -> strongroom.v1.SyncHostRequest
-	15, // 27: strongroom.v1.AgentService.CreateVM:input_type -> strongroom.v1.AgentCreateVMRequest
-	16, // 28: strongroom.v1.AgentService.CloneVM:input_type -> strongroom.v1.AgentCloneVMRequest
-	17, // 29: strongroom.v1.AgentService.CreateSnapshot:input_type -> strongroom.v1.AgentCreateSnapshotRequest
-	18, // 30: strongroom.v1.AgentService.RevertToSnapshot:input_type -> strongroom.v1.AgentRevertToSnapshotRequest
-	19, // 31: strongroom.v1.AgentService.DeleteSnapshot:input_type -> strongroom.v1.AgentDeleteSnapshotRequest
-	20, // 32: strongroom.v1.AgentService.ConsolidateSnapshots:input_type -> strongroom.v1.AgentConsolidateSnapshotsRequest
-	21, // 33: strongroom.v1.AgentService.EncryptVM:input_type -> strongroom.v1.AgentEncryptVMRequest
-	22, // 34: strongroom.v1.AgentService.DecryptVM:input_type -> strongroom.v1.AgentDecryptVMRequest
-	23, // 35: strongroom.v1.AgentService.RekeyVM:input_type -> strongroom.v1.AgentRekeyVMRequest
-	24, // 36: strongroom.v1.AgentService.SetRekeyRate:input_type -> strongroom.v1.AgentSetRekeyRateRequest
-	26, // 37: strongroom.v1.AgentService.FillDisks:input_type -> strongroom.v1.AgentFillDisksRequest
-	27, // 38: strongroom.v1.AgentService.ResizeDisk:input_type -> strongroom.v1.AgentResizeDiskRequest
-	28, // 39: strongroom.v1.AgentService.ExportDiskKey:input_type -> strongroom.v1.AgentExportDiskKeyRequest
-	29, // 40: strongroom.v1.AgentService.PowerOnVM:input_type -> strongroom.v1.AgentPowerOnVMRequest
-	30, // 41: strongroom.v1.AgentService.PowerOffVM:input_type -> strongroom.v1.AgentPowerOffVMRequest
-	31, // 42: strongroom.v1.AgentService.RegisterVM:input_type -> strongroom.v1.AgentRegisterVMRequest
-	32, // 43: strongroom.v1.AgentService.UnregisterVM:input_type -> strongroom.v1.AgentUnregisterVMRequest
-	34, // 44: strongroom.v1.AgentService.DeleteVM:input_type -> strongroom.v1.AgentDeleteVMRequest
-	36, // 45: strongroom.v1.AgentService.GetVM:input_type -> strongroom.v1.AgentGetVMRequest
-	1,  // 46: strongroom.v1.EnrollService.Join:output_type -> strongroom.v1.JoinResponse
-	4,  // 47: strongroom.v1.EnrollService.Heartbeat:output_type -> strongroom.v1.HeartbeatResponse
-	6,  // 48: strongroom.v1.EnrollService.RenewCertificate:output_type -> strongroom.v1.RenewCertificateResponse
-	12, // 49: strongroom.v1.AgentService.SyncHost:output_type -> strongroom.v1.SyncHostResponse
-	14, // 50: strongroom.v1.AgentService.CreateVM:output_type -> strongroom.v1.AgentProgress
-	14, // 51: strongroom.v1.AgentService.CloneVM:output_type -> strongroom.v1.AgentProgress
-	14, // 52: strongroom.v1.AgentService.CreateSnapshot:output_type -> strongroom.v1.AgentProgress
-	14, // 53: strongroom.v1.AgentService.RevertToSnapshot:output_type -> strongroom.v1.AgentProgress
-	37, // 54: strongroom.v1.AgentService.DeleteSnapshot:output_type -> strongroom.v1.AgentVMResponse
-	37, // 55: strongroom.v1.AgentService.ConsolidateSnapshots:output_type -> strongroom.v1.AgentVMResponse
-	14, // 56: strongroom.v1.AgentService.EncryptVM:output_type -> strongroom.v1.AgentProgress
-	14, // 57: strongroom.v1.AgentService.DecryptVM:output_type -> strongroom.v1.AgentProgress
-	14, // 58: strongroom.v1.AgentService.RekeyVM:output_type -> strongroom.v1.AgentProgress
-	25, // 59: strongroom.v1.AgentService.SetRekeyRate:output_type -> strongroom.v1.AgentSetRekeyRateResponse
-	14, // 60: strongroom.v1.AgentService.FillDisks:output_type -> strongroom.v1.AgentProgress
-	37, // 61: strongroom.v1.AgentService.ResizeDisk:output_type -> strongroom.v1.AgentVMResponse
-	47, // 62: strongroom.v1.AgentService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
-	37, // 63: strongroom.v1.AgentService.PowerOnVM:output_type -> strongroom.v1.AgentVMResponse
-	37, // 64: strongroom.v1.AgentService.PowerOffVM:output_type -> strongroom.v1.AgentVMResponse
-	37, // 65: strongroom.v1.AgentService.RegisterVM:output_type -> strongroom.v1.AgentVMResponse
-	33, // 66: strongroom.v1.AgentService.UnregisterVM:output_type -> strongroom.v1.AgentUnregisterVMResponse
-	35, // 67: strongroom.v1.AgentService.DeleteVM:output_type -> strongroom.v1.AgentDeleteVMResponse
-	37, // 68: strongroom.v1.AgentService.GetVM:output_type -> strongroom.v1.AgentVMResponse
-	46, // [46:69] is the sub-list for method output_type
-	23, // [23:46] is the sub-list for method input_type
-	23, // [23:23] is the sub-list for extension type_name
-	23, // [23:23] is the sub-list for extension extendee
-	0,  // [0:23] is the sub-list for field type_name
+	45, // 13: strongroom.v1.SyncHostResponse.missing_keks:type_name -> strongroom.v1.KeyRef
+	44, // 14: strongroom.v1.AgentProgress.result:type_name -> strongroom.v1.VM
+	48, // 15: strongroom.v1.AgentCreateVMRequest.settings:type_name -> strongroom.v1.VMSettings
+	49, // 16: strongroom.v1.AgentCreateVMRequest.disks:type_name -> strongroom.v1.NewDisk
+	45, // 17: strongroom.v1.AgentCreateVMRequest.key:type_name -> strongroom.v1.KeyRef
+	43, // 18: strongroom.v1.AgentCreateVMRequest.passphrases:type_name -> strongroom.v1.AgentCreateVMRequest.PassphrasesEntry
+	45, // 19: strongroom.v1.AgentCloneVMRequest.key:type_name -> strongroom.v1.KeyRef
+	45, // 20: strongroom.v1.AgentEncryptVMRequest.key:type_name -> strongroom.v1.KeyRef
+	45, // 21: strongroom.v1.AgentRekeyVMRequest.key:type_name -> strongroom.v1.KeyRef
+	39, // 22: strongroom.v1.AgentFindVMResponse.folders:type_name -> strongroom.v1.FoundFolder
+	44, // 23: strongroom.v1.AgentVMResponse.vm:type_name -> strongroom.v1.VM
+	0,  // 24: strongroom.v1.EnrollService.Join:input_type -> strongroom.v1.JoinRequest
+	2,  // 25: strongroom.v1.EnrollService.Heartbeat:input_type -> strongroom.v1.HeartbeatRequest
+	5,  // 26: strongroom.v1.EnrollService.RenewCertificate:input_type -> strongroom.v1.RenewCertificateRequest
+	7,  // 27: strongroom.v1.AgentService.SyncHost:input_type -> strongroom.v1.SyncHostRequest
+	15, // 28: strongroom.v1.AgentService.CreateVM:input_type -> strongroom.v1.AgentCreateVMRequest
+	16, // 29: strongroom.v1.AgentService.CloneVM:input_type -> strongroom.v1.AgentCloneVMRequest
+	17, // 30: strongroom.v1.AgentService.CreateSnapshot:input_type -> strongroom.v1.AgentCreateSnapshotRequest
+	18, // 31: strongroom.v1.AgentService.RevertToSnapshot:input_type -> strongroom.v1.AgentRevertToSnapshotRequest
+	19, // 32: strongroom.v1.AgentService.DeleteSnapshot:input_type -> strongroom.v1.AgentDeleteSnapshotRequest
+	20, // 33: strongroom.v1.AgentService.ConsolidateSnapshots:input_type -> strongroom.v1.AgentConsolidateSnapshotsRequest
+	21, // 34: strongroom.v1.AgentService.EncryptVM:input_type -> strongroom.v1.AgentEncryptVMRequest
+	22, // 35: strongroom.v1.AgentService.DecryptVM:input_type -> strongroom.v1.AgentDecryptVMRequest
+	23, // 36: strongroom.v1.AgentService.RekeyVM:input_type -> strongroom.v1.AgentRekeyVMRequest
+	24, // 37: strongroom.v1.AgentService.SetRekeyRate:input_type -> strongroom.v1.AgentSetRekeyRateRequest
+	26, // 38: strongroom.v1.AgentService.FillDisks:input_type -> strongroom.v1.AgentFillDisksRequest
+	27, // 39: strongroom.v1.AgentService.ResizeDisk:input_type -> strongroom.v1.AgentResizeDiskRequest
+	28, // 40: strongroom.v1.AgentService.ExportDiskKey:input_type -> strongroom.v1.AgentExportDiskKeyRequest
+	29, // 41: strongroom.v1.AgentService.PowerOnVM:input_type -> strongroom.v1.AgentPowerOnVMRequest
+	30, // 42: strongroom.v1.AgentService.PowerOffVM:input_type -> strongroom.v1.AgentPowerOffVMRequest
+	31, // 43: strongroom.v1.AgentService.RegisterVM:input_type -> strongroom.v1.AgentRegisterVMRequest
+	32, // 44: strongroom.v1.AgentService.UnregisterVM:input_type -> strongroom.v1.AgentUnregisterVMRequest
+	34, // 45: strongroom.v1.AgentService.DeleteVM:input_type -> strongroom.v1.AgentDeleteVMRequest
+	36, // 46: strongroom.v1.AgentService.GetVM:input_type -> strongroom.v1.AgentGetVMRequest
+	37, // 47: strongroom.v1.AgentService.FindVM:input_type -> strongroom.v1.AgentFindVMRequest
+	1,  // 48: strongroom.v1.EnrollService.Join:output_type -> strongroom.v1.JoinResponse
+	4,  // 49: strongroom.v1.EnrollService.Heartbeat:output_type -> strongroom.v1.HeartbeatResponse
+	6,  // 50: strongroom.v1.EnrollService.RenewCertificate:output_type -> strongroom.v1.RenewCertificateResponse
+	12, // 51: strongroom.v1.AgentService.SyncHost:output_type -> strongroom.v1.SyncHostResponse
+	14, // 52: strongroom.v1.AgentService.CreateVM:output_type -> strongroom.v1.AgentProgress
+	14, // 53: strongroom.v1.AgentService.CloneVM:output_type -> strongroom.v1.AgentProgress
+	14, // 54: strongroom.v1.AgentService.CreateSnapshot:output_type -> strongroom.v1.AgentProgress
+	14, // 55: strongroom.v1.AgentService.RevertToSnapshot:output_type -> strongroom.v1.AgentProgress
+	40, // 56: strongroom.v1.AgentService.DeleteSnapshot:output_type -> strongroom.v1.AgentVMResponse
+	40, // 57: strongroom.v1.AgentService.ConsolidateSnapshots:output_type -> strongroom.v1.AgentVMResponse
+	14, // 58: strongroom.v1.AgentService.EncryptVM:output_type -> strongroom.v1.AgentProgress
+	14, // 59: strongroom.v1.AgentService.DecryptVM:output_type -> strongroom.v1.AgentProgress
+	14, // 60: strongroom.v1.AgentService.RekeyVM:output_type -> strongroom.v1.AgentProgress
+	25, // 61: strongroom.v1.AgentService.SetRekeyRate:output_type -> strongroom.v1.AgentSetRekeyRateResponse
+	14, // 62: strongroom.v1.AgentService.FillDisks:output_type -> strongroom.v1.AgentProgress
+	40, // 63: strongroom.v1.AgentService.ResizeDisk:output_type -> strongroom.v1.AgentVMResponse
+	50, // 64: strongroom.v1.AgentService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
+	40, // 65: strongroom.v1.AgentService.PowerOnVM:output_type -> strongroom.v1.AgentVMResponse
+	40, // 66: strongroom.v1.AgentService.PowerOffVM:output_type -> strongroom.v1.AgentVMResponse
+	40, // 67: strongroom.v1.AgentService.RegisterVM:output_type -> strongroom.v1.AgentVMResponse
+	33, // 68: strongroom.v1.AgentService.UnregisterVM:output_type -> strongroom.v1.AgentUnregisterVMResponse
+	35, // 69: strongroom.v1.AgentService.DeleteVM:output_type -> strongroom.v1.AgentDeleteVMResponse
+	40, // 70: strongroom.v1.AgentService.GetVM:output_type -> strongroom.v1.AgentVMResponse
+	38, // 71: strongroom.v1.AgentService.FindVM:output_type -> strongroom.v1.AgentFindVMResponse
+	48, // [48:72] is the sub-list for method output_type
+	24, // [24:48] is the sub-list for method input_type
+	24, // [24:24] is the sub-list for extension type_name
+	24, // [24:24] is the sub-list for extension extendee
+	0,  // [0:24] is the sub-list for field type_name
 }
 
 func init() { file_strongroom_v1_agent_proto_init() }
@@ -2747,7 +2952,7 @@ func file_strongroom_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_strongroom_v1_agent_proto_rawDesc), len(file_strongroom_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   41,
+			NumMessages:   44,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -2324,6 +2324,278 @@ func (x *UnregisterVMRequest) GetName() string {
 	return ""
 }
 
+type ListUnregisteredVMsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListUnregisteredVMsRequest) Reset() {
+	*x = ListUnregisteredVMsRequest{}
+	mi := &file_strongroom_v1_vm_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListUnregisteredVMsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListUnregisteredVMsRequest) ProtoMessage() {}
+
+func (x *ListUnregisteredVMsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_vm_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListUnregisteredVMsRequest.ProtoReflect.Descriptor instead.
+func (*ListUnregisteredVMsRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{32}
+}
+
+type ListUnregisteredVMsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Vms           []*UnregisteredVM      `protobuf:"bytes,1,rep,name=vms,proto3" json:"vms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListUnregisteredVMsResponse) Reset() {
+	*x = ListUnregisteredVMsResponse{}
+	mi := &file_strongroom_v1_vm_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListUnregisteredVMsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListUnregisteredVMsResponse) ProtoMessage() {}
+
+func (x *ListUnregisteredVMsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_vm_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListUnregisteredVMsResponse.ProtoReflect.Descriptor instead.
+func (*ListUnregisteredVMsResponse) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *ListUnregisteredVMsResponse) GetVms() []*UnregisteredVM {
+	if x != nil {
+		return x.Vms
+	}
+	return nil
+}
+
+// UnregisteredVM is a VM with keys of a key server whose folder can be registered
+// again.
+type UnregisteredVM struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Datastore     string                 `protobuf:"bytes,3,opt,name=datastore,proto3" json:"datastore,omitempty"`
+	Folder        string                 `protobuf:"bytes,4,opt,name=folder,proto3" json:"folder,omitempty"`
+	Keys          []*KeyRef              `protobuf:"bytes,5,rep,name=keys,proto3" json:"keys,omitempty"`
+	Since         *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=since,proto3" json:"since,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UnregisteredVM) Reset() {
+	*x = UnregisteredVM{}
+	mi := &file_strongroom_v1_vm_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UnregisteredVM) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UnregisteredVM) ProtoMessage() {}
+
+func (x *UnregisteredVM) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_vm_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UnregisteredVM.ProtoReflect.Descriptor instead.
+func (*UnregisteredVM) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *UnregisteredVM) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *UnregisteredVM) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *UnregisteredVM) GetDatastore() string {
+	if x != nil {
+		return x.Datastore
+	}
+	return ""
+}
+
+func (x *UnregisteredVM) GetFolder() string {
+	if x != nil {
+		return x.Folder
+	}
+	return ""
+}
+
+func (x *UnregisteredVM) GetKeys() []*KeyRef {
+	if x != nil {
+		return x.Keys
+	}
+	return nil
+}
+
+func (x *UnregisteredVM) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+type ForgetVMRequest struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Datastore string                 `protobuf:"bytes,1,opt,name=datastore,proto3" json:"datastore,omitempty"`
+	Folder    string                 `protobuf:"bytes,2,opt,name=folder,proto3" json:"folder,omitempty"`
+	// Believe a datastore that has nothing on it: it may also not be mounted.
+	EvenIfEmpty   bool `protobuf:"varint,3,opt,name=even_if_empty,json=evenIfEmpty,proto3" json:"even_if_empty,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForgetVMRequest) Reset() {
+	*x = ForgetVMRequest{}
+	mi := &file_strongroom_v1_vm_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForgetVMRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForgetVMRequest) ProtoMessage() {}
+
+func (x *ForgetVMRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_vm_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForgetVMRequest.ProtoReflect.Descriptor instead.
+func (*ForgetVMRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *ForgetVMRequest) GetDatastore() string {
+	if x != nil {
+		return x.Datastore
+	}
+	return ""
+}
+
+func (x *ForgetVMRequest) GetFolder() string {
+	if x != nil {
+		return x.Folder
+	}
+	return ""
+}
+
+func (x *ForgetVMRequest) GetEvenIfEmpty() bool {
+	if x != nil {
+		return x.EvenIfEmpty
+	}
+	return false
+}
+
+type ForgetVMResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What was forgotten. Its keys are orphans from now on.
+	Vm            *UnregisteredVM `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForgetVMResponse) Reset() {
+	*x = ForgetVMResponse{}
+	mi := &file_strongroom_v1_vm_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForgetVMResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForgetVMResponse) ProtoMessage() {}
+
+func (x *ForgetVMResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_vm_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForgetVMResponse.ProtoReflect.Descriptor instead.
+func (*ForgetVMResponse) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *ForgetVMResponse) GetVm() *UnregisteredVM {
+	if x != nil {
+		return x.Vm
+	}
+	return nil
+}
+
 type DeleteVMRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -2333,7 +2605,7 @@ type DeleteVMRequest struct {
 
 func (x *DeleteVMRequest) Reset() {
 	*x = DeleteVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[32]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2345,7 +2617,7 @@ func (x *DeleteVMRequest) String() string {
 func (*DeleteVMRequest) ProtoMessage() {}
 
 func (x *DeleteVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[32]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2358,7 +2630,7 @@ func (x *DeleteVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVMRequest.ProtoReflect.Descriptor instead.
 func (*DeleteVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{32}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *DeleteVMRequest) GetName() string {
@@ -2377,7 +2649,7 @@ type UnlockVMRequest struct {
 
 func (x *UnlockVMRequest) Reset() {
 	*x = UnlockVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[33]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2389,7 +2661,7 @@ func (x *UnlockVMRequest) String() string {
 func (*UnlockVMRequest) ProtoMessage() {}
 
 func (x *UnlockVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[33]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2402,7 +2674,7 @@ func (x *UnlockVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockVMRequest.ProtoReflect.Descriptor instead.
 func (*UnlockVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{33}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *UnlockVMRequest) GetName() string {
@@ -2605,11 +2877,27 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"\x04name\x18\x03 \x01(\tR\x04name\x12\x12\n" +
 	"\x04host\x18\x04 \x01(\tR\x04host\")\n" +
 	"\x13UnregisterVMRequest\x12\x12\n" +
-	"\x04name\x18\x01 \x01(\tR\x04name\"%\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\x1c\n" +
+	"\x1aListUnregisteredVMsRequest\"N\n" +
+	"\x1bListUnregisteredVMsResponse\x12/\n" +
+	"\x03vms\x18\x01 \x03(\v2\x1d.strongroom.v1.UnregisteredVMR\x03vms\"\xc7\x01\n" +
+	"\x0eUnregisteredVM\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1c\n" +
+	"\tdatastore\x18\x03 \x01(\tR\tdatastore\x12\x16\n" +
+	"\x06folder\x18\x04 \x01(\tR\x06folder\x12)\n" +
+	"\x04keys\x18\x05 \x03(\v2\x15.strongroom.v1.KeyRefR\x04keys\x120\n" +
+	"\x05since\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\"k\n" +
+	"\x0fForgetVMRequest\x12\x1c\n" +
+	"\tdatastore\x18\x01 \x01(\tR\tdatastore\x12\x16\n" +
+	"\x06folder\x18\x02 \x01(\tR\x06folder\x12\"\n" +
+	"\reven_if_empty\x18\x03 \x01(\bR\vevenIfEmpty\"A\n" +
+	"\x10ForgetVMResponse\x12-\n" +
+	"\x02vm\x18\x01 \x01(\v2\x1d.strongroom.v1.UnregisteredVMR\x02vm\"%\n" +
 	"\x0fDeleteVMRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"%\n" +
 	"\x0fUnlockVMRequest\x12\x12\n" +
-	"\x04name\x18\x01 \x01(\tR\x04name2\xfd\x11\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name2\xee\x13\n" +
 	"\tVMService\x12d\n" +
 	"\bCreateVM\x12\x1e.strongroom.v1.CreateVMRequest\x1a\x13.strongroom.v1.Task\"#\x8a\xb5\x18\x1fVirtualMachine.Inventory.Create\x12d\n" +
 	"\aCloneVM\x12\x1d.strongroom.v1.CloneVMRequest\x1a\x13.strongroom.v1.Task\"%\x8a\xb5\x18!VirtualMachine.Provisioning.Clone\x12Y\n" +
@@ -2633,7 +2921,9 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"\rExportDiskKey\x12#.strongroom.v1.ExportDiskKeyRequest\x1a$.strongroom.v1.ExportDiskKeyResponse\"\x18\x8a\xb5\x18\x14Cryptographer.Access\x12a\n" +
 	"\n" +
 	"RegisterVM\x12 .strongroom.v1.RegisterVMRequest\x1a\x13.strongroom.v1.Task\"\x1c\x8a\xb5\x18\x18Cryptographer.RegisterVM\x12p\n" +
-	"\fUnregisterVM\x12\".strongroom.v1.UnregisterVMRequest\x1a\x13.strongroom.v1.Task\"'\x8a\xb5\x18#VirtualMachine.Inventory.Unregister\x12d\n" +
+	"\fUnregisterVM\x12\".strongroom.v1.UnregisterVMRequest\x1a\x13.strongroom.v1.Task\"'\x8a\xb5\x18#VirtualMachine.Inventory.Unregister\x12}\n" +
+	"\x13ListUnregisteredVMs\x12).strongroom.v1.ListUnregisteredVMsRequest\x1a*.strongroom.v1.ListUnregisteredVMsResponse\"\x0f\x8a\xb5\x18\vSystem.Read\x12p\n" +
+	"\bForgetVM\x12\x1e.strongroom.v1.ForgetVMRequest\x1a\x1f.strongroom.v1.ForgetVMResponse\"#\x8a\xb5\x18\x1fVirtualMachine.Inventory.Delete\x12d\n" +
 	"\bDeleteVM\x12\x1e.strongroom.v1.DeleteVMRequest\x1a\x13.strongroom.v1.Task\"#\x8a\xb5\x18\x1fVirtualMachine.Inventory.Delete\x12]\n" +
 	"\bUnlockVM\x12\x1e.strongroom.v1.UnlockVMRequest\x1a\x13.strongroom.v1.Task\"\x1c\x8a\xb5\x18\x18Cryptographer.RegisterVMB+Z)strongroom/api/strongroom/v1;strongroomv1b\x06proto3"
 
@@ -2649,7 +2939,7 @@ func file_strongroom_v1_vm_proto_rawDescGZIP() []byte {
 	return file_strongroom_v1_vm_proto_rawDescData
 }
 
-var file_strongroom_v1_vm_proto_msgTypes = make([]protoimpl.MessageInfo, 34)
+var file_strongroom_v1_vm_proto_msgTypes = make([]protoimpl.MessageInfo, 39)
 var file_strongroom_v1_vm_proto_goTypes = []any{
 	(*KeyRef)(nil),                      // 0: strongroom.v1.KeyRef
 	(*VM)(nil),                          // 1: strongroom.v1.VM
@@ -2683,18 +2973,23 @@ var file_strongroom_v1_vm_proto_goTypes = []any{
 	(*VolumeLayout)(nil),                // 29: strongroom.v1.VolumeLayout
 	(*RegisterVMRequest)(nil),           // 30: strongroom.v1.RegisterVMRequest
 	(*UnregisterVMRequest)(nil),         // 31: strongroom.v1.UnregisterVMRequest
-	(*DeleteVMRequest)(nil),             // 32: strongroom.v1.DeleteVMRequest
-	(*UnlockVMRequest)(nil),             // 33: strongroom.v1.UnlockVMRequest
-	(*timestamppb.Timestamp)(nil),       // 34: google.protobuf.Timestamp
-	(*Task)(nil),                        // 35: strongroom.v1.Task
+	(*ListUnregisteredVMsRequest)(nil),  // 32: strongroom.v1.ListUnregisteredVMsRequest
+	(*ListUnregisteredVMsResponse)(nil), // 33: strongroom.v1.ListUnregisteredVMsResponse
+	(*UnregisteredVM)(nil),              // 34: strongroom.v1.UnregisteredVM
+	(*ForgetVMRequest)(nil),             // 35: strongroom.v1.ForgetVMRequest
+	(*ForgetVMResponse)(nil),            // 36: strongroom.v1.ForgetVMResponse
+	(*DeleteVMRequest)(nil),             // 37: strongroom.v1.DeleteVMRequest
+	(*UnlockVMRequest)(nil),             // 38: strongroom.v1.UnlockVMRequest
+	(*timestamppb.Timestamp)(nil),       // 39: google.protobuf.Timestamp
+	(*Task)(nil),                        // 40: strongroom.v1.Task
 }
 var file_strongroom_v1_vm_proto_depIdxs = []int32{
 	0,  // 0: strongroom.v1.VM.key:type_name -> strongroom.v1.KeyRef
 	3,  // 1: strongroom.v1.VM.disks:type_name -> strongroom.v1.Disk
 	6,  // 2: strongroom.v1.VM.settings:type_name -> strongroom.v1.VMSettings
-	34, // 3: strongroom.v1.VM.created:type_name -> google.protobuf.Timestamp
+	39, // 3: strongroom.v1.VM.created:type_name -> google.protobuf.Timestamp
 	2,  // 4: strongroom.v1.VM.snapshots:type_name -> strongroom.v1.Snapshot
-	34, // 5: strongroom.v1.Snapshot.created:type_name -> google.protobuf.Timestamp
+	39, // 5: strongroom.v1.Snapshot.created:type_name -> google.protobuf.Timestamp
 	3,  // 6: strongroom.v1.Snapshot.disks:type_name -> strongroom.v1.Disk
 	6,  // 7: strongroom.v1.Snapshot.settings:type_name -> strongroom.v1.VMSettings
 	0,  // 8: strongroom.v1.Disk.key:type_name -> strongroom.v1.KeyRef
@@ -2707,55 +3002,63 @@ var file_strongroom_v1_vm_proto_depIdxs = []int32{
 	1,  // 15: strongroom.v1.ListVMsResponse.vms:type_name -> strongroom.v1.VM
 	29, // 16: strongroom.v1.ExportDiskKeyResponse.layout:type_name -> strongroom.v1.VolumeLayout
 	0,  // 17: strongroom.v1.VolumeLayout.key:type_name -> strongroom.v1.KeyRef
-	8,  // 18: strongroom.v1.VMService.CreateVM:input_type -> strongroom.v1.CreateVMRequest
-	9,  // 19: strongroom.v1.VMService.CloneVM:input_type -> strongroom.v1.CloneVMRequest
-	16, // 20: strongroom.v1.VMService.ListVMs:input_type -> strongroom.v1.ListVMsRequest
-	18, // 21: strongroom.v1.VMService.GetVM:input_type -> strongroom.v1.GetVMRequest
-	19, // 22: strongroom.v1.VMService.PowerOnVM:input_type -> strongroom.v1.PowerOnVMRequest
-	20, // 23: strongroom.v1.VMService.PowerOffVM:input_type -> strongroom.v1.PowerOffVMRequest
-	21, // 24: strongroom.v1.VMService.EncryptVM:input_type -> strongroom.v1.EncryptVMRequest
-	22, // 25: strongroom.v1.VMService.DecryptVM:input_type -> strongroom.v1.DecryptVMRequest
-	23, // 26: strongroom.v1.VMService.RekeyVM:input_type -> strongroom.v1.RekeyVMRequest
-	24, // 27: strongroom.v1.VMService.SetRekeyRate:input_type -> strongroom.v1.SetRekeyRateRequest
-	25, // 28: strongroom.v1.VMService.FillDisks:input_type -> strongroom.v1.FillDisksRequest
-	26, // 29: strongroom.v1.VMService.ResizeDisk:input_type -> strongroom.v1.ResizeDiskRequest
-	10, // 30: strongroom.v1.VMService.ListSnapshots:input_type -> strongroom.v1.ListSnapshotsRequest
-	12, // 31: strongroom.v1.VMService.CreateSnapshot:input_type -> strongroom.v1.CreateSnapshotRequest
-	13, // 32: strongroom.v1.VMService.RevertToSnapshot:input_type -> strongroom.v1.RevertToSnapshotRequest
-	14, // 33: strongroom.v1.VMService.DeleteSnapshot:input_type -> strongroom.v1.DeleteSnapshotRequest
-	15, // 34: strongroom.v1.VMService.ConsolidateSnapshots:input_type -> strongroom.v1.ConsolidateSnapshotsRequest
-	27, // 35: strongroom.v1.VMService.ExportDiskKey:input_type -> strongroom.v1.ExportDiskKeyRequest
-	30, // 36: strongroom.v1.VMService.RegisterVM:input_type -> strongroom.v1.RegisterVMRequest
-	31, // 37: strongroom.v1.VMService.UnregisterVM:input_type -> strongroom.v1.UnregisterVMRequest
-	32, // 38: strongroom.v1.VMService.DeleteVM:input_type -> strongroom.v1.DeleteVMRequest
-	33, // 39: strongroom.v1.VMService.UnlockVM:input_type -> strongroom.v1.UnlockVMRequest
-	35, // 40: strongroom.v1.VMService.CreateVM:output_type -> strongroom.v1.Task
-	35, // 41: strongroom.v1.VMService.CloneVM:output_type -> strongroom.v1.Task
-	17, // 42: strongroom.v1.VMService.ListVMs:output_type -> strongroom.v1.ListVMsResponse
-	1,  // 43: strongroom.v1.VMService.GetVM:output_type -> strongroom.v1.VM
-	35, // 44: strongroom.v1.VMService.PowerOnVM:output_type -> strongroom.v1.Task
-	35, // 45: strongroom.v1.VMService.PowerOffVM:output_type -> strongroom.v1.Task
-	35, // 46: strongroom.v1.VMService.EncryptVM:output_type -> strongroom.v1.Task
-	35, // 47: strongroom.v1.VMService.DecryptVM:output_type -> strongroom.v1.Task
-	35, // 48: strongroom.v1.VMService.RekeyVM:output_type -> strongroom.v1.Task
-	35, // 49: strongroom.v1.VMService.SetRekeyRate:output_type -> strongroom.v1.Task
-	35, // 50: strongroom.v1.VMService.FillDisks:output_type -> strongroom.v1.Task
-	35, // 51: strongroom.v1.VMService.ResizeDisk:output_type -> strongroom.v1.Task
-	11, // 52: strongroom.v1.VMService.ListSnapshots:output_type -> strongroom.v1.ListSnapshotsResponse
-	35, // 53: strongroom.v1.VMService.CreateSnapshot:output_type -> strongroom.v1.Task
-	35, // 54: strongroom.v1.VMService.RevertToSnapshot:output_type -> strongroom.v1.Task
-	35, // 55: strongroom.v1.VMService.DeleteSnapshot:output_type -> strongroom.v1.Task
-	35, // 56: strongroom.v1.VMService.ConsolidateSnapshots:output_type -> strongroom.v1.Task
-	28, // 57: strongroom.v1.VMService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
-	35, // 58: strongroom.v1.VMService.RegisterVM:output_type -> strongroom.v1.Task
-	35, // 59: strongroom.v1.VMService.UnregisterVM:output_type -> strongroom.v1.Task
-	35, // 60: strongroom.v1.VMService.DeleteVM:output_type -> strongroom.v1.Task
-	35, // 61: strongroom.v1.VMService.UnlockVM:output_type -> strongroom.v1.Task
-	40, // [40:62] is the sub-list for method output_type
-	18, // [18:40] is the sub-list for method input_type
-	18, // [18:18] is the sub-list for extension type_name
-	18, // [18:18] is the sub-list for extension extendee
-	0,  // [0:18] is the sub-list for field type_name
+	34, // 18: strongroom.v1.ListUnregisteredVMsResponse.vms:type_name -> strongroom.v1.UnregisteredVM
+	0,  // 19: strongroom.v1.UnregisteredVM.keys:type_name -> strongroom.v1.KeyRef
+	39, // 20: strongroom.v1.UnregisteredVM.since:type_name -> google.protobuf.Timestamp
+	34, // 21: strongroom.v1.ForgetVMResponse.vm:type_name -> strongroom.v1.UnregisteredVM
+	8,  // 22: strongroom.v1.VMService.CreateVM:input_type -> strongroom.v1.CreateVMRequest
+	9,  // 23: strongroom.v1.VMService.CloneVM:input_type -> strongroom.v1.CloneVMRequest
+	16, // 24: strongroom.v1.VMService.ListVMs:input_type -> strongroom.v1.ListVMsRequest
+	18, // 25: strongroom.v1.VMService.GetVM:input_type -> strongroom.v1.GetVMRequest
+	19, // 26: strongroom.v1.VMService.PowerOnVM:input_type -> strongroom.v1.PowerOnVMRequest
+	20, // 27: strongroom.v1.VMService.PowerOffVM:input_type -> strongroom.v1.PowerOffVMRequest
+	21, // 28: strongroom.v1.VMService.EncryptVM:input_type -> strongroom.v1.EncryptVMRequest
+	22, // 29: strongroom.v1.VMService.DecryptVM:input_type -> strongroom.v1.DecryptVMRequest
+	23, // 30: strongroom.v1.VMService.RekeyVM:input_type -> strongroom.v1.RekeyVMRequest
+	24, // 31: strongroom.v1.VMService.SetRekeyRate:input_type -> strongroom.v1.SetRekeyRateRequest
+	25, // 32: strongroom.v1.VMService.FillDisks:input_type -> strongroom.v1.FillDisksRequest
+	26, // 33: strongroom.v1.VMService.ResizeDisk:input_type -> strongroom.v1.ResizeDiskRequest
+	10, // 34: strongroom.v1.VMService.ListSnapshots:input_type -> strongroom.v1.ListSnapshotsRequest
+	12, // 35: strongroom.v1.VMService.CreateSnapshot:input_type -> strongroom.v1.CreateSnapshotRequest
+	13, // 36: strongroom.v1.VMService.RevertToSnapshot:input_type -> strongroom.v1.RevertToSnapshotRequest
+	14, // 37: strongroom.v1.VMService.DeleteSnapshot:input_type -> strongroom.v1.DeleteSnapshotRequest
+	15, // 38: strongroom.v1.VMService.ConsolidateSnapshots:input_type -> strongroom.v1.ConsolidateSnapshotsRequest
+	27, // 39: strongroom.v1.VMService.ExportDiskKey:input_type -> strongroom.v1.ExportDiskKeyRequest
+	30, // 40: strongroom.v1.VMService.RegisterVM:input_type -> strongroom.v1.RegisterVMRequest
+	31, // 41: strongroom.v1.VMService.UnregisterVM:input_type -> strongroom.v1.UnregisterVMRequest
+	32, // 42: strongroom.v1.VMService.ListUnregisteredVMs:input_type -> strongroom.v1.ListUnregisteredVMsRequest
+	35, // 43: strongroom.v1.VMService.ForgetVM:input_type -> strongroom.v1.ForgetVMRequest
+	37, // 44: strongroom.v1.VMService.DeleteVM:input_type -> strongroom.v1.DeleteVMRequest
+	38, // 45: strongroom.v1.VMService.UnlockVM:input_type -> strongroom.v1.UnlockVMRequest
+	40, // 46: strongroom.v1.VMService.CreateVM:output_type -> strongroom.v1.Task
+	40, // 47: strongroom.v1.VMService.CloneVM:output_type -> strongroom.v1.Task
+	17, // 48: strongroom.v1.VMService.ListVMs:output_type -> strongroom.v1.ListVMsResponse
+	1,  // 49: strongroom.v1.VMService.GetVM:output_type -> strongroom.v1.VM
+	40, // 50: strongroom.v1.VMService.PowerOnVM:output_type -> strongroom.v1.Task
+	40, // 51: strongroom.v1.VMService.PowerOffVM:output_type -> strongroom.v1.Task
+	40, // 52: strongroom.v1.VMService.EncryptVM:output_type -> strongroom.v1.Task
+	40, // 53: strongroom.v1.VMService.DecryptVM:output_type -> strongroom.v1.Task
+	40, // 54: strongroom.v1.VMService.RekeyVM:output_type -> strongroom.v1.Task
+	40, // 55: strongroom.v1.VMService.SetRekeyRate:output_type -> strongroom.v1.Task
+	40, // 56: strongroom.v1.VMService.FillDisks:output_type -> strongroom.v1.Task
+	40, // 57: strongroom.v1.VMService.ResizeDisk:output_type -> strongroom.v1.Task
+	11, // 58: strongroom.v1.VMService.ListSnapshots:output_type -> strongroom.v1.ListSnapshotsResponse
+	40, // 59: strongroom.v1.VMService.CreateSnapshot:output_type -> strongroom.v1.Task
+	40, // 60: strongroom.v1.VMService.RevertToSnapshot:output_type -> strongroom.v1.Task
+	40, // 61: strongroom.v1.VMService.DeleteSnapshot:output_type -> strongroom.v1.Task
+	40, // 62: strongroom.v1.VMService.ConsolidateSnapshots:output_type -> strongroom.v1.Task
+	28, // 63: strongroom.v1.VMService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
+	40, // 64: strongroom.v1.VMService.RegisterVM:output_type -> strongroom.v1.Task
+	40, // 65: strongroom.v1.VMService.UnregisterVM:output_type -> strongroom.v1.Task
+	33, // 66: strongroom.v1.VMService.ListUnregisteredVMs:output_type -> strongroom.v1.ListUnregisteredVMsResponse
+	36, // 67: strongroom.v1.VMService.ForgetVM:output_type -> strongroom.v1.ForgetVMResponse
+	40, // 68: strongroom.v1.VMService.DeleteVM:output_type -> strongroom.v1.Task
+	40, // 69: strongroom.v1.VMService.UnlockVM:output_type -> strongroom.v1.Task
+	46, // [46:70] is the sub-list for method output_type
+	22, // [22:46] is the sub-list for method input_type
+	22, // [22:22] is the sub-list for extension type_name
+	22, // [22:22] is the sub-list for extension extendee
+	0,  // [0:22] is the sub-list for field type_name
 }
 
 func init() { file_strongroom_v1_vm_proto_init() }
@@ -2771,7 +3074,7 @@ func file_strongroom_v1_vm_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_strongroom_v1_vm_proto_rawDesc), len(file_strongroom_v1_vm_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   34,
+			NumMessages:   39,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

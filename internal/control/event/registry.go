@@ -77,6 +77,7 @@ const (
 	VMCloned        = "strongroom.vm.Cloned"
 	VMRegistered    = "strongroom.vm.Registered"
 	VMUnregistered  = "strongroom.vm.Unregistered"
+	VMForgotten     = "strongroom.vm.Forgotten"
 	VMDeleted       = "strongroom.vm.Deleted"
 	VMPoweredOn     = "strongroom.vm.PoweredOn"
 	VMPoweredOff    = "strongroom.vm.PoweredOff"
@@ -154,6 +155,7 @@ func Types() []Type {
 		{VMCloned, Info, "{principal} made {target} as a clone of vm/{source}"},
 		{VMRegistered, Info, "{principal} registered {target}"},
 		{VMUnregistered, Info, "{principal} unregistered {target}"},
+		{VMForgotten, Info, "{principal} had {target} forgotten, which was unregistered and whose folder {folder} is gone: its keys are orphans"},
 		{VMDeleted, Info, "{principal} deleted {target}"},
 		{VMPoweredOn, Info, "{target} was powered on on {host}"},
 		{VMPoweredOff, Info, "{target} was powered off"},

@@ -92,3 +92,24 @@ func (inv *Inventory) KeptVMs(ctx context.Context) ([]KeptVM, error) { return in
 func (inv *Inventory) UnregisterVM(ctx context.Context, id string) error {
 	return errs.Wrap(inv.removeVM(ctx, id, true), "cannot unregister VM %s", id)
 }
+
+// ForgetKept forgets the VM that was unregistered with id from a folder that is
+// gone. Its keys are retired from now on, for all that is known here. It returns
+// an error of kind [errs.NotFound] if that VM is not kept for that folder.
+func (inv *Inventory) ForgetKept(ctx context.Context, id, datastore, folder string) error {
+	key := folderKey(VM{Datastore: datastore, Folder: folder})
+	err := inv.db.Txn(ctx, func(tx *store.Tx) error {
+		kept, err := inv.kept.In(tx).Get(ctx, key)
+		if errors.Is(err, store.ErrNotFound) || err == nil && kept.ID != id {
+			return errs.New(errs.NotFound, "no VM %s was unregistered from there", id)
+		}
+		if err != nil {
+			return err
+		}
+		if err := inv.retire(ctx, tx, kept.Name, kept.Keys); err != nil {
+			return err
+		}
+		return inv.kept.In(tx).Delete(ctx, key)
+	})
+	return errs.Wrap(err, "cannot forget the VM of folder %s on datastore %s", folder, datastore)
+}

@@ -9,6 +9,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"strongroom/internal/control/inventory"
+	"strongroom/internal/errs"
 )
 
 // TestRetired: a key of a key server that VMs need no more is known with the time
@@ -72,6 +73,24 @@ func TestRetired(t *testing.T) {
 	}
 	if diff := cmp.Diff(want, must(l.KeptVMs(ctx))(t)); diff != "" {
 		t.Error(diff)
+	}
+	for what, f := range map[string]func() error{
+		"another VM":     func() error { return l.ForgetKept(ctx, two.ID, "ds", "one") },
+		"another folder": func() error { return l.ForgetKept(ctx, one.ID, "ds", "two") },
+	} {
+		if err := f(); errs.KindOf(err) != errs.NotFound || len(must(l.KeptVMs(ctx))(t)) != 1 {
+			t.Errorf("forget %s: %v", what, err)
+		}
+	}
+	if err := l.ForgetKept(ctx, one.ID, "ds", "one"); err != nil || len(must(l.KeptVMs(ctx))(t)) != 0 {
+		t.Errorf("forget: %v", err)
+	}
+	if got := retired(); got["3"] != now || got[odd] != now {
+		t.Errorf("forgotten now, and retired %v", got)
+	}
+	must(l.CreateVM(ctx, one))(t)
+	if err := l.UnregisterVM(ctx, one.ID); err != nil {
+		t.Fatal(err)
 	}
 	must(l.CreateVM(ctx, one))(t)
 	if kept := must(l.KeptVMs(ctx))(t); len(kept) != 0 {

@@ -26,7 +26,8 @@ that nothing known here needs: keys of VMs that were rekeyed, decrypted or
 deleted, wrapping keys that were replaced, and keys of tasks that were cut off.
 Never listed are keys that other controllers or vCenters made, those that a
 registered VM needs, powered off or locked, and those of a VM that was
-unregistered, whose folder can be registered again.
+unregistered, whose folder can be registered again ("strongroom vm forget" if that
+is gone).
 
 With --destroy they are destroyed: the key server deactivates and then forgets
 each of them, which nobody can take back, and the audit log has a record of each.

@@ -23,7 +23,7 @@ host's local socket: --server unix:/PATH.`,
 		newVMCreateCmd(env), newVMCloneCmd(env), newVMLsCmd(env), newVMShowCmd(env),
 		newVMPowerOnCmd(env), newVMPowerOffCmd(env), newVMSnapshotCmd(env),
 		newVMEncryptCmd(env), newVMDecryptCmd(env), newVMRekeyCmd(env),
-		newVMRegisterCmd(env), newVMUnregisterCmd(env), newVMDeleteCmd(env), newVMUnlockCmd(env))
+		newVMRegisterCmd(env), newVMUnregisterCmd(env), newVMForgetCmd(env), newVMDeleteCmd(env), newVMUnlockCmd(env))
 }
 
 func newVMCreateCmd(env *Env) *cobra.Command {
@@ -193,16 +193,22 @@ func parseDisk(text string) (*strongroomv1.NewDisk, passphraseFrom, error) {
 }
 
 func newVMLsCmd(env *Env) *cobra.Command {
-	return &cobra.Command{
+	var unregistered bool
+	cmd := &cobra.Command{
 		Use:   "ls",
 		Short: "List virtual machines",
-		Long: `List the VMs with their power state and their encryption.
+		Long: `List the VMs with their power state and their encryption. With --unregistered,
+list instead the VMs that were unregistered and that had keys of a key server: their
+folders can be registered again.
 
 It changes nothing. Needs the privilege System.Read.`,
 		Example: `  strongroom vm ls
   strongroom vm ls -o json | jq -r '.vms[] | select(.cryptoState == "locked") | .name'`,
 		Args: noArgs,
 		RunE: env.withClient("list the VMs", func(cmd *cobra.Command, c *client.Client, _ []string) error {
+			if unregistered {
+				return env.printUnregistered(cmd.Context(), c)
+			}
 			res, err := client.Call(cmd.Context(), c.VM().ListVMs, &strongroomv1.ListVMsRequest{})
 			if err != nil {
 				return err
@@ -219,6 +225,8 @@ It changes nothing. Needs the privilege System.Read.`,
 			})
 		}),
 	}
+	cmd.Flags().BoolVar(&unregistered, "unregistered", false, "list VMs that were unregistered and whose keys are kept")
+	return cmd
 }
 
 func newVMShowCmd(env *Env) *cobra.Command {

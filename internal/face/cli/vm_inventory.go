@@ -57,7 +57,10 @@ func newVMUnregisterCmd(env *Env) *cobra.Command {
 they are. Their keys are dropped from the hosts' memory.
 
 Undo it with "strongroom vm register". Needs the privilege
-VirtualMachine.Inventory.Unregister.`,
+VirtualMachine.Inventory.Unregister.
+
+As a folder can be registered again, its keys at a key server are not orphans. If
+you delete the folder by hand after this: "strongroom vm forget".`,
 		Example:           "  strongroom vm unregister web-1 --yes",
 		Args:              minArgs("a VM's name"),
 		ValidArgsFunction: env.complete(vmNames),
@@ -106,4 +109,69 @@ undone. Needs the privilege VirtualMachine.Inventory.Delete.`,
 	wait.add(cmd)
 	addYes(cmd, &yes)
 	return cmd
+}
+
+func newVMForgetCmd(env *Env) *cobra.Command {
+	var yes bool
+	req := &strongroomv1.ForgetVMRequest{}
+	cmd := &cobra.Command{
+		Use:   "forget FOLDER",
+		Short: "Forget an unregistered virtual machine whose folder is gone",
+		Long: `Forget a VM that was unregistered and whose folder somebody deleted since. Until
+then its keys at a key server count as needed, because the folder could be
+registered again; after this they are orphans ("strongroom provider orphans").
+No key is destroyed by this.
+
+Every host must answer that it sees neither the folder nor another one with this
+VM, on any of its datastores. A datastore that has nothing on it at all may be one
+that is not mounted: for that --even-if-empty is needed.
+
+It cannot be undone, but a folder that turns up again, of a backup, can be
+registered for as long as its keys are not destroyed. Needs the privilege
+VirtualMachine.Inventory.Delete.`,
+		Example: `  strongroom vm ls --unregistered
+  strongroom vm forget web-1 --datastore ds-1 --yes`,
+		Args: exactArgs("the folder's name"),
+		RunE: env.withClient("forget the VM", func(cmd *cobra.Command, c *client.Client, args []string) error {
+			req.Folder = args[0]
+			if err := env.confirm(yes, "Forget the VM of folder %s on datastore %s? Its keys are orphans then, which can be destroyed.", req.GetFolder(), req.GetDatastore()); err != nil {
+				return err
+			}
+			res, err := client.Call(cmd.Context(), c.VM().ForgetVM, req)
+			if err != nil {
+				return err
+			}
+			return env.printDone(res, "VM %s is forgotten; its keys are orphans: %s", res.GetVm().GetName(), keysText(res.GetVm().GetKeys()))
+		}),
+	}
+	f := cmd.Flags()
+	f.StringVar(&req.Datastore, "datastore", "", "the datastore that the folder was on")
+	f.BoolVar(&req.EvenIfEmpty, "even-if-empty", false, "believe a datastore that has nothing on it")
+	must(cmd.MarkFlagRequired("datastore"))
+	env.completeFlag(cmd, "datastore", datastoreNames)
+	addYes(cmd, &yes)
+	return cmd
+}
+
+func keysText(keys []*strongroomv1.KeyRef) string {
+	var out []string
+	for _, k := range keys {
+		out = append(out, k.GetKeyId()+" of "+k.GetProvider())
+	}
+	return strings.Join(out, ", ")
+}
+
+// printUnregistered lists the VMs whose folders can be registered again.
+func (env *Env) printUnregistered(ctx context.Context, c *client.Client) error {
+	res, err := client.Call(ctx, c.VM().ListUnregisteredVMs, &strongroomv1.ListUnregisteredVMsRequest{})
+	if err != nil {
+		return err
+	}
+	return printList(env, res, res.GetVms(), []column[*strongroomv1.UnregisteredVM]{
+		{"NAME", (*strongroomv1.UnregisteredVM).GetName},
+		{"DATASTORE", (*strongroomv1.UnregisteredVM).GetDatastore},
+		{"FOLDER", (*strongroomv1.UnregisteredVM).GetFolder},
+		{"UNREGISTERED", func(v *strongroomv1.UnregisteredVM) string { return env.when(v.GetSince()) }},
+		{"KEYS", func(v *strongroomv1.UnregisteredVM) string { return keysText(v.GetKeys()) }},
+	})
 }

@@ -55,6 +55,7 @@ type fakeHost struct {
 	rates    []int64                            // that rekeys were set to
 	reverts  []string                           // ids of the reverts that were asked for
 	encrypts []*strongroomv1.AgentEncryptVMRequest
+	found    *strongroomv1.AgentFindVMResponse // nil: nothing on its datastores
 	// fault is asked before each call and says how it ends; nil: as it should.
 	fault func(method string, call int) fault
 }

@@ -89,6 +89,8 @@ const (
 	AgentServiceDeleteVMProcedure = "/strongroom.v1.AgentService/DeleteVM"
 	// AgentServiceGetVMProcedure is the fully-qualified name of the AgentService's GetVM RPC.
 	AgentServiceGetVMProcedure = "/strongroom.v1.AgentService/GetVM"
+	// AgentServiceFindVMProcedure is the fully-qualified name of the AgentService's FindVM RPC.
+	AgentServiceFindVMProcedure = "/strongroom.v1.AgentService/FindVM"
 )
 
 // EnrollServiceClient is a client for the strongroom.v1.EnrollService service.
@@ -246,6 +248,9 @@ type AgentServiceClient interface {
 	UnregisterVM(context.Context, *connect.Request[v1.AgentUnregisterVMRequest]) (*connect.Response[v1.AgentUnregisterVMResponse], error)
 	DeleteVM(context.Context, *connect.Request[v1.AgentDeleteVMRequest]) (*connect.Response[v1.AgentDeleteVMResponse], error)
 	GetVM(context.Context, *connect.Request[v1.AgentGetVMRequest]) (*connect.Response[v1.AgentVMResponse], error)
+	// FindVM looks for the folder of a VM, registered or not, on all datastores of
+	// the host. It fails if one of them cannot be read.
+	FindVM(context.Context, *connect.Request[v1.AgentFindVMRequest]) (*connect.Response[v1.AgentFindVMResponse], error)
 }
 
 // NewAgentServiceClient constructs a client for the strongroom.v1.AgentService service. By default,
@@ -379,6 +384,12 @@ func NewAgentServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 			connect.WithSchema(agentServiceMethods.ByName("GetVM")),
 			connect.WithClientOptions(opts...),
 		),
+		findVM: connect.NewClient[v1.AgentFindVMRequest, v1.AgentFindVMResponse](
+			httpClient,
+			baseURL+AgentServiceFindVMProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("FindVM")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -404,6 +415,7 @@ type agentServiceClient struct {
 	unregisterVM         *connect.Client[v1.AgentUnregisterVMRequest, v1.AgentUnregisterVMResponse]
 	deleteVM             *connect.Client[v1.AgentDeleteVMRequest, v1.AgentDeleteVMResponse]
 	getVM                *connect.Client[v1.AgentGetVMRequest, v1.AgentVMResponse]
+	findVM               *connect.Client[v1.AgentFindVMRequest, v1.AgentFindVMResponse]
 }
 
 // SyncHost calls strongroom.v1.AgentService.SyncHost.
@@ -506,6 +518,11 @@ func (c *agentServiceClient) GetVM(ctx context.Context, req *connect.Request[v1.
 	return c.getVM.CallUnary(ctx, req)
 }
 
+// FindVM calls strongroom.v1.AgentService.FindVM.
+func (c *agentServiceClient) FindVM(ctx context.Context, req *connect.Request[v1.AgentFindVMRequest]) (*connect.Response[v1.AgentFindVMResponse], error) {
+	return c.findVM.CallUnary(ctx, req)
+}
+
 // AgentServiceHandler is an implementation of the strongroom.v1.AgentService service.
 type AgentServiceHandler interface {
 	// SyncHost gives the host its whole wanted configuration: providers that are
@@ -531,6 +548,9 @@ type AgentServiceHandler interface {
 	UnregisterVM(context.Context, *connect.Request[v1.AgentUnregisterVMRequest]) (*connect.Response[v1.AgentUnregisterVMResponse], error)
 	DeleteVM(context.Context, *connect.Request[v1.AgentDeleteVMRequest]) (*connect.Response[v1.AgentDeleteVMResponse], error)
 	GetVM(context.Context, *connect.Request[v1.AgentGetVMRequest]) (*connect.Response[v1.AgentVMResponse], error)
+	// FindVM looks for the folder of a VM, registered or not, on all datastores of
+	// the host. It fails if one of them cannot be read.
+	FindVM(context.Context, *connect.Request[v1.AgentFindVMRequest]) (*connect.Response[v1.AgentFindVMResponse], error)
 }
 
 // NewAgentServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -660,6 +680,12 @@ func NewAgentServiceHandler(svc AgentServiceHandler, opts ...connect.HandlerOpti
 		connect.WithSchema(agentServiceMethods.ByName("GetVM")),
 		connect.WithHandlerOptions(opts...),
 	)
+	agentServiceFindVMHandler := connect.NewUnaryHandler(
+		AgentServiceFindVMProcedure,
+		svc.FindVM,
+		connect.WithSchema(agentServiceMethods.ByName("FindVM")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/strongroom.v1.AgentService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case AgentServiceSyncHostProcedure:
@@ -702,6 +728,8 @@ func NewAgentServiceHandler(svc AgentServiceHandler, opts ...connect.HandlerOpti
 			agentServiceDeleteVMHandler.ServeHTTP(w, r)
 		case AgentServiceGetVMProcedure:
 			agentServiceGetVMHandler.ServeHTTP(w, r)
+		case AgentServiceFindVMProcedure:
+			agentServiceFindVMHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -789,4 +817,8 @@ func (UnimplementedAgentServiceHandler) DeleteVM(context.Context, *connect.Reque
 
 func (UnimplementedAgentServiceHandler) GetVM(context.Context, *connect.Request[v1.AgentGetVMRequest]) (*connect.Response[v1.AgentVMResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.AgentService.GetVM is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) FindVM(context.Context, *connect.Request[v1.AgentFindVMRequest]) (*connect.Response[v1.AgentFindVMResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.AgentService.FindVM is not implemented"))
 }

@@ -77,6 +77,11 @@ const (
 	VMServiceRegisterVMProcedure = "/strongroom.v1.VMService/RegisterVM"
 	// VMServiceUnregisterVMProcedure is the fully-qualified name of the VMService's UnregisterVM RPC.
 	VMServiceUnregisterVMProcedure = "/strongroom.v1.VMService/UnregisterVM"
+	// VMServiceListUnregisteredVMsProcedure is the fully-qualified name of the VMService's
+	// ListUnregisteredVMs RPC.
+	VMServiceListUnregisteredVMsProcedure = "/strongroom.v1.VMService/ListUnregisteredVMs"
+	// VMServiceForgetVMProcedure is the fully-qualified name of the VMService's ForgetVM RPC.
+	VMServiceForgetVMProcedure = "/strongroom.v1.VMService/ForgetVM"
 	// VMServiceDeleteVMProcedure is the fully-qualified name of the VMService's DeleteVM RPC.
 	VMServiceDeleteVMProcedure = "/strongroom.v1.VMService/DeleteVM"
 	// VMServiceUnlockVMProcedure is the fully-qualified name of the VMService's UnlockVM RPC.
@@ -132,6 +137,11 @@ type VMServiceClient interface {
 	RegisterVM(context.Context, *connect.Request[v1.RegisterVMRequest]) (*connect.Response[v1.Task], error)
 	// UnregisterVM takes a VM out of the inventory and leaves its folder.
 	UnregisterVM(context.Context, *connect.Request[v1.UnregisterVMRequest]) (*connect.Response[v1.Task], error)
+	ListUnregisteredVMs(context.Context, *connect.Request[v1.ListUnregisteredVMsRequest]) (*connect.Response[v1.ListUnregisteredVMsResponse], error)
+	// ForgetVM forgets a VM that was unregistered and whose folder is gone: what
+	// keys it had, nothing needs any more. All hosts must answer that none of their
+	// datastores has it.
+	ForgetVM(context.Context, *connect.Request[v1.ForgetVMRequest]) (*connect.Response[v1.ForgetVMResponse], error)
 	// DeleteVM deletes a VM that is powered off, with its folder.
 	DeleteVM(context.Context, *connect.Request[v1.DeleteVMRequest]) (*connect.Response[v1.Task], error)
 	// UnlockVM looks for a locked VM's keys again.
@@ -269,6 +279,18 @@ func NewVMServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...c
 			connect.WithSchema(vMServiceMethods.ByName("UnregisterVM")),
 			connect.WithClientOptions(opts...),
 		),
+		listUnregisteredVMs: connect.NewClient[v1.ListUnregisteredVMsRequest, v1.ListUnregisteredVMsResponse](
+			httpClient,
+			baseURL+VMServiceListUnregisteredVMsProcedure,
+			connect.WithSchema(vMServiceMethods.ByName("ListUnregisteredVMs")),
+			connect.WithClientOptions(opts...),
+		),
+		forgetVM: connect.NewClient[v1.ForgetVMRequest, v1.ForgetVMResponse](
+			httpClient,
+			baseURL+VMServiceForgetVMProcedure,
+			connect.WithSchema(vMServiceMethods.ByName("ForgetVM")),
+			connect.WithClientOptions(opts...),
+		),
 		deleteVM: connect.NewClient[v1.DeleteVMRequest, v1.Task](
 			httpClient,
 			baseURL+VMServiceDeleteVMProcedure,
@@ -306,6 +328,8 @@ type vMServiceClient struct {
 	exportDiskKey        *connect.Client[v1.ExportDiskKeyRequest, v1.ExportDiskKeyResponse]
 	registerVM           *connect.Client[v1.RegisterVMRequest, v1.Task]
 	unregisterVM         *connect.Client[v1.UnregisterVMRequest, v1.Task]
+	listUnregisteredVMs  *connect.Client[v1.ListUnregisteredVMsRequest, v1.ListUnregisteredVMsResponse]
+	forgetVM             *connect.Client[v1.ForgetVMRequest, v1.ForgetVMResponse]
 	deleteVM             *connect.Client[v1.DeleteVMRequest, v1.Task]
 	unlockVM             *connect.Client[v1.UnlockVMRequest, v1.Task]
 }
@@ -410,6 +434,16 @@ func (c *vMServiceClient) UnregisterVM(ctx context.Context, req *connect.Request
 	return c.unregisterVM.CallUnary(ctx, req)
 }
 
+// ListUnregisteredVMs calls strongroom.v1.VMService.ListUnregisteredVMs.
+func (c *vMServiceClient) ListUnregisteredVMs(ctx context.Context, req *connect.Request[v1.ListUnregisteredVMsRequest]) (*connect.Response[v1.ListUnregisteredVMsResponse], error) {
+	return c.listUnregisteredVMs.CallUnary(ctx, req)
+}
+
+// ForgetVM calls strongroom.v1.VMService.ForgetVM.
+func (c *vMServiceClient) ForgetVM(ctx context.Context, req *connect.Request[v1.ForgetVMRequest]) (*connect.Response[v1.ForgetVMResponse], error) {
+	return c.forgetVM.CallUnary(ctx, req)
+}
+
 // DeleteVM calls strongroom.v1.VMService.DeleteVM.
 func (c *vMServiceClient) DeleteVM(ctx context.Context, req *connect.Request[v1.DeleteVMRequest]) (*connect.Response[v1.Task], error) {
 	return c.deleteVM.CallUnary(ctx, req)
@@ -469,6 +503,11 @@ type VMServiceHandler interface {
 	RegisterVM(context.Context, *connect.Request[v1.RegisterVMRequest]) (*connect.Response[v1.Task], error)
 	// UnregisterVM takes a VM out of the inventory and leaves its folder.
 	UnregisterVM(context.Context, *connect.Request[v1.UnregisterVMRequest]) (*connect.Response[v1.Task], error)
+	ListUnregisteredVMs(context.Context, *connect.Request[v1.ListUnregisteredVMsRequest]) (*connect.Response[v1.ListUnregisteredVMsResponse], error)
+	// ForgetVM forgets a VM that was unregistered and whose folder is gone: what
+	// keys it had, nothing needs any more. All hosts must answer that none of their
+	// datastores has it.
+	ForgetVM(context.Context, *connect.Request[v1.ForgetVMRequest]) (*connect.Response[v1.ForgetVMResponse], error)
 	// DeleteVM deletes a VM that is powered off, with its folder.
 	DeleteVM(context.Context, *connect.Request[v1.DeleteVMRequest]) (*connect.Response[v1.Task], error)
 	// UnlockVM looks for a locked VM's keys again.
@@ -602,6 +641,18 @@ func NewVMServiceHandler(svc VMServiceHandler, opts ...connect.HandlerOption) (s
 		connect.WithSchema(vMServiceMethods.ByName("UnregisterVM")),
 		connect.WithHandlerOptions(opts...),
 	)
+	vMServiceListUnregisteredVMsHandler := connect.NewUnaryHandler(
+		VMServiceListUnregisteredVMsProcedure,
+		svc.ListUnregisteredVMs,
+		connect.WithSchema(vMServiceMethods.ByName("ListUnregisteredVMs")),
+		connect.WithHandlerOptions(opts...),
+	)
+	vMServiceForgetVMHandler := connect.NewUnaryHandler(
+		VMServiceForgetVMProcedure,
+		svc.ForgetVM,
+		connect.WithSchema(vMServiceMethods.ByName("ForgetVM")),
+		connect.WithHandlerOptions(opts...),
+	)
 	vMServiceDeleteVMHandler := connect.NewUnaryHandler(
 		VMServiceDeleteVMProcedure,
 		svc.DeleteVM,
@@ -656,6 +707,10 @@ func NewVMServiceHandler(svc VMServiceHandler, opts ...connect.HandlerOption) (s
 			vMServiceRegisterVMHandler.ServeHTTP(w, r)
 		case VMServiceUnregisterVMProcedure:
 			vMServiceUnregisterVMHandler.ServeHTTP(w, r)
+		case VMServiceListUnregisteredVMsProcedure:
+			vMServiceListUnregisteredVMsHandler.ServeHTTP(w, r)
+		case VMServiceForgetVMProcedure:
+			vMServiceForgetVMHandler.ServeHTTP(w, r)
 		case VMServiceDeleteVMProcedure:
 			vMServiceDeleteVMHandler.ServeHTTP(w, r)
 		case VMServiceUnlockVMProcedure:
@@ -747,6 +802,14 @@ func (UnimplementedVMServiceHandler) RegisterVM(context.Context, *connect.Reques
 
 func (UnimplementedVMServiceHandler) UnregisterVM(context.Context, *connect.Request[v1.UnregisterVMRequest]) (*connect.Response[v1.Task], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.VMService.UnregisterVM is not implemented"))
+}
+
+func (UnimplementedVMServiceHandler) ListUnregisteredVMs(context.Context, *connect.Request[v1.ListUnregisteredVMsRequest]) (*connect.Response[v1.ListUnregisteredVMsResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.VMService.ListUnregisteredVMs is not implemented"))
+}
+
+func (UnimplementedVMServiceHandler) ForgetVM(context.Context, *connect.Request[v1.ForgetVMRequest]) (*connect.Response[v1.ForgetVMResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.VMService.ForgetVM is not implemented"))
 }
 
 func (UnimplementedVMServiceHandler) DeleteVM(context.Context, *connect.Request[v1.DeleteVMRequest]) (*connect.Response[v1.Task], error) {
