@@ -6,7 +6,6 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"maps"
 	"net"
@@ -276,10 +275,7 @@ func restoreChild(dir, file string) {
 		if err != nil {
 			return err
 		}
-		_, err = restore(context.Background(), cfg, file, backup.Key{Recipient: r}, Since{BringBack: true}, func(step string) {
-			fmt.Println(step)
-			io.ReadFull(os.Stdin, make([]byte, 1))
-		})
+		_, err = restore(context.Background(), cfg, file, backup.Key{Recipient: r}, Since{BringBack: true}, pause)
 		return err
 	}()
 	if err != nil {

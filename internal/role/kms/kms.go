@@ -96,7 +96,7 @@ func RunReady(ctx context.Context, cfg Config, log *slog.Logger, ready func(*KMS
 	if err := daemon.Harden(); err != nil {
 		return err
 	}
-	if err := checkRestored(cfg); err != nil {
+	if err := errors.Join(checkRestored(cfg), checkJoined(cfg)); err != nil {
 		return err
 	}
 	u, err := unlock(ctx, cfg, log)

@@ -16,7 +16,6 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"strongroom/internal/control/audit"
-	"strongroom/internal/control/pki"
 	"strongroom/internal/control/store"
 	"strongroom/internal/daemon"
 	"strongroom/internal/durable"
@@ -113,6 +112,7 @@ func (k *KMS) openNode(ctx context.Context, m *membership) (err error) {
 		if cfg.Cluster.Initial, err = k.node.Enter(ctx, m.Peers); err != nil {
 			return err
 		}
+		k.log.Info("the other nodes take this one in")
 	}
 	opened := make(chan struct{})
 	var waiting errgroup.Group
@@ -128,7 +128,10 @@ func (k *KMS) openNode(ctx context.Context, m *membership) (err error) {
 	})
 	k.db, err = store.Open(ctx, cfg)
 	close(opened)
-	return errors.Join(err, waiting.Wait())
+	if err = errors.Join(err, waiting.Wait()); err == nil {
+		k.log.Info("the node's database is open")
+	}
+	return err
 }
 
 // openCluster makes this node a member. It returns when the node may serve.
@@ -189,49 +192,4 @@ func (k *KMS) serveMembers(ctx context.Context, group *errgroup.Group, l net.Lis
 		return nil
 	})
 	return nil
-}
-
-// Join makes this machine a node of the KMS that the node at server ("host:port")
-// belongs to: it gets the key ring, the authority and a name. [Run] comes next.
-// A folder in which a KMS has run is refused.
-func Join(ctx context.Context, cfg Config, server, token string) error {
-	return errs.Wrap(join(ctx, cfg, server, token), "cannot join the KMS at %.128s", server)
-}
-
-func join(ctx context.Context, cfg Config, server, token string) error {
-	if cfg.Cluster == nil {
-		return errs.New(errs.Invalid, "the configuration has no [cluster]").WithHint("see docs/how-to/run-three-kms-nodes.md")
-	}
-	for _, name := range []string{membershipName, vaultName, storeName, pkiName, restoringName} {
-		path := filepath.Join(cfg.DataDir, name)
-		if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
-			return errs.New(errs.Exists, "there is a KMS in %s already, or the rest of a join that broke off: %s", cfg.DataDir, name).
-				WithHint("after a join that broke off: empty %s, and on another node: strongroom kms member rm %s", cfg.DataDir, cfg.Cluster.Name)
-		}
-	}
-	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
-		return err
-	}
-	joined, err := cluster.Join(ctx, server, token, cfg.Cluster.self(""))
-	if err != nil {
-		return err
-	}
-	defer joined.Close()
-	u, err := unlock(ctx, cfg, slog.New(slog.DiscardHandler))
-	if err != nil {
-		return err
-	}
-	defer u.lock.Close()
-	defer u.root.Close()
-	secrets, err := openSecrets(cfg, u.root, joined.Ring)
-	if err != nil {
-		return err
-	}
-	defer secrets.Close()
-	if _, err := pki.InstallCA(filepath.Join(cfg.DataDir, pkiName), joined.CA, joined.CAKey.Bytes(), secrets); err != nil {
-		return err
-	}
-	// Last: it tells that all is there.
-	m := &membership{ID: joined.ID, Peers: joined.Peers}
-	return m.write(filepath.Join(cfg.DataDir, membershipName))
 }

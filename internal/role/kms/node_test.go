@@ -34,12 +34,17 @@ import (
 // nodeChild makes the test's binary a node with that configuration.
 func nodeChild(config string) {
 	cfg, err := LoadConfig(config)
+	var log slog.Handler = slog.NewTextHandler(os.Stderr, nil)
+	done := func(string) {}
+	if os.Getenv(childVariable+"_STEPS") != "" {
+		log, done = pausing{log}, pause
+	}
 	if server := os.Getenv(childVariable + "_JOIN"); server != "" && err == nil {
-		if err = Join(context.Background(), cfg, server, os.Getenv(childVariable+"_TOKEN")); err == nil {
+		if err = join(context.Background(), cfg, server, os.Getenv(childVariable+"_TOKEN"), done); err == nil {
 			os.Exit(0)
 		}
 	} else if err == nil {
-		err = RunReady(context.Background(), cfg, slog.New(slog.NewTextHandler(os.Stderr, nil)), func(k *KMS) error {
+		err = RunReady(context.Background(), cfg, slog.New(log), func(k *KMS) error {
 			fmt.Println(k.Address())
 			return nil
 		})
@@ -208,6 +213,12 @@ type trio struct {
 // keys, and has two others join.
 func newTrio(t *testing.T) (*trio, map[string][]byte) {
 	t.Helper()
+	return newNodes(t, "b", "c")
+}
+
+// newNodes is [newTrio] with others of those names.
+func newNodes(t *testing.T, others ...string) (*trio, map[string][]byte) {
+	t.Helper()
 	a := newSite(t, "a")
 	// A KMS of one node, with the first application, and keys.
 	alone := a.cfg
@@ -236,7 +247,7 @@ func newTrio(t *testing.T) (*trio, map[string][]byte) {
 		t.Fatal(err)
 	}
 	a.run()
-	for _, name := range []string{"b", "c"} {
+	for _, name := range others {
 		s := newSite(t, name)
 		s.join(a)
 		s.run()

@@ -20,7 +20,6 @@ import (
 	"strongroom/internal/crypto/keymem"
 	"strongroom/internal/durable"
 	"strongroom/internal/errs"
-	"strongroom/internal/filelock"
 	"strongroom/internal/role/kms/backup"
 	"strongroom/internal/role/kms/objectstore"
 )
@@ -138,15 +137,11 @@ func beginRestore(cfg Config) (*os.File, error) {
 			}
 		}
 	}
-	marker, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	marker, err := mark(path)
 	if err != nil {
-		return nil, err
+		return nil, errs.Wrap(err, "restore")
 	}
-	if err := filelock.Take(marker); err != nil {
-		marker.Close()
-		return nil, errs.New(errs.Unavailable, "another restore is under way there: %w", err)
-	}
-	if err := errors.Join(durable.SyncDir(cfg.DataDir), emptyDir(cfg.DataDir)); err != nil {
+	if err := emptyDir(cfg.DataDir); err != nil {
 		marker.Close()
 		return nil, err
 	}

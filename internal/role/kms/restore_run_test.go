@@ -1,12 +1,10 @@
 package kms
 
 import (
-	"bufio"
 	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 	"testing"
 	"testing/fstest"
 
@@ -20,37 +18,7 @@ func runRestore(t *testing.T, dir, file string, secret *keymem.Key, n int) (step
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Env = append(os.Environ(), childVariable+"="+dir, childVariable+"_RESTORE="+file)
 	cmd.Stderr = os.Stderr
-	in, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	defer cmd.Wait()
-	defer cmd.Process.Kill()
-	if _, err := in.Write(secret.Bytes()); err != nil {
-		t.Fatal(err)
-	}
-	for lines := bufio.NewReader(out); ; {
-		line, err := lines.ReadString('\n')
-		if err != nil { // it has ended
-			if err := cmd.Wait(); err != nil {
-				t.Fatalf("behind %q: %v", steps, err)
-			}
-			return steps, true
-		}
-		if steps = append(steps, strings.TrimSpace(line)); len(steps) == n {
-			return steps, false
-		}
-		if _, err := in.Write([]byte{1}); err != nil {
-			t.Fatal(err)
-		}
-	}
+	return killBehind(t, cmd, secret.Bytes(), func(steps []string) bool { return len(steps) == n })
 }
 
 // oneFile is a file system with one file of a folder.

@@ -102,12 +102,14 @@ func (c *Cluster) Start(ctx context.Context) error {
 	if err := c.promote(ctx); err != nil {
 		return errs.Wrap(err, "cannot become a full member")
 	}
+	c.Log.LogAttrs(ctx, slog.LevelInfo, "the node's database has its say")
 	if err := c.found(ctx); err != nil {
 		return errs.Wrap(err, "cannot make the first member")
 	}
 	if err := c.register(ctx); err != nil {
 		return err
 	}
+	c.Log.LogAttrs(ctx, slog.LevelInfo, "the other nodes know this one as a member")
 	if err := c.abandon(ctx, c.Self.ID); err != nil {
 		return err
 	}
@@ -172,7 +174,7 @@ func (c *Cluster) register(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if err := nameFree(all, now.Name, now.ID); err != nil {
+		if err := free(all, now); err != nil {
 			return err
 		}
 		return c.members.In(tx).Put(ctx, now.ID, now)
@@ -194,11 +196,27 @@ func (c *Cluster) register(ctx context.Context) error {
 	return errs.Wrap(c.DB.MoveTo(ctx, c.Self.StoreAddress), "cannot register the database's address")
 }
 
-func nameFree(all []Member, name, id string) error {
-	if slices.ContainsFunc(all, func(m Member) bool { return m.Name == name && m.ID != id }) {
-		return errs.New(errs.Exists, "there is a node %s already", name).WithHint("strongroom kms member rm %s, or choose another name", name)
+// free returns an error unless m can be a member beside all: what the database and
+// people know a node by is its own.
+func free(all []Member, m Member) error {
+	for _, o := range all {
+		switch {
+		case o.ID == m.ID:
+		case o.Name == m.Name:
+			return errs.New(errs.Exists, "there is a node %s already", m.Name).WithHint("strongroom kms member rm %s, or choose another name", m.Name)
+		case o.Address == m.Address:
+			return errs.New(errs.Exists, "node %s has the address %s", o.Name, m.Address).WithHint("give this node an advertise of its own in [cluster]")
+		case o.StoreAddress == m.StoreAddress:
+			return errs.New(errs.Exists, "node %s has the address %s", o.Name, m.StoreAddress).WithHint("give this node a store_advertise of its own in [cluster]")
+		}
 	}
 	return nil
+}
+
+// leftBy reports whether m began to join before, and left it at that: o never had
+// a say, nor an epoch's KEK.
+func (o Member) leftBy(m Member) bool {
+	return !o.Voter && o.Name == m.Name && o.Address == m.Address && o.StoreAddress == m.StoreAddress
 }
 
 // Run keeps the key ring in line until ctx ends. shred has epochs shredded that
@@ -328,8 +346,12 @@ func (c *Cluster) Remove(ctx context.Context, name string) error {
 	if m.ID == c.Self.ID {
 		return errs.New(errs.InvalidState, "a node does not remove itself").WithHint("run this on another node of the KMS")
 	}
+	return c.remove(ctx, m)
+}
+
+func (c *Cluster) remove(ctx context.Context, m Member) error {
 	if err := c.DB.RemoveMember(ctx, m.StoreAddress); err != nil {
-		return errs.Wrap(err, "cannot remove node %s", name)
+		return errs.Wrap(err, "cannot remove node %s", m.Name)
 	}
 	if err := c.abandon(ctx, m.ID); err != nil {
 		return err
@@ -338,7 +360,7 @@ func (c *Cluster) Remove(ctx context.Context, name string) error {
 		return err
 	}
 	// Nobody can name it a holder any more: see Erase.
-	return errs.Wrap(c.erased(ctx, m.ID, nil), "cannot release what node %s had to erase", name)
+	return errs.Wrap(c.erased(ctx, m.ID, nil), "cannot release what node %s had to erase", m.Name)
 }
 
 // byID returns a member or a NotFound error.

@@ -445,3 +445,66 @@ func TestRemovedWhileDue(t *testing.T) {
 		t.Errorf("a node that was removed starts: %v", err)
 	}
 }
+
+// TestJoinAgain: a machine whose join broke off joins again, in place of what it
+// left; nobody takes the place, the name or an address of another member.
+func TestJoinAgain(t *testing.T) {
+	t.Parallel()
+	b := newBench(t, 1)
+	a := b.nodes[0]
+	token, _, err := a.c.NewToken(t.Context(), time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	join := func(m Member) (id string, err error) {
+		t.Helper()
+		joined, err := Join(t.Context(), a.self.Address, token.String(), m)
+		if err != nil {
+			return "", err
+		}
+		if token, _, err = a.c.NewToken(t.Context(), time.Hour); err != nil {
+			t.Fatal(err)
+		}
+		return joined.ID, joined.Close()
+	}
+	x := Member{Name: "x", Address: "127.0.0.1:7001", StoreAddress: "127.0.0.1:7002"}
+	first, err := join(x)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// An epoch that is erased meanwhile waits for it, and does no more afterwards.
+	gone := a.begin(t.Context())
+	if err := objectstore.EpochTable(b.db).Put(t.Context(), objectstore.EpochKey(gone), objectstore.Epoch{State: objectstore.EpochDirty}); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.c.Erase(t.Context(), gone); err != nil {
+		t.Fatal(err)
+	}
+	if e := b.states()[gone]; !slices.Equal(e.Holders, []string{first}) {
+		t.Errorf("the epoch is %+v", e)
+	}
+	second, err := join(x)
+	if err != nil || second == first {
+		t.Fatalf("joined again as %s: %v", second, err)
+	}
+	if e := b.states()[gone]; e.State != objectstore.EpochShredded {
+		t.Errorf("the epoch is %+v", e)
+	}
+	refused := func(what string, m Member) {
+		t.Helper()
+		if _, err := join(m); errs.KindOf(err) != errs.Exists || errs.HintOf(err) == "" {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	refused("its name, elsewhere", Member{Name: "x", Address: "127.0.0.1:7003", StoreAddress: "127.0.0.1:7004"})
+	refused("its address", Member{Name: "y", Address: x.Address, StoreAddress: "127.0.0.1:7004"})
+	refused("its database's address", Member{Name: "y", Address: "127.0.0.1:7003", StoreAddress: x.StoreAddress})
+	if _, err := a.c.members.Update(t.Context(), second, func(m *Member) error { m.Voter = true; return nil }); err != nil {
+		t.Fatal(err)
+	}
+	refused("a full member", x)
+	all, err := a.c.members.List(t.Context())
+	if err != nil || len(all) != 2 {
+		t.Errorf("the members are %v, %v", all, err)
+	}
+}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"net"
 	"net/http"
+	"slices"
 	"time"
 
 	"connectrpc.com/connect"
@@ -115,14 +116,13 @@ func (s service) join(ctx context.Context, req *strongroomv1.KMSJoinRequest, m M
 	if len(req.GetParcelPublicKey()) != parcel.PublicKeySize {
 		return nil, errs.New(errs.Invalid, "the node's parcel key has %d bytes, not %d", len(req.GetParcelPublicKey()), parcel.PublicKeySize)
 	}
-	all, err := s.members.Scan(ctx, store.Range{})
+	all, err := s.members.List(ctx)
 	if err != nil {
 		return nil, err
 	}
-	for _, e := range all { // before the token is used up
-		if err := nameFree([]Member{e.Value}, m.Name, m.ID); err != nil {
-			return nil, err
-		}
+	left := slices.DeleteFunc(slices.Clone(all), func(o Member) bool { return !o.leftBy(m) })
+	if err := free(slices.DeleteFunc(all, func(o Member) bool { return o.leftBy(m) }), m); err != nil { // before the token is used up
+		return nil, err
 	}
 	cluster, err := s.joins.Redeem(ctx, token)
 	if err == nil && cluster != s.Node.cluster {
@@ -131,6 +131,11 @@ func (s service) join(ctx context.Context, req *strongroomv1.KMSJoinRequest, m M
 	if err != nil {
 		return nil, withTokenHint(err)
 	}
+	for _, o := range left {
+		if err := s.remove(ctx, o); err != nil {
+			return nil, err
+		}
+	}
 	// A member first, and only then in possession of keys: so no KEK is erased
 	// without it.
 	var members []Member
@@ -138,7 +143,7 @@ func (s service) join(ctx context.Context, req *strongroomv1.KMSJoinRequest, m M
 		if members, err = s.members.In(tx).List(ctx, ""); err != nil {
 			return err
 		}
-		if err := nameFree(members, m.Name, m.ID); err != nil {
+		if err := free(members, m); err != nil {
 			return err
 		}
 		if len(members) >= membersMax {
