@@ -198,7 +198,7 @@ func newVMLsCmd(env *Env) *cobra.Command {
 		Use:   "ls",
 		Short: "List virtual machines",
 		Long: `List the VMs with their power state and their encryption. With --unregistered,
-list instead the VMs that were unregistered and that had keys of a key server: their
+list instead the VMs that were unregistered and had keys of a key server: their
 folders can be registered again.
 
 It changes nothing. Needs the privilege System.Read.`,
