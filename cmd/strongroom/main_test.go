@@ -13,11 +13,23 @@ import (
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+
+	strongroomv1 "strongroom/api/strongroom/v1"
+	"strongroom/client"
+	"strongroom/internal/keys/hsm"
+	"strongroom/internal/keys/hsm/token"
+	"strongroom/test/softhsm"
 )
 
-// TestMain makes the test binary run as strongroom when a script asks for it.
+// TestMain makes the test binary run as strongroom when a script asks for it, and
+// as strongroom-pkcs11 when that does.
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"strongroom": main})
+	testscript.Main(m, map[string]func(){"strongroom": main, "strongroom-pkcs11": func() {
+		if err := hsm.Serve(os.Stdin, os.Stdout, token.Wrap, token.Unwrap); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+	}})
 }
 
 // TestScripts runs testdata/script/*.txtar: the program as its users see it,
@@ -36,6 +48,12 @@ func TestScripts(t *testing.T) {
 			env.Defer(func() { os.RemoveAll(dir) })
 			env.Setenv("SOCKETS", dir)
 			env.Setenv("HOME", env.WorkDir)
+			env.Setenv("SOFTHSM", softhsm.Module(t))
+			conf := filepath.Join(dir, "softhsm.conf")
+			env.Setenv("SOFTHSM2_CONF", conf)
+			if err := os.WriteFile(conf, fmt.Appendf(nil, "directories.tokendir = %s/tokens\nlog.level = ERROR\n", env.WorkDir), 0o600); err != nil {
+				return err
+			}
 			env.Setenv("BIN", filepath.SplitList(env.Getenv("PATH"))[0]) // where strongroom is
 			env.Setenv("PATH", env.Getenv("PATH")+string(filepath.ListSeparator)+"/usr/sbin")
 			return nil
@@ -57,6 +75,7 @@ func TestScripts(t *testing.T) {
 			"mode":     checkMode,
 			"truncate": truncate,
 			"waitsize": waitForSize,
+			"served":   waitForKMS,
 		},
 	})
 }
@@ -97,6 +116,29 @@ func waitForSocket(ts *testscript.TestScript, neg bool, args []string) {
 		case <-ctx.Done():
 			ts.Fatalf("nobody listens on %s: %v", args[0], err)
 		case <-tick.C:
+		}
+	}
+}
+
+// waitForKMS is "served": until the KMS at $STRONGROOM_SERVER is not sealed.
+func waitForKMS(ts *testscript.TestScript, neg bool, args []string) {
+	if len(args) != 0 || neg {
+		ts.Fatalf("usage: served")
+	}
+	c, err := client.New(client.Config{Server: ts.Getenv("STRONGROOM_SERVER")})
+	ts.Check(err)
+	defer c.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	for {
+		_, err := client.Call(ctx, c.KMS().GetKMS, &strongroomv1.GetKMSRequest{})
+		if err == nil {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			ts.Fatalf("the KMS does not serve: %v", err)
+		case <-time.After(20 * time.Millisecond):
 		}
 	}
 }

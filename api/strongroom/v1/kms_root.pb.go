@@ -63,7 +63,10 @@ type KMSSeal struct {
 	// The source in force and, while it is being changed, the next.
 	Sources []*KMSRootSource `protobuf:"bytes,2,rep,name=sources,proto3" json:"sources,omitempty"`
 	// How many shares were given that still wait for others.
-	Given         uint32 `protobuf:"varint,3,opt,name=given,proto3" json:"given,omitempty"`
+	Given uint32 `protobuf:"varint,3,opt,name=given,proto3" json:"given,omitempty"`
+	// Why the TPM or HSM of a sealed server does not give the root key. If it is
+	// away the server asks it again by itself.
+	Problem       string `protobuf:"bytes,4,opt,name=problem,proto3" json:"problem,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -117,6 +120,13 @@ func (x *KMSSeal) GetGiven() uint32 {
 		return x.Given
 	}
 	return 0
+}
+
+func (x *KMSSeal) GetProblem() string {
+	if x != nil {
+		return x.Problem
+	}
+	return ""
 }
 
 type KMSRootSource struct {
@@ -716,11 +726,12 @@ var File_strongroom_v1_kms_root_proto protoreflect.FileDescriptor
 const file_strongroom_v1_kms_root_proto_rawDesc = "" +
 	"\n" +
 	"\x1cstrongroom/v1/kms_root.proto\x12\rstrongroom.v1\x1a\x1bstrongroom/v1/options.proto\"\x13\n" +
-	"\x11GetKMSSealRequest\"o\n" +
+	"\x11GetKMSSealRequest\"\x89\x01\n" +
 	"\aKMSSeal\x12\x16\n" +
 	"\x06sealed\x18\x01 \x01(\bR\x06sealed\x126\n" +
 	"\asources\x18\x02 \x03(\v2\x1c.strongroom.v1.KMSRootSourceR\asources\x12\x14\n" +
-	"\x05given\x18\x03 \x01(\rR\x05given\"I\n" +
+	"\x05given\x18\x03 \x01(\rR\x05given\x12\x18\n" +
+	"\aproblem\x18\x04 \x01(\tR\aproblem\"I\n" +
 	"\rKMSRootSource\x12 \n" +
 	"\vdescription\x18\x01 \x01(\tR\vdescription\x12\x16\n" +
 	"\x06people\x18\x02 \x01(\rR\x06people\"*\n" +

@@ -32,6 +32,8 @@ func newKMSUnsealCmd(env *Env) *cobra.Command {
 		Long: `Give a key management server that was started its root key: its passphrase, or one
 share after another until there are enough. Each holder of a share can run this
 command for himself: the server keeps shares until there are enough of them.
+Whose root key comes from a TPM or an HSM opens by itself; after what kept it from
+that was put right the command has it try at once.
 
 The command waits until the server serves.`,
 		Example: `  strongroom kms unseal --server unix:/var/lib/strongroom/kms/kms.sock
@@ -74,6 +76,9 @@ The command waits until the server serves.`,
 
 // giveSecret gives one passphrase or share, from file or the terminal.
 func (env *Env) giveSecret(ctx context.Context, c *client.Client, seal *strongroomv1.KMSSeal, file string) (*strongroomv1.KMSSeal, error) {
+	if file == "" && seal.GetSources()[0].GetPeople() == 0 { // a TPM or an HSM: it is asked again
+		return client.Call(ctx, c.KMSRoot().UnsealKMS, &strongroomv1.UnsealKMSRequest{})
+	}
 	prompt := "Passphrase of the KMS"
 	if people := seal.GetSources()[0].GetPeople(); people > 1 {
 		prompt = fmt.Sprintf("Share %d of %d", seal.GetGiven()+1, people)
@@ -137,6 +142,9 @@ people to give it. It changes nothing.`,
 			fields := []field{{"Sealed", yesNo(seal.GetSealed())}, {"Source", seal.GetSources()[0].GetDescription()}}
 			if len(seal.GetSources()) > 1 {
 				fields = append(fields, field{"Not confirmed", seal.GetSources()[1].GetDescription()})
+			}
+			if seal.GetProblem() != "" {
+				fields = append(fields, field{"Problem", seal.GetProblem()})
 			}
 			if seal.GetGiven() > 0 {
 				fields = append(fields, field{"Shares given", fmt.Sprint(seal.GetGiven())})

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"connectrpc.com/connect"
 
@@ -58,8 +59,11 @@ func unlock(ctx context.Context, cfg Config, log *slog.Logger) (_ *unlocked, err
 		return nil, err
 	}
 	u.root, err = u.lock.Open(ctx)
-	if errors.Is(err, rootkey.ErrSealed) {
-		err = u.serveSealed(ctx, cfg, log)
+	switch {
+	case errors.Is(err, rootkey.ErrSealed):
+		err = u.serveSealed(ctx, cfg, log, nil)
+	case err != nil && u.refused(err):
+		err = u.serveSealed(ctx, cfg, log, err)
 	}
 	if err == nil {
 		return u, nil
@@ -73,6 +77,13 @@ func unlock(ctx context.Context, cfg Config, log *slog.Logger) (_ *unlocked, err
 			WithHint("see that the root key is the one that belongs to %s, or put both back from a backup", path)
 	}
 	return nil, err
+}
+
+// refused reports whether err says that a TPM or an HSM is away, or does not give
+// the root key: nothing is wrong with what is here.
+func (u *unlocked) refused(err error) bool {
+	device := slices.ContainsFunc(u.lock.Sources(), func(s rootkey.Source) bool { return s.TPM != nil || s.HSM != nil })
+	return device && !errors.Is(err, sealed.ErrWrongKey) && slices.Contains([]errs.Kind{errs.Unavailable, errs.NotFound, errs.Denied, errs.Locked}, errs.KindOf(err))
 }
 
 // makeRoot makes a key file the first time.

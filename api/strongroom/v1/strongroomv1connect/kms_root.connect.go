@@ -51,8 +51,9 @@ const (
 type KMSRootServiceClient interface {
 	// GetKMSSeal tells whether the server is sealed and what opens it.
 	GetKMSSeal(context.Context, *connect.Request[v1.GetKMSSealRequest]) (*connect.Response[v1.KMSSeal], error)
-	// UnsealKMS gives the passphrase, or one share. The server begins to serve
-	// when that was what was still missing.
+	// UnsealKMS gives the passphrase, or one share; without a secret it has the
+	// server ask its TPM or HSM again. The server begins to serve when that was
+	// what was still missing.
 	UnsealKMS(context.Context, *connect.Request[v1.UnsealKMSRequest]) (*connect.Response[v1.KMSSeal], error)
 	// SetKMSRoot begins to change where the root key comes from. The old source
 	// stays in force until ConfirmKMSRoot; a change begun before is dropped.
@@ -132,8 +133,9 @@ func (c *kMSRootServiceClient) ConfirmKMSRoot(ctx context.Context, req *connect.
 type KMSRootServiceHandler interface {
 	// GetKMSSeal tells whether the server is sealed and what opens it.
 	GetKMSSeal(context.Context, *connect.Request[v1.GetKMSSealRequest]) (*connect.Response[v1.KMSSeal], error)
-	// UnsealKMS gives the passphrase, or one share. The server begins to serve
-	// when that was what was still missing.
+	// UnsealKMS gives the passphrase, or one share; without a secret it has the
+	// server ask its TPM or HSM again. The server begins to serve when that was
+	// what was still missing.
 	UnsealKMS(context.Context, *connect.Request[v1.UnsealKMSRequest]) (*connect.Response[v1.KMSSeal], error)
 	// SetKMSRoot begins to change where the root key comes from. The old source
 	// stays in force until ConfirmKMSRoot; a change begun before is dropped.
