@@ -22,7 +22,12 @@ import (
 	"strongroom/internal/errs"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if dir := os.Getenv(childVariable); dir != "" {
+		controllerChild(dir)
+	}
+	goleak.VerifyTestMain(m)
+}
 
 // patience bounds everything that a test waits for.
 const patience = 60 * time.Second

@@ -46,6 +46,20 @@ func (f *faulty) disarm() bool {
 	return left > 0
 }
 
+// step counts one more, outside of the listener, and reports whether it is the one.
+func (f *faulty) step() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.left == 0 {
+		return false
+	}
+	f.left--
+	if f.left == 0 {
+		close(f.hit)
+	}
+	return f.left == 0
+}
+
 func (f *faulty) Accept() (net.Conn, error) {
 	c, err := f.Listener.Accept()
 	if err != nil {
