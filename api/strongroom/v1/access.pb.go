@@ -23,10 +23,14 @@ const (
 )
 
 type User struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	Roles         []string               `protobuf:"bytes,2,rep,name=roles,proto3" json:"roles,omitempty"`
-	Created       *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=created,proto3" json:"created,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// At a key management server "ACCOUNT/NAME" for a user of an account.
+	Name     string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Roles    []string               `protobuf:"bytes,2,rep,name=roles,proto3" json:"roles,omitempty"`
+	Created  *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=created,proto3" json:"created,omitempty"`
+	Disabled bool                   `protobuf:"varint,4,opt,name=disabled,proto3" json:"disabled,omitempty"`
+	// The objects on which the user has roles, such as "/" or "/account/acme".
+	Objects       []string `protobuf:"bytes,5,rep,name=objects,proto3" json:"objects,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -82,11 +86,28 @@ func (x *User) GetCreated() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *User) GetDisabled() bool {
+	if x != nil {
+		return x.Disabled
+	}
+	return false
+}
+
+func (x *User) GetObjects() []string {
+	if x != nil {
+		return x.Objects
+	}
+	return nil
+}
+
 type CreateUserRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	Password      []byte                 `protobuf:"bytes,2,opt,name=password,proto3" json:"password,omitempty"`
-	Roles         []string               `protobuf:"bytes,3,rep,name=roles,proto3" json:"roles,omitempty"`
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Name     string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Password []byte                 `protobuf:"bytes,2,opt,name=password,proto3" json:"password,omitempty"`
+	Roles    []string               `protobuf:"bytes,3,rep,name=roles,proto3" json:"roles,omitempty"`
+	// The object on which the user has the roles, and below it. Default: "/", or
+	// the user's account.
+	Object        string `protobuf:"bytes,4,opt,name=object,proto3" json:"object,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -142,6 +163,65 @@ func (x *CreateUserRequest) GetRoles() []string {
 	return nil
 }
 
+func (x *CreateUserRequest) GetObject() string {
+	if x != nil {
+		return x.Object
+	}
+	return ""
+}
+
+type SetUserDisabledRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Disabled      bool                   `protobuf:"varint,2,opt,name=disabled,proto3" json:"disabled,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetUserDisabledRequest) Reset() {
+	*x = SetUserDisabledRequest{}
+	mi := &file_strongroom_v1_access_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetUserDisabledRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetUserDisabledRequest) ProtoMessage() {}
+
+func (x *SetUserDisabledRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_access_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetUserDisabledRequest.ProtoReflect.Descriptor instead.
+func (*SetUserDisabledRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *SetUserDisabledRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *SetUserDisabledRequest) GetDisabled() bool {
+	if x != nil {
+		return x.Disabled
+	}
+	return false
+}
+
 type ListUsersRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -150,7 +230,7 @@ type ListUsersRequest struct {
 
 func (x *ListUsersRequest) Reset() {
 	*x = ListUsersRequest{}
-	mi := &file_strongroom_v1_access_proto_msgTypes[2]
+	mi := &file_strongroom_v1_access_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -162,7 +242,7 @@ func (x *ListUsersRequest) String() string {
 func (*ListUsersRequest) ProtoMessage() {}
 
 func (x *ListUsersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_access_proto_msgTypes[2]
+	mi := &file_strongroom_v1_access_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -175,7 +255,7 @@ func (x *ListUsersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListUsersRequest.ProtoReflect.Descriptor instead.
 func (*ListUsersRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{2}
+	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{3}
 }
 
 type ListUsersResponse struct {
@@ -187,7 +267,7 @@ type ListUsersResponse struct {
 
 func (x *ListUsersResponse) Reset() {
 	*x = ListUsersResponse{}
-	mi := &file_strongroom_v1_access_proto_msgTypes[3]
+	mi := &file_strongroom_v1_access_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -199,7 +279,7 @@ func (x *ListUsersResponse) String() string {
 func (*ListUsersResponse) ProtoMessage() {}
 
 func (x *ListUsersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_access_proto_msgTypes[3]
+	mi := &file_strongroom_v1_access_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -212,7 +292,7 @@ func (x *ListUsersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListUsersResponse.ProtoReflect.Descriptor instead.
 func (*ListUsersResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{3}
+	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *ListUsersResponse) GetUsers() []*User {
@@ -231,7 +311,7 @@ type DeleteUserRequest struct {
 
 func (x *DeleteUserRequest) Reset() {
 	*x = DeleteUserRequest{}
-	mi := &file_strongroom_v1_access_proto_msgTypes[4]
+	mi := &file_strongroom_v1_access_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -243,7 +323,7 @@ func (x *DeleteUserRequest) String() string {
 func (*DeleteUserRequest) ProtoMessage() {}
 
 func (x *DeleteUserRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_access_proto_msgTypes[4]
+	mi := &file_strongroom_v1_access_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -256,7 +336,7 @@ func (x *DeleteUserRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteUserRequest.ProtoReflect.Descriptor instead.
 func (*DeleteUserRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{4}
+	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *DeleteUserRequest) GetName() string {
@@ -274,7 +354,7 @@ type DeleteUserResponse struct {
 
 func (x *DeleteUserResponse) Reset() {
 	*x = DeleteUserResponse{}
-	mi := &file_strongroom_v1_access_proto_msgTypes[5]
+	mi := &file_strongroom_v1_access_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -286,7 +366,7 @@ func (x *DeleteUserResponse) String() string {
 func (*DeleteUserResponse) ProtoMessage() {}
 
 func (x *DeleteUserResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_access_proto_msgTypes[5]
+	mi := &file_strongroom_v1_access_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -299,7 +379,7 @@ func (x *DeleteUserResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteUserResponse.ProtoReflect.Descriptor instead.
 func (*DeleteUserResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{5}
+	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{6}
 }
 
 type ChangePasswordRequest struct {
@@ -312,7 +392,7 @@ type ChangePasswordRequest struct {
 
 func (x *ChangePasswordRequest) Reset() {
 	*x = ChangePasswordRequest{}
-	mi := &file_strongroom_v1_access_proto_msgTypes[6]
+	mi := &file_strongroom_v1_access_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -324,7 +404,7 @@ func (x *ChangePasswordRequest) String() string {
 func (*ChangePasswordRequest) ProtoMessage() {}
 
 func (x *ChangePasswordRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_access_proto_msgTypes[6]
+	mi := &file_strongroom_v1_access_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -337,7 +417,7 @@ func (x *ChangePasswordRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangePasswordRequest.ProtoReflect.Descriptor instead.
 func (*ChangePasswordRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{6}
+	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *ChangePasswordRequest) GetOldPassword() []byte {
@@ -362,7 +442,7 @@ type ChangePasswordResponse struct {
 
 func (x *ChangePasswordResponse) Reset() {
 	*x = ChangePasswordResponse{}
-	mi := &file_strongroom_v1_access_proto_msgTypes[7]
+	mi := &file_strongroom_v1_access_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -374,7 +454,7 @@ func (x *ChangePasswordResponse) String() string {
 func (*ChangePasswordResponse) ProtoMessage() {}
 
 func (x *ChangePasswordResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_access_proto_msgTypes[7]
+	mi := &file_strongroom_v1_access_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -387,7 +467,7 @@ func (x *ChangePasswordResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangePasswordResponse.ProtoReflect.Descriptor instead.
 func (*ChangePasswordResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{7}
+	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{8}
 }
 
 type Role struct {
@@ -401,7 +481,7 @@ type Role struct {
 
 func (x *Role) Reset() {
 	*x = Role{}
-	mi := &file_strongroom_v1_access_proto_msgTypes[8]
+	mi := &file_strongroom_v1_access_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -413,7 +493,7 @@ func (x *Role) String() string {
 func (*Role) ProtoMessage() {}
 
 func (x *Role) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_access_proto_msgTypes[8]
+	mi := &file_strongroom_v1_access_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -426,7 +506,7 @@ func (x *Role) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Role.ProtoReflect.Descriptor instead.
 func (*Role) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{8}
+	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Role) GetName() string {
@@ -458,7 +538,7 @@ type ListRolesRequest struct {
 
 func (x *ListRolesRequest) Reset() {
 	*x = ListRolesRequest{}
-	mi := &file_strongroom_v1_access_proto_msgTypes[9]
+	mi := &file_strongroom_v1_access_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -470,7 +550,7 @@ func (x *ListRolesRequest) String() string {
 func (*ListRolesRequest) ProtoMessage() {}
 
 func (x *ListRolesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_access_proto_msgTypes[9]
+	mi := &file_strongroom_v1_access_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -483,7 +563,7 @@ func (x *ListRolesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRolesRequest.ProtoReflect.Descriptor instead.
 func (*ListRolesRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{9}
+	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{10}
 }
 
 type ListRolesResponse struct {
@@ -495,7 +575,7 @@ type ListRolesResponse struct {
 
 func (x *ListRolesResponse) Reset() {
 	*x = ListRolesResponse{}
-	mi := &file_strongroom_v1_access_proto_msgTypes[10]
+	mi := &file_strongroom_v1_access_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -507,7 +587,7 @@ func (x *ListRolesResponse) String() string {
 func (*ListRolesResponse) ProtoMessage() {}
 
 func (x *ListRolesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_access_proto_msgTypes[10]
+	mi := &file_strongroom_v1_access_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -520,7 +600,7 @@ func (x *ListRolesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRolesResponse.ProtoReflect.Descriptor instead.
 func (*ListRolesResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{10}
+	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ListRolesResponse) GetRoles() []*Role {
@@ -541,7 +621,7 @@ type CreateTokenRequest struct {
 
 func (x *CreateTokenRequest) Reset() {
 	*x = CreateTokenRequest{}
-	mi := &file_strongroom_v1_access_proto_msgTypes[11]
+	mi := &file_strongroom_v1_access_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -553,7 +633,7 @@ func (x *CreateTokenRequest) String() string {
 func (*CreateTokenRequest) ProtoMessage() {}
 
 func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_access_proto_msgTypes[11]
+	mi := &file_strongroom_v1_access_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -566,7 +646,7 @@ func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenRequest.ProtoReflect.Descriptor instead.
 func (*CreateTokenRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{11}
+	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *CreateTokenRequest) GetDescription() string {
@@ -593,7 +673,7 @@ type CreateTokenResponse struct {
 
 func (x *CreateTokenResponse) Reset() {
 	*x = CreateTokenResponse{}
-	mi := &file_strongroom_v1_access_proto_msgTypes[12]
+	mi := &file_strongroom_v1_access_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -605,7 +685,7 @@ func (x *CreateTokenResponse) String() string {
 func (*CreateTokenResponse) ProtoMessage() {}
 
 func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_access_proto_msgTypes[12]
+	mi := &file_strongroom_v1_access_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -618,7 +698,7 @@ func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenResponse.ProtoReflect.Descriptor instead.
 func (*CreateTokenResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{12}
+	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *CreateTokenResponse) GetToken() string {
@@ -639,15 +719,21 @@ var File_strongroom_v1_access_proto protoreflect.FileDescriptor
 
 const file_strongroom_v1_access_proto_rawDesc = "" +
 	"\n" +
-	"\x1astrongroom/v1/access.proto\x12\rstrongroom.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bstrongroom/v1/options.proto\"f\n" +
+	"\x1astrongroom/v1/access.proto\x12\rstrongroom.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bstrongroom/v1/options.proto\"\x9c\x01\n" +
 	"\x04User\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05roles\x18\x02 \x03(\tR\x05roles\x124\n" +
-	"\acreated\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\acreated\"Y\n" +
+	"\acreated\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x12\x1a\n" +
+	"\bdisabled\x18\x04 \x01(\bR\bdisabled\x12\x18\n" +
+	"\aobjects\x18\x05 \x03(\tR\aobjects\"q\n" +
 	"\x11CreateUserRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\bpassword\x18\x02 \x01(\fR\bpassword\x12\x14\n" +
-	"\x05roles\x18\x03 \x03(\tR\x05roles\"\x12\n" +
+	"\x05roles\x18\x03 \x03(\tR\x05roles\x12\x16\n" +
+	"\x06object\x18\x04 \x01(\tR\x06object\"H\n" +
+	"\x16SetUserDisabledRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
+	"\bdisabled\x18\x02 \x01(\bR\bdisabled\"\x12\n" +
 	"\x10ListUsersRequest\">\n" +
 	"\x11ListUsersResponse\x12)\n" +
 	"\x05users\x18\x01 \x03(\v2\x13.strongroom.v1.UserR\x05users\"'\n" +
@@ -672,13 +758,14 @@ const file_strongroom_v1_access_proto_rawDesc = "" +
 	"\x10lifetime_seconds\x18\x02 \x01(\x03R\x0flifetimeSeconds\"a\n" +
 	"\x13CreateTokenResponse\x12\x14\n" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x124\n" +
-	"\aexpires\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires2\xf4\x04\n" +
+	"\aexpires\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires2\xe2\x05\n" +
 	"\rAccessService\x12b\n" +
 	"\n" +
 	"CreateUser\x12 .strongroom.v1.CreateUserRequest\x1a\x13.strongroom.v1.User\"\x1d\x8a\xb5\x18\x19Authorization.ModifyUsers\x12k\n" +
 	"\tListUsers\x12\x1f.strongroom.v1.ListUsersRequest\x1a .strongroom.v1.ListUsersResponse\"\x1b\x8a\xb5\x18\x17Authorization.ReadUsers\x12p\n" +
 	"\n" +
-	"DeleteUser\x12 .strongroom.v1.DeleteUserRequest\x1a!.strongroom.v1.DeleteUserResponse\"\x1d\x8a\xb5\x18\x19Authorization.ModifyUsers\x12c\n" +
+	"DeleteUser\x12 .strongroom.v1.DeleteUserRequest\x1a!.strongroom.v1.DeleteUserResponse\"\x1d\x8a\xb5\x18\x19Authorization.ModifyUsers\x12l\n" +
+	"\x0fSetUserDisabled\x12%.strongroom.v1.SetUserDisabledRequest\x1a\x13.strongroom.v1.User\"\x1d\x8a\xb5\x18\x19Authorization.ModifyUsers\x12c\n" +
 	"\x0eChangePassword\x12$.strongroom.v1.ChangePasswordRequest\x1a%.strongroom.v1.ChangePasswordResponse\"\x04\x98\xb5\x18\x01\x12_\n" +
 	"\tListRoles\x12\x1f.strongroom.v1.ListRolesRequest\x1a .strongroom.v1.ListRolesResponse\"\x0f\x8a\xb5\x18\vSystem.Read\x12Z\n" +
 	"\vCreateToken\x12!.strongroom.v1.CreateTokenRequest\x1a\".strongroom.v1.CreateTokenResponse\"\x04\x98\xb5\x18\x01B+Z)strongroom/api/strongroom/v1;strongroomv1b\x06proto3"
@@ -695,42 +782,45 @@ func file_strongroom_v1_access_proto_rawDescGZIP() []byte {
 	return file_strongroom_v1_access_proto_rawDescData
 }
 
-var file_strongroom_v1_access_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
+var file_strongroom_v1_access_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
 var file_strongroom_v1_access_proto_goTypes = []any{
 	(*User)(nil),                   // 0: strongroom.v1.User
 	(*CreateUserRequest)(nil),      // 1: strongroom.v1.CreateUserRequest
-	(*ListUsersRequest)(nil),       // 2: strongroom.v1.ListUsersRequest
-	(*ListUsersResponse)(nil),      // 3: strongroom.v1.ListUsersResponse
-	(*DeleteUserRequest)(nil),      // 4: strongroom.v1.DeleteUserRequest
-	(*DeleteUserResponse)(nil),     // 5: strongroom.v1.DeleteUserResponse
-	(*ChangePasswordRequest)(nil),  // 6: strongroom.v1.ChangePasswordRequest
-	(*ChangePasswordResponse)(nil), // 7: strongroom.v1.ChangePasswordResponse
-	(*Role)(nil),                   // 8: strongroom.v1.Role
-	(*ListRolesRequest)(nil),       // 9: strongroom.v1.ListRolesRequest
-	(*ListRolesResponse)(nil),      // 10: strongroom.v1.ListRolesResponse
-	(*CreateTokenRequest)(nil),     // 11: strongroom.v1.CreateTokenRequest
-	(*CreateTokenResponse)(nil),    // 12: strongroom.v1.CreateTokenResponse
-	(*timestamppb.Timestamp)(nil),  // 13: google.protobuf.Timestamp
+	(*SetUserDisabledRequest)(nil), // 2: strongroom.v1.SetUserDisabledRequest
+	(*ListUsersRequest)(nil),       // 3: strongroom.v1.ListUsersRequest
+	(*ListUsersResponse)(nil),      // 4: strongroom.v1.ListUsersResponse
+	(*DeleteUserRequest)(nil),      // 5: strongroom.v1.DeleteUserRequest
+	(*DeleteUserResponse)(nil),     // 6: strongroom.v1.DeleteUserResponse
+	(*ChangePasswordRequest)(nil),  // 7: strongroom.v1.ChangePasswordRequest
+	(*ChangePasswordResponse)(nil), // 8: strongroom.v1.ChangePasswordResponse
+	(*Role)(nil),                   // 9: strongroom.v1.Role
+	(*ListRolesRequest)(nil),       // 10: strongroom.v1.ListRolesRequest
+	(*ListRolesResponse)(nil),      // 11: strongroom.v1.ListRolesResponse
+	(*CreateTokenRequest)(nil),     // 12: strongroom.v1.CreateTokenRequest
+	(*CreateTokenResponse)(nil),    // 13: strongroom.v1.CreateTokenResponse
+	(*timestamppb.Timestamp)(nil),  // 14: google.protobuf.Timestamp
 }
 var file_strongroom_v1_access_proto_depIdxs = []int32{
-	13, // 0: strongroom.v1.User.created:type_name -> google.protobuf.Timestamp
+	14, // 0: strongroom.v1.User.created:type_name -> google.protobuf.Timestamp
 	0,  // 1: strongroom.v1.ListUsersResponse.users:type_name -> strongroom.v1.User
-	8,  // 2: strongroom.v1.ListRolesResponse.roles:type_name -> strongroom.v1.Role
-	13, // 3: strongroom.v1.CreateTokenResponse.expires:type_name -> google.protobuf.Timestamp
+	9,  // 2: strongroom.v1.ListRolesResponse.roles:type_name -> strongroom.v1.Role
+	14, // 3: strongroom.v1.CreateTokenResponse.expires:type_name -> google.protobuf.Timestamp
 	1,  // 4: strongroom.v1.AccessService.CreateUser:input_type -> strongroom.v1.CreateUserRequest
-	2,  // 5: strongroom.v1.AccessService.ListUsers:input_type -> strongroom.v1.ListUsersRequest
-	4,  // 6: strongroom.v1.AccessService.DeleteUser:input_type -> strongroom.v1.DeleteUserRequest
-	6,  // 7: strongroom.v1.AccessService.ChangePassword:input_type -> strongroom.v1.ChangePasswordRequest
-	9,  // 8: strongroom.v1.AccessService.ListRoles:input_type -> strongroom.v1.ListRolesRequest
-	11, // 9: strongroom.v1.AccessService.CreateToken:input_type -> strongroom.v1.CreateTokenRequest
-	0,  // 10: strongroom.v1.AccessService.CreateUser:output_type -> strongroom.v1.User
-	3,  // 11: strongroom.v1.AccessService.ListUsers:output_type -> strongroom.v1.ListUsersResponse
-	5,  // 12: strongroom.v1.AccessService.DeleteUser:output_type -> strongroom.v1.DeleteUserResponse
-	7,  // 13: strongroom.v1.AccessService.ChangePassword:output_type -> strongroom.v1.ChangePasswordResponse
-	10, // 14: strongroom.v1.AccessService.ListRoles:output_type -> strongroom.v1.ListRolesResponse
-	12, // 15: strongroom.v1.AccessService.CreateToken:output_type -> strongroom.v1.CreateTokenResponse
-	10, // [10:16] is the sub-list for method output_type
-	4,  // [4:10] is the sub-list for method input_type
+	3,  // 5: strongroom.v1.AccessService.ListUsers:input_type -> strongroom.v1.ListUsersRequest
+	5,  // 6: strongroom.v1.AccessService.DeleteUser:input_type -> strongroom.v1.DeleteUserRequest
+	2,  // 7: strongroom.v1.AccessService.SetUserDisabled:input_type -> strongroom.v1.SetUserDisabledRequest
+	7,  // 8: strongroom.v1.AccessService.ChangePassword:input_type -> strongroom.v1.ChangePasswordRequest
+	10, // 9: strongroom.v1.AccessService.ListRoles:input_type -> strongroom.v1.ListRolesRequest
+	12, // 10: strongroom.v1.AccessService.CreateToken:input_type -> strongroom.v1.CreateTokenRequest
+	0,  // 11: strongroom.v1.AccessService.CreateUser:output_type -> strongroom.v1.User
+	4,  // 12: strongroom.v1.AccessService.ListUsers:output_type -> strongroom.v1.ListUsersResponse
+	6,  // 13: strongroom.v1.AccessService.DeleteUser:output_type -> strongroom.v1.DeleteUserResponse
+	0,  // 14: strongroom.v1.AccessService.SetUserDisabled:output_type -> strongroom.v1.User
+	8,  // 15: strongroom.v1.AccessService.ChangePassword:output_type -> strongroom.v1.ChangePasswordResponse
+	11, // 16: strongroom.v1.AccessService.ListRoles:output_type -> strongroom.v1.ListRolesResponse
+	13, // 17: strongroom.v1.AccessService.CreateToken:output_type -> strongroom.v1.CreateTokenResponse
+	11, // [11:18] is the sub-list for method output_type
+	4,  // [4:11] is the sub-list for method input_type
 	4,  // [4:4] is the sub-list for extension type_name
 	4,  // [4:4] is the sub-list for extension extendee
 	0,  // [0:4] is the sub-list for field type_name
@@ -748,7 +838,7 @@ func file_strongroom_v1_access_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_strongroom_v1_access_proto_rawDesc), len(file_strongroom_v1_access_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   13,
+			NumMessages:   14,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

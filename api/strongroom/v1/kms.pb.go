@@ -204,8 +204,8 @@ func (x *KMSPolicy) GetKeyTypes() []string {
 // the refusal is on record.
 type KMSQuota struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// How many keys and other secrets a group may have that are not destroyed; 0:
-	// any number. Not for applications, whose keys are their group's.
+	// How many keys and other secrets a group or account may have that are not
+	// destroyed; 0: any number. Not for applications, whose keys are their group's.
 	Keys int64 `protobuf:"varint,1,opt,name=keys,proto3" json:"keys,omitempty"`
 	// How many operations are carried out in a period; 0: any number. Query and
 	// Discover Versions are free.
@@ -332,7 +332,8 @@ type KMSUsage struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Carried out, also those that failed.
 	Operations int64 `protobuf:"varint,1,opt,name=operations,proto3" json:"operations,omitempty"`
-	// Of a group: keys that there are. Of an application: keys that it has made.
+	// Of a group or account: keys that there are. Of an application: keys that it
+	// has made.
 	Keys int64 `protobuf:"varint,2,opt,name=keys,proto3" json:"keys,omitempty"`
 	// Operations refused because of a quota.
 	Refused int64 `protobuf:"varint,3,opt,name=refused,proto3" json:"refused,omitempty"`
@@ -417,8 +418,552 @@ func (x *KMSUsage) GetPeriodEnds() *timestamppb.Timestamp {
 	return nil
 }
 
-type KMSGroup struct {
+// KMSAccount is what belongs to one tenant of a key management server. The names
+// of its groups, applications and users are "ACCOUNT/NAME"; in the account
+// "default", which there always is, they are "NAME".
+type KMSAccount struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// 1 to 32 letters, digits, '.', '_' and '-'. It never changes.
+	Name        string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Title       string `protobuf:"bytes,2,opt,name=title,proto3" json:"title,omitempty"`
+	Description string `protobuf:"bytes,3,opt,name=description,proto3" json:"description,omitempty"`
+	Disabled    bool   `protobuf:"varint,4,opt,name=disabled,proto3" json:"disabled,omitempty"`
+	// None of the account default that was never changed.
+	Created *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=created,proto3" json:"created,omitempty"`
+	Quota   *KMSQuota              `protobuf:"bytes,6,opt,name=quota,proto3" json:"quota,omitempty"`
+	// Of all its groups together.
+	Usage         *KMSUsage `protobuf:"bytes,7,opt,name=usage,proto3" json:"usage,omitempty"`
+	Groups        int32     `protobuf:"varint,8,opt,name=groups,proto3" json:"groups,omitempty"`
+	Applications  int32     `protobuf:"varint,9,opt,name=applications,proto3" json:"applications,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KMSAccount) Reset() {
+	*x = KMSAccount{}
+	mi := &file_strongroom_v1_kms_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KMSAccount) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KMSAccount) ProtoMessage() {}
+
+func (x *KMSAccount) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_kms_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KMSAccount.ProtoReflect.Descriptor instead.
+func (*KMSAccount) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *KMSAccount) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *KMSAccount) GetTitle() string {
+	if x != nil {
+		return x.Title
+	}
+	return ""
+}
+
+func (x *KMSAccount) GetDescription() string {
+	if x != nil {
+		return x.Description
+	}
+	return ""
+}
+
+func (x *KMSAccount) GetDisabled() bool {
+	if x != nil {
+		return x.Disabled
+	}
+	return false
+}
+
+func (x *KMSAccount) GetCreated() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Created
+	}
+	return nil
+}
+
+func (x *KMSAccount) GetQuota() *KMSQuota {
+	if x != nil {
+		return x.Quota
+	}
+	return nil
+}
+
+func (x *KMSAccount) GetUsage() *KMSUsage {
+	if x != nil {
+		return x.Usage
+	}
+	return nil
+}
+
+func (x *KMSAccount) GetGroups() int32 {
+	if x != nil {
+		return x.Groups
+	}
+	return 0
+}
+
+func (x *KMSAccount) GetApplications() int32 {
+	if x != nil {
+		return x.Applications
+	}
+	return 0
+}
+
+type CreateKMSAccountRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Title         string                 `protobuf:"bytes,2,opt,name=title,proto3" json:"title,omitempty"`
+	Description   string                 `protobuf:"bytes,3,opt,name=description,proto3" json:"description,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CreateKMSAccountRequest) Reset() {
+	*x = CreateKMSAccountRequest{}
+	mi := &file_strongroom_v1_kms_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CreateKMSAccountRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CreateKMSAccountRequest) ProtoMessage() {}
+
+func (x *CreateKMSAccountRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_kms_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CreateKMSAccountRequest.ProtoReflect.Descriptor instead.
+func (*CreateKMSAccountRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *CreateKMSAccountRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *CreateKMSAccountRequest) GetTitle() string {
+	if x != nil {
+		return x.Title
+	}
+	return ""
+}
+
+func (x *CreateKMSAccountRequest) GetDescription() string {
+	if x != nil {
+		return x.Description
+	}
+	return ""
+}
+
+type ListKMSAccountsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListKMSAccountsRequest) Reset() {
+	*x = ListKMSAccountsRequest{}
+	mi := &file_strongroom_v1_kms_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListKMSAccountsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListKMSAccountsRequest) ProtoMessage() {}
+
+func (x *ListKMSAccountsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_kms_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListKMSAccountsRequest.ProtoReflect.Descriptor instead.
+func (*ListKMSAccountsRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{8}
+}
+
+type ListKMSAccountsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Those on which the caller has the privilege.
+	Accounts      []*KMSAccount `protobuf:"bytes,1,rep,name=accounts,proto3" json:"accounts,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListKMSAccountsResponse) Reset() {
+	*x = ListKMSAccountsResponse{}
+	mi := &file_strongroom_v1_kms_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListKMSAccountsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListKMSAccountsResponse) ProtoMessage() {}
+
+func (x *ListKMSAccountsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_kms_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListKMSAccountsResponse.ProtoReflect.Descriptor instead.
+func (*ListKMSAccountsResponse) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *ListKMSAccountsResponse) GetAccounts() []*KMSAccount {
+	if x != nil {
+		return x.Accounts
+	}
+	return nil
+}
+
+type GetKMSAccountRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetKMSAccountRequest) Reset() {
+	*x = GetKMSAccountRequest{}
+	mi := &file_strongroom_v1_kms_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetKMSAccountRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetKMSAccountRequest) ProtoMessage() {}
+
+func (x *GetKMSAccountRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_kms_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetKMSAccountRequest.ProtoReflect.Descriptor instead.
+func (*GetKMSAccountRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *GetKMSAccountRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type DescribeKMSAccountRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Title         string                 `protobuf:"bytes,2,opt,name=title,proto3" json:"title,omitempty"`
+	Description   string                 `protobuf:"bytes,3,opt,name=description,proto3" json:"description,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DescribeKMSAccountRequest) Reset() {
+	*x = DescribeKMSAccountRequest{}
+	mi := &file_strongroom_v1_kms_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DescribeKMSAccountRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DescribeKMSAccountRequest) ProtoMessage() {}
+
+func (x *DescribeKMSAccountRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_kms_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DescribeKMSAccountRequest.ProtoReflect.Descriptor instead.
+func (*DescribeKMSAccountRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *DescribeKMSAccountRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *DescribeKMSAccountRequest) GetTitle() string {
+	if x != nil {
+		return x.Title
+	}
+	return ""
+}
+
+func (x *DescribeKMSAccountRequest) GetDescription() string {
+	if x != nil {
+		return x.Description
+	}
+	return ""
+}
+
+type SetKMSAccountQuotaRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Quota         *KMSQuota              `protobuf:"bytes,2,opt,name=quota,proto3" json:"quota,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetKMSAccountQuotaRequest) Reset() {
+	*x = SetKMSAccountQuotaRequest{}
+	mi := &file_strongroom_v1_kms_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetKMSAccountQuotaRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetKMSAccountQuotaRequest) ProtoMessage() {}
+
+func (x *SetKMSAccountQuotaRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_kms_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetKMSAccountQuotaRequest.ProtoReflect.Descriptor instead.
+func (*SetKMSAccountQuotaRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *SetKMSAccountQuotaRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *SetKMSAccountQuotaRequest) GetQuota() *KMSQuota {
+	if x != nil {
+		return x.Quota
+	}
+	return nil
+}
+
+type SetKMSAccountDisabledRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Disabled      bool                   `protobuf:"varint,2,opt,name=disabled,proto3" json:"disabled,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetKMSAccountDisabledRequest) Reset() {
+	*x = SetKMSAccountDisabledRequest{}
+	mi := &file_strongroom_v1_kms_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetKMSAccountDisabledRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetKMSAccountDisabledRequest) ProtoMessage() {}
+
+func (x *SetKMSAccountDisabledRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_kms_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetKMSAccountDisabledRequest.ProtoReflect.Descriptor instead.
+func (*SetKMSAccountDisabledRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *SetKMSAccountDisabledRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *SetKMSAccountDisabledRequest) GetDisabled() bool {
+	if x != nil {
+		return x.Disabled
+	}
+	return false
+}
+
+type DeleteKMSAccountRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteKMSAccountRequest) Reset() {
+	*x = DeleteKMSAccountRequest{}
+	mi := &file_strongroom_v1_kms_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteKMSAccountRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteKMSAccountRequest) ProtoMessage() {}
+
+func (x *DeleteKMSAccountRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_kms_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteKMSAccountRequest.ProtoReflect.Descriptor instead.
+func (*DeleteKMSAccountRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *DeleteKMSAccountRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type DeleteKMSAccountResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteKMSAccountResponse) Reset() {
+	*x = DeleteKMSAccountResponse{}
+	mi := &file_strongroom_v1_kms_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteKMSAccountResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteKMSAccountResponse) ProtoMessage() {}
+
+func (x *DeleteKMSAccountResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_kms_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteKMSAccountResponse.ProtoReflect.Descriptor instead.
+func (*DeleteKMSAccountResponse) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{15}
+}
+
+type KMSGroup struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "ACCOUNT/NAME", or "NAME" in the account default.
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	Title         string                 `protobuf:"bytes,2,opt,name=title,proto3" json:"title,omitempty"`
 	Description   string                 `protobuf:"bytes,3,opt,name=description,proto3" json:"description,omitempty"`
@@ -428,13 +973,14 @@ type KMSGroup struct {
 	Usage         *KMSUsage              `protobuf:"bytes,7,opt,name=usage,proto3" json:"usage,omitempty"`
 	Rotation      *KMSRotation           `protobuf:"bytes,8,opt,name=rotation,proto3" json:"rotation,omitempty"`
 	Quorum        *KMSQuorum             `protobuf:"bytes,9,opt,name=quorum,proto3" json:"quorum,omitempty"`
+	Account       string                 `protobuf:"bytes,10,opt,name=account,proto3" json:"account,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *KMSGroup) Reset() {
 	*x = KMSGroup{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[6]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -446,7 +992,7 @@ func (x *KMSGroup) String() string {
 func (*KMSGroup) ProtoMessage() {}
 
 func (x *KMSGroup) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[6]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -459,7 +1005,7 @@ func (x *KMSGroup) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KMSGroup.ProtoReflect.Descriptor instead.
 func (*KMSGroup) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{6}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *KMSGroup) GetName() string {
@@ -525,6 +1071,13 @@ func (x *KMSGroup) GetQuorum() *KMSQuorum {
 	return nil
 }
 
+func (x *KMSGroup) GetAccount() string {
+	if x != nil {
+		return x.Account
+	}
+	return ""
+}
+
 // KMSQuorum is how many of which people must approve what is asked of a group's
 // keys before it is done.
 type KMSQuorum struct {
@@ -545,7 +1098,7 @@ type KMSQuorum struct {
 
 func (x *KMSQuorum) Reset() {
 	*x = KMSQuorum{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[7]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -557,7 +1110,7 @@ func (x *KMSQuorum) String() string {
 func (*KMSQuorum) ProtoMessage() {}
 
 func (x *KMSQuorum) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[7]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -570,7 +1123,7 @@ func (x *KMSQuorum) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KMSQuorum.ProtoReflect.Descriptor instead.
 func (*KMSQuorum) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{7}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *KMSQuorum) GetApprovers() []string {
@@ -609,7 +1162,9 @@ func (x *KMSQuorum) GetExpirySeconds() int64 {
 }
 
 type KMSApplication struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "ACCOUNT/NAME", or "NAME" in the account default; also the user name that
+	// goes with its passwords.
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	Title         string                 `protobuf:"bytes,2,opt,name=title,proto3" json:"title,omitempty"`
 	Description   string                 `protobuf:"bytes,3,opt,name=description,proto3" json:"description,omitempty"`
@@ -619,13 +1174,14 @@ type KMSApplication struct {
 	Created       *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=created,proto3" json:"created,omitempty"`
 	Quota         *KMSQuota              `protobuf:"bytes,8,opt,name=quota,proto3" json:"quota,omitempty"`
 	Usage         *KMSUsage              `protobuf:"bytes,9,opt,name=usage,proto3" json:"usage,omitempty"`
+	Account       string                 `protobuf:"bytes,10,opt,name=account,proto3" json:"account,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *KMSApplication) Reset() {
 	*x = KMSApplication{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[8]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -637,7 +1193,7 @@ func (x *KMSApplication) String() string {
 func (*KMSApplication) ProtoMessage() {}
 
 func (x *KMSApplication) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[8]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -650,7 +1206,7 @@ func (x *KMSApplication) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KMSApplication.ProtoReflect.Descriptor instead.
 func (*KMSApplication) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{8}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *KMSApplication) GetName() string {
@@ -716,6 +1272,13 @@ func (x *KMSApplication) GetUsage() *KMSUsage {
 	return nil
 }
 
+func (x *KMSApplication) GetAccount() string {
+	if x != nil {
+		return x.Account
+	}
+	return ""
+}
+
 type KMSCredential struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -734,7 +1297,7 @@ type KMSCredential struct {
 
 func (x *KMSCredential) Reset() {
 	*x = KMSCredential{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[9]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -746,7 +1309,7 @@ func (x *KMSCredential) String() string {
 func (*KMSCredential) ProtoMessage() {}
 
 func (x *KMSCredential) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[9]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -759,7 +1322,7 @@ func (x *KMSCredential) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KMSCredential.ProtoReflect.Descriptor instead.
 func (*KMSCredential) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{9}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *KMSCredential) GetId() string {
@@ -816,7 +1379,7 @@ type CreateKMSGroupRequest struct {
 
 func (x *CreateKMSGroupRequest) Reset() {
 	*x = CreateKMSGroupRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[10]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -828,7 +1391,7 @@ func (x *CreateKMSGroupRequest) String() string {
 func (*CreateKMSGroupRequest) ProtoMessage() {}
 
 func (x *CreateKMSGroupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[10]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -841,7 +1404,7 @@ func (x *CreateKMSGroupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateKMSGroupRequest.ProtoReflect.Descriptor instead.
 func (*CreateKMSGroupRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{10}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *CreateKMSGroupRequest) GetName() string {
@@ -881,7 +1444,7 @@ type GetKMSGroupRequest struct {
 
 func (x *GetKMSGroupRequest) Reset() {
 	*x = GetKMSGroupRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[11]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -893,7 +1456,7 @@ func (x *GetKMSGroupRequest) String() string {
 func (*GetKMSGroupRequest) ProtoMessage() {}
 
 func (x *GetKMSGroupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[11]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -906,7 +1469,7 @@ func (x *GetKMSGroupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetKMSGroupRequest.ProtoReflect.Descriptor instead.
 func (*GetKMSGroupRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{11}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *GetKMSGroupRequest) GetName() string {
@@ -917,14 +1480,16 @@ func (x *GetKMSGroupRequest) GetName() string {
 }
 
 type ListKMSGroupsRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Only those of one account; "" for all.
+	Account       string `protobuf:"bytes,1,opt,name=account,proto3" json:"account,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ListKMSGroupsRequest) Reset() {
 	*x = ListKMSGroupsRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[12]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -936,7 +1501,7 @@ func (x *ListKMSGroupsRequest) String() string {
 func (*ListKMSGroupsRequest) ProtoMessage() {}
 
 func (x *ListKMSGroupsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[12]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -949,19 +1514,27 @@ func (x *ListKMSGroupsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKMSGroupsRequest.ProtoReflect.Descriptor instead.
 func (*ListKMSGroupsRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{12}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *ListKMSGroupsRequest) GetAccount() string {
+	if x != nil {
+		return x.Account
+	}
+	return ""
 }
 
 type ListKMSGroupsResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Groups        []*KMSGroup            `protobuf:"bytes,1,rep,name=groups,proto3" json:"groups,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Those on which the caller has the privilege.
+	Groups        []*KMSGroup `protobuf:"bytes,1,rep,name=groups,proto3" json:"groups,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ListKMSGroupsResponse) Reset() {
 	*x = ListKMSGroupsResponse{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[13]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -973,7 +1546,7 @@ func (x *ListKMSGroupsResponse) String() string {
 func (*ListKMSGroupsResponse) ProtoMessage() {}
 
 func (x *ListKMSGroupsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[13]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -986,7 +1559,7 @@ func (x *ListKMSGroupsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKMSGroupsResponse.ProtoReflect.Descriptor instead.
 func (*ListKMSGroupsResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{13}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ListKMSGroupsResponse) GetGroups() []*KMSGroup {
@@ -1006,7 +1579,7 @@ type SetKMSGroupPolicyRequest struct {
 
 func (x *SetKMSGroupPolicyRequest) Reset() {
 	*x = SetKMSGroupPolicyRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[14]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1018,7 +1591,7 @@ func (x *SetKMSGroupPolicyRequest) String() string {
 func (*SetKMSGroupPolicyRequest) ProtoMessage() {}
 
 func (x *SetKMSGroupPolicyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[14]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1031,7 +1604,7 @@ func (x *SetKMSGroupPolicyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetKMSGroupPolicyRequest.ProtoReflect.Descriptor instead.
 func (*SetKMSGroupPolicyRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{14}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *SetKMSGroupPolicyRequest) GetName() string {
@@ -1058,7 +1631,7 @@ type SetKMSGroupQuotaRequest struct {
 
 func (x *SetKMSGroupQuotaRequest) Reset() {
 	*x = SetKMSGroupQuotaRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[15]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1070,7 +1643,7 @@ func (x *SetKMSGroupQuotaRequest) String() string {
 func (*SetKMSGroupQuotaRequest) ProtoMessage() {}
 
 func (x *SetKMSGroupQuotaRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[15]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1083,7 +1656,7 @@ func (x *SetKMSGroupQuotaRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetKMSGroupQuotaRequest.ProtoReflect.Descriptor instead.
 func (*SetKMSGroupQuotaRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{15}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *SetKMSGroupQuotaRequest) GetName() string {
@@ -1110,7 +1683,7 @@ type SetKMSApplicationQuotaRequest struct {
 
 func (x *SetKMSApplicationQuotaRequest) Reset() {
 	*x = SetKMSApplicationQuotaRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[16]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1122,7 +1695,7 @@ func (x *SetKMSApplicationQuotaRequest) String() string {
 func (*SetKMSApplicationQuotaRequest) ProtoMessage() {}
 
 func (x *SetKMSApplicationQuotaRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[16]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1135,7 +1708,7 @@ func (x *SetKMSApplicationQuotaRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetKMSApplicationQuotaRequest.ProtoReflect.Descriptor instead.
 func (*SetKMSApplicationQuotaRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{16}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *SetKMSApplicationQuotaRequest) GetName() string {
@@ -1162,7 +1735,7 @@ type SetKMSGroupRotationRequest struct {
 
 func (x *SetKMSGroupRotationRequest) Reset() {
 	*x = SetKMSGroupRotationRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[17]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1174,7 +1747,7 @@ func (x *SetKMSGroupRotationRequest) String() string {
 func (*SetKMSGroupRotationRequest) ProtoMessage() {}
 
 func (x *SetKMSGroupRotationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[17]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1187,7 +1760,7 @@ func (x *SetKMSGroupRotationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetKMSGroupRotationRequest.ProtoReflect.Descriptor instead.
 func (*SetKMSGroupRotationRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{17}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *SetKMSGroupRotationRequest) GetName() string {
@@ -1214,7 +1787,7 @@ type SetKMSGroupQuorumRequest struct {
 
 func (x *SetKMSGroupQuorumRequest) Reset() {
 	*x = SetKMSGroupQuorumRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[18]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1226,7 +1799,7 @@ func (x *SetKMSGroupQuorumRequest) String() string {
 func (*SetKMSGroupQuorumRequest) ProtoMessage() {}
 
 func (x *SetKMSGroupQuorumRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[18]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1239,7 +1812,7 @@ func (x *SetKMSGroupQuorumRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetKMSGroupQuorumRequest.ProtoReflect.Descriptor instead.
 func (*SetKMSGroupQuorumRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{18}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *SetKMSGroupQuorumRequest) GetName() string {
@@ -1257,18 +1830,19 @@ func (x *SetKMSGroupQuorumRequest) GetQuorum() *KMSQuorum {
 }
 
 type CreateKMSApplicationRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	Title         string                 `protobuf:"bytes,2,opt,name=title,proto3" json:"title,omitempty"`
-	Description   string                 `protobuf:"bytes,3,opt,name=description,proto3" json:"description,omitempty"`
-	Group         string                 `protobuf:"bytes,4,opt,name=group,proto3" json:"group,omitempty"`
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	Name        string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Title       string                 `protobuf:"bytes,2,opt,name=title,proto3" json:"title,omitempty"`
+	Description string                 `protobuf:"bytes,3,opt,name=description,proto3" json:"description,omitempty"`
+	// A group of the same account.
+	Group         string `protobuf:"bytes,4,opt,name=group,proto3" json:"group,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CreateKMSApplicationRequest) Reset() {
 	*x = CreateKMSApplicationRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[19]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1280,7 +1854,7 @@ func (x *CreateKMSApplicationRequest) String() string {
 func (*CreateKMSApplicationRequest) ProtoMessage() {}
 
 func (x *CreateKMSApplicationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[19]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1293,7 +1867,7 @@ func (x *CreateKMSApplicationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateKMSApplicationRequest.ProtoReflect.Descriptor instead.
 func (*CreateKMSApplicationRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{19}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *CreateKMSApplicationRequest) GetName() string {
@@ -1325,14 +1899,16 @@ func (x *CreateKMSApplicationRequest) GetGroup() string {
 }
 
 type ListKMSApplicationsRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Only those of one account; "" for all.
+	Account       string `protobuf:"bytes,1,opt,name=account,proto3" json:"account,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ListKMSApplicationsRequest) Reset() {
 	*x = ListKMSApplicationsRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[20]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1344,7 +1920,7 @@ func (x *ListKMSApplicationsRequest) String() string {
 func (*ListKMSApplicationsRequest) ProtoMessage() {}
 
 func (x *ListKMSApplicationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[20]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1357,19 +1933,27 @@ func (x *ListKMSApplicationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKMSApplicationsRequest.ProtoReflect.Descriptor instead.
 func (*ListKMSApplicationsRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{20}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *ListKMSApplicationsRequest) GetAccount() string {
+	if x != nil {
+		return x.Account
+	}
+	return ""
 }
 
 type ListKMSApplicationsResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Applications  []*KMSApplication      `protobuf:"bytes,1,rep,name=applications,proto3" json:"applications,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Those of groups on which the caller has the privilege.
+	Applications  []*KMSApplication `protobuf:"bytes,1,rep,name=applications,proto3" json:"applications,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ListKMSApplicationsResponse) Reset() {
 	*x = ListKMSApplicationsResponse{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[21]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1381,7 +1965,7 @@ func (x *ListKMSApplicationsResponse) String() string {
 func (*ListKMSApplicationsResponse) ProtoMessage() {}
 
 func (x *ListKMSApplicationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[21]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1394,7 +1978,7 @@ func (x *ListKMSApplicationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKMSApplicationsResponse.ProtoReflect.Descriptor instead.
 func (*ListKMSApplicationsResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{21}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ListKMSApplicationsResponse) GetApplications() []*KMSApplication {
@@ -1413,7 +1997,7 @@ type GetKMSApplicationRequest struct {
 
 func (x *GetKMSApplicationRequest) Reset() {
 	*x = GetKMSApplicationRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[22]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1425,7 +2009,7 @@ func (x *GetKMSApplicationRequest) String() string {
 func (*GetKMSApplicationRequest) ProtoMessage() {}
 
 func (x *GetKMSApplicationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[22]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1438,7 +2022,7 @@ func (x *GetKMSApplicationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetKMSApplicationRequest.ProtoReflect.Descriptor instead.
 func (*GetKMSApplicationRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{22}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *GetKMSApplicationRequest) GetName() string {
@@ -1458,7 +2042,7 @@ type SetKMSApplicationDisabledRequest struct {
 
 func (x *SetKMSApplicationDisabledRequest) Reset() {
 	*x = SetKMSApplicationDisabledRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[23]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1470,7 +2054,7 @@ func (x *SetKMSApplicationDisabledRequest) String() string {
 func (*SetKMSApplicationDisabledRequest) ProtoMessage() {}
 
 func (x *SetKMSApplicationDisabledRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[23]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1483,7 +2067,7 @@ func (x *SetKMSApplicationDisabledRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetKMSApplicationDisabledRequest.ProtoReflect.Descriptor instead.
 func (*SetKMSApplicationDisabledRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{23}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *SetKMSApplicationDisabledRequest) GetName() string {
@@ -1509,7 +2093,7 @@ type DeleteKMSApplicationRequest struct {
 
 func (x *DeleteKMSApplicationRequest) Reset() {
 	*x = DeleteKMSApplicationRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[24]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1521,7 +2105,7 @@ func (x *DeleteKMSApplicationRequest) String() string {
 func (*DeleteKMSApplicationRequest) ProtoMessage() {}
 
 func (x *DeleteKMSApplicationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[24]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1534,7 +2118,7 @@ func (x *DeleteKMSApplicationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteKMSApplicationRequest.ProtoReflect.Descriptor instead.
 func (*DeleteKMSApplicationRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{24}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *DeleteKMSApplicationRequest) GetName() string {
@@ -1552,7 +2136,7 @@ type DeleteKMSApplicationResponse struct {
 
 func (x *DeleteKMSApplicationResponse) Reset() {
 	*x = DeleteKMSApplicationResponse{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[25]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1564,7 +2148,7 @@ func (x *DeleteKMSApplicationResponse) String() string {
 func (*DeleteKMSApplicationResponse) ProtoMessage() {}
 
 func (x *DeleteKMSApplicationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[25]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1577,7 +2161,7 @@ func (x *DeleteKMSApplicationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteKMSApplicationResponse.ProtoReflect.Descriptor instead.
 func (*DeleteKMSApplicationResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{25}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{35}
 }
 
 type CreateKMSPasswordRequest struct {
@@ -1591,7 +2175,7 @@ type CreateKMSPasswordRequest struct {
 
 func (x *CreateKMSPasswordRequest) Reset() {
 	*x = CreateKMSPasswordRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[26]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1603,7 +2187,7 @@ func (x *CreateKMSPasswordRequest) String() string {
 func (*CreateKMSPasswordRequest) ProtoMessage() {}
 
 func (x *CreateKMSPasswordRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[26]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1616,7 +2200,7 @@ func (x *CreateKMSPasswordRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateKMSPasswordRequest.ProtoReflect.Descriptor instead.
 func (*CreateKMSPasswordRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{26}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *CreateKMSPasswordRequest) GetApplication() string {
@@ -1644,7 +2228,7 @@ type CreateKMSPasswordResponse struct {
 
 func (x *CreateKMSPasswordResponse) Reset() {
 	*x = CreateKMSPasswordResponse{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[27]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1656,7 +2240,7 @@ func (x *CreateKMSPasswordResponse) String() string {
 func (*CreateKMSPasswordResponse) ProtoMessage() {}
 
 func (x *CreateKMSPasswordResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[27]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1669,7 +2253,7 @@ func (x *CreateKMSPasswordResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateKMSPasswordResponse.ProtoReflect.Descriptor instead.
 func (*CreateKMSPasswordResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{27}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *CreateKMSPasswordResponse) GetCredential() *KMSCredential {
@@ -1697,7 +2281,7 @@ type AddKMSCertificateRequest struct {
 
 func (x *AddKMSCertificateRequest) Reset() {
 	*x = AddKMSCertificateRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[28]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1709,7 +2293,7 @@ func (x *AddKMSCertificateRequest) String() string {
 func (*AddKMSCertificateRequest) ProtoMessage() {}
 
 func (x *AddKMSCertificateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[28]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1722,7 +2306,7 @@ func (x *AddKMSCertificateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddKMSCertificateRequest.ProtoReflect.Descriptor instead.
 func (*AddKMSCertificateRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{28}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *AddKMSCertificateRequest) GetApplication() string {
@@ -1749,7 +2333,7 @@ type RevokeKMSCredentialRequest struct {
 
 func (x *RevokeKMSCredentialRequest) Reset() {
 	*x = RevokeKMSCredentialRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[29]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1761,7 +2345,7 @@ func (x *RevokeKMSCredentialRequest) String() string {
 func (*RevokeKMSCredentialRequest) ProtoMessage() {}
 
 func (x *RevokeKMSCredentialRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[29]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1774,7 +2358,7 @@ func (x *RevokeKMSCredentialRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeKMSCredentialRequest.ProtoReflect.Descriptor instead.
 func (*RevokeKMSCredentialRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{29}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *RevokeKMSCredentialRequest) GetApplication() string {
@@ -1828,7 +2412,40 @@ const file_strongroom_v1_kms_proto_rawDesc = "" +
 	"\blast_use\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\alastUse\x12+\n" +
 	"\x11period_operations\x18\x05 \x01(\x03R\x10periodOperations\x12;\n" +
 	"\vperiod_ends\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
-	"periodEnds\"\x86\x03\n" +
+	"periodEnds\"\xc4\x02\n" +
+	"\n" +
+	"KMSAccount\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
+	"\x05title\x18\x02 \x01(\tR\x05title\x12 \n" +
+	"\vdescription\x18\x03 \x01(\tR\vdescription\x12\x1a\n" +
+	"\bdisabled\x18\x04 \x01(\bR\bdisabled\x124\n" +
+	"\acreated\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x12-\n" +
+	"\x05quota\x18\x06 \x01(\v2\x17.strongroom.v1.KMSQuotaR\x05quota\x12-\n" +
+	"\x05usage\x18\a \x01(\v2\x17.strongroom.v1.KMSUsageR\x05usage\x12\x16\n" +
+	"\x06groups\x18\b \x01(\x05R\x06groups\x12\"\n" +
+	"\fapplications\x18\t \x01(\x05R\fapplications\"e\n" +
+	"\x17CreateKMSAccountRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
+	"\x05title\x18\x02 \x01(\tR\x05title\x12 \n" +
+	"\vdescription\x18\x03 \x01(\tR\vdescription\"\x18\n" +
+	"\x16ListKMSAccountsRequest\"P\n" +
+	"\x17ListKMSAccountsResponse\x125\n" +
+	"\baccounts\x18\x01 \x03(\v2\x19.strongroom.v1.KMSAccountR\baccounts\"*\n" +
+	"\x14GetKMSAccountRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"g\n" +
+	"\x19DescribeKMSAccountRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
+	"\x05title\x18\x02 \x01(\tR\x05title\x12 \n" +
+	"\vdescription\x18\x03 \x01(\tR\vdescription\"^\n" +
+	"\x19SetKMSAccountQuotaRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12-\n" +
+	"\x05quota\x18\x02 \x01(\v2\x17.strongroom.v1.KMSQuotaR\x05quota\"N\n" +
+	"\x1cSetKMSAccountDisabledRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
+	"\bdisabled\x18\x02 \x01(\bR\bdisabled\"-\n" +
+	"\x17DeleteKMSAccountRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\x1a\n" +
+	"\x18DeleteKMSAccountResponse\"\xa0\x03\n" +
 	"\bKMSGroup\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05title\x18\x02 \x01(\tR\x05title\x12 \n" +
@@ -1838,13 +2455,15 @@ const file_strongroom_v1_kms_proto_rawDesc = "" +
 	"\x05quota\x18\x06 \x01(\v2\x17.strongroom.v1.KMSQuotaR\x05quota\x12-\n" +
 	"\x05usage\x18\a \x01(\v2\x17.strongroom.v1.KMSUsageR\x05usage\x126\n" +
 	"\brotation\x18\b \x01(\v2\x1a.strongroom.v1.KMSRotationR\brotation\x120\n" +
-	"\x06quorum\x18\t \x01(\v2\x18.strongroom.v1.KMSQuorumR\x06quorum\"\x9a\x01\n" +
+	"\x06quorum\x18\t \x01(\v2\x18.strongroom.v1.KMSQuorumR\x06quorum\x12\x18\n" +
+	"\aaccount\x18\n" +
+	" \x01(\tR\aaccount\"\x9a\x01\n" +
 	"\tKMSQuorum\x12\x1c\n" +
 	"\tapprovers\x18\x01 \x03(\tR\tapprovers\x12\x16\n" +
 	"\x06needed\x18\x02 \x01(\x05R\x06needed\x12\x18\n" +
 	"\adestroy\x18\x03 \x01(\bR\adestroy\x12\x16\n" +
 	"\x06export\x18\x04 \x01(\bR\x06export\x12%\n" +
-	"\x0eexpiry_seconds\x18\x05 \x01(\x03R\rexpirySeconds\"\xe2\x02\n" +
+	"\x0eexpiry_seconds\x18\x05 \x01(\x03R\rexpirySeconds\"\xfc\x02\n" +
 	"\x0eKMSApplication\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05title\x18\x02 \x01(\tR\x05title\x12 \n" +
@@ -1854,7 +2473,9 @@ const file_strongroom_v1_kms_proto_rawDesc = "" +
 	"\vcredentials\x18\x06 \x03(\v2\x1c.strongroom.v1.KMSCredentialR\vcredentials\x124\n" +
 	"\acreated\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x12-\n" +
 	"\x05quota\x18\b \x01(\v2\x17.strongroom.v1.KMSQuotaR\x05quota\x12-\n" +
-	"\x05usage\x18\t \x01(\v2\x17.strongroom.v1.KMSUsageR\x05usage\"\xd5\x01\n" +
+	"\x05usage\x18\t \x01(\v2\x17.strongroom.v1.KMSUsageR\x05usage\x12\x18\n" +
+	"\aaccount\x18\n" +
+	" \x01(\tR\aaccount\"\xd5\x01\n" +
 	"\rKMSCredential\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x12\n" +
@@ -1868,8 +2489,9 @@ const file_strongroom_v1_kms_proto_rawDesc = "" +
 	"\vdescription\x18\x03 \x01(\tR\vdescription\x120\n" +
 	"\x06policy\x18\x04 \x01(\v2\x18.strongroom.v1.KMSPolicyR\x06policy\"(\n" +
 	"\x12GetKMSGroupRequest\x12\x12\n" +
-	"\x04name\x18\x01 \x01(\tR\x04name\"\x16\n" +
-	"\x14ListKMSGroupsRequest\"H\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"0\n" +
+	"\x14ListKMSGroupsRequest\x12\x18\n" +
+	"\aaccount\x18\x01 \x01(\tR\aaccount\"H\n" +
 	"\x15ListKMSGroupsResponse\x12/\n" +
 	"\x06groups\x18\x01 \x03(\v2\x17.strongroom.v1.KMSGroupR\x06groups\"`\n" +
 	"\x18SetKMSGroupPolicyRequest\x12\x12\n" +
@@ -1891,8 +2513,9 @@ const file_strongroom_v1_kms_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05title\x18\x02 \x01(\tR\x05title\x12 \n" +
 	"\vdescription\x18\x03 \x01(\tR\vdescription\x12\x14\n" +
-	"\x05group\x18\x04 \x01(\tR\x05group\"\x1c\n" +
-	"\x1aListKMSApplicationsRequest\"`\n" +
+	"\x05group\x18\x04 \x01(\tR\x05group\"6\n" +
+	"\x1aListKMSApplicationsRequest\x12\x18\n" +
+	"\aaccount\x18\x01 \x01(\tR\aaccount\"`\n" +
 	"\x1bListKMSApplicationsResponse\x12A\n" +
 	"\fapplications\x18\x01 \x03(\v2\x1d.strongroom.v1.KMSApplicationR\fapplications\".\n" +
 	"\x18GetKMSApplicationRequest\x12\x12\n" +
@@ -1916,10 +2539,17 @@ const file_strongroom_v1_kms_proto_rawDesc = "" +
 	"\vcertificate\x18\x02 \x01(\fR\vcertificate\"N\n" +
 	"\x1aRevokeKMSCredentialRequest\x12 \n" +
 	"\vapplication\x18\x01 \x01(\tR\vapplication\x12\x0e\n" +
-	"\x02id\x18\x02 \x01(\tR\x02id2\xad\x11\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id2\xb6\x18\n" +
 	"\n" +
 	"KMSService\x12`\n" +
-	"\x06GetKMS\x12\x1c.strongroom.v1.GetKMSRequest\x1a\x12.strongroom.v1.KMS\"$\x8a\xb5\x18 Cryptographer.ReadKeyServersInfo\x12s\n" +
+	"\x06GetKMS\x12\x1c.strongroom.v1.GetKMSRequest\x1a\x12.strongroom.v1.KMS\"$\x8a\xb5\x18 Cryptographer.ReadKeyServersInfo\x12y\n" +
+	"\x10CreateKMSAccount\x12&.strongroom.v1.CreateKMSAccountRequest\x1a\x19.strongroom.v1.KMSAccount\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x86\x01\n" +
+	"\x0fListKMSAccounts\x12%.strongroom.v1.ListKMSAccountsRequest\x1a&.strongroom.v1.ListKMSAccountsResponse\"$\x8a\xb5\x18 Cryptographer.ReadKeyServersInfo\x12u\n" +
+	"\rGetKMSAccount\x12#.strongroom.v1.GetKMSAccountRequest\x1a\x19.strongroom.v1.KMSAccount\"$\x8a\xb5\x18 Cryptographer.ReadKeyServersInfo\x12}\n" +
+	"\x12DescribeKMSAccount\x12(.strongroom.v1.DescribeKMSAccountRequest\x1a\x19.strongroom.v1.KMSAccount\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12}\n" +
+	"\x12SetKMSAccountQuota\x12(.strongroom.v1.SetKMSAccountQuotaRequest\x1a\x19.strongroom.v1.KMSAccount\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x83\x01\n" +
+	"\x15SetKMSAccountDisabled\x12+.strongroom.v1.SetKMSAccountDisabledRequest\x1a\x19.strongroom.v1.KMSAccount\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x87\x01\n" +
+	"\x10DeleteKMSAccount\x12&.strongroom.v1.DeleteKMSAccountRequest\x1a'.strongroom.v1.DeleteKMSAccountResponse\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12s\n" +
 	"\x0eCreateKMSGroup\x12$.strongroom.v1.CreateKMSGroupRequest\x1a\x17.strongroom.v1.KMSGroup\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12o\n" +
 	"\vGetKMSGroup\x12!.strongroom.v1.GetKMSGroupRequest\x1a\x17.strongroom.v1.KMSGroup\"$\x8a\xb5\x18 Cryptographer.ReadKeyServersInfo\x12\x80\x01\n" +
 	"\rListKMSGroups\x12#.strongroom.v1.ListKMSGroupsRequest\x1a$.strongroom.v1.ListKMSGroupsResponse\"$\x8a\xb5\x18 Cryptographer.ReadKeyServersInfo\x12y\n" +
@@ -1949,7 +2579,7 @@ func file_strongroom_v1_kms_proto_rawDescGZIP() []byte {
 	return file_strongroom_v1_kms_proto_rawDescData
 }
 
-var file_strongroom_v1_kms_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
+var file_strongroom_v1_kms_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
 var file_strongroom_v1_kms_proto_goTypes = []any{
 	(*GetKMSRequest)(nil),                    // 0: strongroom.v1.GetKMSRequest
 	(*KMS)(nil),                              // 1: strongroom.v1.KMS
@@ -1957,96 +2587,125 @@ var file_strongroom_v1_kms_proto_goTypes = []any{
 	(*KMSQuota)(nil),                         // 3: strongroom.v1.KMSQuota
 	(*KMSRotation)(nil),                      // 4: strongroom.v1.KMSRotation
 	(*KMSUsage)(nil),                         // 5: strongroom.v1.KMSUsage
-	(*KMSGroup)(nil),                         // 6: strongroom.v1.KMSGroup
-	(*KMSQuorum)(nil),                        // 7: strongroom.v1.KMSQuorum
-	(*KMSApplication)(nil),                   // 8: strongroom.v1.KMSApplication
-	(*KMSCredential)(nil),                    // 9: strongroom.v1.KMSCredential
-	(*CreateKMSGroupRequest)(nil),            // 10: strongroom.v1.CreateKMSGroupRequest
-	(*GetKMSGroupRequest)(nil),               // 11: strongroom.v1.GetKMSGroupRequest
-	(*ListKMSGroupsRequest)(nil),             // 12: strongroom.v1.ListKMSGroupsRequest
-	(*ListKMSGroupsResponse)(nil),            // 13: strongroom.v1.ListKMSGroupsResponse
-	(*SetKMSGroupPolicyRequest)(nil),         // 14: strongroom.v1.SetKMSGroupPolicyRequest
-	(*SetKMSGroupQuotaRequest)(nil),          // 15: strongroom.v1.SetKMSGroupQuotaRequest
-	(*SetKMSApplicationQuotaRequest)(nil),    // 16: strongroom.v1.SetKMSApplicationQuotaRequest
-	(*SetKMSGroupRotationRequest)(nil),       // 17: strongroom.v1.SetKMSGroupRotationRequest
-	(*SetKMSGroupQuorumRequest)(nil),         // 18: strongroom.v1.SetKMSGroupQuorumRequest
-	(*CreateKMSApplicationRequest)(nil),      // 19: strongroom.v1.CreateKMSApplicationRequest
-	(*ListKMSApplicationsRequest)(nil),       // 20: strongroom.v1.ListKMSApplicationsRequest
-	(*ListKMSApplicationsResponse)(nil),      // 21: strongroom.v1.ListKMSApplicationsResponse
-	(*GetKMSApplicationRequest)(nil),         // 22: strongroom.v1.GetKMSApplicationRequest
-	(*SetKMSApplicationDisabledRequest)(nil), // 23: strongroom.v1.SetKMSApplicationDisabledRequest
-	(*DeleteKMSApplicationRequest)(nil),      // 24: strongroom.v1.DeleteKMSApplicationRequest
-	(*DeleteKMSApplicationResponse)(nil),     // 25: strongroom.v1.DeleteKMSApplicationResponse
-	(*CreateKMSPasswordRequest)(nil),         // 26: strongroom.v1.CreateKMSPasswordRequest
-	(*CreateKMSPasswordResponse)(nil),        // 27: strongroom.v1.CreateKMSPasswordResponse
-	(*AddKMSCertificateRequest)(nil),         // 28: strongroom.v1.AddKMSCertificateRequest
-	(*RevokeKMSCredentialRequest)(nil),       // 29: strongroom.v1.RevokeKMSCredentialRequest
-	(*timestamppb.Timestamp)(nil),            // 30: google.protobuf.Timestamp
+	(*KMSAccount)(nil),                       // 6: strongroom.v1.KMSAccount
+	(*CreateKMSAccountRequest)(nil),          // 7: strongroom.v1.CreateKMSAccountRequest
+	(*ListKMSAccountsRequest)(nil),           // 8: strongroom.v1.ListKMSAccountsRequest
+	(*ListKMSAccountsResponse)(nil),          // 9: strongroom.v1.ListKMSAccountsResponse
+	(*GetKMSAccountRequest)(nil),             // 10: strongroom.v1.GetKMSAccountRequest
+	(*DescribeKMSAccountRequest)(nil),        // 11: strongroom.v1.DescribeKMSAccountRequest
+	(*SetKMSAccountQuotaRequest)(nil),        // 12: strongroom.v1.SetKMSAccountQuotaRequest
+	(*SetKMSAccountDisabledRequest)(nil),     // 13: strongroom.v1.SetKMSAccountDisabledRequest
+	(*DeleteKMSAccountRequest)(nil),          // 14: strongroom.v1.DeleteKMSAccountRequest
+	(*DeleteKMSAccountResponse)(nil),         // 15: strongroom.v1.DeleteKMSAccountResponse
+	(*KMSGroup)(nil),                         // 16: strongroom.v1.KMSGroup
+	(*KMSQuorum)(nil),                        // 17: strongroom.v1.KMSQuorum
+	(*KMSApplication)(nil),                   // 18: strongroom.v1.KMSApplication
+	(*KMSCredential)(nil),                    // 19: strongroom.v1.KMSCredential
+	(*CreateKMSGroupRequest)(nil),            // 20: strongroom.v1.CreateKMSGroupRequest
+	(*GetKMSGroupRequest)(nil),               // 21: strongroom.v1.GetKMSGroupRequest
+	(*ListKMSGroupsRequest)(nil),             // 22: strongroom.v1.ListKMSGroupsRequest
+	(*ListKMSGroupsResponse)(nil),            // 23: strongroom.v1.ListKMSGroupsResponse
+	(*SetKMSGroupPolicyRequest)(nil),         // 24: strongroom.v1.SetKMSGroupPolicyRequest
+	(*SetKMSGroupQuotaRequest)(nil),          // 25: strongroom.v1.SetKMSGroupQuotaRequest
+	(*SetKMSApplicationQuotaRequest)(nil),    // 26: strongroom.v1.SetKMSApplicationQuotaRequest
+	(*SetKMSGroupRotationRequest)(nil),       // 27: strongroom.v1.SetKMSGroupRotationRequest
+	(*SetKMSGroupQuorumRequest)(nil),         // 28: strongroom.v1.SetKMSGroupQuorumRequest
+	(*CreateKMSApplicationRequest)(nil),      // 29: strongroom.v1.CreateKMSApplicationRequest
+	(*ListKMSApplicationsRequest)(nil),       // 30: strongroom.v1.ListKMSApplicationsRequest
+	(*ListKMSApplicationsResponse)(nil),      // 31: strongroom.v1.ListKMSApplicationsResponse
+	(*GetKMSApplicationRequest)(nil),         // 32: strongroom.v1.GetKMSApplicationRequest
+	(*SetKMSApplicationDisabledRequest)(nil), // 33: strongroom.v1.SetKMSApplicationDisabledRequest
+	(*DeleteKMSApplicationRequest)(nil),      // 34: strongroom.v1.DeleteKMSApplicationRequest
+	(*DeleteKMSApplicationResponse)(nil),     // 35: strongroom.v1.DeleteKMSApplicationResponse
+	(*CreateKMSPasswordRequest)(nil),         // 36: strongroom.v1.CreateKMSPasswordRequest
+	(*CreateKMSPasswordResponse)(nil),        // 37: strongroom.v1.CreateKMSPasswordResponse
+	(*AddKMSCertificateRequest)(nil),         // 38: strongroom.v1.AddKMSCertificateRequest
+	(*RevokeKMSCredentialRequest)(nil),       // 39: strongroom.v1.RevokeKMSCredentialRequest
+	(*timestamppb.Timestamp)(nil),            // 40: google.protobuf.Timestamp
 }
 var file_strongroom_v1_kms_proto_depIdxs = []int32{
-	30, // 0: strongroom.v1.KMS.certificate_expires:type_name -> google.protobuf.Timestamp
-	30, // 1: strongroom.v1.KMSUsage.last_use:type_name -> google.protobuf.Timestamp
-	30, // 2: strongroom.v1.KMSUsage.period_ends:type_name -> google.protobuf.Timestamp
-	2,  // 3: strongroom.v1.KMSGroup.policy:type_name -> strongroom.v1.KMSPolicy
-	30, // 4: strongroom.v1.KMSGroup.created:type_name -> google.protobuf.Timestamp
-	3,  // 5: strongroom.v1.KMSGroup.quota:type_name -> strongroom.v1.KMSQuota
-	5,  // 6: strongroom.v1.KMSGroup.usage:type_name -> strongroom.v1.KMSUsage
-	4,  // 7: strongroom.v1.KMSGroup.rotation:type_name -> strongroom.v1.KMSRotation
-	7,  // 8: strongroom.v1.KMSGroup.quorum:type_name -> strongroom.v1.KMSQuorum
-	9,  // 9: strongroom.v1.KMSApplication.credentials:type_name -> strongroom.v1.KMSCredential
-	30, // 10: strongroom.v1.KMSApplication.created:type_name -> google.protobuf.Timestamp
-	3,  // 11: strongroom.v1.KMSApplication.quota:type_name -> strongroom.v1.KMSQuota
-	5,  // 12: strongroom.v1.KMSApplication.usage:type_name -> strongroom.v1.KMSUsage
-	30, // 13: strongroom.v1.KMSCredential.expires:type_name -> google.protobuf.Timestamp
-	30, // 14: strongroom.v1.KMSCredential.created:type_name -> google.protobuf.Timestamp
-	2,  // 15: strongroom.v1.CreateKMSGroupRequest.policy:type_name -> strongroom.v1.KMSPolicy
-	6,  // 16: strongroom.v1.ListKMSGroupsResponse.groups:type_name -> strongroom.v1.KMSGroup
-	2,  // 17: strongroom.v1.SetKMSGroupPolicyRequest.policy:type_name -> strongroom.v1.KMSPolicy
-	3,  // 18: strongroom.v1.SetKMSGroupQuotaRequest.quota:type_name -> strongroom.v1.KMSQuota
-	3,  // 19: strongroom.v1.SetKMSApplicationQuotaRequest.quota:type_name -> strongroom.v1.KMSQuota
-	4,  // 20: strongroom.v1.SetKMSGroupRotationRequest.rotation:type_name -> strongroom.v1.KMSRotation
-	7,  // 21: strongroom.v1.SetKMSGroupQuorumRequest.quorum:type_name -> strongroom.v1.KMSQuorum
-	8,  // 22: strongroom.v1.ListKMSApplicationsResponse.applications:type_name -> strongroom.v1.KMSApplication
-	9,  // 23: strongroom.v1.CreateKMSPasswordResponse.credential:type_name -> strongroom.v1.KMSCredential
-	0,  // 24: strongroom.v1.KMSService.GetKMS:input_type -> strongroom.v1.GetKMSRequest
-	10, // 25: strongroom.v1.KMSService.CreateKMSGroup:input_type -> strongroom.v1.CreateKMSGroupRequest
-	11, // 26: strongroom.v1.KMSService.GetKMSGroup:input_type -> strongroom.v1.GetKMSGroupRequest
-	12, // 27: strongroom.v1.KMSService.ListKMSGroups:input_type -> strongroom.v1.ListKMSGroupsRequest
-	14, // 28: strongroom.v1.KMSService.SetKMSGroupPolicy:input_type -> strongroom.v1.SetKMSGroupPolicyRequest
-	15, // 29: strongroom.v1.KMSService.SetKMSGroupQuota:input_type -> strongroom.v1.SetKMSGroupQuotaRequest
-	17, // 30: strongroom.v1.KMSService.SetKMSGroupRotation:input_type -> strongroom.v1.SetKMSGroupRotationRequest
-	18, // 31: strongroom.v1.KMSService.SetKMSGroupQuorum:input_type -> strongroom.v1.SetKMSGroupQuorumRequest
-	19, // 32: strongroom.v1.KMSService.CreateKMSApplication:input_type -> strongroom.v1.CreateKMSApplicationRequest
-	20, // 33: strongroom.v1.KMSService.ListKMSApplications:input_type -> strongroom.v1.ListKMSApplicationsRequest
-	22, // 34: strongroom.v1.KMSService.GetKMSApplication:input_type -> strongroom.v1.GetKMSApplicationRequest
-	23, // 35: strongroom.v1.KMSService.SetKMSApplicationDisabled:input_type -> strongroom.v1.SetKMSApplicationDisabledRequest
-	16, // 36: strongroom.v1.KMSService.SetKMSApplicationQuota:input_type -> strongroom.v1.SetKMSApplicationQuotaRequest
-	24, // 37: strongroom.v1.KMSService.DeleteKMSApplication:input_type -> strongroom.v1.DeleteKMSApplicationRequest
-	26, // 38: strongroom.v1.KMSService.CreateKMSPassword:input_type -> strongroom.v1.CreateKMSPasswordRequest
-	28, // 39: strongroom.v1.KMSService.AddKMSCertificate:input_type -> strongroom.v1.AddKMSCertificateRequest
-	29, // 40: strongroom.v1.KMSService.RevokeKMSCredential:input_type -> strongroom.v1.RevokeKMSCredentialRequest
-	1,  // 41: strongroom.v1.KMSService.GetKMS:output_type -> strongroom.v1.KMS
-	6,  // 42: strongroom.v1.KMSService.CreateKMSGroup:output_type -> strongroom.v1.KMSGroup
-	6,  // 43: strongroom.v1.KMSService.GetKMSGroup:output_type -> strongroom.v1.KMSGroup
-	13, // 44: strongroom.v1.KMSService.ListKMSGroups:output_type -> strongroom.v1.ListKMSGroupsResponse
-	6,  // 45: strongroom.v1.KMSService.SetKMSGroupPolicy:output_type -> strongroom.v1.KMSGroup
-	6,  // 46: strongroom.v1.KMSService.SetKMSGroupQuota:output_type -> strongroom.v1.KMSGroup
-	6,  // 47: strongroom.v1.KMSService.SetKMSGroupRotation:output_type -> strongroom.v1.KMSGroup
-	6,  // 48: strongroom.v1.KMSService.SetKMSGroupQuorum:output_type -> strongroom.v1.KMSGroup
-	8,  // 49: strongroom.v1.KMSService.CreateKMSApplication:output_type -> strongroom.v1.KMSApplication
-	21, // 50: strongroom.v1.KMSService.ListKMSApplications:output_type -> strongroom.v1.ListKMSApplicationsResponse
-	8,  // 51: strongroom.v1.KMSService.GetKMSApplication:output_type -> strongroom.v1.KMSApplication
-	8,  // 52: strongroom.v1.KMSService.SetKMSApplicationDisabled:output_type -> strongroom.v1.KMSApplication
-	8,  // 53: strongroom.v1.KMSService.SetKMSApplicationQuota:output_type -> strongroom.v1.KMSApplication
-	25, // 54: strongroom.v1.KMSService.DeleteKMSApplication:output_type -> strongroom.v1.DeleteKMSApplicationResponse
-	27, // 55: strongroom.v1.KMSService.CreateKMSPassword:output_type -> strongroom.v1.CreateKMSPasswordResponse
-	9,  // 56: strongroom.v1.KMSService.AddKMSCertificate:output_type -> strongroom.v1.KMSCredential
-	8,  // 57: strongroom.v1.KMSService.RevokeKMSCredential:output_type -> strongroom.v1.KMSApplication
-	41, // [41:58] is the sub-list for method output_type
-	24, // [24:41] is the sub-list for method input_type
-	24, // [24:24] is the sub-list for extension type_name
-	24, // [24:24] is the sub-list for extension extendee
-	0,  // [0:24] is the sub-list for field type_name
+	40, // 0: strongroom.v1.KMS.certificate_expires:type_name -> google.protobuf.Timestamp
+	40, // 1: strongroom.v1.KMSUsage.last_use:type_name -> google.protobuf.Timestamp
+	40, // 2: strongroom.v1.KMSUsage.period_ends:type_name -> google.protobuf.Timestamp
+	40, // 3: strongroom.v1.KMSAccount.created:type_name -> google.protobuf.Timestamp
+	3,  // 4: strongroom.v1.KMSAccount.quota:type_name -> strongroom.v1.KMSQuota
+	5,  // 5: strongroom.v1.KMSAccount.usage:type_name -> strongroom.v1.KMSUsage
+	6,  // 6: strongroom.v1.ListKMSAccountsResponse.accounts:type_name -> strongroom.v1.KMSAccount
+	3,  // 7: strongroom.v1.SetKMSAccountQuotaRequest.quota:type_name -> strongroom.v1.KMSQuota
+	2,  // 8: strongroom.v1.KMSGroup.policy:type_name -> strongroom.v1.KMSPolicy
+	40, // 9: strongroom.v1.KMSGroup.created:type_name -> google.protobuf.Timestamp
+	3,  // 10: strongroom.v1.KMSGroup.quota:type_name -> strongroom.v1.KMSQuota
+	5,  // 11: strongroom.v1.KMSGroup.usage:type_name -> strongroom.v1.KMSUsage
+	4,  // 12: strongroom.v1.KMSGroup.rotation:type_name -> strongroom.v1.KMSRotation
+	17, // 13: strongroom.v1.KMSGroup.quorum:type_name -> strongroom.v1.KMSQuorum
+	19, // 14: strongroom.v1.KMSApplication.credentials:type_name -> strongroom.v1.KMSCredential
+	40, // 15: strongroom.v1.KMSApplication.created:type_name -> google.protobuf.Timestamp
+	3,  // 16: strongroom.v1.KMSApplication.quota:type_name -> strongroom.v1.KMSQuota
+	5,  // 17: strongroom.v1.KMSApplication.usage:type_name -> strongroom.v1.KMSUsage
+	40, // 18: strongroom.v1.KMSCredential.expires:type_name -> google.protobuf.Timestamp
+	40, // 19: strongroom.v1.KMSCredential.created:type_name -> google.protobuf.Timestamp
+	2,  // 20: strongroom.v1.CreateKMSGroupRequest.policy:type_name -> strongroom.v1.KMSPolicy
+	16, // 21: strongroom.v1.ListKMSGroupsResponse.groups:type_name -> strongroom.v1.KMSGroup
+	2,  // 22: strongroom.v1.SetKMSGroupPolicyRequest.policy:type_name -> strongroom.v1.KMSPolicy
+	3,  // 23: strongroom.v1.SetKMSGroupQuotaRequest.quota:type_name -> strongroom.v1.KMSQuota
+	3,  // 24: strongroom.v1.SetKMSApplicationQuotaRequest.quota:type_name -> strongroom.v1.KMSQuota
+	4,  // 25: strongroom.v1.SetKMSGroupRotationRequest.rotation:type_name -> strongroom.v1.KMSRotation
+	17, // 26: strongroom.v1.SetKMSGroupQuorumRequest.quorum:type_name -> strongroom.v1.KMSQuorum
+	18, // 27: strongroom.v1.ListKMSApplicationsResponse.applications:type_name -> strongroom.v1.KMSApplication
+	19, // 28: strongroom.v1.CreateKMSPasswordResponse.credential:type_name -> strongroom.v1.KMSCredential
+	0,  // 29: strongroom.v1.KMSService.GetKMS:input_type -> strongroom.v1.GetKMSRequest
+	7,  // 30: strongroom.v1.KMSService.CreateKMSAccount:input_type -> strongroom.v1.CreateKMSAccountRequest
+	8,  // 31: strongroom.v1.KMSService.ListKMSAccounts:input_type -> strongroom.v1.ListKMSAccountsRequest
+	10, // 32: strongroom.v1.KMSService.GetKMSAccount:input_type -> strongroom.v1.GetKMSAccountRequest
+	11, // 33: strongroom.v1.KMSService.DescribeKMSAccount:input_type -> strongroom.v1.DescribeKMSAccountRequest
+	12, // 34: strongroom.v1.KMSService.SetKMSAccountQuota:input_type -> strongroom.v1.SetKMSAccountQuotaRequest
+	13, // 35: strongroom.v1.KMSService.SetKMSAccountDisabled:input_type -> strongroom.v1.SetKMSAccountDisabledRequest
+	14, // 36: strongroom.v1.KMSService.DeleteKMSAccount:input_type -> strongroom.v1.DeleteKMSAccountRequest
+	20, // 37: strongroom.v1.KMSService.CreateKMSGroup:input_type -> strongroom.v1.CreateKMSGroupRequest
+	21, // 38: strongroom.v1.KMSService.GetKMSGroup:input_type -> strongroom.v1.GetKMSGroupRequest
+	22, // 39: strongroom.v1.KMSService.ListKMSGroups:input_type -> strongroom.v1.ListKMSGroupsRequest
+	24, // 40: strongroom.v1.KMSService.SetKMSGroupPolicy:input_type -> strongroom.v1.SetKMSGroupPolicyRequest
+	25, // 41: strongroom.v1.KMSService.SetKMSGroupQuota:input_type -> strongroom.v1.SetKMSGroupQuotaRequest
+	27, // 42: strongroom.v1.KMSService.SetKMSGroupRotation:input_type -> strongroom.v1.SetKMSGroupRotationRequest
+	28, // 43: strongroom.v1.KMSService.SetKMSGroupQuorum:input_type -> strongroom.v1.SetKMSGroupQuorumRequest
+	29, // 44: strongroom.v1.KMSService.CreateKMSApplication:input_type -> strongroom.v1.CreateKMSApplicationRequest
+	30, // 45: strongroom.v1.KMSService.ListKMSApplications:input_type -> strongroom.v1.ListKMSApplicationsRequest
+	32, // 46: strongroom.v1.KMSService.GetKMSApplication:input_type -> strongroom.v1.GetKMSApplicationRequest
+	33, // 47: strongroom.v1.KMSService.SetKMSApplicationDisabled:input_type -> strongroom.v1.SetKMSApplicationDisabledRequest
+	26, // 48: strongroom.v1.KMSService.SetKMSApplicationQuota:input_type -> strongroom.v1.SetKMSApplicationQuotaRequest
+	34, // 49: strongroom.v1.KMSService.DeleteKMSApplication:input_type -> strongroom.v1.DeleteKMSApplicationRequest
+	36, // 50: strongroom.v1.KMSService.CreateKMSPassword:input_type -> strongroom.v1.CreateKMSPasswordRequest
+	38, // 51: strongroom.v1.KMSService.AddKMSCertificate:input_type -> strongroom.v1.AddKMSCertificateRequest
+	39, // 52: strongroom.v1.KMSService.RevokeKMSCredential:input_type -> strongroom.v1.RevokeKMSCredentialRequest
+	1,  // 53: strongroom.v1.KMSService.GetKMS:output_type -> strongroom.v1.KMS
+	6,  // 54: strongroom.v1.KMSService.CreateKMSAccount:output_type -> strongroom.v1.KMSAccount
+	9,  // 55: strongroom.v1.KMSService.ListKMSAccounts:output_type -> strongroom.v1.ListKMSAccountsResponse
+	6,  // 56: strongroom.v1.KMSService.GetKMSAccount:output_type -> strongroom.v1.KMSAccount
+	6,  // 57: strongroom.v1.KMSService.DescribeKMSAccount:output_type -> strongroom.v1.KMSAccount
+	6,  // 58: strongroom.v1.KMSService.SetKMSAccountQuota:output_type -> strongroom.v1.KMSAccount
+	6,  // 59: strongroom.v1.KMSService.SetKMSAccountDisabled:output_type -> strongroom.v1.KMSAccount
+	15, // 60: strongroom.v1.KMSService.DeleteKMSAccount:output_type -> strongroom.v1.DeleteKMSAccountResponse
+	16, // 61: strongroom.v1.KMSService.CreateKMSGroup:output_type -> strongroom.v1.KMSGroup
+	16, // 62: strongroom.v1.KMSService.GetKMSGroup:output_type -> strongroom.v1.KMSGroup
+	23, // 63: strongroom.v1.KMSService.ListKMSGroups:output_type -> strongroom.v1.ListKMSGroupsResponse
+	16, // 64: strongroom.v1.KMSService.SetKMSGroupPolicy:output_type -> strongroom.v1.KMSGroup
+	16, // 65: strongroom.v1.KMSService.SetKMSGroupQuota:output_type -> strongroom.v1.KMSGroup
+	16, // 66: strongroom.v1.KMSService.SetKMSGroupRotation:output_type -> strongroom.v1.KMSGroup
+	16, // 67: strongroom.v1.KMSService.SetKMSGroupQuorum:output_type -> strongroom.v1.KMSGroup
+	18, // 68: strongroom.v1.KMSService.CreateKMSApplication:output_type -> strongroom.v1.KMSApplication
+	31, // 69: strongroom.v1.KMSService.ListKMSApplications:output_type -> strongroom.v1.ListKMSApplicationsResponse
+	18, // 70: strongroom.v1.KMSService.GetKMSApplication:output_type -> strongroom.v1.KMSApplication
+	18, // 71: strongroom.v1.KMSService.SetKMSApplicationDisabled:output_type -> strongroom.v1.KMSApplication
+	18, // 72: strongroom.v1.KMSService.SetKMSApplicationQuota:output_type -> strongroom.v1.KMSApplication
+	35, // 73: strongroom.v1.KMSService.DeleteKMSApplication:output_type -> strongroom.v1.DeleteKMSApplicationResponse
+	37, // 74: strongroom.v1.KMSService.CreateKMSPassword:output_type -> strongroom.v1.CreateKMSPasswordResponse
+	19, // 75: strongroom.v1.KMSService.AddKMSCertificate:output_type -> strongroom.v1.KMSCredential
+	18, // 76: strongroom.v1.KMSService.RevokeKMSCredential:output_type -> strongroom.v1.KMSApplication
+	53, // [53:77] is the sub-list for method output_type
+	29, // [29:53] is the sub-list for method input_type
+	29, // [29:29] is the sub-list for extension type_name
+	29, // [29:29] is the sub-list for extension extendee
+	0,  // [0:29] is the sub-list for field type_name
 }
 
 func init() { file_strongroom_v1_kms_proto_init() }
@@ -2061,7 +2720,7 @@ func file_strongroom_v1_kms_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_strongroom_v1_kms_proto_rawDesc), len(file_strongroom_v1_kms_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   30,
+			NumMessages:   40,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -55,6 +55,22 @@ type Object string
 // Root is above everything.
 const Root Object = "/"
 
+// Home returns what a user belongs to: nobody who may not manage users there may
+// manage this one, and it has no permission elsewhere. A user called "A/NAME" is
+// at home in the account A of a key management server, "/account/A"; others are in
+// [Root].
+func Home(user string) Object {
+	if account, _, ok := strings.Cut(user, "/"); ok {
+		return Object("/account/" + account)
+	}
+	return Root
+}
+
+// Has reports whether below is o or below it.
+func (o Object) Has(below Object) bool {
+	return o == below || o == Root || strings.HasPrefix(string(below), string(o)+"/")
+}
+
 // parent of o, or false for the root.
 func (o Object) parent() (Object, bool) {
 	if o == Root {
@@ -106,6 +122,7 @@ type Control struct {
 	hashing  Hashing
 	builtin  []Role // Administrator among them
 	keepUser func(ctx context.Context, tx *store.Tx, name string) error
+	object   func(ctx context.Context, tx *store.Tx, on Object) error // nil: there are no accounts
 	throttle *throttle
 	slots    chan struct{} // bounds hashes computed at a time, and so memory
 	now      func() time.Time
@@ -122,6 +139,11 @@ type Config struct {
 	// KeepUser is asked, in the transaction, before a user is deleted; its error
 	// refuses that. Nil refuses nothing.
 	KeepUser func(ctx context.Context, tx *store.Tx, name string) error
+	// CheckObject is asked, in the transaction, before a user gets a permission on
+	// an object below the root, or is made at home there; its error, for an object
+	// that there is not, refuses that. Nil: permissions may be on any path, and
+	// all users are at home in the root.
+	CheckObject func(ctx context.Context, tx *store.Tx, on Object) error
 }
 
 // New returns the access control kept in cfg.DB.
@@ -148,6 +170,7 @@ func New(cfg Config) (*Control, error) {
 		hashing:  cfg.Hashing,
 		builtin:  append([]Role{administrator()}, cfg.BuiltIn...),
 		keepUser: cfg.KeepUser,
+		object:   cfg.CheckObject,
 		throttle: newThrottle(now),
 		slots:    make(chan struct{}, hashesAtOnce),
 		now:      now,
@@ -163,6 +186,104 @@ func (c *Control) Check(ctx context.Context, p Principal, priv Privilege, on Obj
 	}
 	if !slices.Contains(have, priv) {
 		return errs.New(errs.Denied, "%s lacks the privilege %s on %s", p, priv, on).WithReason("NoPermission")
+	}
+	return nil
+}
+
+// Scope is where a principal has a privilege. The zero Scope is nowhere.
+type Scope struct {
+	always bool
+	grants map[Object]grant // the principal's permissions
+}
+
+// grant is what a permission means for one privilege.
+type grant struct{ allows, propagates bool }
+
+// Nowhere reports whether it is no object at all.
+func (s Scope) Nowhere() bool {
+	for _, g := range s.grants {
+		if g.allows {
+			return false
+		}
+	}
+	return !s.always
+}
+
+// Has reports whether the principal has the privilege on o, as
+// [Control.PrivilegesOn] tells it.
+func (s Scope) Has(o Object) bool {
+	if s.always {
+		return true
+	}
+	for at, ok := o, true; ok; at, ok = at.parent() {
+		if g, found := s.grants[at]; found && (at == o || g.propagates) {
+			return g.allows
+		}
+	}
+	return false
+}
+
+// Where returns on which objects p has a privilege.
+func (c *Control) Where(ctx context.Context, p Principal, priv Privilege) (Scope, error) {
+	switch p.Kind {
+	case InternalPrincipal:
+		return Scope{always: true}, nil
+	case UserPrincipal, CertificatePrincipal:
+	default:
+		return Scope{}, nil
+	}
+	s := Scope{}
+	err := c.db.View(ctx, func(tx *store.Tx) error {
+		s.grants = map[Object]grant{}
+		if p.Kind == UserPrincipal {
+			u, err := c.users.In(tx).Get(ctx, p.Name)
+			if errors.Is(err, store.ErrNotFound) || errors.Is(err, store.ErrInvalidKey) || err == nil && u.Disabled {
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+		}
+		perms, err := c.perms.In(tx).List(ctx, p.String()+"@")
+		if err != nil {
+			return err
+		}
+		for _, perm := range perms {
+			g := grant{propagates: perm.Propagate}
+			for _, name := range perm.Roles {
+				role, err := c.role(ctx, tx, name)
+				if err != nil {
+					return err
+				}
+				g.allows = g.allows || slices.Contains(role.Privileges, priv)
+			}
+			s.grants[perm.Object] = g
+		}
+		return nil
+	})
+	return s, errs.Wrap(err, "cannot check privileges of %s", p)
+}
+
+// CheckNone refuses an object on which, or below which, somebody has a
+// permission. It is part of tx.
+func (c *Control) CheckNone(ctx context.Context, tx *store.Tx, on Object) error {
+	perms, err := c.perms.In(tx).List(ctx, "")
+	if err != nil {
+		return err
+	}
+	for _, p := range perms {
+		if on.Has(p.Object) {
+			return errs.New(errs.InvalidState, "%s has a permission on %s", p.Principal, p.Object).WithReason("ResourceInUse").WithHint("strongroom user ls")
+		}
+	}
+	users, err := c.users.In(tx).List(ctx, "")
+	if err != nil {
+		return err
+	}
+	for _, u := range users {
+		if home := Home(u.Name); home != Root && on.Has(home) {
+			return errs.New(errs.InvalidState, "user %s belongs to it", u.Name).WithReason("ResourceInUse").WithHint("strongroom user delete %s", u.Name)
+		}
 	}
 	return nil
 }
@@ -333,12 +454,20 @@ func (c *Control) grant(ctx context.Context, tx *store.Tx, p Permission) error {
 		if _, err := c.users.In(tx).Get(ctx, name); err != nil {
 			return missing(err, "user", name)
 		}
+		if home := Home(name); !home.Has(p.Object) {
+			return errs.New(errs.Invalid, "user %s belongs to %s and can have no permission on %s", name, home, p.Object)
+		}
 	case CertificatePrincipal:
 		if err := checkName("certificate's principal", name); err != nil {
 			return err
 		}
 	default:
 		return errs.New(errs.Invalid, "%q is no principal: it is user:NAME or certificate:NAME", p.Principal)
+	}
+	if c.object != nil && p.Object != Root {
+		if err := c.object(ctx, tx, p.Object); err != nil {
+			return err
+		}
 	}
 	if len(p.Roles) == 0 || len(p.Roles) > maxRoles {
 		return errs.New(errs.Invalid, "a permission gives 1 to %d roles", maxRoles)

@@ -35,6 +35,7 @@ type User struct {
 	Disabled bool
 	Created  time.Time
 	Roles    []string // that it has anywhere
+	Objects  []Object // on which it has them
 }
 
 // token is an API token or session as it is stored, under its id.
@@ -84,7 +85,7 @@ func (c *Control) EnsureAdministrator(ctx context.Context, deliver func(user str
 		err = deliver(FirstUser, password)
 	}
 	if err == nil {
-		err = c.db.Txn(ctx, func(tx *store.Tx) error { return c.create(ctx, tx, FirstUser, hash, []string{Administrator}) })
+		err = c.db.Txn(ctx, func(tx *store.Tx) error { return c.create(ctx, tx, FirstUser, hash, Root, []string{Administrator}) })
 	}
 	if err != nil {
 		return false, errs.Wrap(err, "cannot create first administrator")
@@ -92,21 +93,28 @@ func (c *Control) EnsureAdministrator(ctx context.Context, deliver func(user str
 	return true, nil
 }
 
-// CreateUser creates a local user with roles on everything. It wipes password.
+// CreateUser creates a local user with roles on its home: everything, or an
+// account. It wipes password.
 func (c *Control) CreateUser(ctx context.Context, name string, password []byte, roles []string) error {
+	return c.CreateUserOn(ctx, name, password, Home(name), roles)
+}
+
+// CreateUserOn is [Control.CreateUser] with roles on an object, and below it. It
+// wipes password.
+func (c *Control) CreateUserOn(ctx context.Context, name string, password []byte, on Object, roles []string) error {
 	defer clear(password)
 	err := checkPassword(password)
 	if err == nil {
 		var hash string
 		if hash, err = c.hash(ctx, password); err == nil {
-			err = c.db.Txn(ctx, func(tx *store.Tx) error { return c.create(ctx, tx, name, hash, roles) })
+			err = c.db.Txn(ctx, func(tx *store.Tx) error { return c.create(ctx, tx, name, hash, on, roles) })
 		}
 	}
-	return errs.Wrap(err, "cannot create user %s", name)
+	return errs.Wrap(err, "cannot create user %.*s", maxName, name)
 }
 
-func (c *Control) create(ctx context.Context, tx *store.Tx, name, hash string, roles []string) error {
-	if err := checkName("user", name); err != nil {
+func (c *Control) create(ctx context.Context, tx *store.Tx, name, hash string, on Object, roles []string) error {
+	if err := c.checkUser(ctx, tx, name); err != nil {
 		return err
 	}
 	now := c.now()
@@ -120,7 +128,23 @@ func (c *Control) create(ctx context.Context, tx *store.Tx, name, hash string, r
 	if len(roles) == 0 {
 		return nil
 	}
-	return c.grant(ctx, tx, Permission{Principal: string(UserPrincipal) + ":" + name, Object: Root, Roles: roles, Propagate: true})
+	return c.grant(ctx, tx, Permission{Principal: string(UserPrincipal) + ":" + name, Object: on, Roles: roles, Propagate: true})
+}
+
+// checkUser refuses a name that no new user can have.
+func (c *Control) checkUser(ctx context.Context, tx *store.Tx, name string) error {
+	home := Home(name)
+	if home == Root || c.object == nil {
+		return checkName("user", name)
+	}
+	account, own, _ := strings.Cut(name, "/")
+	if len(name) > maxName {
+		return errs.New(errs.Invalid, "%.80q is no name for a user: with its account it takes at most %d bytes", name, maxName)
+	}
+	if err := errors.Join(checkName("account", account), checkName("user", own)); err != nil {
+		return err
+	}
+	return c.object(ctx, tx, home)
 }
 
 // Users returns all local users.
@@ -141,6 +165,7 @@ func (c *Control) Users(ctx context.Context) ([]User, error) {
 			for _, p := range perms {
 				if p.Principal == string(UserPrincipal)+":"+u.Name {
 					x.Roles = append(x.Roles, p.Roles...)
+					x.Objects = append(x.Objects, p.Object)
 				}
 			}
 			slices.Sort(x.Roles)

@@ -22,7 +22,12 @@ func (d *Directory) CreateGroup(ctx context.Context, g Group) error {
 		return errs.Wrap(err, "cannot create group")
 	}
 	g.Created = d.now().UTC()
-	err := d.alter(ctx, func(tx *store.Tx) error { return d.groups.In(tx).Create(ctx, g.Name, g) })
+	err := d.alter(ctx, func(tx *store.Tx) error {
+		if err := d.CheckAccount(ctx, tx, AccountOf(g.Name)); err != nil {
+			return err
+		}
+		return d.groups.In(tx).Create(ctx, g.Name, g)
+	})
 	if errors.Is(err, store.ErrExists) {
 		err = errs.New(errs.Exists, "it exists already")
 	}
@@ -33,7 +38,7 @@ func checkGroup(g Group) error {
 	if len(g.Policy.Operations) > listMax || len(g.Policy.KeyTypes) > listMax {
 		return errs.New(errs.Invalid, "a policy names at most %d operations and %d key types", listMax, listMax)
 	}
-	if err := checkName("group", g.Name); err != nil {
+	if err := checkFullName("group", g.Name); err != nil {
 		return err
 	}
 	return checkText(g.Title, g.Description)
@@ -118,8 +123,12 @@ func (d *Directory) changeGroupIf(ctx context.Context, group string, allow Allow
 
 // CreateApplication adds an application without credentials.
 func (d *Directory) CreateApplication(ctx context.Context, a Application) error {
-	if err := errors.Join(checkName("application", a.Name), checkText(a.Title, a.Description)); err != nil {
+	if err := errors.Join(checkFullName("application", a.Name), checkText(a.Title, a.Description)); err != nil {
 		return errs.Wrap(err, "cannot create application")
+	}
+	if account, own := SplitName(a.Name); account != AccountOf(a.Group) {
+		return errs.New(errs.Invalid, "cannot create application %s: group %.100s is not of its account", a.Name, a.Group).
+			WithHint("strongroom kms app create %s --group %.100s", FullName(AccountOf(a.Group), own), a.Group)
 	}
 	a.Created, a.Credentials = d.now().UTC(), nil
 	err := d.alter(ctx, func(tx *store.Tx) error {
@@ -185,6 +194,9 @@ func (d *Directory) add(ctx context.Context, app string, c Credential) (Credenti
 			return errs.New(errs.InvalidState, "it has %d credentials; no more are possible", credentialMax).WithHint("strongroom kms credential revoke %s ID", app)
 		}
 		if holder := d.holder(c); holder != "" && (holder != app || c.Kind == Certificate) {
+			if AccountOf(holder) != AccountOf(app) {
+				return errs.New(errs.Exists, "the certificate is a credential of another application")
+			}
 			return errs.New(errs.Exists, "the certificate is a credential of application %s", holder)
 		}
 		a.Credentials = append(a.Credentials, c)

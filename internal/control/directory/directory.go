@@ -1,6 +1,9 @@
-// Package directory knows who may use a key management server: groups, the
-// applications in them, and the applications' credentials. A group's
-// applications see the same keys and are under the group's policy.
+// Package directory knows who may use a key management server: accounts, the
+// groups in them, the applications in those, and the applications' credentials. A
+// group's applications see the same keys and are under the group's policy. An
+// account is a tenant: what it holds are its groups and applications, and their
+// names are "ACCOUNT/NAME". Those of the account [DefaultAccount], which there
+// always is, are "NAME".
 //
 // A credential is a user name with a password, or a client certificate that is
 // pinned by its fingerprint: who has its key is the application, whoever signed
@@ -31,7 +34,7 @@ import (
 
 // Group is whose applications share keys.
 type Group struct {
-	Name        string    `json:"name"` // also the account of its keys; never changes
+	Name        string    `json:"name"` // with its account; where its keys belong; never changes
 	Title       string    `json:"title,omitempty"`
 	Description string    `json:"description,omitempty"`
 	Policy      Policy    `json:"policy"`
@@ -49,7 +52,8 @@ type Rotation struct {
 
 // Quota bounds how much may be done. Zero numbers bound nothing.
 type Quota struct {
-	// Keys is how many keys a group may have. An application has none of its own.
+	// Keys is how many keys a group or account may have. An application has none of
+	// its own.
 	Keys int64 `json:"keys,omitempty"`
 	// Operations is how many may be carried out in a Period, which is whole
 	// seconds, a minute to a year.
@@ -85,7 +89,7 @@ func (q Quorum) On() bool { return q.Needed > 0 }
 
 // Application is a program that uses keys.
 type Application struct {
-	Name        string       `json:"name"`
+	Name        string       `json:"name"` // with its account
 	Title       string       `json:"title,omitempty"`
 	Description string       `json:"description,omitempty"`
 	Group       string       `json:"group"`
@@ -141,11 +145,12 @@ const (
 
 // Directory is the groups and applications in a state database.
 type Directory struct {
-	db     *store.DB
-	groups *store.Table[Group]
-	apps   *store.Table[Application]
-	latest *store.Table[latest]
-	now    func() time.Time
+	db       *store.DB
+	accounts *store.Table[Account]
+	groups   *store.Table[Group]
+	apps     *store.Table[Application]
+	latest   *store.Table[latest]
+	now      func() time.Time
 
 	change sync.Mutex // one change at a time, so that memory follows the database
 	mu     sync.RWMutex
@@ -154,11 +159,12 @@ type Directory struct {
 
 // index is the directory in memory.
 type index struct {
-	groups map[string]Group
-	apps   map[string]Application
-	certs  map[string]string // fingerprint -> application
-	users  map[string]string // user name -> application
-	as     int64             // revision of the latest change that is in it
+	accounts map[string]Account // the account default only if it was changed
+	groups   map[string]Group
+	apps     map[string]Application
+	certs    map[string]string // fingerprint -> application
+	users    map[string]string // user name -> application
+	as       int64             // revision of the latest change that is in it
 }
 
 // latest is stored with each change, so that one read tells whether there was
@@ -171,15 +177,22 @@ const latestKey = "change"
 
 // Open reads the directory in db.
 func Open(ctx context.Context, db *store.DB) (*Directory, error) {
-	d := &Directory{db: db, groups: store.NewTable[Group](db, "kms-group", groupSchema), apps: store.NewTable[Application](db, "kms-application", 1), latest: store.NewTable[latest](db, "kms-directory", 1), now: time.Now}
+	d := &Directory{db: db, accounts: store.NewTable[Account](db, "kms-account", 1), groups: store.NewTable[Group](db, "kms-group", groupSchema), apps: store.NewTable[Application](db, "kms-application", 1), latest: store.NewTable[latest](db, "kms-directory", 1), now: time.Now}
 	return d, errs.Wrap(d.reload(ctx), "cannot read the directory")
 }
 
 func (d *Directory) reload(ctx context.Context) error {
-	next := index{groups: map[string]Group{}, apps: map[string]Application{}, certs: map[string]string{}, users: map[string]string{}}
+	next := index{accounts: map[string]Account{}, groups: map[string]Group{}, apps: map[string]Application{}, certs: map[string]string{}, users: map[string]string{}}
 	err := d.db.View(ctx, func(tx *store.Tx) (err error) {
 		if next.as, err = d.revision(ctx, tx); err != nil {
 			return err
+		}
+		accounts, err := d.accounts.In(tx).List(ctx, "")
+		if err != nil {
+			return err
+		}
+		for _, a := range accounts {
+			next.accounts[a.Name] = a
 		}
 		groups, err := d.groups.In(tx).List(ctx, "")
 		if err != nil {
@@ -285,7 +298,8 @@ type Proof struct {
 
 // Authenticate returns the application that a proof is of, and its group. A
 // client that shows both a certificate and a password must have both right, and
-// of one application; a certificate that is not known counts for nothing.
+// of one application; a certificate that is not known counts for nothing. With an
+// error that is [ErrAccountDisabled] it returns both, too: the proof was right.
 func (d *Directory) Authenticate(p Proof) (Application, Group, error) {
 	d.mu.RLock()
 	defer d.mu.RUnlock()
@@ -313,7 +327,11 @@ func (d *Directory) Authenticate(p Proof) (Application, Group, error) {
 	if a.Disabled {
 		return Application{}, Group{}, errs.New(errs.Denied, "application %s is disabled", name)
 	}
-	return a, d.index.groups[a.Group], nil
+	g := d.index.groups[a.Group]
+	if account := AccountOf(a.Name); d.index.accounts[account].Disabled {
+		return a, g, errs.New(errs.Denied, "%w: %s", ErrAccountDisabled, account)
+	}
+	return a, g, nil
 }
 
 // passwordFits looks at all of an application's passwords for that user name.
@@ -372,13 +390,15 @@ func noApplication(name string) error {
 	return errs.New(errs.NotFound, "there is no application %.64q", name).WithHint("strongroom kms app ls")
 }
 
-func checkName(what, name string) error {
+func checkName(what, name string) error { return checkNameOf(what, name, nameMax) }
+
+func checkNameOf(what, name string, limit int) error {
 	bad := strings.ContainsFunc(name, func(r rune) bool {
 		letter := r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9'
 		return !letter && !strings.ContainsRune("._-", r)
 	})
-	if name == "" || len(name) > nameMax || bad {
-		return errs.New(errs.Invalid, "%s name %.80q must be 1 to %d letters, digits, '.', '_' and '-'", what, name, nameMax)
+	if name == "" || len(name) > limit || bad {
+		return errs.New(errs.Invalid, "%s name %.80q must be 1 to %d letters, digits, '.', '_' and '-'", what, name, limit)
 	}
 	return nil
 }

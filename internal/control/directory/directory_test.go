@@ -158,7 +158,7 @@ func TestRefused(t *testing.T) {
 	t.Parallel()
 	b := newBench(t)
 	ctx, long := t.Context(), string(bytes.Repeat([]byte{'x'}, nameMax+1))
-	for _, name := range []string{"", long, "a/b", "a b", "ä"} {
+	for _, name := range []string{"", long, "a/", "/b", "a/b/c", "default/b", "a b/c", string(bytes.Repeat([]byte{'x'}, accountNameMax+1)) + "/b", "a b", "ä"} {
 		b.wantKind("group", b.CreateGroup(ctx, Group{Name: name}), errs.Invalid)
 		b.wantKind("application", b.CreateApplication(ctx, Application{Name: name, Group: "g"}), errs.Invalid)
 	}

@@ -100,6 +100,8 @@ const (
 
 	UserCreated         = "strongroom.user.Created"
 	UserDeleted         = "strongroom.user.Deleted"
+	UserDisabled        = "strongroom.user.Disabled"
+	UserEnabled         = "strongroom.user.Enabled"
 	UserLoggedIn        = "strongroom.user.LoggedIn"
 	UserLoginFailed     = "strongroom.user.LoginFailed"
 	UserPasswordChanged = "strongroom.user.PasswordChanged"
@@ -176,6 +178,8 @@ func Types() []Type {
 
 		{UserCreated, Info, "{principal} created {target}"},
 		{UserDeleted, Info, "{principal} deleted {target}"},
+		{UserDisabled, Info, "{principal} disabled {target}"},
+		{UserEnabled, Info, "{principal} enabled {target}"},
 		{UserLoggedIn, Info, "{principal} logged in from {address}"},
 		{UserLoginFailed, Warning, "Somebody failed to log in as {target} from {address}"},
 		{UserPasswordChanged, Info, "{principal} changed the password of {target}"},

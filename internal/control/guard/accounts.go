@@ -19,20 +19,24 @@ type accounts struct{ Users }
 func (a accounts) CreateUser(ctx context.Context, req *connect.Request[strongroomv1.CreateUserRequest]) (*connect.Response[strongroomv1.User], error) {
 	m := req.Msg
 	defer clear(m.GetPassword())
-	if err := a.mayGive(ctx, m.GetRoles()); err != nil {
+	on := access.Object(m.GetObject())
+	if on == "" {
+		on = access.Home(m.GetName())
+	}
+	if err := a.mayGive(ctx, m.GetRoles(), on); err != nil {
 		return nil, err
 	}
-	if err := a.Access.CreateUser(ctx, m.GetName(), m.GetPassword(), m.GetRoles()); err != nil {
+	if err := a.Access.CreateUserOn(ctx, m.GetName(), m.GetPassword(), on, m.GetRoles()); err != nil {
 		return nil, err
 	}
 	a.Post(ctx, event.New{Type: event.UserCreated, Target: "user/" + m.GetName()})
-	return connect.NewResponse(&strongroomv1.User{Name: m.GetName(), Roles: m.GetRoles(), Created: timestamppb.New(time.Now().Truncate(time.Second))}), nil
+	return connect.NewResponse(&strongroomv1.User{Name: m.GetName(), Roles: m.GetRoles(), Objects: []string{string(on)}, Created: timestamppb.New(time.Now().Truncate(time.Second))}), nil
 }
 
-// mayGive refuses to give a role that allows more than the caller may: else
-// whoever may make users could make one that may do all.
-func (a accounts) mayGive(ctx context.Context, roles []string) error {
-	own, err := a.Access.PrivilegesOn(ctx, CallerOf(ctx).Principal, access.Root)
+// mayGive refuses to give a role that allows more on an object than the caller may
+// there: else whoever may make users could make one that may do all.
+func (a accounts) mayGive(ctx context.Context, roles []string, on access.Object) error {
+	own, err := a.Access.PrivilegesOn(ctx, CallerOf(ctx).Principal, on)
 	if err != nil {
 		return err
 	}
@@ -58,11 +62,47 @@ func (a accounts) ListUsers(ctx context.Context, _ *connect.Request[strongroomv1
 	if err != nil {
 		return nil, err
 	}
+	seen, err := a.May(ctx, "Authorization.ReadUsers")
+	if err != nil {
+		return nil, err
+	}
 	res := &strongroomv1.ListUsersResponse{}
 	for _, u := range users {
-		res.Users = append(res.Users, &strongroomv1.User{Name: u.Name, Roles: u.Roles, Created: timestamppb.New(u.Created)})
+		if seen.Has(access.Home(u.Name)) {
+			res.Users = append(res.Users, userOf(u))
+		}
 	}
 	return connect.NewResponse(res), nil
+}
+
+func userOf(u access.User) *strongroomv1.User {
+	out := &strongroomv1.User{Name: u.Name, Roles: u.Roles, Disabled: u.Disabled, Created: timestamppb.New(u.Created)}
+	for _, on := range u.Objects {
+		out.Objects = append(out.Objects, string(on))
+	}
+	return out
+}
+
+func (a accounts) SetUserDisabled(ctx context.Context, req *connect.Request[strongroomv1.SetUserDisabledRequest]) (*connect.Response[strongroomv1.User], error) {
+	name := req.Msg.GetName()
+	if err := a.Access.SetDisabled(ctx, name, req.Msg.GetDisabled()); err != nil {
+		return nil, err
+	}
+	what := event.UserEnabled
+	if req.Msg.GetDisabled() {
+		what = event.UserDisabled
+	}
+	a.Post(ctx, event.New{Type: what, Target: "user/" + name})
+	users, err := a.Access.Users(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, u := range users {
+		if u.Name == name {
+			return connect.NewResponse(userOf(u)), nil
+		}
+	}
+	return nil, errs.New(errs.NotFound, "no user %.64s", name)
 }
 
 func (a accounts) DeleteUser(ctx context.Context, req *connect.Request[strongroomv1.DeleteUserRequest]) (*connect.Response[strongroomv1.DeleteUserResponse], error) {

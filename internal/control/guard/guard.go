@@ -12,6 +12,7 @@ package guard
 
 import (
 	"context"
+	"maps"
 	"net/http"
 	"strings"
 
@@ -31,14 +32,28 @@ type Config struct {
 	Access *access.Control
 	// Identify returns who calls. [ByToken] is for callers with a token.
 	Identify func(ctx context.Context, header http.Header) (Caller, error)
-	// Object returns what a request is about: for the check of a privilege, and
-	// as it is called on record.
-	Object func(procedure string, message any) (on access.Object, name string)
+	// Subject returns what a request is about. A stream has no message.
+	Subject func(ctx context.Context, procedure string, message any) Subject
 	// Record puts a call on record. An error fails the call.
 	Record func(audit.Entry) error
 	// Self is what the role itself is called on record.
 	Self string
 }
+
+// Subject is what a request is about.
+type Subject struct {
+	// On is the object on which the privilege is needed; [Anywhere] if it is needed
+	// on any: then the handler answers with what [Users.May] shows.
+	On access.Object
+	// Name is how it is called on record and to a caller who is refused. A caller may
+	// know it: it tells nothing that was not in the request.
+	Name string
+	// Details are for the record.
+	Details map[string]string
+}
+
+// Anywhere stands for whatever object the caller has the privilege on.
+const Anywhere access.Object = ""
 
 // Guard is a [connect.Interceptor].
 type Guard struct{ cfg Config }
@@ -49,13 +64,13 @@ func New(cfg Config) *Guard { return &Guard{cfg} }
 // WrapUnary implements [connect.Interceptor].
 func (g *Guard) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
-		on, name := g.cfg.Object(req.Spec().Procedure, req.Any())
+		on := g.cfg.Subject(ctx, req.Spec().Procedure, req.Any())
 		ctx, err := g.admit(ctx, req.Spec().Procedure, req.Header(), on)
 		var res connect.AnyResponse
 		if err == nil {
 			res, err = next(ctx, req)
 		}
-		if recordErr := g.record(ctx, req.Spec().Procedure, name, err); err == nil {
+		if recordErr := g.record(ctx, req.Spec().Procedure, on, err); err == nil {
 			err = recordErr
 		}
 		if err != nil {
@@ -69,14 +84,15 @@ func (g *Guard) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 // everything.
 func (g *Guard) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.StreamingHandlerFunc {
 	return func(ctx context.Context, conn connect.StreamingHandlerConn) error {
-		_, name := g.cfg.Object(conn.Spec().Procedure, nil)
-		ctx, err := g.admit(ctx, conn.Spec().Procedure, conn.RequestHeader(), access.Root)
+		on := g.cfg.Subject(ctx, conn.Spec().Procedure, nil)
+		on.On = access.Root
+		ctx, err := g.admit(ctx, conn.Spec().Procedure, conn.RequestHeader(), on)
 		if err == nil {
 			err = next(ctx, conn)
 		}
 		// A stream that was watched to its end or broken off is not on record,
 		// but one that was denied is.
-		if recordErr := g.record(ctx, conn.Spec().Procedure, name, err); err == nil {
+		if recordErr := g.record(ctx, conn.Spec().Procedure, on, err); err == nil {
 			err = recordErr
 		}
 		if err != nil {
@@ -92,7 +108,7 @@ func (g *Guard) WrapStreamingClient(next connect.StreamingClientFunc) connect.St
 }
 
 // admit finds out who calls and whether they may.
-func (g *Guard) admit(ctx context.Context, procedure string, header http.Header, on access.Object) (context.Context, error) {
+func (g *Guard) admit(ctx context.Context, procedure string, header http.Header, on Subject) (context.Context, error) {
 	ctx = context.WithValue(ctx, callerKey{}, Caller{unknown: true})
 	r, ok := g.cfg.Rules[procedure]
 	if !ok {
@@ -117,7 +133,14 @@ func (g *Guard) admit(ctx context.Context, procedure string, header http.Header,
 	case r.Authenticated:
 		return ctx, nil
 	}
-	return ctx, g.cfg.Access.Check(ctx, who.Principal, access.Privilege(r.Privilege), on)
+	scope, err := g.cfg.Access.Where(ctx, who.Principal, access.Privilege(r.Privilege))
+	if err != nil {
+		return ctx, err
+	}
+	if on.On == Anywhere && !scope.Nowhere() || on.On != Anywhere && scope.Has(on.On) {
+		return ctx, nil
+	}
+	return ctx, errs.New(errs.Denied, "%s lacks the privilege %s on %s", who.Name(), r.Privilege, on.Name).WithReason("NoPermission")
 }
 
 // ByToken returns who has the token in header; false if there is none.
@@ -140,7 +163,7 @@ func NotLoggedIn() error {
 
 // record puts a call on record that changes something, and every one that was
 // denied. Reading and heartbeats are not on record.
-func (g *Guard) record(ctx context.Context, procedure, object string, callErr error) error {
+func (g *Guard) record(ctx context.Context, procedure string, on Subject, callErr error) error {
 	r := g.cfg.Rules[procedure]
 	reads := r.Privilege == "System.Read" || r.Privilege == "Cryptographer.ReadKeyServersInfo" || r.PeerRole != "" || strings.HasSuffix(procedure, "/WhoAmI")
 	denied := errs.KindOf(callErr) == errs.Denied
@@ -148,7 +171,10 @@ func (g *Guard) record(ctx context.Context, procedure, object string, callErr er
 		return nil
 	}
 	who := CallerOf(ctx)
-	entry := audit.Entry{Actor: who.Name(), Action: strings.TrimPrefix(procedure, "/strongroom.v1."), Object: object, Outcome: audit.Success}
+	entry := audit.Entry{Actor: who.Name(), Action: strings.TrimPrefix(procedure, "/strongroom.v1."), Object: on.Name, Outcome: audit.Success, Details: maps.Clone(on.Details)}
+	if entry.Details == nil {
+		entry.Details = map[string]string{}
+	}
 	if entry.Actor == "" {
 		entry.Actor = g.cfg.Self
 	}
@@ -156,12 +182,9 @@ func (g *Guard) record(ctx context.Context, procedure, object string, callErr er
 	case denied:
 		entry.Outcome = audit.Denied
 	case callErr != nil:
-		entry.Outcome, entry.Details = audit.Failed, map[string]string{"kind": errs.KindOf(callErr).String()}
+		entry.Outcome, entry.Details["kind"] = audit.Failed, errs.KindOf(callErr).String()
 	}
 	if who.unknown {
-		if entry.Details == nil {
-			entry.Details = map[string]string{}
-		}
 		entry.Details["address"] = AddressOf(ctx)
 	}
 	return errs.Wrap(g.cfg.Record(entry), "cannot write the audit log")

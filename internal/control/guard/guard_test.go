@@ -69,11 +69,11 @@ func newRole(t *testing.T) *role {
 			}
 			return guard.Caller{}, guard.NotLoggedIn()
 		},
-		Object: func(_ string, message any) (access.Object, string) {
+		Subject: func(_ context.Context, _ string, message any) guard.Subject {
 			if m, ok := message.(interface{ GetName() string }); ok {
-				return access.Root, "user/" + m.GetName()
+				return guard.Subject{On: access.Root, Name: "user/" + m.GetName()}
 			}
-			return access.Root, "everything"
+			return guard.Subject{On: access.Root, Name: "everything"}
 		},
 		Record: func(e audit.Entry) error {
 			r.mu.Lock()
@@ -240,6 +240,27 @@ func TestUsers(t *testing.T) {
 	}
 	if _, err := call(t, r.sessions().WhoAmI, &strongroomv1.WhoAmIRequest{}, "Authorization", "Bearer "+token.GetToken()); err != nil {
 		t.Errorf("an API token: %v", err)
+	}
+	// Locked out, at once, and in again.
+	root := r.login("root")
+	if u, err := call(t, r.accounts().SetUserDisabled, &strongroomv1.SetUserDisabledRequest{Name: "hr", Disabled: true}, root...); err != nil || !u.GetDisabled() {
+		t.Errorf("disabled: %v, %v", u, err)
+	}
+	if _, err := call(t, r.sessions().WhoAmI, &strongroomv1.WhoAmIRequest{}, hr...); errs.KindOf(err) != errs.Denied {
+		t.Errorf("a session of a user who is disabled: %v", err)
+	}
+	if u, err := call(t, r.accounts().SetUserDisabled, &strongroomv1.SetUserDisabledRequest{Name: "hr"}, root...); err != nil || u.GetDisabled() {
+		t.Errorf("enabled: %v, %v", u, err)
+	}
+	if _, err := call(t, r.sessions().WhoAmI, &strongroomv1.WhoAmIRequest{}, hr...); errs.KindOf(err) != errs.Denied {
+		t.Errorf("a session from before its user was disabled: %v", err)
+	}
+	r.login("hr")
+	if _, err := call(t, r.accounts().SetUserDisabled, &strongroomv1.SetUserDisabledRequest{Name: "root", Disabled: true}, root...); errs.KindOf(err) != errs.InvalidState {
+		t.Errorf("the last administrator disabled: %v", err)
+	}
+	if list, err := call(t, r.accounts().ListUsers, &strongroomv1.ListUsersRequest{}, root...); err != nil || len(list.GetUsers()) != 3 {
+		t.Errorf("users: %v, %v", list, err)
 	}
 	// Guessing is slowed down.
 	var last error

@@ -34,6 +34,20 @@ func (u Users) Sessions() strongroomv1connect.SessionServiceHandler { return ses
 // Accounts returns the handler of AccessService.
 func (u Users) Accounts() strongroomv1connect.AccessServiceHandler { return accounts{u} }
 
+// May returns where the caller has a privilege: what a list that was asked for on
+// [Anywhere] may show.
+func (u Users) May(ctx context.Context, priv access.Privilege) (access.Scope, error) {
+	return u.Access.Where(ctx, CallerOf(ctx).Principal, priv)
+}
+
+// homeOf is where a principal's privileges are looked for if no object is named.
+func homeOf(p access.Principal) access.Object {
+	if p.Kind == access.UserPrincipal {
+		return access.Home(p.Name)
+	}
+	return access.Root
+}
+
 type sessions struct{ Users }
 
 func (s sessions) Login(ctx context.Context, req *connect.Request[strongroomv1.LoginRequest]) (*connect.Response[strongroomv1.LoginResponse], error) {
@@ -66,7 +80,7 @@ func (s sessions) WhoAmI(ctx context.Context, _ *connect.Request[strongroomv1.Wh
 	if err != nil {
 		return nil, err
 	}
-	privileges, err := s.Access.PrivilegesOn(ctx, c.Principal, access.Root)
+	privileges, err := s.Access.PrivilegesOn(ctx, c.Principal, homeOf(c.Principal))
 	if err != nil {
 		return nil, err
 	}

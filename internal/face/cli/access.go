@@ -13,13 +13,14 @@ import (
 func newUserCmd(env *Env) *cobra.Command {
 	return newGroup("user", "Local users",
 		"Local users log in with a password, and may do what their roles allow.",
-		newUserCreateCmd(env), newUserLsCmd(env), newUserDeleteCmd(env), newUserPasswordCmd(env))
+		newUserCreateCmd(env), newUserLsCmd(env),
+		newUserStateCmd(env, "disable", "Lock a user out", true), newUserStateCmd(env, "enable", "Let a user in again", false), newUserDeleteCmd(env), newUserPasswordCmd(env))
 }
 
 func newUserCreateCmd(env *Env) *cobra.Command {
 	var (
-		roles        []string
-		passwordFile string
+		roles            []string
+		passwordFile, on string
 	)
 	cmd := &cobra.Command{
 		Use:   "create NAME",
@@ -27,16 +28,23 @@ func newUserCreateCmd(env *Env) *cobra.Command {
 		Long: `Create a local user with a password and roles. See "strongroom role ls" for what
 roles there are.
 
+At a key management server a user can belong to an account, and is then called
+ACCOUNT/NAME: its roles hold there, and it sees nothing else. With --on the roles
+hold on one object only, and what is below it: /account/ACCOUNT or
+/account/ACCOUNT/group/GROUP.
+
 Needs the privilege Authorization.ModifyUsers.`,
-		Example: "  strongroom user create alice --role NoCryptoAdmin",
-		Args:    exactArgs("the user's name"),
+		Example: `  strongroom user create alice --role NoCryptoAdmin
+  strongroom user create acme/ann --role Administrator
+  strongroom user create acme/bob --role ReadOnly --on /account/acme/group/vsphere`,
+		Args: exactArgs("the user's name"),
 		RunE: env.withClient("create the user", func(cmd *cobra.Command, c *client.Client, args []string) error {
 			password, err := env.password("New password of "+args[0], passwordFile, true)
 			if err != nil {
 				return err
 			}
 			defer clear(password)
-			made, err := client.Call(cmd.Context(), c.Access().CreateUser, &strongroomv1.CreateUserRequest{Name: args[0], Password: password, Roles: roles})
+			made, err := client.Call(cmd.Context(), c.Access().CreateUser, &strongroomv1.CreateUserRequest{Name: args[0], Password: password, Roles: roles, Object: on})
 			if err != nil {
 				return err
 			}
@@ -45,14 +53,38 @@ Needs the privilege Authorization.ModifyUsers.`,
 	}
 	cmd.Flags().StringArrayVar(&roles, "role", []string{"ReadOnly"}, "a role; may be repeated")
 	cmd.Flags().StringVar(&passwordFile, "password-file", "", "`file` with the password; - is standard input")
+	cmd.Flags().StringVar(&on, "on", "", "the `object` on which the roles hold (default: everything, or the user's account)")
 	return cmd
+}
+
+func newUserStateCmd(env *Env, verb, short string, disabled bool) *cobra.Command {
+	long := short + ". The user's roles stay as they are."
+	if disabled {
+		long = short + ", at once: all sessions and tokens end. The user's roles stay.\nThe last administrator cannot be disabled."
+	}
+	return &cobra.Command{
+		Use:               verb + " NAME",
+		Short:             short,
+		Long:              long + "\n\nNeeds the privilege Authorization.ModifyUsers.",
+		Example:           "  strongroom user " + verb + " alice",
+		Args:              exactArgs("the user's name"),
+		ValidArgsFunction: env.completeFirst(userNames),
+		RunE: env.withClient(verb+" the user", func(cmd *cobra.Command, c *client.Client, args []string) error {
+			u, err := client.Call(cmd.Context(), c.Access().SetUserDisabled, &strongroomv1.SetUserDisabledRequest{Name: args[0], Disabled: disabled})
+			if err != nil {
+				return err
+			}
+			return env.printDone(u, "user %s %sd", u.GetName(), verb)
+		}),
+	}
 }
 
 func newUserLsCmd(env *Env) *cobra.Command {
 	return &cobra.Command{
 		Use:   "ls",
 		Short: "List local users",
-		Long: `List the local users and their roles.
+		Long: `List the local users that you may manage, their roles, and the objects on which
+they have them.
 
 It changes nothing. Needs the privilege Authorization.ReadUsers.`,
 		Example: "  strongroom user ls",
@@ -65,6 +97,8 @@ It changes nothing. Needs the privilege Authorization.ReadUsers.`,
 			return printList(env, res, res.GetUsers(), []column[*strongroomv1.User]{
 				{"NAME", (*strongroomv1.User).GetName},
 				{"ROLES", func(v *strongroomv1.User) string { return strings.Join(v.GetRoles(), ",") }},
+				{"ON", func(v *strongroomv1.User) string { return strings.Join(v.GetObjects(), ",") }},
+				{"DISABLED", func(v *strongroomv1.User) string { return yesNo(v.GetDisabled()) }},
 				{"CREATED", func(v *strongroomv1.User) string { return env.when(v.GetCreated()) }},
 			})
 		}),

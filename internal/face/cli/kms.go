@@ -20,7 +20,7 @@ Its administration is on a local socket, for root and the user that it runs as:
 --server unix:/PATH, by default kms.sock in its data folder. With api_listen in its
 configuration it has users, as a controller has: "strongroom login --server
 https://HOST:PORT", then "strongroom user", "strongroom role", "strongroom token".`,
-		newKMSRunCmd(roles), newKMSJoinCmd(env, roles), newKMSMemberCmd(env), newKMSDevCmd(roles), newKMSBackupCmd(env, roles), newKMSRestoreCmd(env, roles), newKMSShowCmd(env), newKMSUnsealCmd(env), newKMSRootCmd(env), newKMSGroupCmd(env), newKMSAppCmd(env), newKMSCredentialCmd(env), newKMSApprovalCmd(env))
+		newKMSRunCmd(roles), newKMSJoinCmd(env, roles), newKMSMemberCmd(env), newKMSDevCmd(roles), newKMSBackupCmd(env, roles), newKMSRestoreCmd(env, roles), newKMSShowCmd(env), newKMSUnsealCmd(env), newKMSRootCmd(env), newKMSAccountCmd(env), newKMSGroupCmd(env), newKMSAppCmd(env), newKMSCredentialCmd(env), newKMSApprovalCmd(env))
 }
 
 func newKMSRunCmd(roles Roles) *cobra.Command {
@@ -109,14 +109,19 @@ func addPolicy(cmd *cobra.Command, p *strongroomv1.KMSPolicy) {
 
 func newKMSGroupCreateCmd(env *Env) *cobra.Command {
 	req := &strongroomv1.CreateKMSGroupRequest{Policy: &strongroomv1.KMSPolicy{}}
+	var account string
 	cmd := &cobra.Command{
-		Use:     "create NAME",
-		Short:   "Create a group",
-		Long:    "Create a group. Its name cannot be changed: it is where its keys belong.",
-		Example: "  strongroom kms group create backup --title Backups --operations Create,Activate,Get,Locate --key-types AES-256",
-		Args:    exactArgs("the group's name"),
-		RunE: env.withClient("create the group", func(cmd *cobra.Command, c *client.Client, args []string) error {
-			req.Name = args[0]
+		Use:   "create NAME",
+		Short: "Create a group",
+		Long: `Create a group. Its name cannot be changed: it is where its keys belong. In an
+account its whole name is ACCOUNT/NAME, and by that other commands know it.`,
+		Example: `  strongroom kms group create backup --title Backups --operations Create,Activate,Get,Locate --key-types AES-256
+  strongroom kms group create vsphere --account acme`,
+		Args: exactArgs("the group's name"),
+		RunE: env.withClient("create the group", func(cmd *cobra.Command, c *client.Client, args []string) (err error) {
+			if req.Name, err = inAccount(account, args[0]); err != nil {
+				return err
+			}
 			g, err := client.Call(cmd.Context(), c.KMS().CreateKMSGroup, req)
 			if err != nil {
 				return err
@@ -126,6 +131,7 @@ func newKMSGroupCreateCmd(env *Env) *cobra.Command {
 	}
 	cmd.Flags().StringVar(&req.Title, "title", "", "a title for people")
 	cmd.Flags().StringVar(&req.Description, "description", "", "what it is for")
+	addAccount(cmd, &account)
 	addPolicy(cmd, req.Policy)
 	return cmd
 }
@@ -153,14 +159,15 @@ not given is not restricted: without flags everything is allowed.`,
 }
 
 func newKMSGroupLsCmd(env *Env) *cobra.Command {
-	return &cobra.Command{
+	req := &strongroomv1.ListKMSGroupsRequest{}
+	cmd := &cobra.Command{
 		Use:     "ls",
 		Short:   "List groups and their policies",
-		Long:    "List the groups and what their applications may do. It changes nothing.",
+		Long:    "List the groups that you may see, and what their applications may do. It changes\nnothing.",
 		Example: "  strongroom kms group ls",
 		Args:    noArgs,
 		RunE: env.withClient("list the groups", func(cmd *cobra.Command, c *client.Client, _ []string) error {
-			res, err := client.Call(cmd.Context(), c.KMS().ListKMSGroups, &strongroomv1.ListKMSGroupsRequest{})
+			res, err := client.Call(cmd.Context(), c.KMS().ListKMSGroups, req)
 			if err != nil {
 				return err
 			}
@@ -174,6 +181,8 @@ func newKMSGroupLsCmd(env *Env) *cobra.Command {
 			})
 		}),
 	}
+	cmd.Flags().StringVar(&req.Account, "account", "", "only those of one account")
+	return cmd
 }
 
 func orAll(list []string) string {

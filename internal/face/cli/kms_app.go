@@ -26,15 +26,24 @@ credential.`,
 
 func newKMSAppCreateCmd(env *Env) *cobra.Command {
 	req := &strongroomv1.CreateKMSApplicationRequest{}
+	var account, group string
 	cmd := &cobra.Command{
 		Use:   "create NAME",
 		Short: "Create an application",
-		Long:  "Create an application in a group. It can connect once it has a credential.",
+		Long: `Create an application in a group of the same account. It can connect once it has a
+credential. In an account its whole name is ACCOUNT/NAME: by that other commands
+know it, and that is the user name of its passwords.`,
 		Example: `  strongroom kms app create vcenter-1 --group vsphere
-  strongroom kms credential create vcenter-1`,
+  strongroom kms credential create vcenter-1
+  strongroom kms app create vcenter-1 --account acme --group vsphere`,
 		Args: exactArgs("the application's name"),
-		RunE: env.withClient("create the application", func(cmd *cobra.Command, c *client.Client, args []string) error {
-			req.Name = args[0]
+		RunE: env.withClient("create the application", func(cmd *cobra.Command, c *client.Client, args []string) (err error) {
+			if req.Name, err = inAccount(account, args[0]); err != nil {
+				return err
+			}
+			if req.Group, err = inAccount(account, group); err != nil {
+				return err
+			}
 			a, err := client.Call(cmd.Context(), c.KMS().CreateKMSApplication, req)
 			if err != nil {
 				return err
@@ -46,7 +55,8 @@ func newKMSAppCreateCmd(env *Env) *cobra.Command {
 			return nil
 		}),
 	}
-	cmd.Flags().StringVar(&req.Group, "group", "", "the group whose keys it uses")
+	cmd.Flags().StringVar(&group, "group", "", "the group whose keys it uses")
+	addAccount(cmd, &account)
 	cmd.Flags().StringVar(&req.Title, "title", "", "a title for people")
 	cmd.Flags().StringVar(&req.Description, "description", "", "what it is")
 	must(cmd.MarkFlagRequired("group"))
@@ -54,14 +64,15 @@ func newKMSAppCreateCmd(env *Env) *cobra.Command {
 }
 
 func newKMSAppLsCmd(env *Env) *cobra.Command {
-	return &cobra.Command{
+	req := &strongroomv1.ListKMSApplicationsRequest{}
+	cmd := &cobra.Command{
 		Use:     "ls",
 		Short:   "List applications",
-		Long:    "List the applications and how many credentials they have. It changes nothing.",
+		Long:    "List the applications that you may see, and how many credentials they have. It\nchanges nothing.",
 		Example: "  strongroom kms app ls",
 		Args:    noArgs,
 		RunE: env.withClient("list the applications", func(cmd *cobra.Command, c *client.Client, _ []string) error {
-			res, err := client.Call(cmd.Context(), c.KMS().ListKMSApplications, &strongroomv1.ListKMSApplicationsRequest{})
+			res, err := client.Call(cmd.Context(), c.KMS().ListKMSApplications, req)
 			if err != nil {
 				return err
 			}
@@ -75,6 +86,8 @@ func newKMSAppLsCmd(env *Env) *cobra.Command {
 			})
 		}),
 	}
+	cmd.Flags().StringVar(&req.Account, "account", "", "only those of one account")
+	return cmd
 }
 
 func newKMSAppShowCmd(env *Env) *cobra.Command {

@@ -29,9 +29,9 @@ func callerName(ctx context.Context) string {
 func (c *Controller) newGuard(rules rule.Rules) *guard.Guard {
 	return guard.New(guard.Config{
 		Rules: rules, Access: c.access, Identify: c.identify, Self: self,
-		Object: func(procedure string, message any) (access.Object, string) {
+		Subject: func(_ context.Context, procedure string, message any) guard.Subject {
 			on := objectOf(procedure, message)
-			return on, string(on)
+			return guard.Subject{On: on, Name: string(on)}
 		},
 		Record: func(e audit.Entry) error {
 			_, err := c.audit.Append(e)

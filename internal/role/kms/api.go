@@ -63,7 +63,7 @@ func (a *api) CreateKMSGroup(ctx context.Context, req *connect.Request[strongroo
 	m := req.Msg
 	policy, err := checkPolicy(m.GetPolicy())
 	if err != nil {
-		return nil, errs.Wrap(err, "cannot create group %.64s", m.GetName())
+		return nil, errs.Wrap(err, "cannot create group %.100s", m.GetName())
 	}
 	if err := a.k.directory.CreateGroup(ctx, directory.Group{Name: m.GetName(), Title: m.GetTitle(), Description: m.GetDescription(), Policy: policy}); err != nil {
 		return nil, err
@@ -85,7 +85,7 @@ func (a *api) group(ctx context.Context, name string) (*connect.Response[strongr
 
 func (a *api) groupOf(ctx context.Context, g directory.Group) (*strongroomv1.KMSGroup, error) {
 	out := &strongroomv1.KMSGroup{
-		Name: g.Name, Title: g.Title, Description: g.Description, Created: timestamppb.New(g.Created),
+		Name: g.Name, Account: directory.AccountOf(g.Name), Title: g.Title, Description: g.Description, Created: timestamppb.New(g.Created),
 		Policy:   policyToAPI(g.Policy),
 		Rotation: &strongroomv1.KMSRotation{EveryDays: int32(g.Rotation.EveryDays), DeactivateAfterDays: int32(g.Rotation.DeactivateAfterDays)},
 		Quota:    quotaOf(g.Quota), Usage: usageOf(a.k.usage.Of(usage.Group(g.Name)), g.Quota),
@@ -100,9 +100,16 @@ func (a *api) GetKMSGroup(ctx context.Context, req *connect.Request[strongroomv1
 	return a.group(ctx, req.Msg.GetName())
 }
 
-func (a *api) ListKMSGroups(ctx context.Context, _ *connect.Request[strongroomv1.ListKMSGroupsRequest]) (*connect.Response[strongroomv1.ListKMSGroupsResponse], error) {
+func (a *api) ListKMSGroups(ctx context.Context, req *connect.Request[strongroomv1.ListKMSGroupsRequest]) (*connect.Response[strongroomv1.ListKMSGroupsResponse], error) {
+	seen, err := a.seen(ctx)
+	if err != nil {
+		return nil, err
+	}
 	out := &strongroomv1.ListKMSGroupsResponse{}
 	for _, g := range a.k.directory.Groups() {
+		if account := req.Msg.GetAccount(); !seen.Has(groupObject(g.Name)) || account != "" && account != directory.AccountOf(g.Name) {
+			continue
+		}
 		one, err := a.groupOf(ctx, g)
 		if err != nil {
 			return nil, err
@@ -131,7 +138,7 @@ func (a *api) application(name string) (*connect.Response[strongroomv1.KMSApplic
 
 func (a *api) applicationOf(app directory.Application) *strongroomv1.KMSApplication {
 	out := &strongroomv1.KMSApplication{
-		Name: app.Name, Title: app.Title, Description: app.Description, Group: app.Group, Disabled: app.Disabled, Created: timestamppb.New(app.Created),
+		Name: app.Name, Account: directory.AccountOf(app.Name), Title: app.Title, Description: app.Description, Group: app.Group, Disabled: app.Disabled, Created: timestamppb.New(app.Created),
 		Quota: quotaOf(app.Quota), Usage: usageOf(a.k.usage.Of(usage.Application(app.Name)), app.Quota),
 	}
 	for _, c := range app.Credentials {
@@ -148,10 +155,16 @@ func credentialOf(c directory.Credential) *strongroomv1.KMSCredential {
 	return out
 }
 
-func (a *api) ListKMSApplications(context.Context, *connect.Request[strongroomv1.ListKMSApplicationsRequest]) (*connect.Response[strongroomv1.ListKMSApplicationsResponse], error) {
+func (a *api) ListKMSApplications(ctx context.Context, req *connect.Request[strongroomv1.ListKMSApplicationsRequest]) (*connect.Response[strongroomv1.ListKMSApplicationsResponse], error) {
+	seen, err := a.seen(ctx)
+	if err != nil {
+		return nil, err
+	}
 	out := &strongroomv1.ListKMSApplicationsResponse{}
 	for _, app := range a.k.directory.Applications() {
-		out.Applications = append(out.Applications, a.applicationOf(app))
+		if account := req.Msg.GetAccount(); seen.Has(groupObject(app.Group)) && (account == "" || account == directory.AccountOf(app.Name)) {
+			out.Applications = append(out.Applications, a.applicationOf(app))
+		}
 	}
 	return connect.NewResponse(out), nil
 }

@@ -114,7 +114,7 @@ func (k *KMS) ask(ctx context.Context, w approval.Want, about approval.About) (a
 func (k *KMS) recordApproval(action, id string, w approval.Want) error {
 	return k.recordCall(audit.Entry{
 		Actor: w.Requester, Action: action, Object: "group/" + w.Group + "/approval/" + id, Outcome: audit.Success,
-		Details: map[string]string{"operation": string(w.Operation), "object": w.Object},
+		Details: map[string]string{"account": directory.AccountOf(w.Group), "operation": string(w.Operation), "object": w.Object},
 	})
 }
 

@@ -41,7 +41,7 @@ func (a *api) SetKMSGroupQuorum(ctx context.Context, req *connect.Request[strong
 	name := req.Msg.GetName()
 	quorum, err := readQuorum(req.Msg.GetQuorum())
 	if err == nil {
-		err = a.k.checkApprovers(ctx, quorum.Approvers)
+		err = a.k.checkApprovers(ctx, name, quorum.Approvers)
 	}
 	if err != nil {
 		return nil, errs.Wrap(err, "cannot change group %.64s", name)
@@ -87,9 +87,15 @@ func (a *api) ListKMSApprovals(ctx context.Context, req *connect.Request[strongr
 	if err != nil {
 		return nil, err
 	}
+	seen, err := a.seen(ctx)
+	if err != nil {
+		return nil, err
+	}
 	out := &strongroomv1.ListKMSApprovalsResponse{}
-	for _, asked := range all[:min(len(all), approvalsMax)] {
-		out.Approvals = append(out.Approvals, approvalOf(asked))
+	for _, asked := range all {
+		if seen.Has(groupObject(asked.Group)) && len(out.Approvals) < approvalsMax {
+			out.Approvals = append(out.Approvals, approvalOf(asked))
+		}
 	}
 	return connect.NewResponse(out), nil
 }

@@ -3,6 +3,7 @@ package kms
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"slices"
 	"strconv"
 	"strings"
@@ -15,6 +16,7 @@ import (
 	"strongroom/internal/control/directory"
 	"strongroom/internal/errs"
 	"strongroom/internal/keys/kmip/kmipserver"
+	"strongroom/internal/role/kms/usage"
 )
 
 // authenticate implements [kmipserver.Authenticator]: the account of a client
@@ -38,17 +40,28 @@ func (k *KMS) authenticate(ctx context.Context, state tls.ConnectionState, crede
 		}
 	}
 	app, group, err := k.directory.Authenticate(p)
+	client := kmipserver.Client{Account: group.Name, Name: "application:" + app.Name}
+	if errors.Is(err, directory.ErrAccountDisabled) {
+		// KMIP 1.4 has no reason of its own for that.
+		return client, &kmipserver.Refusal{Reason: kmip.ResultReasonPermissionDenied, Message: "your account is disabled", Cause: "account: disabled"}
+	}
+	if err != nil {
+		return kmipserver.Client{}, err
+	}
+	account, err := k.directory.Account(directory.AccountOf(group.Name))
 	if err != nil {
 		return kmipserver.Client{}, err
 	}
 	if err := k.pace.wait(ctx, app.Name, k.cfg.MaxRequestsPerSecond); err != nil {
-		return kmipserver.Client{}, &kmipserver.Refusal{Reason: kmip.ResultReasonGeneralFailure, Message: "too many requests in a short time; try again later"}
+		return client, &kmipserver.Refusal{Reason: kmip.ResultReasonGeneralFailure, Message: "too many requests in a short time; try again later"}
 	}
 	policy, err := policyOf(group.Policy)
 	if err != nil {
 		return kmipserver.Client{}, errs.Wrap(err, "policy of group %s", group.Name)
 	}
-	return kmipserver.Client{Account: group.Name, Name: "application:" + app.Name, Policy: policy, Admit: k.admit(app, group), Approvals: k.approvalsOf(app, group)}, nil
+	client.Policy, client.Approvals = policy, k.approvalsOf(app, group)
+	client.Admit = k.admit(usage.Client{Application: app, Group: group, Account: account, Groups: func() []string { return k.groupNamesOf(account.Name) }})
+	return client, nil
 }
 
 // pace makes applications that ask too often wait. The zero value is ready.

@@ -13,6 +13,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"strongroom/internal/control/audit"
+	"strongroom/internal/control/directory"
+	"strongroom/internal/control/guard"
 	"strongroom/internal/daemon"
 	"strongroom/internal/errs"
 	"strongroom/internal/keys/kmip/kmipserver"
@@ -92,7 +94,12 @@ func (k *KMS) observe(_ context.Context, e kmipserver.Event) error {
 		Details: map[string]string{"peer": e.Peer},
 	}
 	if e.Operation == 0 {
-		entry.Actor, entry.Action, entry.Object = "anonymous", "kmip.connect", "kms"
+		entry.Action = "kmip.connect"
+	}
+	if e.Client.Name == "" {
+		entry.Actor, entry.Object = guard.Anonymous, "kms"
+	} else {
+		entry.Details["account"] = directory.AccountOf(e.Client.Account)
 	}
 	if e.Object != "" {
 		entry.Object += "/key/" + e.Object

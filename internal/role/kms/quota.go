@@ -19,15 +19,15 @@ import (
 	"strongroom/internal/role/kms/usage"
 )
 
-// admit returns what [kmipserver.Client] has for the operations of app: they
+// admit returns what [kmipserver.Client] has for the operations of c: they
 // are counted, and refused beyond a quota. KMIP 1.4 has no reason of its own for
 // that: it is Permission Denied, with a message.
-func (k *KMS) admit(app directory.Application, group directory.Group) func(context.Context, kmip.Operation) (func(error), error) {
+func (k *KMS) admit(c usage.Client) func(context.Context, kmip.Operation) (func(error), error) {
 	return func(ctx context.Context, op kmip.Operation) (func(error), error) {
 		if trivial(op) {
 			return func(error) {}, nil
 		}
-		done, err := k.usage.Admit(ctx, app, group, makesKey(op))
+		done, err := k.usage.Admit(ctx, c, makesKey(op))
 		if exceeded := (*usage.Exceeded)(nil); errors.As(err, &exceeded) {
 			return nil, &kmipserver.Refusal{Reason: kmip.ResultReasonPermissionDenied, Message: exceeded.Error(), Cause: "quota: " + exceeded.What + " of " + string(exceeded.Subject)}
 		}
@@ -91,19 +91,24 @@ func (a *api) SetKMSApplicationQuota(ctx context.Context, req *connect.Request[s
 // usageMetrics gives Prometheus the usage of all applications and groups.
 type usageMetrics struct{ k *KMS }
 
-// They are read only.
+// They are read only. Groups and applications have their names in their account.
 var (
-	applicationOperations = prometheus.NewDesc("strongroom_kms_application_operations_total", "KMIP operations of an application that were carried out.", []string{"group", "application"}, nil)
-	applicationMade       = prometheus.NewDesc("strongroom_kms_application_keys_made_total", "Keys that an application has made.", []string{"group", "application"}, nil)
-	applicationRefused    = prometheus.NewDesc("strongroom_kms_application_quota_refusals_total", "KMIP operations of an application refused because of a quota.", []string{"group", "application"}, nil)
-	applicationLastUse    = prometheus.NewDesc("strongroom_kms_application_last_use_timestamp_seconds", "When an application was used last, since 1970.", []string{"group", "application"}, nil)
-	groupKeys             = prometheus.NewDesc("strongroom_kms_group_keys", "Keys of a group that are not destroyed.", []string{"group"}, nil)
-	groupKeysLimit        = prometheus.NewDesc("strongroom_kms_group_keys_limit", "Quota of keys of a group that has one.", []string{"group"}, nil)
+	applicationLabels     = []string{"account", "group", "application"}
+	applicationOperations = prometheus.NewDesc("strongroom_kms_application_operations_total", "KMIP operations of an application that were carried out.", applicationLabels, nil)
+	applicationMade       = prometheus.NewDesc("strongroom_kms_application_keys_made_total", "Keys that an application has made.", applicationLabels, nil)
+	applicationRefused    = prometheus.NewDesc("strongroom_kms_application_quota_refusals_total", "KMIP operations of an application refused because of a quota.", applicationLabels, nil)
+	applicationLastUse    = prometheus.NewDesc("strongroom_kms_application_last_use_timestamp_seconds", "When an application was used last, since 1970.", applicationLabels, nil)
+	groupKeys             = prometheus.NewDesc("strongroom_kms_group_keys", "Keys of a group that are not destroyed.", []string{"account", "group"}, nil)
+	groupKeysLimit        = prometheus.NewDesc("strongroom_kms_group_keys_limit", "Quota of keys of a group that has one.", []string{"account", "group"}, nil)
+	accountKeys           = prometheus.NewDesc("strongroom_kms_account_keys", "Keys of an account that are not destroyed.", []string{"account"}, nil)
+	accountKeysLimit      = prometheus.NewDesc("strongroom_kms_account_keys_limit", "Quota of keys of an account that has one.", []string{"account"}, nil)
 )
 
 // Describe implements [prometheus.Collector].
 func (u *usageMetrics) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{applicationOperations, applicationMade, applicationRefused, applicationLastUse, groupKeys, groupKeysLimit} {
+	for _, d := range []*prometheus.Desc{
+		applicationOperations, applicationMade, applicationRefused, applicationLastUse, groupKeys, groupKeysLimit, accountKeys, accountKeysLimit,
+	} {
 		ch <- d
 	}
 }
@@ -112,8 +117,10 @@ func (u *usageMetrics) Describe(ch chan<- *prometheus.Desc) {
 func (u *usageMetrics) Collect(ch chan<- prometheus.Metric) {
 	for _, app := range u.k.directory.Applications() {
 		c := u.k.usage.Of(usage.Application(app.Name))
+		account, own := directory.SplitName(app.Name)
+		_, group := directory.SplitName(app.Group)
 		send := func(d *prometheus.Desc, t prometheus.ValueType, v float64) {
-			ch <- prometheus.MustNewConstMetric(d, t, v, app.Group, app.Name)
+			ch <- prometheus.MustNewConstMetric(d, t, v, account, group, own)
 		}
 		send(applicationOperations, prometheus.CounterValue, float64(c.Operations))
 		send(applicationMade, prometheus.CounterValue, float64(c.Made))
@@ -122,13 +129,25 @@ func (u *usageMetrics) Collect(ch chan<- prometheus.Metric) {
 			send(applicationLastUse, prometheus.GaugeValue, float64(c.LastUse.Unix()))
 		}
 	}
+	// What is not counted yet is not told, rather than wrong.
+	gauge := func(d *prometheus.Desc, v int64, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, float64(v), labels...)
+	}
 	for _, g := range u.k.directory.Groups() {
-		// Not counted yet: not told, rather than wrong.
+		account, own := directory.SplitName(g.Name)
 		if n, ok := u.k.objects.Counted(g.Name); ok {
-			ch <- prometheus.MustNewConstMetric(groupKeys, prometheus.GaugeValue, float64(n), g.Name)
+			gauge(groupKeys, n, account, own)
 		}
 		if g.Quota.Keys > 0 {
-			ch <- prometheus.MustNewConstMetric(groupKeysLimit, prometheus.GaugeValue, float64(g.Quota.Keys), g.Name)
+			gauge(groupKeysLimit, g.Quota.Keys, account, own)
+		}
+	}
+	for _, a := range u.k.directory.Accounts() {
+		if n, ok := u.k.keysOf(a.Name); ok {
+			gauge(accountKeys, n, a.Name)
+		}
+		if a.Quota.Keys > 0 {
+			gauge(accountKeysLimit, a.Quota.Keys, a.Name)
 		}
 	}
 }

@@ -80,8 +80,8 @@ func TestQuotas(t *testing.T) {
 	if before.GetOperations() != 7 || before.GetKeys() != 3 || before.GetRefused() != 2 || before.GetPeriodOperations() != 3 || time.Since(before.GetLastUse().AsTime()) > time.Hour {
 		t.Errorf("usage: %v", before)
 	}
-	b.wantMetrics(t, `strongroom_kms_application_operations_total{application="first",group="default"} 7`, `strongroom_kms_group_keys{group="default"} 2`,
-		`strongroom_kms_group_keys_limit{group="default"} 2`, `strongroom_kms_application_quota_refusals_total{application="first",group="default"} 2`)
+	b.wantMetrics(t, `strongroom_kms_application_operations_total{account="default",application="first",group="default"} 7`, `strongroom_kms_group_keys{account="default",group="default"} 2`,
+		`strongroom_kms_group_keys_limit{account="default",group="default"} 2`, `strongroom_kms_application_quota_refusals_total{account="default",application="first",group="default"} 2`)
 	b.stop()
 	b.checkAudit(t, "application:first kmip.Create group/default denied", "application:first kmip.Get group/default denied",
 		"local administrator KMSService/SetKMSGroupQuota group/default success", "local administrator KMSService/SetKMSApplicationQuota application/first success")

@@ -62,7 +62,7 @@ func (k *KMS) keepDatesOf(ctx context.Context, server *kmipserver.Server, g dire
 // recordStep puts a step on record, durably: before it is tried, so that it is
 // there whatever happens, and with what came of it.
 func (k *KMS) recordStep(group string, step kmipserver.Step, result, phase string) error {
-	details := map[string]string{"phase": phase, "date": step.Date.UTC().Format(time.RFC3339)}
+	details := map[string]string{"account": directory.AccountOf(group), "phase": phase, "date": step.Date.UTC().Format(time.RFC3339)}
 	if step.Replacement != "" {
 		details["replacement"] = step.Replacement
 	}

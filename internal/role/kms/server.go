@@ -3,9 +3,7 @@ package kms
 import (
 	"context"
 	"crypto/tls"
-	"fmt"
 	"net/http"
-	"strings"
 
 	"connectrpc.com/connect"
 
@@ -109,10 +107,7 @@ func (k *KMS) newGuard(identify func(context.Context, http.Header) (guard.Caller
 		return nil, err
 	}
 	return guard.New(guard.Config{
-		Rules: rules, Access: k.access, Identify: identify, Record: k.recordGuarded, Self: localAdministrator,
-		Object: func(procedure string, message any) (access.Object, string) {
-			return access.Root, objectOf(procedure, message)
-		},
+		Rules: rules, Access: k.access, Identify: identify, Record: k.recordGuarded, Subject: k.subject, Self: localAdministrator,
 	}), nil
 }
 
@@ -149,31 +144,3 @@ func (k *KMS) recordCall(e audit.Entry) error {
 	}
 	return k.audit.AppendDurably(e)
 }
-
-// objectOf is what a call is about, as it stands in records.
-func objectOf(procedure string, message any) string {
-	switch m := message.(type) {
-	case interface{ GetApplication() string }:
-		return "application/" + short(m.GetApplication())
-	case interface{ GetName() string }:
-		switch {
-		case strings.Contains(procedure, ".AccessService/"):
-			return "user/" + short(m.GetName())
-		case strings.Contains(procedure, "Group"):
-			return "group/" + short(m.GetName())
-		case strings.Contains(procedure, "Member"):
-			return "node/" + short(m.GetName())
-		}
-		return "application/" + short(m.GetName())
-	case interface{ GetUser() string }:
-		return "user/" + short(m.GetUser())
-	case interface{ GetId() string }:
-		if strings.Contains(procedure, ".KMSApprovalService/") {
-			return "approval/" + short(m.GetId())
-		}
-	}
-	return "kms"
-}
-
-// short cuts a name that a stranger may have made up.
-func short(name string) string { return fmt.Sprintf("%.64s", name) }

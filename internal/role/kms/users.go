@@ -29,7 +29,7 @@ const (
 // openUsers opens the users of the API, and with api_listen makes its certificate
 // and, if there is nobody, the first administrator.
 func (k *KMS) openUsers(ctx context.Context) (err error) {
-	k.access, err = access.New(access.Config{DB: k.db, Hashing: k.cfg.hashing, BuiltIn: access.KMSRoles(), KeepUser: k.directory.CheckNoApprover})
+	k.access, err = access.New(access.Config{DB: k.db, Hashing: k.cfg.hashing, BuiltIn: access.KMSRoles(), KeepUser: k.directory.CheckNoApprover, CheckObject: k.checkObject})
 	if err != nil || k.cfg.APIListen == "" {
 		return err
 	}
@@ -81,10 +81,11 @@ func (k *KMS) keepCertificate(ctx context.Context) error {
 	})
 }
 
-// checkApprovers refuses approvers that could not approve.
-func (k *KMS) checkApprovers(ctx context.Context, names []string) error {
+// checkApprovers refuses approvers that could not approve what is asked of a
+// group.
+func (k *KMS) checkApprovers(ctx context.Context, group string, names []string) error {
 	for _, name := range names {
-		if err := k.access.Check(ctx, access.Principal{Kind: access.UserPrincipal, Name: name}, "KeyServer.ApproveOperations", access.Root); err != nil {
+		if err := k.access.Check(ctx, access.Principal{Kind: access.UserPrincipal, Name: name}, "KeyServer.ApproveOperations", groupObject(group)); err != nil {
 			return errs.Wrap(err, "%.64s cannot be an approver", name)
 		}
 	}

@@ -41,6 +41,9 @@ const (
 	// AccessServiceDeleteUserProcedure is the fully-qualified name of the AccessService's DeleteUser
 	// RPC.
 	AccessServiceDeleteUserProcedure = "/strongroom.v1.AccessService/DeleteUser"
+	// AccessServiceSetUserDisabledProcedure is the fully-qualified name of the AccessService's
+	// SetUserDisabled RPC.
+	AccessServiceSetUserDisabledProcedure = "/strongroom.v1.AccessService/SetUserDisabled"
 	// AccessServiceChangePasswordProcedure is the fully-qualified name of the AccessService's
 	// ChangePassword RPC.
 	AccessServiceChangePasswordProcedure = "/strongroom.v1.AccessService/ChangePassword"
@@ -58,6 +61,9 @@ type AccessServiceClient interface {
 	// DeleteUser also ends the user's sessions and tokens. The last
 	// administrator cannot be deleted.
 	DeleteUser(context.Context, *connect.Request[v1.DeleteUserRequest]) (*connect.Response[v1.DeleteUserResponse], error)
+	// SetUserDisabled locks a user out at once and ends the user's sessions and
+	// tokens, or lets the user in again. The last administrator cannot be disabled.
+	SetUserDisabled(context.Context, *connect.Request[v1.SetUserDisabledRequest]) (*connect.Response[v1.User], error)
 	// ChangePassword changes the caller's own password.
 	ChangePassword(context.Context, *connect.Request[v1.ChangePasswordRequest]) (*connect.Response[v1.ChangePasswordResponse], error)
 	ListRoles(context.Context, *connect.Request[v1.ListRolesRequest]) (*connect.Response[v1.ListRolesResponse], error)
@@ -94,6 +100,12 @@ func NewAccessServiceClient(httpClient connect.HTTPClient, baseURL string, opts 
 			connect.WithSchema(accessServiceMethods.ByName("DeleteUser")),
 			connect.WithClientOptions(opts...),
 		),
+		setUserDisabled: connect.NewClient[v1.SetUserDisabledRequest, v1.User](
+			httpClient,
+			baseURL+AccessServiceSetUserDisabledProcedure,
+			connect.WithSchema(accessServiceMethods.ByName("SetUserDisabled")),
+			connect.WithClientOptions(opts...),
+		),
 		changePassword: connect.NewClient[v1.ChangePasswordRequest, v1.ChangePasswordResponse](
 			httpClient,
 			baseURL+AccessServiceChangePasswordProcedure,
@@ -117,12 +129,13 @@ func NewAccessServiceClient(httpClient connect.HTTPClient, baseURL string, opts 
 
 // accessServiceClient implements AccessServiceClient.
 type accessServiceClient struct {
-	createUser     *connect.Client[v1.CreateUserRequest, v1.User]
-	listUsers      *connect.Client[v1.ListUsersRequest, v1.ListUsersResponse]
-	deleteUser     *connect.Client[v1.DeleteUserRequest, v1.DeleteUserResponse]
-	changePassword *connect.Client[v1.ChangePasswordRequest, v1.ChangePasswordResponse]
-	listRoles      *connect.Client[v1.ListRolesRequest, v1.ListRolesResponse]
-	createToken    *connect.Client[v1.CreateTokenRequest, v1.CreateTokenResponse]
+	createUser      *connect.Client[v1.CreateUserRequest, v1.User]
+	listUsers       *connect.Client[v1.ListUsersRequest, v1.ListUsersResponse]
+	deleteUser      *connect.Client[v1.DeleteUserRequest, v1.DeleteUserResponse]
+	setUserDisabled *connect.Client[v1.SetUserDisabledRequest, v1.User]
+	changePassword  *connect.Client[v1.ChangePasswordRequest, v1.ChangePasswordResponse]
+	listRoles       *connect.Client[v1.ListRolesRequest, v1.ListRolesResponse]
+	createToken     *connect.Client[v1.CreateTokenRequest, v1.CreateTokenResponse]
 }
 
 // CreateUser calls strongroom.v1.AccessService.CreateUser.
@@ -138,6 +151,11 @@ func (c *accessServiceClient) ListUsers(ctx context.Context, req *connect.Reques
 // DeleteUser calls strongroom.v1.AccessService.DeleteUser.
 func (c *accessServiceClient) DeleteUser(ctx context.Context, req *connect.Request[v1.DeleteUserRequest]) (*connect.Response[v1.DeleteUserResponse], error) {
 	return c.deleteUser.CallUnary(ctx, req)
+}
+
+// SetUserDisabled calls strongroom.v1.AccessService.SetUserDisabled.
+func (c *accessServiceClient) SetUserDisabled(ctx context.Context, req *connect.Request[v1.SetUserDisabledRequest]) (*connect.Response[v1.User], error) {
+	return c.setUserDisabled.CallUnary(ctx, req)
 }
 
 // ChangePassword calls strongroom.v1.AccessService.ChangePassword.
@@ -162,6 +180,9 @@ type AccessServiceHandler interface {
 	// DeleteUser also ends the user's sessions and tokens. The last
 	// administrator cannot be deleted.
 	DeleteUser(context.Context, *connect.Request[v1.DeleteUserRequest]) (*connect.Response[v1.DeleteUserResponse], error)
+	// SetUserDisabled locks a user out at once and ends the user's sessions and
+	// tokens, or lets the user in again. The last administrator cannot be disabled.
+	SetUserDisabled(context.Context, *connect.Request[v1.SetUserDisabledRequest]) (*connect.Response[v1.User], error)
 	// ChangePassword changes the caller's own password.
 	ChangePassword(context.Context, *connect.Request[v1.ChangePasswordRequest]) (*connect.Response[v1.ChangePasswordResponse], error)
 	ListRoles(context.Context, *connect.Request[v1.ListRolesRequest]) (*connect.Response[v1.ListRolesResponse], error)
@@ -194,6 +215,12 @@ func NewAccessServiceHandler(svc AccessServiceHandler, opts ...connect.HandlerOp
 		connect.WithSchema(accessServiceMethods.ByName("DeleteUser")),
 		connect.WithHandlerOptions(opts...),
 	)
+	accessServiceSetUserDisabledHandler := connect.NewUnaryHandler(
+		AccessServiceSetUserDisabledProcedure,
+		svc.SetUserDisabled,
+		connect.WithSchema(accessServiceMethods.ByName("SetUserDisabled")),
+		connect.WithHandlerOptions(opts...),
+	)
 	accessServiceChangePasswordHandler := connect.NewUnaryHandler(
 		AccessServiceChangePasswordProcedure,
 		svc.ChangePassword,
@@ -220,6 +247,8 @@ func NewAccessServiceHandler(svc AccessServiceHandler, opts ...connect.HandlerOp
 			accessServiceListUsersHandler.ServeHTTP(w, r)
 		case AccessServiceDeleteUserProcedure:
 			accessServiceDeleteUserHandler.ServeHTTP(w, r)
+		case AccessServiceSetUserDisabledProcedure:
+			accessServiceSetUserDisabledHandler.ServeHTTP(w, r)
 		case AccessServiceChangePasswordProcedure:
 			accessServiceChangePasswordHandler.ServeHTTP(w, r)
 		case AccessServiceListRolesProcedure:
@@ -245,6 +274,10 @@ func (UnimplementedAccessServiceHandler) ListUsers(context.Context, *connect.Req
 
 func (UnimplementedAccessServiceHandler) DeleteUser(context.Context, *connect.Request[v1.DeleteUserRequest]) (*connect.Response[v1.DeleteUserResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.AccessService.DeleteUser is not implemented"))
+}
+
+func (UnimplementedAccessServiceHandler) SetUserDisabled(context.Context, *connect.Request[v1.SetUserDisabledRequest]) (*connect.Response[v1.User], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.AccessService.SetUserDisabled is not implemented"))
 }
 
 func (UnimplementedAccessServiceHandler) ChangePassword(context.Context, *connect.Request[v1.ChangePasswordRequest]) (*connect.Response[v1.ChangePasswordResponse], error) {

@@ -35,6 +35,27 @@ const (
 const (
 	// KMSServiceGetKMSProcedure is the fully-qualified name of the KMSService's GetKMS RPC.
 	KMSServiceGetKMSProcedure = "/strongroom.v1.KMSService/GetKMS"
+	// KMSServiceCreateKMSAccountProcedure is the fully-qualified name of the KMSService's
+	// CreateKMSAccount RPC.
+	KMSServiceCreateKMSAccountProcedure = "/strongroom.v1.KMSService/CreateKMSAccount"
+	// KMSServiceListKMSAccountsProcedure is the fully-qualified name of the KMSService's
+	// ListKMSAccounts RPC.
+	KMSServiceListKMSAccountsProcedure = "/strongroom.v1.KMSService/ListKMSAccounts"
+	// KMSServiceGetKMSAccountProcedure is the fully-qualified name of the KMSService's GetKMSAccount
+	// RPC.
+	KMSServiceGetKMSAccountProcedure = "/strongroom.v1.KMSService/GetKMSAccount"
+	// KMSServiceDescribeKMSAccountProcedure is the fully-qualified name of the KMSService's
+	// DescribeKMSAccount RPC.
+	KMSServiceDescribeKMSAccountProcedure = "/strongroom.v1.KMSService/DescribeKMSAccount"
+	// KMSServiceSetKMSAccountQuotaProcedure is the fully-qualified name of the KMSService's
+	// SetKMSAccountQuota RPC.
+	KMSServiceSetKMSAccountQuotaProcedure = "/strongroom.v1.KMSService/SetKMSAccountQuota"
+	// KMSServiceSetKMSAccountDisabledProcedure is the fully-qualified name of the KMSService's
+	// SetKMSAccountDisabled RPC.
+	KMSServiceSetKMSAccountDisabledProcedure = "/strongroom.v1.KMSService/SetKMSAccountDisabled"
+	// KMSServiceDeleteKMSAccountProcedure is the fully-qualified name of the KMSService's
+	// DeleteKMSAccount RPC.
+	KMSServiceDeleteKMSAccountProcedure = "/strongroom.v1.KMSService/DeleteKMSAccount"
 	// KMSServiceCreateKMSGroupProcedure is the fully-qualified name of the KMSService's CreateKMSGroup
 	// RPC.
 	KMSServiceCreateKMSGroupProcedure = "/strongroom.v1.KMSService/CreateKMSGroup"
@@ -87,6 +108,24 @@ const (
 // KMSServiceClient is a client for the strongroom.v1.KMSService service.
 type KMSServiceClient interface {
 	GetKMS(context.Context, *connect.Request[v1.GetKMSRequest]) (*connect.Response[v1.KMS], error)
+	// CreateKMSAccount makes an account: what belongs to one tenant, its groups,
+	// applications and users, of which those of others see nothing.
+	CreateKMSAccount(context.Context, *connect.Request[v1.CreateKMSAccountRequest]) (*connect.Response[v1.KMSAccount], error)
+	ListKMSAccounts(context.Context, *connect.Request[v1.ListKMSAccountsRequest]) (*connect.Response[v1.ListKMSAccountsResponse], error)
+	GetKMSAccount(context.Context, *connect.Request[v1.GetKMSAccountRequest]) (*connect.Response[v1.KMSAccount], error)
+	// DescribeKMSAccount replaces an account's title and description.
+	DescribeKMSAccount(context.Context, *connect.Request[v1.DescribeKMSAccountRequest]) (*connect.Response[v1.KMSAccount], error)
+	// SetKMSAccountQuota replaces how much an account's groups may do together. The
+	// privilege is needed on everything, not on the account.
+	SetKMSAccountQuota(context.Context, *connect.Request[v1.SetKMSAccountQuotaRequest]) (*connect.Response[v1.KMSAccount], error)
+	// SetKMSAccountDisabled has all applications of an account refused from their
+	// next request on, also on open connections, or accepted again. The privilege is
+	// needed on everything, not on the account.
+	SetKMSAccountDisabled(context.Context, *connect.Request[v1.SetKMSAccountDisabledRequest]) (*connect.Response[v1.KMSAccount], error)
+	// DeleteKMSAccount removes an account that has no groups and no users. The
+	// account default stays. The privilege is needed on everything, not on the
+	// account.
+	DeleteKMSAccount(context.Context, *connect.Request[v1.DeleteKMSAccountRequest]) (*connect.Response[v1.DeleteKMSAccountResponse], error)
 	// CreateKMSGroup makes a group. Its applications share keys.
 	CreateKMSGroup(context.Context, *connect.Request[v1.CreateKMSGroupRequest]) (*connect.Response[v1.KMSGroup], error)
 	GetKMSGroup(context.Context, *connect.Request[v1.GetKMSGroupRequest]) (*connect.Response[v1.KMSGroup], error)
@@ -138,6 +177,48 @@ func NewKMSServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...
 			httpClient,
 			baseURL+KMSServiceGetKMSProcedure,
 			connect.WithSchema(kMSServiceMethods.ByName("GetKMS")),
+			connect.WithClientOptions(opts...),
+		),
+		createKMSAccount: connect.NewClient[v1.CreateKMSAccountRequest, v1.KMSAccount](
+			httpClient,
+			baseURL+KMSServiceCreateKMSAccountProcedure,
+			connect.WithSchema(kMSServiceMethods.ByName("CreateKMSAccount")),
+			connect.WithClientOptions(opts...),
+		),
+		listKMSAccounts: connect.NewClient[v1.ListKMSAccountsRequest, v1.ListKMSAccountsResponse](
+			httpClient,
+			baseURL+KMSServiceListKMSAccountsProcedure,
+			connect.WithSchema(kMSServiceMethods.ByName("ListKMSAccounts")),
+			connect.WithClientOptions(opts...),
+		),
+		getKMSAccount: connect.NewClient[v1.GetKMSAccountRequest, v1.KMSAccount](
+			httpClient,
+			baseURL+KMSServiceGetKMSAccountProcedure,
+			connect.WithSchema(kMSServiceMethods.ByName("GetKMSAccount")),
+			connect.WithClientOptions(opts...),
+		),
+		describeKMSAccount: connect.NewClient[v1.DescribeKMSAccountRequest, v1.KMSAccount](
+			httpClient,
+			baseURL+KMSServiceDescribeKMSAccountProcedure,
+			connect.WithSchema(kMSServiceMethods.ByName("DescribeKMSAccount")),
+			connect.WithClientOptions(opts...),
+		),
+		setKMSAccountQuota: connect.NewClient[v1.SetKMSAccountQuotaRequest, v1.KMSAccount](
+			httpClient,
+			baseURL+KMSServiceSetKMSAccountQuotaProcedure,
+			connect.WithSchema(kMSServiceMethods.ByName("SetKMSAccountQuota")),
+			connect.WithClientOptions(opts...),
+		),
+		setKMSAccountDisabled: connect.NewClient[v1.SetKMSAccountDisabledRequest, v1.KMSAccount](
+			httpClient,
+			baseURL+KMSServiceSetKMSAccountDisabledProcedure,
+			connect.WithSchema(kMSServiceMethods.ByName("SetKMSAccountDisabled")),
+			connect.WithClientOptions(opts...),
+		),
+		deleteKMSAccount: connect.NewClient[v1.DeleteKMSAccountRequest, v1.DeleteKMSAccountResponse](
+			httpClient,
+			baseURL+KMSServiceDeleteKMSAccountProcedure,
+			connect.WithSchema(kMSServiceMethods.ByName("DeleteKMSAccount")),
 			connect.WithClientOptions(opts...),
 		),
 		createKMSGroup: connect.NewClient[v1.CreateKMSGroupRequest, v1.KMSGroup](
@@ -242,6 +323,13 @@ func NewKMSServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...
 // kMSServiceClient implements KMSServiceClient.
 type kMSServiceClient struct {
 	getKMS                    *connect.Client[v1.GetKMSRequest, v1.KMS]
+	createKMSAccount          *connect.Client[v1.CreateKMSAccountRequest, v1.KMSAccount]
+	listKMSAccounts           *connect.Client[v1.ListKMSAccountsRequest, v1.ListKMSAccountsResponse]
+	getKMSAccount             *connect.Client[v1.GetKMSAccountRequest, v1.KMSAccount]
+	describeKMSAccount        *connect.Client[v1.DescribeKMSAccountRequest, v1.KMSAccount]
+	setKMSAccountQuota        *connect.Client[v1.SetKMSAccountQuotaRequest, v1.KMSAccount]
+	setKMSAccountDisabled     *connect.Client[v1.SetKMSAccountDisabledRequest, v1.KMSAccount]
+	deleteKMSAccount          *connect.Client[v1.DeleteKMSAccountRequest, v1.DeleteKMSAccountResponse]
 	createKMSGroup            *connect.Client[v1.CreateKMSGroupRequest, v1.KMSGroup]
 	getKMSGroup               *connect.Client[v1.GetKMSGroupRequest, v1.KMSGroup]
 	listKMSGroups             *connect.Client[v1.ListKMSGroupsRequest, v1.ListKMSGroupsResponse]
@@ -263,6 +351,41 @@ type kMSServiceClient struct {
 // GetKMS calls strongroom.v1.KMSService.GetKMS.
 func (c *kMSServiceClient) GetKMS(ctx context.Context, req *connect.Request[v1.GetKMSRequest]) (*connect.Response[v1.KMS], error) {
 	return c.getKMS.CallUnary(ctx, req)
+}
+
+// CreateKMSAccount calls strongroom.v1.KMSService.CreateKMSAccount.
+func (c *kMSServiceClient) CreateKMSAccount(ctx context.Context, req *connect.Request[v1.CreateKMSAccountRequest]) (*connect.Response[v1.KMSAccount], error) {
+	return c.createKMSAccount.CallUnary(ctx, req)
+}
+
+// ListKMSAccounts calls strongroom.v1.KMSService.ListKMSAccounts.
+func (c *kMSServiceClient) ListKMSAccounts(ctx context.Context, req *connect.Request[v1.ListKMSAccountsRequest]) (*connect.Response[v1.ListKMSAccountsResponse], error) {
+	return c.listKMSAccounts.CallUnary(ctx, req)
+}
+
+// GetKMSAccount calls strongroom.v1.KMSService.GetKMSAccount.
+func (c *kMSServiceClient) GetKMSAccount(ctx context.Context, req *connect.Request[v1.GetKMSAccountRequest]) (*connect.Response[v1.KMSAccount], error) {
+	return c.getKMSAccount.CallUnary(ctx, req)
+}
+
+// DescribeKMSAccount calls strongroom.v1.KMSService.DescribeKMSAccount.
+func (c *kMSServiceClient) DescribeKMSAccount(ctx context.Context, req *connect.Request[v1.DescribeKMSAccountRequest]) (*connect.Response[v1.KMSAccount], error) {
+	return c.describeKMSAccount.CallUnary(ctx, req)
+}
+
+// SetKMSAccountQuota calls strongroom.v1.KMSService.SetKMSAccountQuota.
+func (c *kMSServiceClient) SetKMSAccountQuota(ctx context.Context, req *connect.Request[v1.SetKMSAccountQuotaRequest]) (*connect.Response[v1.KMSAccount], error) {
+	return c.setKMSAccountQuota.CallUnary(ctx, req)
+}
+
+// SetKMSAccountDisabled calls strongroom.v1.KMSService.SetKMSAccountDisabled.
+func (c *kMSServiceClient) SetKMSAccountDisabled(ctx context.Context, req *connect.Request[v1.SetKMSAccountDisabledRequest]) (*connect.Response[v1.KMSAccount], error) {
+	return c.setKMSAccountDisabled.CallUnary(ctx, req)
+}
+
+// DeleteKMSAccount calls strongroom.v1.KMSService.DeleteKMSAccount.
+func (c *kMSServiceClient) DeleteKMSAccount(ctx context.Context, req *connect.Request[v1.DeleteKMSAccountRequest]) (*connect.Response[v1.DeleteKMSAccountResponse], error) {
+	return c.deleteKMSAccount.CallUnary(ctx, req)
 }
 
 // CreateKMSGroup calls strongroom.v1.KMSService.CreateKMSGroup.
@@ -348,6 +471,24 @@ func (c *kMSServiceClient) RevokeKMSCredential(ctx context.Context, req *connect
 // KMSServiceHandler is an implementation of the strongroom.v1.KMSService service.
 type KMSServiceHandler interface {
 	GetKMS(context.Context, *connect.Request[v1.GetKMSRequest]) (*connect.Response[v1.KMS], error)
+	// CreateKMSAccount makes an account: what belongs to one tenant, its groups,
+	// applications and users, of which those of others see nothing.
+	CreateKMSAccount(context.Context, *connect.Request[v1.CreateKMSAccountRequest]) (*connect.Response[v1.KMSAccount], error)
+	ListKMSAccounts(context.Context, *connect.Request[v1.ListKMSAccountsRequest]) (*connect.Response[v1.ListKMSAccountsResponse], error)
+	GetKMSAccount(context.Context, *connect.Request[v1.GetKMSAccountRequest]) (*connect.Response[v1.KMSAccount], error)
+	// DescribeKMSAccount replaces an account's title and description.
+	DescribeKMSAccount(context.Context, *connect.Request[v1.DescribeKMSAccountRequest]) (*connect.Response[v1.KMSAccount], error)
+	// SetKMSAccountQuota replaces how much an account's groups may do together. The
+	// privilege is needed on everything, not on the account.
+	SetKMSAccountQuota(context.Context, *connect.Request[v1.SetKMSAccountQuotaRequest]) (*connect.Response[v1.KMSAccount], error)
+	// SetKMSAccountDisabled has all applications of an account refused from their
+	// next request on, also on open connections, or accepted again. The privilege is
+	// needed on everything, not on the account.
+	SetKMSAccountDisabled(context.Context, *connect.Request[v1.SetKMSAccountDisabledRequest]) (*connect.Response[v1.KMSAccount], error)
+	// DeleteKMSAccount removes an account that has no groups and no users. The
+	// account default stays. The privilege is needed on everything, not on the
+	// account.
+	DeleteKMSAccount(context.Context, *connect.Request[v1.DeleteKMSAccountRequest]) (*connect.Response[v1.DeleteKMSAccountResponse], error)
 	// CreateKMSGroup makes a group. Its applications share keys.
 	CreateKMSGroup(context.Context, *connect.Request[v1.CreateKMSGroupRequest]) (*connect.Response[v1.KMSGroup], error)
 	GetKMSGroup(context.Context, *connect.Request[v1.GetKMSGroupRequest]) (*connect.Response[v1.KMSGroup], error)
@@ -395,6 +536,48 @@ func NewKMSServiceHandler(svc KMSServiceHandler, opts ...connect.HandlerOption) 
 		KMSServiceGetKMSProcedure,
 		svc.GetKMS,
 		connect.WithSchema(kMSServiceMethods.ByName("GetKMS")),
+		connect.WithHandlerOptions(opts...),
+	)
+	kMSServiceCreateKMSAccountHandler := connect.NewUnaryHandler(
+		KMSServiceCreateKMSAccountProcedure,
+		svc.CreateKMSAccount,
+		connect.WithSchema(kMSServiceMethods.ByName("CreateKMSAccount")),
+		connect.WithHandlerOptions(opts...),
+	)
+	kMSServiceListKMSAccountsHandler := connect.NewUnaryHandler(
+		KMSServiceListKMSAccountsProcedure,
+		svc.ListKMSAccounts,
+		connect.WithSchema(kMSServiceMethods.ByName("ListKMSAccounts")),
+		connect.WithHandlerOptions(opts...),
+	)
+	kMSServiceGetKMSAccountHandler := connect.NewUnaryHandler(
+		KMSServiceGetKMSAccountProcedure,
+		svc.GetKMSAccount,
+		connect.WithSchema(kMSServiceMethods.ByName("GetKMSAccount")),
+		connect.WithHandlerOptions(opts...),
+	)
+	kMSServiceDescribeKMSAccountHandler := connect.NewUnaryHandler(
+		KMSServiceDescribeKMSAccountProcedure,
+		svc.DescribeKMSAccount,
+		connect.WithSchema(kMSServiceMethods.ByName("DescribeKMSAccount")),
+		connect.WithHandlerOptions(opts...),
+	)
+	kMSServiceSetKMSAccountQuotaHandler := connect.NewUnaryHandler(
+		KMSServiceSetKMSAccountQuotaProcedure,
+		svc.SetKMSAccountQuota,
+		connect.WithSchema(kMSServiceMethods.ByName("SetKMSAccountQuota")),
+		connect.WithHandlerOptions(opts...),
+	)
+	kMSServiceSetKMSAccountDisabledHandler := connect.NewUnaryHandler(
+		KMSServiceSetKMSAccountDisabledProcedure,
+		svc.SetKMSAccountDisabled,
+		connect.WithSchema(kMSServiceMethods.ByName("SetKMSAccountDisabled")),
+		connect.WithHandlerOptions(opts...),
+	)
+	kMSServiceDeleteKMSAccountHandler := connect.NewUnaryHandler(
+		KMSServiceDeleteKMSAccountProcedure,
+		svc.DeleteKMSAccount,
+		connect.WithSchema(kMSServiceMethods.ByName("DeleteKMSAccount")),
 		connect.WithHandlerOptions(opts...),
 	)
 	kMSServiceCreateKMSGroupHandler := connect.NewUnaryHandler(
@@ -497,6 +680,20 @@ func NewKMSServiceHandler(svc KMSServiceHandler, opts ...connect.HandlerOption) 
 		switch r.URL.Path {
 		case KMSServiceGetKMSProcedure:
 			kMSServiceGetKMSHandler.ServeHTTP(w, r)
+		case KMSServiceCreateKMSAccountProcedure:
+			kMSServiceCreateKMSAccountHandler.ServeHTTP(w, r)
+		case KMSServiceListKMSAccountsProcedure:
+			kMSServiceListKMSAccountsHandler.ServeHTTP(w, r)
+		case KMSServiceGetKMSAccountProcedure:
+			kMSServiceGetKMSAccountHandler.ServeHTTP(w, r)
+		case KMSServiceDescribeKMSAccountProcedure:
+			kMSServiceDescribeKMSAccountHandler.ServeHTTP(w, r)
+		case KMSServiceSetKMSAccountQuotaProcedure:
+			kMSServiceSetKMSAccountQuotaHandler.ServeHTTP(w, r)
+		case KMSServiceSetKMSAccountDisabledProcedure:
+			kMSServiceSetKMSAccountDisabledHandler.ServeHTTP(w, r)
+		case KMSServiceDeleteKMSAccountProcedure:
+			kMSServiceDeleteKMSAccountHandler.ServeHTTP(w, r)
 		case KMSServiceCreateKMSGroupProcedure:
 			kMSServiceCreateKMSGroupHandler.ServeHTTP(w, r)
 		case KMSServiceGetKMSGroupProcedure:
@@ -540,6 +737,34 @@ type UnimplementedKMSServiceHandler struct{}
 
 func (UnimplementedKMSServiceHandler) GetKMS(context.Context, *connect.Request[v1.GetKMSRequest]) (*connect.Response[v1.KMS], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.KMSService.GetKMS is not implemented"))
+}
+
+func (UnimplementedKMSServiceHandler) CreateKMSAccount(context.Context, *connect.Request[v1.CreateKMSAccountRequest]) (*connect.Response[v1.KMSAccount], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.KMSService.CreateKMSAccount is not implemented"))
+}
+
+func (UnimplementedKMSServiceHandler) ListKMSAccounts(context.Context, *connect.Request[v1.ListKMSAccountsRequest]) (*connect.Response[v1.ListKMSAccountsResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.KMSService.ListKMSAccounts is not implemented"))
+}
+
+func (UnimplementedKMSServiceHandler) GetKMSAccount(context.Context, *connect.Request[v1.GetKMSAccountRequest]) (*connect.Response[v1.KMSAccount], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.KMSService.GetKMSAccount is not implemented"))
+}
+
+func (UnimplementedKMSServiceHandler) DescribeKMSAccount(context.Context, *connect.Request[v1.DescribeKMSAccountRequest]) (*connect.Response[v1.KMSAccount], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.KMSService.DescribeKMSAccount is not implemented"))
+}
+
+func (UnimplementedKMSServiceHandler) SetKMSAccountQuota(context.Context, *connect.Request[v1.SetKMSAccountQuotaRequest]) (*connect.Response[v1.KMSAccount], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.KMSService.SetKMSAccountQuota is not implemented"))
+}
+
+func (UnimplementedKMSServiceHandler) SetKMSAccountDisabled(context.Context, *connect.Request[v1.SetKMSAccountDisabledRequest]) (*connect.Response[v1.KMSAccount], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.KMSService.SetKMSAccountDisabled is not implemented"))
+}
+
+func (UnimplementedKMSServiceHandler) DeleteKMSAccount(context.Context, *connect.Request[v1.DeleteKMSAccountRequest]) (*connect.Response[v1.DeleteKMSAccountResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.KMSService.DeleteKMSAccount is not implemented"))
 }
 
 func (UnimplementedKMSServiceHandler) CreateKMSGroup(context.Context, *connect.Request[v1.CreateKMSGroupRequest]) (*connect.Response[v1.KMSGroup], error) {

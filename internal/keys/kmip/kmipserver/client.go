@@ -73,7 +73,7 @@ func (p *Policy) checkExport(o *Object) error {
 // Event is an operation that was answered, or, without Operation, a request
 // whose client was refused. It holds no secret.
 type Event struct {
-	Client    Client
+	Client    Client // zero for a client that is not known
 	Peer      string // network address
 	Operation kmip.Operation
 	Object    string            // its identifier as the client gave it or the server made it; "" for none

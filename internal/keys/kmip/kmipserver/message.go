@@ -247,13 +247,14 @@ func (r *request) authenticate(a *kmip.Authentication) error {
 		return err
 	}
 	r.server.log.LogAttrs(r.ctx, slog.LevelInfo, "kmip client refused", slog.String("peer", r.conn.peer), slog.Any("err", err))
-	if err := r.server.observe(r.ctx, Event{Peer: r.conn.peer, Reason: kmip.ResultReasonAuthenticationNotSuccessful}); err != nil {
+	told := (*Refusal)(nil)
+	if !errors.As(err, &told) {
+		client, told = Client{}, &Refusal{Reason: kmip.ResultReasonAuthenticationNotSuccessful, Message: "who you are could not be established"}
+	}
+	if err := r.server.observe(r.ctx, Event{Client: client, Peer: r.conn.peer, Reason: told.Reason, Cause: told.Cause}); err != nil {
 		r.server.log.LogAttrs(r.ctx, slog.LevelError, "kmip refusal not recorded", slog.Any("err", err))
 	}
-	if told := (*Refusal)(nil); errors.As(err, &told) {
-		return told
-	}
-	return refuse(kmip.ResultReasonAuthenticationNotSuccessful, "who you are could not be established")
+	return told
 }
 
 // unavailable reports whether an error means that this server cannot know the

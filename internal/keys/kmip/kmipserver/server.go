@@ -77,7 +77,8 @@ func (l Limits) wire() kmipwire.Limits {
 // Authenticator tells who sends a request: the client with this TLS state and
 // these credentials, which may be none. It is called once a request. An error
 // refuses the request with Authentication Not Successful; its text is logged and
-// not sent, unless it is a [Refusal].
+// not sent. With a [Refusal], which is sent, it may return the client, for the
+// record.
 type Authenticator func(ctx context.Context, state tls.ConnectionState, credentials []kmip.Credential) (Client, error)
 
 // Config is what a server needs.

@@ -42,6 +42,41 @@ func Application(name string) Subject { return Subject("application/" + name) }
 // that have been deleted.
 func Group(name string) Subject { return Subject("group/" + name) }
 
+// Account is the subject of an account, which is counted for its quota alone: what
+// it did is what its groups did.
+func Account(name string) Subject { return Subject("account/" + name) }
+
+// Client is whose operations are counted.
+type Client struct {
+	Application directory.Application
+	Group       directory.Group
+	Account     directory.Account
+	// Groups returns the names of all groups of the account.
+	Groups func() []string
+}
+
+// subjects returns whom c counts for, from the narrowest, with their quotas.
+func (c Client) subjects() []limited {
+	return []limited{
+		{Application(c.Application.Name), c.Application.Quota}, {Group(c.Group.Name), c.Group.Quota}, {Account(c.Account.Name), c.Account.Quota},
+	}
+}
+
+type limited struct {
+	subject Subject
+	quota   directory.Quota
+}
+
+// Sum adds up what several subjects did; a quota's period is of none of them.
+func Sum(all ...Counters) Counters {
+	var sum Counters
+	for _, c := range all {
+		c.Window = Window{}
+		sum.add(c)
+	}
+	return sum
+}
+
 // Counters are what a subject has done.
 type Counters struct {
 	Operations int64     `json:"operations,omitempty"` // carried out, also those that failed
@@ -112,7 +147,7 @@ type Meter struct {
 
 	mu       sync.Mutex // guards the rest
 	subjects map[Subject]*counted
-	making   map[string]int64 // by group: keys that are being made
+	making   map[Subject]int64 // by group and account: keys that are being made
 }
 
 // counted is what is known of a subject.
@@ -130,87 +165,116 @@ func (c *counted) add(more Counters) {
 func Open(ctx context.Context, db *store.DB, keys func(ctx context.Context, group string) (int64, error), log *slog.Logger) (*Meter, error) {
 	m := &Meter{
 		db: db, table: store.NewTable[Counters](db, "kms-usage", 1), keys: keys, log: log, now: time.Now,
-		subjects: map[Subject]*counted{}, making: map[string]int64{},
+		subjects: map[Subject]*counted{}, making: map[Subject]int64{},
 	}
 	return m, errs.Wrap(m.refresh(ctx), "cannot read the usage counters")
 }
 
-// Admit counts one operation of app, or returns an [Exceeded] error. makesKey
-// says that the operation makes a key; it counts as one until done, which the
-// caller calls once, with whether the key was made.
-func (m *Meter) Admit(ctx context.Context, app directory.Application, group directory.Group, makesKey bool) (done func(made bool), err error) {
+// Admit counts one operation of c, or returns an [Exceeded] error. makesKey says
+// that the operation makes a key; it counts as one until done, which the caller
+// calls once, with whether the key was made.
+func (m *Meter) Admit(ctx context.Context, c Client, makesKey bool) (done func(made bool), err error) {
 	done = func(bool) {}
 	if makesKey {
 		// In this order: what is made is among the keys before it is no longer
 		// among those being made, so none is overlooked.
-		being := m.begin(group.Name)
-		done = func(made bool) { m.end(app.Name, group.Name, made) }
-		if group.Quota.Keys > 0 {
-			keys, err := m.keys(ctx, group.Name)
-			if err == nil && keys+being > group.Quota.Keys {
-				err = m.refuse(app.Name, group.Name, &Exceeded{Subject: Group(group.Name), What: "keys", Limit: group.Quota.Keys})
-			}
-			if err != nil {
-				done(false)
-				return nil, err
-			}
+		ofGroup, ofAccount := m.begin(c)
+		done = func(made bool) { m.end(c, made) }
+		err = m.checkKeys(ctx, c, Group(c.Group.Name), c.Group.Quota.Keys, ofGroup, func() []string { return []string{c.Group.Name} })
+		if err == nil {
+			err = m.checkKeys(ctx, c, Account(c.Account.Name), c.Account.Quota.Keys, ofAccount, c.Groups)
 		}
 	}
-	if err := m.count(app, group); err != nil {
+	if err == nil {
+		err = m.count(c)
+	}
+	if err != nil {
 		done(false)
 		return nil, err
 	}
 	return done, nil
 }
 
-// begin returns how many keys of a group are being made, with one more.
-func (m *Meter) begin(group string) int64 {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.making[group]++
-	return m.making[group]
+// checkKeys refuses a key that goes beyond a limit of keys; being are those that
+// are being made, with this one.
+func (m *Meter) checkKeys(ctx context.Context, c Client, s Subject, limit, being int64, groups func() []string) error {
+	if limit == 0 {
+		return nil
+	}
+	sum := being
+	for _, g := range groups() {
+		n, err := m.keys(ctx, g)
+		if err != nil {
+			return err
+		}
+		sum += n
+	}
+	if sum > limit {
+		return m.refuse(c, &Exceeded{Subject: s, What: "keys", Limit: limit})
+	}
+	return nil
 }
 
-func (m *Meter) end(app, group string, made bool) {
+// begin returns how many keys of c's group and account are being made, with one
+// more.
+func (m *Meter) begin(c Client) (ofGroup, ofAccount int64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.making[group]--; m.making[group] == 0 {
-		delete(m.making, group)
+	group, account := Group(c.Group.Name), Account(c.Account.Name)
+	m.making[group]++
+	m.making[account]++
+	return m.making[group], m.making[account]
+}
+
+func (m *Meter) end(c Client, made bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, s := range []Subject{Group(c.Group.Name), Account(c.Account.Name)} {
+		if m.making[s]--; m.making[s] == 0 {
+			delete(m.making, s)
+		}
 	}
 	if made {
-		one := Counters{Made: 1}
-		m.subject(Application(app)).add(one)
-		m.subject(Group(group)).add(one)
+		m.addTo(c, Counters{Made: 1})
 	}
 }
 
 // count counts one operation unless it goes beyond a quota.
-func (m *Meter) count(app directory.Application, group directory.Group) error {
+func (m *Meter) count(c Client) error {
 	m.mu.Lock()
-	ofApp, ofGroup, now := m.subject(Application(app.Name)), m.subject(Group(group.Name)), m.now().UTC()
-	exceeded := beyond(ofApp, Application(app.Name), app.Quota, now)
-	if exceeded == nil {
-		exceeded = beyond(ofGroup, Group(group.Name), group.Quota, now)
+	now := m.now().UTC()
+	var exceeded *Exceeded
+	for _, l := range c.subjects() {
+		if exceeded = beyond(m.subject(l.subject), l.subject, l.quota, now); exceeded != nil {
+			break
+		}
 	}
 	if exceeded == nil {
-		ofApp.add(once(app.Quota, now))
-		ofGroup.add(once(group.Quota, now))
+		for _, l := range c.subjects() {
+			if l.subject != Account(c.Account.Name) || l.quota.Operations > 0 {
+				m.subject(l.subject).add(once(l.quota, now))
+			}
+		}
 	}
 	m.mu.Unlock()
 	if exceeded != nil {
-		return m.refuse(app.Name, group.Name, exceeded)
+		return m.refuse(c, exceeded)
 	}
 	return nil
 }
 
 // refuse counts a refusal and returns it.
-func (m *Meter) refuse(app, group string, e *Exceeded) error {
+func (m *Meter) refuse(c Client, e *Exceeded) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	refused := Counters{Refused: 1}
-	m.subject(Application(app)).add(refused)
-	m.subject(Group(group)).add(refused)
+	m.addTo(c, Counters{Refused: 1})
 	return e
+}
+
+// addTo adds to what c's application and group did.
+func (m *Meter) addTo(c Client, more Counters) {
+	m.subject(Application(c.Application.Name)).add(more)
+	m.subject(Group(c.Group.Name)).add(more)
 }
 
 func (m *Meter) subject(s Subject) *counted {

@@ -48,11 +48,16 @@ func open(t *testing.T, db *store.DB) *bench {
 	return b
 }
 
+// clientOf is a client in an account of one group without quota.
+func clientOf(app directory.Application, group directory.Group) Client {
+	return Client{Application: app, Group: group, Account: directory.Account{Name: "a"}, Groups: func() []string { return []string{group.Name} }}
+}
+
 // try does one operation, which makes a key if makes, and returns its quota's
 // refusal.
 func (b *bench) try(t *testing.T, app directory.Application, group directory.Group, makes bool) *Exceeded {
 	t.Helper()
-	done, err := b.Admit(t.Context(), app, group, makes)
+	done, err := b.Admit(t.Context(), clientOf(app, group), makes)
 	if err != nil {
 		e, ok := errors.AsType[*Exceeded](err)
 		if !ok {
@@ -121,7 +126,7 @@ func TestKeysAtOnce(t *testing.T) {
 	for range 16 {
 		wait.Go(func() {
 			for i := range 50 {
-				done, err := b.Admit(context.Background(), app, group, true)
+				done, err := b.Admit(context.Background(), clientOf(app, group), true)
 				if err != nil {
 					continue
 				}
