@@ -206,7 +206,10 @@ type HeartbeatRequest struct {
 	Vms          []*VM           `protobuf:"bytes,6,rep,name=vms,proto3" json:"vms,omitempty"`
 	// A random name of this start of the agent: what it had in memory only is
 	// gone when it changes.
-	Instance      string `protobuf:"bytes,7,opt,name=instance,proto3" json:"instance,omitempty"`
+	Instance string `protobuf:"bytes,7,opt,name=instance,proto3" json:"instance,omitempty"`
+	// Of the heartbeats of an instance, the later one has the higher number; 0: not
+	// known.
+	Sequence      uint64 `protobuf:"varint,8,opt,name=sequence,proto3" json:"sequence,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -288,6 +291,13 @@ func (x *HeartbeatRequest) GetInstance() string {
 		return x.Instance
 	}
 	return ""
+}
+
+func (x *HeartbeatRequest) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
 }
 
 // HeldProvider names a provider whose keys a host holds.
@@ -703,7 +713,10 @@ type KeyServerAccess struct {
 	// DER, the client's own first.
 	Client [][]byte `protobuf:"bytes,5,rep,name=client,proto3" json:"client,omitempty"`
 	// The credentials blob, sealed to the host's parcel key.
-	Parcel        []byte `protobuf:"bytes,6,opt,name=parcel,proto3" json:"parcel,omitempty"`
+	Parcel []byte `protobuf:"bytes,6,opt,name=parcel,proto3" json:"parcel,omitempty"`
+	// Key ids of wrapping keys whose use was ended, at most 1000: they may still
+	// open what they wrapped.
+	EndedKeys     []string `protobuf:"bytes,7,rep,name=ended_keys,json=endedKeys,proto3" json:"ended_keys,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -776,6 +789,13 @@ func (x *KeyServerAccess) GetClient() [][]byte {
 func (x *KeyServerAccess) GetParcel() []byte {
 	if x != nil {
 		return x.Parcel
+	}
+	return nil
+}
+
+func (x *KeyServerAccess) GetEndedKeys() []string {
+	if x != nil {
+		return x.EndedKeys
 	}
 	return nil
 }
@@ -2570,7 +2590,7 @@ const file_strongroom_v1_agent_proto_rawDesc = "" +
 	"cluster_id\x18\x02 \x01(\tR\tclusterId\x12\x18\n" +
 	"\acluster\x18\x03 \x01(\tR\acluster\x12 \n" +
 	"\vcertificate\x18\x04 \x01(\fR\vcertificate\x12%\n" +
-	"\x0eca_certificate\x18\x05 \x01(\fR\rcaCertificate\"\xf3\x02\n" +
+	"\x0eca_certificate\x18\x05 \x01(\fR\rcaCertificate\"\x8f\x03\n" +
 	"\x10HeartbeatRequest\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\tR\aaddress\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12\x17\n" +
@@ -2578,7 +2598,8 @@ const file_strongroom_v1_agent_proto_rawDesc = "" +
 	"\fcapabilities\x18\x04 \x03(\v21.strongroom.v1.HeartbeatRequest.CapabilitiesEntryR\fcapabilities\x129\n" +
 	"\tproviders\x18\x05 \x03(\v2\x1b.strongroom.v1.HeldProviderR\tproviders\x12#\n" +
 	"\x03vms\x18\x06 \x03(\v2\x11.strongroom.v1.VMR\x03vms\x12\x1a\n" +
-	"\binstance\x18\a \x01(\tR\binstance\x1a?\n" +
+	"\binstance\x18\a \x01(\tR\binstance\x12\x1a\n" +
+	"\bsequence\x18\b \x01(\x04R\bsequence\x1a?\n" +
 	"\x11CapabilitiesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\bR\x05value:\x028\x01\"9\n" +
@@ -2609,14 +2630,16 @@ const file_strongroom_v1_agent_proto_rawDesc = "" +
 	"\acreated\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x12\x1a\n" +
 	"\bstandard\x18\x06 \x01(\bR\bstandard\x12?\n" +
 	"\vkey_servers\x18\a \x01(\v2\x1e.strongroom.v1.KeyServerAccessR\n" +
-	"keyServers\"\xcc\x01\n" +
+	"keyServers\"\xeb\x01\n" +
 	"\x0fKeyServerAccess\x126\n" +
 	"\aservers\x18\x01 \x03(\v2\x1c.strongroom.v1.TrustedServerR\aservers\x12\x12\n" +
 	"\x04user\x18\x02 \x01(\tR\x04user\x12\x14\n" +
 	"\x05proxy\x18\x03 \x01(\tR\x05proxy\x12'\n" +
 	"\x0ftimeout_seconds\x18\x04 \x01(\rR\x0etimeoutSeconds\x12\x16\n" +
 	"\x06client\x18\x05 \x03(\fR\x06client\x12\x16\n" +
-	"\x06parcel\x18\x06 \x01(\fR\x06parcel\"M\n" +
+	"\x06parcel\x18\x06 \x01(\fR\x06parcel\x12\x1d\n" +
+	"\n" +
+	"ended_keys\x18\a \x03(\tR\tendedKeys\"M\n" +
 	"\x0fWantedDatastore\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04type\x18\x02 \x01(\tR\x04type\x12\x12\n" +

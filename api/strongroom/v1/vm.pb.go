@@ -106,8 +106,10 @@ type VM struct {
 	// was cut off and not tried again, or made after vm.json was, if that was
 	// restored from a backup.
 	ConsolidationNeeded bool `protobuf:"varint,17,opt,name=consolidation_needed,json=consolidationNeeded,proto3" json:"consolidation_needed,omitempty"`
-	unknownFields       protoimpl.UnknownFields
-	sizeCache           protoimpl.SizeCache
+	// Between host and controller only.
+	Description   *Description `protobuf:"bytes,18,opt,name=description,proto3" json:"description,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *VM) Reset() {
@@ -259,6 +261,69 @@ func (x *VM) GetConsolidationNeeded() bool {
 	return false
 }
 
+func (x *VM) GetDescription() *Description {
+	if x != nil {
+		return x.Description
+	}
+	return nil
+}
+
+// Description says which of two descriptions of a VM is the later one, whenever
+// they arrive.
+type Description struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// A random name of this start of the host's agent.
+	Instance string `protobuf:"bytes,1,opt,name=instance,proto3" json:"instance,omitempty"`
+	// Of that agent's descriptions of the VM, the later one has the higher number.
+	Sequence      uint64 `protobuf:"varint,2,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Description) Reset() {
+	*x = Description{}
+	mi := &file_strongroom_v1_vm_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Description) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Description) ProtoMessage() {}
+
+func (x *Description) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_vm_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Description.ProtoReflect.Descriptor instead.
+func (*Description) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Description) GetInstance() string {
+	if x != nil {
+		return x.Instance
+	}
+	return ""
+}
+
+func (x *Description) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
+}
+
 // Snapshot is a VM's disks and settings as they were at a time.
 type Snapshot struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -282,7 +347,7 @@ type Snapshot struct {
 
 func (x *Snapshot) Reset() {
 	*x = Snapshot{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[2]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -294,7 +359,7 @@ func (x *Snapshot) String() string {
 func (*Snapshot) ProtoMessage() {}
 
 func (x *Snapshot) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[2]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -307,7 +372,7 @@ func (x *Snapshot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Snapshot.ProtoReflect.Descriptor instead.
 func (*Snapshot) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{2}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Snapshot) GetId() string {
@@ -399,7 +464,7 @@ type Disk struct {
 
 func (x *Disk) Reset() {
 	*x = Disk{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[3]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -411,7 +476,7 @@ func (x *Disk) String() string {
 func (*Disk) ProtoMessage() {}
 
 func (x *Disk) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[3]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -424,7 +489,7 @@ func (x *Disk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Disk.ProtoReflect.Descriptor instead.
 func (*Disk) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{3}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Disk) GetName() string {
@@ -531,7 +596,7 @@ type DiskRekey struct {
 
 func (x *DiskRekey) Reset() {
 	*x = DiskRekey{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[4]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -543,7 +608,7 @@ func (x *DiskRekey) String() string {
 func (*DiskRekey) ProtoMessage() {}
 
 func (x *DiskRekey) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[4]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -556,7 +621,7 @@ func (x *DiskRekey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiskRekey.ProtoReflect.Descriptor instead.
 func (*DiskRekey) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{4}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *DiskRekey) GetKey() *KeyRef {
@@ -591,7 +656,7 @@ type DiskEncryption struct {
 
 func (x *DiskEncryption) Reset() {
 	*x = DiskEncryption{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[5]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -603,7 +668,7 @@ func (x *DiskEncryption) String() string {
 func (*DiskEncryption) ProtoMessage() {}
 
 func (x *DiskEncryption) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[5]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -616,7 +681,7 @@ func (x *DiskEncryption) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiskEncryption.ProtoReflect.Descriptor instead.
 func (*DiskEncryption) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{5}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *DiskEncryption) GetDoneBytes() int64 {
@@ -657,7 +722,7 @@ type VMSettings struct {
 
 func (x *VMSettings) Reset() {
 	*x = VMSettings{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[6]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -669,7 +734,7 @@ func (x *VMSettings) String() string {
 func (*VMSettings) ProtoMessage() {}
 
 func (x *VMSettings) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[6]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -682,7 +747,7 @@ func (x *VMSettings) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VMSettings.ProtoReflect.Descriptor instead.
 func (*VMSettings) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{6}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *VMSettings) GetCpus() uint32 {
@@ -766,7 +831,7 @@ type NewDisk struct {
 
 func (x *NewDisk) Reset() {
 	*x = NewDisk{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[7]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -778,7 +843,7 @@ func (x *NewDisk) String() string {
 func (*NewDisk) ProtoMessage() {}
 
 func (x *NewDisk) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[7]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -791,7 +856,7 @@ func (x *NewDisk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NewDisk.ProtoReflect.Descriptor instead.
 func (*NewDisk) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{7}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *NewDisk) GetSizeBytes() int64 {
@@ -854,7 +919,7 @@ type CreateVMRequest struct {
 
 func (x *CreateVMRequest) Reset() {
 	*x = CreateVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[8]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -866,7 +931,7 @@ func (x *CreateVMRequest) String() string {
 func (*CreateVMRequest) ProtoMessage() {}
 
 func (x *CreateVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[8]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -879,7 +944,7 @@ func (x *CreateVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateVMRequest.ProtoReflect.Descriptor instead.
 func (*CreateVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{8}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *CreateVMRequest) GetName() string {
@@ -949,7 +1014,7 @@ type CloneVMRequest struct {
 
 func (x *CloneVMRequest) Reset() {
 	*x = CloneVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[9]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -961,7 +1026,7 @@ func (x *CloneVMRequest) String() string {
 func (*CloneVMRequest) ProtoMessage() {}
 
 func (x *CloneVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[9]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -974,7 +1039,7 @@ func (x *CloneVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloneVMRequest.ProtoReflect.Descriptor instead.
 func (*CloneVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{9}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *CloneVMRequest) GetName() string {
@@ -1022,7 +1087,7 @@ type ListSnapshotsRequest struct {
 
 func (x *ListSnapshotsRequest) Reset() {
 	*x = ListSnapshotsRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[10]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1034,7 +1099,7 @@ func (x *ListSnapshotsRequest) String() string {
 func (*ListSnapshotsRequest) ProtoMessage() {}
 
 func (x *ListSnapshotsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[10]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1047,7 +1112,7 @@ func (x *ListSnapshotsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSnapshotsRequest.ProtoReflect.Descriptor instead.
 func (*ListSnapshotsRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{10}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ListSnapshotsRequest) GetName() string {
@@ -1069,7 +1134,7 @@ type ListSnapshotsResponse struct {
 
 func (x *ListSnapshotsResponse) Reset() {
 	*x = ListSnapshotsResponse{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[11]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1081,7 +1146,7 @@ func (x *ListSnapshotsResponse) String() string {
 func (*ListSnapshotsResponse) ProtoMessage() {}
 
 func (x *ListSnapshotsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[11]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1094,7 +1159,7 @@ func (x *ListSnapshotsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSnapshotsResponse.ProtoReflect.Descriptor instead.
 func (*ListSnapshotsResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{11}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ListSnapshotsResponse) GetSnapshots() []*Snapshot {
@@ -1132,7 +1197,7 @@ type CreateSnapshotRequest struct {
 
 func (x *CreateSnapshotRequest) Reset() {
 	*x = CreateSnapshotRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[12]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1144,7 +1209,7 @@ func (x *CreateSnapshotRequest) String() string {
 func (*CreateSnapshotRequest) ProtoMessage() {}
 
 func (x *CreateSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[12]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1157,7 +1222,7 @@ func (x *CreateSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*CreateSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{12}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *CreateSnapshotRequest) GetName() string {
@@ -1192,7 +1257,7 @@ type RevertToSnapshotRequest struct {
 
 func (x *RevertToSnapshotRequest) Reset() {
 	*x = RevertToSnapshotRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[13]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1204,7 +1269,7 @@ func (x *RevertToSnapshotRequest) String() string {
 func (*RevertToSnapshotRequest) ProtoMessage() {}
 
 func (x *RevertToSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[13]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1217,7 +1282,7 @@ func (x *RevertToSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevertToSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*RevertToSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{13}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *RevertToSnapshotRequest) GetName() string {
@@ -1245,7 +1310,7 @@ type DeleteSnapshotRequest struct {
 
 func (x *DeleteSnapshotRequest) Reset() {
 	*x = DeleteSnapshotRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[14]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1257,7 +1322,7 @@ func (x *DeleteSnapshotRequest) String() string {
 func (*DeleteSnapshotRequest) ProtoMessage() {}
 
 func (x *DeleteSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[14]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1270,7 +1335,7 @@ func (x *DeleteSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*DeleteSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{14}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *DeleteSnapshotRequest) GetName() string {
@@ -1297,7 +1362,7 @@ type ConsolidateSnapshotsRequest struct {
 
 func (x *ConsolidateSnapshotsRequest) Reset() {
 	*x = ConsolidateSnapshotsRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[15]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1309,7 +1374,7 @@ func (x *ConsolidateSnapshotsRequest) String() string {
 func (*ConsolidateSnapshotsRequest) ProtoMessage() {}
 
 func (x *ConsolidateSnapshotsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[15]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1322,7 +1387,7 @@ func (x *ConsolidateSnapshotsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsolidateSnapshotsRequest.ProtoReflect.Descriptor instead.
 func (*ConsolidateSnapshotsRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{15}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ConsolidateSnapshotsRequest) GetName() string {
@@ -1340,7 +1405,7 @@ type ListVMsRequest struct {
 
 func (x *ListVMsRequest) Reset() {
 	*x = ListVMsRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[16]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1352,7 +1417,7 @@ func (x *ListVMsRequest) String() string {
 func (*ListVMsRequest) ProtoMessage() {}
 
 func (x *ListVMsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[16]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1365,7 +1430,7 @@ func (x *ListVMsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVMsRequest.ProtoReflect.Descriptor instead.
 func (*ListVMsRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{16}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{17}
 }
 
 type ListVMsResponse struct {
@@ -1377,7 +1442,7 @@ type ListVMsResponse struct {
 
 func (x *ListVMsResponse) Reset() {
 	*x = ListVMsResponse{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[17]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1389,7 +1454,7 @@ func (x *ListVMsResponse) String() string {
 func (*ListVMsResponse) ProtoMessage() {}
 
 func (x *ListVMsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[17]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1402,7 +1467,7 @@ func (x *ListVMsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVMsResponse.ProtoReflect.Descriptor instead.
 func (*ListVMsResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{17}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ListVMsResponse) GetVms() []*VM {
@@ -1421,7 +1486,7 @@ type GetVMRequest struct {
 
 func (x *GetVMRequest) Reset() {
 	*x = GetVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[18]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1433,7 +1498,7 @@ func (x *GetVMRequest) String() string {
 func (*GetVMRequest) ProtoMessage() {}
 
 func (x *GetVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[18]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1446,7 +1511,7 @@ func (x *GetVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetVMRequest.ProtoReflect.Descriptor instead.
 func (*GetVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{18}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *GetVMRequest) GetName() string {
@@ -1465,7 +1530,7 @@ type PowerOnVMRequest struct {
 
 func (x *PowerOnVMRequest) Reset() {
 	*x = PowerOnVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[19]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1477,7 +1542,7 @@ func (x *PowerOnVMRequest) String() string {
 func (*PowerOnVMRequest) ProtoMessage() {}
 
 func (x *PowerOnVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[19]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1490,7 +1555,7 @@ func (x *PowerOnVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PowerOnVMRequest.ProtoReflect.Descriptor instead.
 func (*PowerOnVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{19}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *PowerOnVMRequest) GetName() string {
@@ -1513,7 +1578,7 @@ type PowerOffVMRequest struct {
 
 func (x *PowerOffVMRequest) Reset() {
 	*x = PowerOffVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[20]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1525,7 +1590,7 @@ func (x *PowerOffVMRequest) String() string {
 func (*PowerOffVMRequest) ProtoMessage() {}
 
 func (x *PowerOffVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[20]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1538,7 +1603,7 @@ func (x *PowerOffVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PowerOffVMRequest.ProtoReflect.Descriptor instead.
 func (*PowerOffVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{20}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *PowerOffVMRequest) GetName() string {
@@ -1581,7 +1646,7 @@ type EncryptVMRequest struct {
 
 func (x *EncryptVMRequest) Reset() {
 	*x = EncryptVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[21]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1593,7 +1658,7 @@ func (x *EncryptVMRequest) String() string {
 func (*EncryptVMRequest) ProtoMessage() {}
 
 func (x *EncryptVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[21]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1606,7 +1671,7 @@ func (x *EncryptVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EncryptVMRequest.ProtoReflect.Descriptor instead.
 func (*EncryptVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{21}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *EncryptVMRequest) GetName() string {
@@ -1655,7 +1720,7 @@ type DecryptVMRequest struct {
 
 func (x *DecryptVMRequest) Reset() {
 	*x = DecryptVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[22]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1667,7 +1732,7 @@ func (x *DecryptVMRequest) String() string {
 func (*DecryptVMRequest) ProtoMessage() {}
 
 func (x *DecryptVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[22]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1680,7 +1745,7 @@ func (x *DecryptVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecryptVMRequest.ProtoReflect.Descriptor instead.
 func (*DecryptVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{22}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *DecryptVMRequest) GetName() string {
@@ -1719,7 +1784,7 @@ type RekeyVMRequest struct {
 
 func (x *RekeyVMRequest) Reset() {
 	*x = RekeyVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[23]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1731,7 +1796,7 @@ func (x *RekeyVMRequest) String() string {
 func (*RekeyVMRequest) ProtoMessage() {}
 
 func (x *RekeyVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[23]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1744,7 +1809,7 @@ func (x *RekeyVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RekeyVMRequest.ProtoReflect.Descriptor instead.
 func (*RekeyVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{23}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *RekeyVMRequest) GetName() string {
@@ -1793,7 +1858,7 @@ type SetRekeyRateRequest struct {
 
 func (x *SetRekeyRateRequest) Reset() {
 	*x = SetRekeyRateRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[24]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1805,7 +1870,7 @@ func (x *SetRekeyRateRequest) String() string {
 func (*SetRekeyRateRequest) ProtoMessage() {}
 
 func (x *SetRekeyRateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[24]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1818,7 +1883,7 @@ func (x *SetRekeyRateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetRekeyRateRequest.ProtoReflect.Descriptor instead.
 func (*SetRekeyRateRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{24}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *SetRekeyRateRequest) GetName() string {
@@ -1846,7 +1911,7 @@ type FillDisksRequest struct {
 
 func (x *FillDisksRequest) Reset() {
 	*x = FillDisksRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[25]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1858,7 +1923,7 @@ func (x *FillDisksRequest) String() string {
 func (*FillDisksRequest) ProtoMessage() {}
 
 func (x *FillDisksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[25]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1871,7 +1936,7 @@ func (x *FillDisksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FillDisksRequest.ProtoReflect.Descriptor instead.
 func (*FillDisksRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{25}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *FillDisksRequest) GetName() string {
@@ -1900,7 +1965,7 @@ type ResizeDiskRequest struct {
 
 func (x *ResizeDiskRequest) Reset() {
 	*x = ResizeDiskRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[26]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1912,7 +1977,7 @@ func (x *ResizeDiskRequest) String() string {
 func (*ResizeDiskRequest) ProtoMessage() {}
 
 func (x *ResizeDiskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[26]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1925,7 +1990,7 @@ func (x *ResizeDiskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeDiskRequest.ProtoReflect.Descriptor instead.
 func (*ResizeDiskRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{26}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ResizeDiskRequest) GetName() string {
@@ -1961,7 +2026,7 @@ type ExportDiskKeyRequest struct {
 
 func (x *ExportDiskKeyRequest) Reset() {
 	*x = ExportDiskKeyRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[27]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1973,7 +2038,7 @@ func (x *ExportDiskKeyRequest) String() string {
 func (*ExportDiskKeyRequest) ProtoMessage() {}
 
 func (x *ExportDiskKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[27]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1986,7 +2051,7 @@ func (x *ExportDiskKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportDiskKeyRequest.ProtoReflect.Descriptor instead.
 func (*ExportDiskKeyRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{27}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ExportDiskKeyRequest) GetName() string {
@@ -2021,7 +2086,7 @@ type ExportDiskKeyResponse struct {
 
 func (x *ExportDiskKeyResponse) Reset() {
 	*x = ExportDiskKeyResponse{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[28]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2033,7 +2098,7 @@ func (x *ExportDiskKeyResponse) String() string {
 func (*ExportDiskKeyResponse) ProtoMessage() {}
 
 func (x *ExportDiskKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[28]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2046,7 +2111,7 @@ func (x *ExportDiskKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportDiskKeyResponse.ProtoReflect.Descriptor instead.
 func (*ExportDiskKeyResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{28}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ExportDiskKeyResponse) GetParcel() []byte {
@@ -2092,7 +2157,7 @@ type VolumeLayout struct {
 
 func (x *VolumeLayout) Reset() {
 	*x = VolumeLayout{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[29]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2104,7 +2169,7 @@ func (x *VolumeLayout) String() string {
 func (*VolumeLayout) ProtoMessage() {}
 
 func (x *VolumeLayout) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[29]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2117,7 +2182,7 @@ func (x *VolumeLayout) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeLayout.ProtoReflect.Descriptor instead.
 func (*VolumeLayout) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{29}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *VolumeLayout) GetVm() string {
@@ -2224,7 +2289,7 @@ type RegisterVMRequest struct {
 
 func (x *RegisterVMRequest) Reset() {
 	*x = RegisterVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[30]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2236,7 +2301,7 @@ func (x *RegisterVMRequest) String() string {
 func (*RegisterVMRequest) ProtoMessage() {}
 
 func (x *RegisterVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[30]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2249,7 +2314,7 @@ func (x *RegisterVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterVMRequest.ProtoReflect.Descriptor instead.
 func (*RegisterVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{30}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *RegisterVMRequest) GetDatastore() string {
@@ -2289,7 +2354,7 @@ type UnregisterVMRequest struct {
 
 func (x *UnregisterVMRequest) Reset() {
 	*x = UnregisterVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[31]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2301,7 +2366,7 @@ func (x *UnregisterVMRequest) String() string {
 func (*UnregisterVMRequest) ProtoMessage() {}
 
 func (x *UnregisterVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[31]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2314,7 +2379,7 @@ func (x *UnregisterVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnregisterVMRequest.ProtoReflect.Descriptor instead.
 func (*UnregisterVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{31}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *UnregisterVMRequest) GetName() string {
@@ -2332,7 +2397,7 @@ type ListUnregisteredVMsRequest struct {
 
 func (x *ListUnregisteredVMsRequest) Reset() {
 	*x = ListUnregisteredVMsRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[32]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2344,7 +2409,7 @@ func (x *ListUnregisteredVMsRequest) String() string {
 func (*ListUnregisteredVMsRequest) ProtoMessage() {}
 
 func (x *ListUnregisteredVMsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[32]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2357,7 +2422,7 @@ func (x *ListUnregisteredVMsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListUnregisteredVMsRequest.ProtoReflect.Descriptor instead.
 func (*ListUnregisteredVMsRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{32}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{33}
 }
 
 type ListUnregisteredVMsResponse struct {
@@ -2369,7 +2434,7 @@ type ListUnregisteredVMsResponse struct {
 
 func (x *ListUnregisteredVMsResponse) Reset() {
 	*x = ListUnregisteredVMsResponse{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[33]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2381,7 +2446,7 @@ func (x *ListUnregisteredVMsResponse) String() string {
 func (*ListUnregisteredVMsResponse) ProtoMessage() {}
 
 func (x *ListUnregisteredVMsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[33]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2394,7 +2459,7 @@ func (x *ListUnregisteredVMsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListUnregisteredVMsResponse.ProtoReflect.Descriptor instead.
 func (*ListUnregisteredVMsResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{33}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ListUnregisteredVMsResponse) GetVms() []*UnregisteredVM {
@@ -2420,7 +2485,7 @@ type UnregisteredVM struct {
 
 func (x *UnregisteredVM) Reset() {
 	*x = UnregisteredVM{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[34]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2432,7 +2497,7 @@ func (x *UnregisteredVM) String() string {
 func (*UnregisteredVM) ProtoMessage() {}
 
 func (x *UnregisteredVM) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[34]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2445,7 +2510,7 @@ func (x *UnregisteredVM) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnregisteredVM.ProtoReflect.Descriptor instead.
 func (*UnregisteredVM) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{34}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *UnregisteredVM) GetId() string {
@@ -2502,7 +2567,7 @@ type ForgetVMRequest struct {
 
 func (x *ForgetVMRequest) Reset() {
 	*x = ForgetVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[35]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2514,7 +2579,7 @@ func (x *ForgetVMRequest) String() string {
 func (*ForgetVMRequest) ProtoMessage() {}
 
 func (x *ForgetVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[35]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2527,7 +2592,7 @@ func (x *ForgetVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForgetVMRequest.ProtoReflect.Descriptor instead.
 func (*ForgetVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{35}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *ForgetVMRequest) GetDatastore() string {
@@ -2561,7 +2626,7 @@ type ForgetVMResponse struct {
 
 func (x *ForgetVMResponse) Reset() {
 	*x = ForgetVMResponse{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[36]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2573,7 +2638,7 @@ func (x *ForgetVMResponse) String() string {
 func (*ForgetVMResponse) ProtoMessage() {}
 
 func (x *ForgetVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[36]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2586,7 +2651,7 @@ func (x *ForgetVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForgetVMResponse.ProtoReflect.Descriptor instead.
 func (*ForgetVMResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{36}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ForgetVMResponse) GetVm() *UnregisteredVM {
@@ -2605,7 +2670,7 @@ type DeleteVMRequest struct {
 
 func (x *DeleteVMRequest) Reset() {
 	*x = DeleteVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[37]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2617,7 +2682,7 @@ func (x *DeleteVMRequest) String() string {
 func (*DeleteVMRequest) ProtoMessage() {}
 
 func (x *DeleteVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[37]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2630,7 +2695,7 @@ func (x *DeleteVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVMRequest.ProtoReflect.Descriptor instead.
 func (*DeleteVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{37}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *DeleteVMRequest) GetName() string {
@@ -2649,7 +2714,7 @@ type UnlockVMRequest struct {
 
 func (x *UnlockVMRequest) Reset() {
 	*x = UnlockVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[38]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2661,7 +2726,7 @@ func (x *UnlockVMRequest) String() string {
 func (*UnlockVMRequest) ProtoMessage() {}
 
 func (x *UnlockVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[38]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2674,7 +2739,7 @@ func (x *UnlockVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockVMRequest.ProtoReflect.Descriptor instead.
 func (*UnlockVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{38}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *UnlockVMRequest) GetName() string {
@@ -2691,7 +2756,7 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"\x16strongroom/v1/vm.proto\x12\rstrongroom.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bstrongroom/v1/options.proto\x1a\x18strongroom/v1/task.proto\";\n" +
 	"\x06KeyRef\x12\x1a\n" +
 	"\bprovider\x18\x01 \x01(\tR\bprovider\x12\x15\n" +
-	"\x06key_id\x18\x02 \x01(\tR\x05keyId\"\xe5\x04\n" +
+	"\x06key_id\x18\x02 \x01(\tR\x05keyId\"\xa3\x05\n" +
 	"\x02VM\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x18\n" +
@@ -2712,7 +2777,11 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"\acreated\x18\x0e \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x125\n" +
 	"\tsnapshots\x18\x0f \x03(\v2\x17.strongroom.v1.SnapshotR\tsnapshots\x12)\n" +
 	"\x10current_snapshot\x18\x10 \x01(\tR\x0fcurrentSnapshot\x121\n" +
-	"\x14consolidation_needed\x18\x11 \x01(\bR\x13consolidationNeeded\"\xa1\x02\n" +
+	"\x14consolidation_needed\x18\x11 \x01(\bR\x13consolidationNeeded\x12<\n" +
+	"\vdescription\x18\x12 \x01(\v2\x1a.strongroom.v1.DescriptionR\vdescription\"E\n" +
+	"\vDescription\x12\x1a\n" +
+	"\binstance\x18\x01 \x01(\tR\binstance\x12\x1a\n" +
+	"\bsequence\x18\x02 \x01(\x04R\bsequence\"\xa1\x02\n" +
 	"\bSnapshot\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12 \n" +
@@ -2939,126 +3008,128 @@ func file_strongroom_v1_vm_proto_rawDescGZIP() []byte {
 	return file_strongroom_v1_vm_proto_rawDescData
 }
 
-var file_strongroom_v1_vm_proto_msgTypes = make([]protoimpl.MessageInfo, 39)
+var file_strongroom_v1_vm_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
 var file_strongroom_v1_vm_proto_goTypes = []any{
 	(*KeyRef)(nil),                      // 0: strongroom.v1.KeyRef
 	(*VM)(nil),                          // 1: strongroom.v1.VM
-	(*Snapshot)(nil),                    // 2: strongroom.v1.Snapshot
-	(*Disk)(nil),                        // 3: strongroom.v1.Disk
-	(*DiskRekey)(nil),                   // 4: strongroom.v1.DiskRekey
-	(*DiskEncryption)(nil),              // 5: strongroom.v1.DiskEncryption
-	(*VMSettings)(nil),                  // 6: strongroom.v1.VMSettings
-	(*NewDisk)(nil),                     // 7: strongroom.v1.NewDisk
-	(*CreateVMRequest)(nil),             // 8: strongroom.v1.CreateVMRequest
-	(*CloneVMRequest)(nil),              // 9: strongroom.v1.CloneVMRequest
-	(*ListSnapshotsRequest)(nil),        // 10: strongroom.v1.ListSnapshotsRequest
-	(*ListSnapshotsResponse)(nil),       // 11: strongroom.v1.ListSnapshotsResponse
-	(*CreateSnapshotRequest)(nil),       // 12: strongroom.v1.CreateSnapshotRequest
-	(*RevertToSnapshotRequest)(nil),     // 13: strongroom.v1.RevertToSnapshotRequest
-	(*DeleteSnapshotRequest)(nil),       // 14: strongroom.v1.DeleteSnapshotRequest
-	(*ConsolidateSnapshotsRequest)(nil), // 15: strongroom.v1.ConsolidateSnapshotsRequest
-	(*ListVMsRequest)(nil),              // 16: strongroom.v1.ListVMsRequest
-	(*ListVMsResponse)(nil),             // 17: strongroom.v1.ListVMsResponse
-	(*GetVMRequest)(nil),                // 18: strongroom.v1.GetVMRequest
-	(*PowerOnVMRequest)(nil),            // 19: strongroom.v1.PowerOnVMRequest
-	(*PowerOffVMRequest)(nil),           // 20: strongroom.v1.PowerOffVMRequest
-	(*EncryptVMRequest)(nil),            // 21: strongroom.v1.EncryptVMRequest
-	(*DecryptVMRequest)(nil),            // 22: strongroom.v1.DecryptVMRequest
-	(*RekeyVMRequest)(nil),              // 23: strongroom.v1.RekeyVMRequest
-	(*SetRekeyRateRequest)(nil),         // 24: strongroom.v1.SetRekeyRateRequest
-	(*FillDisksRequest)(nil),            // 25: strongroom.v1.FillDisksRequest
-	(*ResizeDiskRequest)(nil),           // 26: strongroom.v1.ResizeDiskRequest
-	(*ExportDiskKeyRequest)(nil),        // 27: strongroom.v1.ExportDiskKeyRequest
-	(*ExportDiskKeyResponse)(nil),       // 28: strongroom.v1.ExportDiskKeyResponse
-	(*VolumeLayout)(nil),                // 29: strongroom.v1.VolumeLayout
-	(*RegisterVMRequest)(nil),           // 30: strongroom.v1.RegisterVMRequest
-	(*UnregisterVMRequest)(nil),         // 31: strongroom.v1.UnregisterVMRequest
-	(*ListUnregisteredVMsRequest)(nil),  // 32: strongroom.v1.ListUnregisteredVMsRequest
-	(*ListUnregisteredVMsResponse)(nil), // 33: strongroom.v1.ListUnregisteredVMsResponse
-	(*UnregisteredVM)(nil),              // 34: strongroom.v1.UnregisteredVM
-	(*ForgetVMRequest)(nil),             // 35: strongroom.v1.ForgetVMRequest
-	(*ForgetVMResponse)(nil),            // 36: strongroom.v1.ForgetVMResponse
-	(*DeleteVMRequest)(nil),             // 37: strongroom.v1.DeleteVMRequest
-	(*UnlockVMRequest)(nil),             // 38: strongroom.v1.UnlockVMRequest
-	(*timestamppb.Timestamp)(nil),       // 39: google.protobuf.Timestamp
-	(*Task)(nil),                        // 40: strongroom.v1.Task
+	(*Description)(nil),                 // 2: strongroom.v1.Description
+	(*Snapshot)(nil),                    // 3: strongroom.v1.Snapshot
+	(*Disk)(nil),                        // 4: strongroom.v1.Disk
+	(*DiskRekey)(nil),                   // 5: strongroom.v1.DiskRekey
+	(*DiskEncryption)(nil),              // 6: strongroom.v1.DiskEncryption
+	(*VMSettings)(nil),                  // 7: strongroom.v1.VMSettings
+	(*NewDisk)(nil),                     // 8: strongroom.v1.NewDisk
+	(*CreateVMRequest)(nil),             // 9: strongroom.v1.CreateVMRequest
+	(*CloneVMRequest)(nil),              // 10: strongroom.v1.CloneVMRequest
+	(*ListSnapshotsRequest)(nil),        // 11: strongroom.v1.ListSnapshotsRequest
+	(*ListSnapshotsResponse)(nil),       // 12: strongroom.v1.ListSnapshotsResponse
+	(*CreateSnapshotRequest)(nil),       // 13: strongroom.v1.CreateSnapshotRequest
+	(*RevertToSnapshotRequest)(nil),     // 14: strongroom.v1.RevertToSnapshotRequest
+	(*DeleteSnapshotRequest)(nil),       // 15: strongroom.v1.DeleteSnapshotRequest
+	(*ConsolidateSnapshotsRequest)(nil), // 16: strongroom.v1.ConsolidateSnapshotsRequest
+	(*ListVMsRequest)(nil),              // 17: strongroom.v1.ListVMsRequest
+	(*ListVMsResponse)(nil),             // 18: strongroom.v1.ListVMsResponse
+	(*GetVMRequest)(nil),                // 19: strongroom.v1.GetVMRequest
+	(*PowerOnVMRequest)(nil),            // 20: strongroom.v1.PowerOnVMRequest
+	(*PowerOffVMRequest)(nil),           // 21: strongroom.v1.PowerOffVMRequest
+	(*EncryptVMRequest)(nil),            // 22: strongroom.v1.EncryptVMRequest
+	(*DecryptVMRequest)(nil),            // 23: strongroom.v1.DecryptVMRequest
+	(*RekeyVMRequest)(nil),              // 24: strongroom.v1.RekeyVMRequest
+	(*SetRekeyRateRequest)(nil),         // 25: strongroom.v1.SetRekeyRateRequest
+	(*FillDisksRequest)(nil),            // 26: strongroom.v1.FillDisksRequest
+	(*ResizeDiskRequest)(nil),           // 27: strongroom.v1.ResizeDiskRequest
+	(*ExportDiskKeyRequest)(nil),        // 28: strongroom.v1.ExportDiskKeyRequest
+	(*ExportDiskKeyResponse)(nil),       // 29: strongroom.v1.ExportDiskKeyResponse
+	(*VolumeLayout)(nil),                // 30: strongroom.v1.VolumeLayout
+	(*RegisterVMRequest)(nil),           // 31: strongroom.v1.RegisterVMRequest
+	(*UnregisterVMRequest)(nil),         // 32: strongroom.v1.UnregisterVMRequest
+	(*ListUnregisteredVMsRequest)(nil),  // 33: strongroom.v1.ListUnregisteredVMsRequest
+	(*ListUnregisteredVMsResponse)(nil), // 34: strongroom.v1.ListUnregisteredVMsResponse
+	(*UnregisteredVM)(nil),              // 35: strongroom.v1.UnregisteredVM
+	(*ForgetVMRequest)(nil),             // 36: strongroom.v1.ForgetVMRequest
+	(*ForgetVMResponse)(nil),            // 37: strongroom.v1.ForgetVMResponse
+	(*DeleteVMRequest)(nil),             // 38: strongroom.v1.DeleteVMRequest
+	(*UnlockVMRequest)(nil),             // 39: strongroom.v1.UnlockVMRequest
+	(*timestamppb.Timestamp)(nil),       // 40: google.protobuf.Timestamp
+	(*Task)(nil),                        // 41: strongroom.v1.Task
 }
 var file_strongroom_v1_vm_proto_depIdxs = []int32{
 	0,  // 0: strongroom.v1.VM.key:type_name -> strongroom.v1.KeyRef
-	3,  // 1: strongroom.v1.VM.disks:type_name -> strongroom.v1.Disk
-	6,  // 2: strongroom.v1.VM.settings:type_name -> strongroom.v1.VMSettings
-	39, // 3: strongroom.v1.VM.created:type_name -> google.protobuf.Timestamp
-	2,  // 4: strongroom.v1.VM.snapshots:type_name -> strongroom.v1.Snapshot
-	39, // 5: strongroom.v1.Snapshot.created:type_name -> google.protobuf.Timestamp
-	3,  // 6: strongroom.v1.Snapshot.disks:type_name -> strongroom.v1.Disk
-	6,  // 7: strongroom.v1.Snapshot.settings:type_name -> strongroom.v1.VMSettings
-	0,  // 8: strongroom.v1.Disk.key:type_name -> strongroom.v1.KeyRef
-	4,  // 9: strongroom.v1.Disk.rekey:type_name -> strongroom.v1.DiskRekey
-	5,  // 10: strongroom.v1.Disk.encryption:type_name -> strongroom.v1.DiskEncryption
-	0,  // 11: strongroom.v1.DiskRekey.key:type_name -> strongroom.v1.KeyRef
-	6,  // 12: strongroom.v1.CreateVMRequest.settings:type_name -> strongroom.v1.VMSettings
-	7,  // 13: strongroom.v1.CreateVMRequest.disks:type_name -> strongroom.v1.NewDisk
-	2,  // 14: strongroom.v1.ListSnapshotsResponse.snapshots:type_name -> strongroom.v1.Snapshot
-	1,  // 15: strongroom.v1.ListVMsResponse.vms:type_name -> strongroom.v1.VM
-	29, // 16: strongroom.v1.ExportDiskKeyResponse.layout:type_name -> strongroom.v1.VolumeLayout
-	0,  // 17: strongroom.v1.VolumeLayout.key:type_name -> strongroom.v1.KeyRef
-	34, // 18: strongroom.v1.ListUnregisteredVMsResponse.vms:type_name -> strongroom.v1.UnregisteredVM
-	0,  // 19: strongroom.v1.UnregisteredVM.keys:type_name -> strongroom.v1.KeyRef
-	39, // 20: strongroom.v1.UnregisteredVM.since:type_name -> google.protobuf.Timestamp
-	34, // 21: strongroom.v1.ForgetVMResponse.vm:type_name -> strongroom.v1.UnregisteredVM
-	8,  // 22: strongroom.v1.VMService.CreateVM:input_type -> strongroom.v1.CreateVMRequest
-	9,  // 23: strongroom.v1.VMService.CloneVM:input_type -> strongroom.v1.CloneVMRequest
-	16, // 24: strongroom.v1.VMService.ListVMs:input_type -> strongroom.v1.ListVMsRequest
-	18, // 25: strongroom.v1.VMService.GetVM:input_type -> strongroom.v1.GetVMRequest
-	19, // 26: strongroom.v1.VMService.PowerOnVM:input_type -> strongroom.v1.PowerOnVMRequest
-	20, // 27: strongroom.v1.VMService.PowerOffVM:input_type -> strongroom.v1.PowerOffVMRequest
-	21, // 28: strongroom.v1.VMService.EncryptVM:input_type -> strongroom.v1.EncryptVMRequest
-	22, // 29: strongroom.v1.VMService.DecryptVM:input_type -> strongroom.v1.DecryptVMRequest
-	23, // 30: strongroom.v1.VMService.RekeyVM:input_type -> strongroom.v1.RekeyVMRequest
-	24, // 31: strongroom.v1.VMService.SetRekeyRate:input_type -> strongroom.v1.SetRekeyRateRequest
-	25, // 32: strongroom.v1.VMService.FillDisks:input_type -> strongroom.v1.FillDisksRequest
-	26, // 33: strongroom.v1.VMService.ResizeDisk:input_type -> strongroom.v1.ResizeDiskRequest
-	10, // 34: strongroom.v1.VMService.ListSnapshots:input_type -> strongroom.v1.ListSnapshotsRequest
-	12, // 35: strongroom.v1.VMService.CreateSnapshot:input_type -> strongroom.v1.CreateSnapshotRequest
-	13, // 36: strongroom.v1.VMService.RevertToSnapshot:input_type -> strongroom.v1.RevertToSnapshotRequest
-	14, // 37: strongroom.v1.VMService.DeleteSnapshot:input_type -> strongroom.v1.DeleteSnapshotRequest
-	15, // 38: strongroom.v1.VMService.ConsolidateSnapshots:input_type -> strongroom.v1.ConsolidateSnapshotsRequest
-	27, // 39: strongroom.v1.VMService.ExportDiskKey:input_type -> strongroom.v1.ExportDiskKeyRequest
-	30, // 40: strongroom.v1.VMService.RegisterVM:input_type -> strongroom.v1.RegisterVMRequest
-	31, // 41: strongroom.v1.VMService.UnregisterVM:input_type -> strongroom.v1.UnregisterVMRequest
-	32, // 42: strongroom.v1.VMService.ListUnregisteredVMs:input_type -> strongroom.v1.ListUnregisteredVMsRequest
-	35, // 43: strongroom.v1.VMService.ForgetVM:input_type -> strongroom.v1.ForgetVMRequest
-	37, // 44: strongroom.v1.VMService.DeleteVM:input_type -> strongroom.v1.DeleteVMRequest
-	38, // 45: strongroom.v1.VMService.UnlockVM:input_type -> strongroom.v1.UnlockVMRequest
-	40, // 46: strongroom.v1.VMService.CreateVM:output_type -> strongroom.v1.Task
-	40, // 47: strongroom.v1.VMService.CloneVM:output_type -> strongroom.v1.Task
-	17, // 48: strongroom.v1.VMService.ListVMs:output_type -> strongroom.v1.ListVMsResponse
-	1,  // 49: strongroom.v1.VMService.GetVM:output_type -> strongroom.v1.VM
-	40, // 50: strongroom.v1.VMService.PowerOnVM:output_type -> strongroom.v1.Task
-	40, // 51: strongroom.v1.VMService.PowerOffVM:output_type -> strongroom.v1.Task
-	40, // 52: strongroom.v1.VMService.EncryptVM:output_type -> strongroom.v1.Task
-	40, // 53: strongroom.v1.VMService.DecryptVM:output_type -> strongroom.v1.Task
-	40, // 54: strongroom.v1.VMService.RekeyVM:output_type -> strongroom.v1.Task
-	40, // 55: strongroom.v1.VMService.SetRekeyRate:output_type -> strongroom.v1.Task
-	40, // 56: strongroom.v1.VMService.FillDisks:output_type -> strongroom.v1.Task
-	40, // 57: strongroom.v1.VMService.ResizeDisk:output_type -> strongroom.v1.Task
-	11, // 58: strongroom.v1.VMService.ListSnapshots:output_type -> strongroom.v1.ListSnapshotsResponse
-	40, // 59: strongroom.v1.VMService.CreateSnapshot:output_type -> strongroom.v1.Task
-	40, // 60: strongroom.v1.VMService.RevertToSnapshot:output_type -> strongroom.v1.Task
-	40, // 61: strongroom.v1.VMService.DeleteSnapshot:output_type -> strongroom.v1.Task
-	40, // 62: strongroom.v1.VMService.ConsolidateSnapshots:output_type -> strongroom.v1.Task
-	28, // 63: strongroom.v1.VMService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
-	40, // 64: strongroom.v1.VMService.RegisterVM:output_type -> strongroom.v1.Task
-	40, // 65: strongroom.v1.VMService.UnregisterVM:output_type -> strongroom.v1.Task
-	33, // 66: strongroom.v1.VMService.ListUnregisteredVMs:output_type -> strongroom.v1.ListUnregisteredVMsResponse
-	36, // 67: strongroom.v1.VMService.ForgetVM:output_type -> strongroom.v1.ForgetVMResponse
-	40, // 68: strongroom.v1.VMService.DeleteVM:output_type -> strongroom.v1.Task
-	40, // 69: strongroom.v1.VMService.UnlockVM:output_type -> strongroom.v1.Task
-	46, // [46:70] is the sub-list for method output_type
-	22, // [22:46] is the sub-list for method input_type
-	22, // [22:22] is the sub-list for extension type_name
-	22, // [22:22] is the sub-list for extension extendee
-	0,  // [0:22] is the sub-list for field type_name
+	4,  // 1: strongroom.v1.VM.disks:type_name -> strongroom.v1.Disk
+	7,  // 2: strongroom.v1.VM.settings:type_name -> strongroom.v1.VMSettings
+	40, // 3: strongroom.v1.VM.created:type_name -> google.protobuf.Timestamp
+	3,  // 4: strongroom.v1.VM.snapshots:type_name -> strongroom.v1.Snapshot
+	2,  // 5: strongroom.v1.VM.description:type_name -> strongroom.v1.Description
+	40, // 6: strongroom.v1.Snapshot.created:type_name -> google.protobuf.Timestamp
+	4,  // 7: strongroom.v1.Snapshot.disks:type_name -> strongroom.v1.Disk
+	7,  // 8: strongroom.v1.Snapshot.settings:type_name -> strongroom.v1.VMSettings
+	0,  // 9: strongroom.v1.Disk.key:type_name -> strongroom.v1.KeyRef
+	5,  // 10: strongroom.v1.Disk.rekey:type_name -> strongroom.v1.DiskRekey
+	6,  // 11: strongroom.v1.Disk.encryption:type_name -> strongroom.v1.DiskEncryption
+	0,  // 12: strongroom.v1.DiskRekey.key:type_name -> strongroom.v1.KeyRef
+	7,  // 13: strongroom.v1.CreateVMRequest.settings:type_name -> strongroom.v1.VMSettings
+	8,  // 14: strongroom.v1.CreateVMRequest.disks:type_name -> strongroom.v1.NewDisk
+	3,  // 15: strongroom.v1.ListSnapshotsResponse.snapshots:type_name -> strongroom.v1.Snapshot
+	1,  // 16: strongroom.v1.ListVMsResponse.vms:type_name -> strongroom.v1.VM
+	30, // 17: strongroom.v1.ExportDiskKeyResponse.layout:type_name -> strongroom.v1.VolumeLayout
+	0,  // 18: strongroom.v1.VolumeLayout.key:type_name -> strongroom.v1.KeyRef
+	35, // 19: strongroom.v1.ListUnregisteredVMsResponse.vms:type_name -> strongroom.v1.UnregisteredVM
+	0,  // 20: strongroom.v1.UnregisteredVM.keys:type_name -> strongroom.v1.KeyRef
+	40, // 21: strongroom.v1.UnregisteredVM.since:type_name -> google.protobuf.Timestamp
+	35, // 22: strongroom.v1.ForgetVMResponse.vm:type_name -> strongroom.v1.UnregisteredVM
+	9,  // 23: strongroom.v1.VMService.CreateVM:input_type -> strongroom.v1.CreateVMRequest
+	10, // 24: strongroom.v1.VMService.CloneVM:input_type -> strongroom.v1.CloneVMRequest
+	17, // 25: strongroom.v1.VMService.ListVMs:input_type -> strongroom.v1.ListVMsRequest
+	19, // 26: strongroom.v1.VMService.GetVM:input_type -> strongroom.v1.GetVMRequest
+	20, // 27: strongroom.v1.VMService.PowerOnVM:input_type -> strongroom.v1.PowerOnVMRequest
+	21, // 28: strongroom.v1.VMService.PowerOffVM:input_type -> strongroom.v1.PowerOffVMRequest
+	22, // 29: strongroom.v1.VMService.EncryptVM:input_type -> strongroom.v1.EncryptVMRequest
+	23, // 30: strongroom.v1.VMService.DecryptVM:input_type -> strongroom.v1.DecryptVMRequest
+	24, // 31: strongroom.v1.VMService.RekeyVM:input_type -> strongroom.v1.RekeyVMRequest
+	25, // 32: strongroom.v1.VMService.SetRekeyRate:input_type -> strongroom.v1.SetRekeyRateRequest
+	26, // 33: strongroom.v1.VMService.FillDisks:input_type -> strongroom.v1.FillDisksRequest
+	27, // 34: strongroom.v1.VMService.ResizeDisk:input_type -> strongroom.v1.ResizeDiskRequest
+	11, // 35: strongroom.v1.VMService.ListSnapshots:input_type -> strongroom.v1.ListSnapshotsRequest
+	13, // 36: strongroom.v1.VMService.CreateSnapshot:input_type -> strongroom.v1.CreateSnapshotRequest
+	14, // 37: strongroom.v1.VMService.RevertToSnapshot:input_type -> strongroom.v1.RevertToSnapshotRequest
+	15, // 38: strongroom.v1.VMService.DeleteSnapshot:input_type -> strongroom.v1.DeleteSnapshotRequest
+	16, // 39: strongroom.v1.VMService.ConsolidateSnapshots:input_type -> strongroom.v1.ConsolidateSnapshotsRequest
+	28, // 40: strongroom.v1.VMService.ExportDiskKey:input_type -> strongroom.v1.ExportDiskKeyRequest
+	31, // 41: strongroom.v1.VMService.RegisterVM:input_type -> strongroom.v1.RegisterVMRequest
+	32, // 42: strongroom.v1.VMService.UnregisterVM:input_type -> strongroom.v1.UnregisterVMRequest
+	33, // 43: strongroom.v1.VMService.ListUnregisteredVMs:input_type -> strongroom.v1.ListUnregisteredVMsRequest
+	36, // 44: strongroom.v1.VMService.ForgetVM:input_type -> strongroom.v1.ForgetVMRequest
+	38, // 45: strongroom.v1.VMService.DeleteVM:input_type -> strongroom.v1.DeleteVMRequest
+	39, // 46: strongroom.v1.VMService.UnlockVM:input_type -> strongroom.v1.UnlockVMRequest
+	41, // 47: strongroom.v1.VMService.CreateVM:output_type -> strongroom.v1.Task
+	41, // 48: strongroom.v1.VMService.CloneVM:output_type -> strongroom.v1.Task
+	18, // 49: strongroom.v1.VMService.ListVMs:output_type -> strongroom.v1.ListVMsResponse
+	1,  // 50: strongroom.v1.VMService.GetVM:output_type -> strongroom.v1.VM
+	41, // 51: strongroom.v1.VMService.PowerOnVM:output_type -> strongroom.v1.Task
+	41, // 52: strongroom.v1.VMService.PowerOffVM:output_type -> strongroom.v1.Task
+	41, // 53: strongroom.v1.VMService.EncryptVM:output_type -> strongroom.v1.Task
+	41, // 54: strongroom.v1.VMService.DecryptVM:output_type -> strongroom.v1.Task
+	41, // 55: strongroom.v1.VMService.RekeyVM:output_type -> strongroom.v1.Task
+	41, // 56: strongroom.v1.VMService.SetRekeyRate:output_type -> strongroom.v1.Task
+	41, // 57: strongroom.v1.VMService.FillDisks:output_type -> strongroom.v1.Task
+	41, // 58: strongroom.v1.VMService.ResizeDisk:output_type -> strongroom.v1.Task
+	12, // 59: strongroom.v1.VMService.ListSnapshots:output_type -> strongroom.v1.ListSnapshotsResponse
+	41, // 60: strongroom.v1.VMService.CreateSnapshot:output_type -> strongroom.v1.Task
+	41, // 61: strongroom.v1.VMService.RevertToSnapshot:output_type -> strongroom.v1.Task
+	41, // 62: strongroom.v1.VMService.DeleteSnapshot:output_type -> strongroom.v1.Task
+	41, // 63: strongroom.v1.VMService.ConsolidateSnapshots:output_type -> strongroom.v1.Task
+	29, // 64: strongroom.v1.VMService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
+	41, // 65: strongroom.v1.VMService.RegisterVM:output_type -> strongroom.v1.Task
+	41, // 66: strongroom.v1.VMService.UnregisterVM:output_type -> strongroom.v1.Task
+	34, // 67: strongroom.v1.VMService.ListUnregisteredVMs:output_type -> strongroom.v1.ListUnregisteredVMsResponse
+	37, // 68: strongroom.v1.VMService.ForgetVM:output_type -> strongroom.v1.ForgetVMResponse
+	41, // 69: strongroom.v1.VMService.DeleteVM:output_type -> strongroom.v1.Task
+	41, // 70: strongroom.v1.VMService.UnlockVM:output_type -> strongroom.v1.Task
+	47, // [47:71] is the sub-list for method output_type
+	23, // [23:47] is the sub-list for method input_type
+	23, // [23:23] is the sub-list for extension type_name
+	23, // [23:23] is the sub-list for extension extendee
+	0,  // [0:23] is the sub-list for field type_name
 }
 
 func init() { file_strongroom_v1_vm_proto_init() }
@@ -3074,7 +3145,7 @@ func file_strongroom_v1_vm_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_strongroom_v1_vm_proto_rawDesc), len(file_strongroom_v1_vm_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   39,
+			NumMessages:   40,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -75,7 +75,8 @@ type Controller struct {
 	reluctant  reluctant
 	now        func() time.Time // for rotation
 
-	said said
+	said  said
+	heard heard
 
 	// beatLife is how long a host counts as connected without a heartbeat.
 	beatLife time.Duration
@@ -113,7 +114,7 @@ func open(ctx context.Context, cfg Config, log *slog.Logger, hashing access.Hash
 	c := &Controller{
 		cfg: cfg, log: log, servers: &standard.Set{}, wake: make(chan struct{}, 1), starved: make(chan struct{}, 1), look: make(chan struct{}, 1),
 		due: make(chan struct{}, 1), stray: make(chan struct{}, 1), reluctant: reluctant{again: followAgainMin, vms: map[string]pause{}}, now: time.Now, beatLife: heartbeatLife,
-		said: said{keys: map[string][]inventory.KeyRef{}}, orphanAgeMin: orphanAgeMin,
+		said: said{keys: map[string]map[string][]inventory.KeyRef{}}, heard: heard{words: map[string]*word{}}, orphanAgeMin: orphanAgeMin,
 	}
 	defer func() {
 		if err != nil {

@@ -129,6 +129,12 @@ func settingsFromAPI(s *strongroomv1.VMSettings) inventory.Settings {
 // apply takes over what a host says of a VM. A disk whose header the host could
 // not read keeps the key it was last seen with: it still needs it.
 func apply(v *inventory.VM, said *strongroomv1.VM) {
+	v.PowerState = inventory.PowerState(said.GetPowerState())
+	v.CryptoState = inventory.CryptoState(said.GetCryptoState())
+	v.LockReason = said.GetLockReason()
+	if unread(said) {
+		return // it needs what it needed when it could be read
+	}
 	v.Disks = disksFromAPI(said.GetDisks(), v.Disks)
 	known := map[string][]inventory.Disk{}
 	for _, s := range v.Snapshots {
@@ -143,10 +149,13 @@ func apply(v *inventory.VM, said *strongroomv1.VM) {
 	}
 	v.Snapshot, v.ConsolidationNeeded = said.GetCurrentSnapshot(), said.GetConsolidationNeeded()
 	v.Key = keyFromAPI(said.GetKey())
-	v.PowerState = inventory.PowerState(said.GetPowerState())
-	v.CryptoState = inventory.CryptoState(said.GetCryptoState())
-	v.LockReason = said.GetLockReason()
 	v.Settings = settingsFromAPI(said.GetSettings())
+}
+
+// unread reports whether the host could not read the VM's folder when it said this:
+// it does not know what the VM has.
+func unread(said *strongroomv1.VM) bool {
+	return said.GetPowerState() == string(inventory.PowerUnknown)
 }
 
 // disksFromAPI returns the disks that a host tells of; before are those that it

@@ -113,6 +113,16 @@ func (c enroll) Heartbeat(ctx context.Context, req *connect.Request[strongroomv1
 	if _, err := checkFacts(m); err != nil {
 		return nil, err
 	}
+	answer := connect.NewResponse(&strongroomv1.HeartbeatResponse{IntervalMs: uint32(heartbeatEvery.Milliseconds())})
+	now := &strongroomv1.Description{Instance: m.GetInstance(), Sequence: m.GetSequence()}
+	last, done, err := c.heard.turn(ctx, id, "")
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	if last.stale(now) {
+		return answer, nil
+	}
 	before, err := c.inv.HostByID(ctx, id)
 	if err != nil {
 		return nil, err
@@ -149,7 +159,8 @@ func (c enroll) Heartbeat(ctx context.Context, req *connect.Request[strongroomv1
 	if stale {
 		c.poke()
 	}
-	return connect.NewResponse(&strongroomv1.HeartbeatResponse{IntervalMs: uint32(heartbeatEvery.Milliseconds())}), nil
+	last.note(now)
+	return answer, nil
 }
 
 func (c enroll) RenewCertificate(ctx context.Context, req *connect.Request[strongroomv1.RenewCertificateRequest]) (*connect.Response[strongroomv1.RenewCertificateResponse], error) {

@@ -46,8 +46,9 @@ type fakeHost struct {
 	mu   sync.Mutex // guards all below
 	held map[string]string
 	keks map[string]bool // by "provider/key id"
-	// instance is this start of the agent.
+	// instance is this start of the agent, and told the number of its last word.
 	instance string
+	told     uint64
 	vms      map[string]*strongroomv1.VM // by id
 	calls    map[string]int              // by method
 	syncs    []*strongroomv1.SyncHostRequest
@@ -177,10 +178,19 @@ func (h *fakeHost) heartbeat() *strongroomv1.HeartbeatRequest {
 	req := &strongroomv1.HeartbeatRequest{
 		Address: h.address, Version: "test", BootId: "boot-1", Capabilities: map[string]bool{inventory.CapabilityTPM: h.tpm}, Providers: h.heldNow(), Instance: h.instance,
 	}
+	h.told++
+	req.Sequence = h.told
 	for _, vm := range h.vms {
-		req.Vms = append(req.Vms, proto.CloneOf(vm))
+		req.Vms = append(req.Vms, h.describe(vm))
 	}
 	return req
+}
+
+func (h *fakeHost) describe(vm *strongroomv1.VM) *strongroomv1.VM {
+	out := proto.CloneOf(vm)
+	h.told++
+	out.Description = &strongroomv1.Description{Instance: h.instance, Sequence: h.told}
+	return out
 }
 
 func (h *fakeHost) heldNow() []*strongroomv1.HeldProvider {
@@ -397,7 +407,7 @@ func (h *fakeHost) work(out *connect.ServerStream[strongroomv1.AgentProgress], i
 	vm, err := h.find(id)
 	if err == nil {
 		f(vm)
-		vm = proto.CloneOf(vm)
+		vm = h.describe(vm)
 	}
 	h.mu.Unlock()
 	if err != nil {
@@ -517,7 +527,7 @@ func (h *fakeHost) answer(id string, f func(*strongroomv1.VM)) (*connect.Respons
 		return nil, err
 	}
 	f(vm)
-	return connect.NewResponse(&strongroomv1.AgentVMResponse{Vm: proto.CloneOf(vm)}), nil
+	return connect.NewResponse(&strongroomv1.AgentVMResponse{Vm: h.describe(vm)}), nil
 }
 
 func (h *fakeHost) GetVM(_ context.Context, req *connect.Request[strongroomv1.AgentGetVMRequest]) (*connect.Response[strongroomv1.AgentVMResponse], error) {

@@ -33,6 +33,13 @@ func (c *Controller) keyServerAccess(h inventory.Host, p inventory.Provider) (*s
 	for _, server := range s.Servers {
 		out.Servers = append(out.Servers, &strongroomv1.TrustedServer{Address: server.Address, Fingerprint: server.Fingerprint})
 	}
+	if s.Wrapping != nil {
+		for _, k := range s.Wrapping.Replaced {
+			if !k.Ended.IsZero() {
+				out.EndedKeys = append(out.EndedKeys, k.KeyID)
+			}
+		}
+	}
 	secrets, err := c.keys.credentials(p.Name)
 	if err != nil {
 		return nil, err

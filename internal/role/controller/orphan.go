@@ -56,22 +56,27 @@ type orphan struct {
 // not the inventory knows those VMs. It is safe for concurrent use.
 type said struct {
 	mu   sync.Mutex
-	keys map[string][]inventory.KeyRef // by host id
+	keys map[string]map[string][]inventory.KeyRef // by host id and VM id; nil: it has not told what the VM needs
 }
 
 func (s *said) note(hostID string, vms []*strongroomv1.VM) {
-	var keys []inventory.KeyRef
-	for _, vm := range vms {
-		var v inventory.VM
-		apply(&v, vm)
-		keys = append(keys, v.Keys()...)
-	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	keys := map[string][]inventory.KeyRef{}
+	for _, vm := range vms {
+		if unread(vm) {
+			keys[vm.GetId()] = s.keys[hostID][vm.GetId()] // it could be read once, perhaps
+			continue
+		}
+		var v inventory.VM
+		apply(&v, vm)
+		keys[vm.GetId()] = append([]inventory.KeyRef{}, v.Keys()...)
+	}
 	s.keys[hostID] = keys
 }
 
-func (s *said) get(hostID string) (keys []inventory.KeyRef, ok bool) {
+// get returns what a host told, which must not be changed.
+func (s *said) get(hostID string) (keys map[string][]inventory.KeyRef, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	keys, ok = s.keys[hostID]
@@ -115,14 +120,24 @@ func (c *Controller) needed(ctx context.Context, provider string) (need, error) 
 		return n, err
 	}
 	for _, h := range hosts {
-		keys, ok := c.said.get(h.ID)
-		if !ok {
-			n.silent = append(n.silent, h.Name)
-		}
-		for _, k := range keys {
-			if k.Provider == provider {
-				n.other[k.KeyID] = true
+		vms, told := c.said.get(h.ID)
+		for id, keys := range vms {
+			if keys == nil {
+				// What the inventory knows of it counts; of another, nothing is known.
+				_, err := c.inv.VMByID(ctx, id)
+				if err != nil && errs.KindOf(err) != errs.NotFound {
+					return n, err
+				}
+				told = told && err == nil
 			}
+			for _, k := range keys {
+				if k.Provider == provider {
+					n.other[k.KeyID] = true
+				}
+			}
+		}
+		if !told {
+			n.silent = append(n.silent, h.Name)
 		}
 	}
 	vms, err := c.inv.KeptVMs(ctx)

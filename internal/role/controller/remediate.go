@@ -269,13 +269,35 @@ func (c *Controller) post(ctx context.Context, n event.New) {
 	}
 }
 
-// noteVM takes over what a host says of a VM. One that the inventory does not
-// know is not taken in: somebody unregistered it, or must register it.
+// noteVM takes over what a host says of a VM, unless it has said something later.
+// One that the inventory does not know is not taken in: somebody unregistered it,
+// or must register it.
 func (c *Controller) noteVM(ctx context.Context, hostID string, said *strongroomv1.VM) error {
 	old, err := c.inv.VMByID(ctx, said.GetId())
 	if errs.KindOf(err) == errs.NotFound || err == nil && old.HostID != hostID {
 		return nil
 	}
+	if err != nil {
+		return err
+	}
+	last, done, err := c.heard.turn(ctx, hostID, said.GetId())
+	if err != nil {
+		return err
+	}
+	defer done()
+	if last.stale(said.GetDescription()) {
+		return nil
+	}
+	if err := c.takeOver(ctx, said); err != nil {
+		return err
+	}
+	last.note(said.GetDescription())
+	return nil
+}
+
+// takeOver changes a VM as its host says.
+func (c *Controller) takeOver(ctx context.Context, said *strongroomv1.VM) error {
+	old, err := c.inv.VMByID(ctx, said.GetId())
 	if err != nil {
 		return err
 	}
@@ -298,7 +320,7 @@ func (c *Controller) noteVM(ctx context.Context, hostID string, said *strongroom
 	if !slices.Equal(keys, next.Keys()) {
 		c.poke() // other hosts need them too, and it may have to follow its provider
 	}
-	if old.PowerState != next.PowerState && old.PowerState != inventory.PowerUnknown {
+	if old.PowerState != next.PowerState && old.PowerState != inventory.PowerUnknown && next.PowerState != inventory.PowerUnknown {
 		kind := event.VMPoweredOff
 		if next.PowerState == inventory.PoweredOn {
 			kind = event.VMPoweredOn

@@ -335,6 +335,11 @@ func (c *Controller) addToInventory(ctx context.Context, h inventory.Host, id st
 	if _, err := c.inv.VMByID(ctx, id); err == nil {
 		return c.noteVM(ctx, h.ID, said)
 	}
+	last, done, err := c.heard.turn(ctx, h.ID, id)
+	if err != nil {
+		return err
+	}
+	defer done()
 	v := inventory.VM{
 		ID: id, Name: said.GetName(), ClusterID: h.ClusterID, HostID: h.ID, Datastore: said.GetDatastore(), Folder: said.GetFolder(),
 		Created: said.GetCreated().AsTime(),
@@ -348,6 +353,7 @@ func (c *Controller) addToInventory(ctx context.Context, h inventory.Host, id st
 	if _, err := c.inv.CreateVM(ctx, v); err != nil {
 		return err
 	}
+	last.note(said.GetDescription())
 	return c.events.Evaluate(ctx, c.inv)
 }
 
@@ -496,21 +502,22 @@ func (c *Controller) unregister(ctx context.Context, _ *task.Run, h inventory.Ho
 	if _, err := callHost(ctx, h, c.agents.of(h).UnregisterVM, &strongroomv1.AgentUnregisterVMRequest{Id: a.ID}); err != nil {
 		return nil, err
 	}
-	return nil, c.forgotten(ctx, c.inv.UnregisterVM(ctx, a.ID))
+	return nil, c.forgotten(ctx, a, c.inv.UnregisterVM(ctx, a.ID))
 }
 
 func (c *Controller) delete(ctx context.Context, r *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {
 	if _, err := c.deleteOnHost(ctx, r, h, a); err != nil {
 		return nil, err
 	}
-	return nil, c.forgotten(ctx, c.inv.DeleteVM(ctx, a.ID))
+	return nil, c.forgotten(ctx, a, c.inv.DeleteVM(ctx, a.ID))
 }
 
 // forgotten puts right what depends on a VM that the inventory has forgotten.
-func (c *Controller) forgotten(ctx context.Context, err error) error {
+func (c *Controller) forgotten(ctx context.Context, a vmArgs, err error) error {
 	if err != nil {
 		return err
 	}
+	c.heard.forget(a.HostID, a.ID)
 	c.poke() // its KEKs of standard providers leave the hosts' memory
 	return c.events.Evaluate(ctx, c.inv)
 }

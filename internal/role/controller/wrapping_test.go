@@ -315,6 +315,11 @@ func TestWrappingMode(t *testing.T) {
 		}
 		seen[key] = true
 	}
+	// Hosts that ask the key server themselves know which keys may be ended ones.
+	if err := s.update("kms-1", &strongroomv1.StandardSettings{HostAccess: inventory.HostsDirect}); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "a host to be told of the ended key", func() bool { return slices.Equal(near.lastAccess("kms-1").GetEndedKeys(), []string{shared}) })
 	// A new wrapping key is made when it is to be shared again.
 	if err := s.update("kms-1", &strongroomv1.StandardSettings{Keys: keysWrapping}); err != nil {
 		t.Fatal(err)

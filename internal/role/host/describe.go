@@ -33,6 +33,22 @@ func (h *Host) read(reg registered) (dir string, vm *bundle.VM, err error) {
 // works while the VM runs, and tells as locked a VM whose key cannot be had and
 // whose DEKs no volume process holds: it could not go on.
 func (h *Host) describe(ctx context.Context, m *machine) (*strongroomv1.VM, error) {
+	// One at a time, so that the later one has read what is later.
+	m.describing.Lock()
+	defer m.describing.Unlock()
+	vm, err := h.look(ctx, m)
+	if err == nil {
+		vm.Description = h.nextDescription()
+	}
+	return vm, err
+}
+
+func (h *Host) nextDescription() *strongroomv1.Description {
+	return &strongroomv1.Description{Instance: h.instance, Sequence: h.told.Add(1)}
+}
+
+// look is what describe finds.
+func (h *Host) look(ctx context.Context, m *machine) (*strongroomv1.VM, error) {
 	reg, on := m.state()
 	dir, vm, err := h.read(reg)
 	if err != nil {
@@ -89,7 +105,7 @@ func (h *Host) describeSnapshots(ctx context.Context, m *machine, dir string, vm
 			disk, keys, err := h.describeDisk(dir, vm, d)
 			for _, key := range keys {
 				if err == nil {
-					err = h.haveKEK(ctx, key)
+					err = h.holdsKEK(ctx, key)
 				}
 			}
 			if err != nil {

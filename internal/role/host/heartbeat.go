@@ -74,9 +74,10 @@ func (h *Host) heartbeats(ctx context.Context) error {
 func (h *Host) heartbeat(ctx context.Context) (time.Duration, error) {
 	ctx, cancel := context.WithTimeout(ctx, heartbeatTimeout)
 	defer cancel()
+	sequence := h.told.Add(1) // heartbeats are made one after the other
 	res, err := h.enroll.Heartbeat(ctx, connect.NewRequest(&strongroomv1.HeartbeatRequest{
 		Address: h.cfg.Advertise, Version: Version, BootId: h.bootID, Capabilities: capabilities(),
-		Providers: h.held(), Vms: h.describeAll(ctx), Instance: h.instance,
+		Providers: h.held(), Vms: h.describeAll(ctx), Instance: h.instance, Sequence: sequence,
 	}))
 	if err != nil {
 		return 0, err

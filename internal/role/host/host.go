@@ -21,6 +21,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 
 	"github.com/google/uuid"
 	"golang.org/x/sync/errgroup"
@@ -57,6 +58,7 @@ type Host struct {
 	watchers sync.WaitGroup
 	changed  chan struct{} // buffered by one: something to tell the controller
 
+	told      atomic.Uint64    // the number of the last description of a VM or of this host
 	lacking   chan keysafe.Ref // buffered: KEKs that VMs lack, of key servers that this host may ask
 	unlocking chan struct{}    // buffered by one: whoever derives a key from a passphrase
 }

@@ -25,6 +25,7 @@ const (
 	keyServersMax       = 16 // of a provider
 	keyServerTimeoutMax = 60 // seconds
 	clientChainMax      = 16 // certificates
+	endedKeysMax        = 1000
 	lackingMax          = 64 // keys that wait to be asked for
 )
 
@@ -37,6 +38,9 @@ type keyServers struct {
 	Proxy          string      `json:"proxy,omitempty"` // "host:port"
 	TimeoutSeconds uint32      `json:"timeout_seconds"`
 	Client         [][]byte    `json:"client,omitempty"` // our certificate and its chain, DER
+	// Ended are the key ids of wrapping keys whose use was ended: of a backup,
+	// perhaps, which they still open.
+	Ended []string `json:"ended,omitempty"`
 }
 
 type keyServer struct {
@@ -81,6 +85,15 @@ func keyServersFromAPI(provider string, a *strongroomv1.KeyServerAccess) (keySer
 	if len(k.Client) > clientChainMax {
 		return k, errs.New(errs.Invalid, "a chain of %d certificates is over %d", len(k.Client), clientChainMax)
 	}
+	if len(a.GetEndedKeys()) > endedKeysMax {
+		return k, errs.New(errs.Invalid, "%d keys whose use was ended are over %d", len(a.GetEndedKeys()), endedKeysMax)
+	}
+	for _, id := range a.GetEndedKeys() {
+		if err := (keysafe.Ref{Provider: provider, KeyID: id}).Validate(); err != nil {
+			return k, errs.New(errs.Invalid, "a key whose use was ended: %w", err)
+		}
+	}
+	k.Ended = a.GetEndedKeys()
 	for _, s := range a.GetServers() {
 		k.Servers = append(k.Servers, keyServer{Address: s.GetAddress(), Fingerprint: s.GetFingerprint()})
 	}
@@ -216,6 +229,13 @@ func (s *secrets) connectKeyServers(before, next []keyServers, credentials map[s
 	return errors.Join(failures...)
 }
 
+// ended reports whether ref is a wrapping key whose use was ended.
+func (s *secrets) ended(ref keysafe.Ref) bool {
+	return slices.ContainsFunc(s.snapshot().KeyServers, func(k keyServers) bool {
+		return k.Provider == ref.Provider && slices.Contains(k.Ended, ref.KeyID)
+	})
+}
+
 // fetchKEK gets a KEK that is not in memory from its key server, if this host
 // may ask it, and keeps it as one that the controller sent.
 func (h *Host) fetchKEK(ctx context.Context, ref keysafe.Ref) (*keymem.Key, error) {
@@ -224,6 +244,9 @@ func (h *Host) fetchKEK(ctx context.Context, ref keysafe.Ref) (*keymem.Key, erro
 		return nil, err
 	}
 	kek, err := p.KEK(ctx, ref)
+	if errors.Is(err, standard.ErrNotActive) && h.secrets.ended(ref) {
+		kek, err = p.SupersededKEK(ctx, ref) // to open what it wrapped before
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -163,6 +163,33 @@ func TestDirectAccessRefused(t *testing.T) {
 	k.wantReason(t, k.Host, standard.ReasonMissing)
 }
 
+// TestDirectAccessEnded: a VM from a backup, whose wrapping key was replaced and
+// ended since, opens without the controller too, while the key server has the key.
+func TestDirectAccessEnded(t *testing.T) {
+	t.Parallel()
+	k := newKeyServerBench(t)
+	check(t, k.sync(k.Host, k.access(t, nil)))
+	id := k.create(t, "web-1", k.ref)
+	check(t, k.admin.Label(t.Context(), k.ref, standard.Labels{Component: standard.ComponentWrapping, Name: "kms-1"}))
+	check(t, k.admin.Deactivate(t.Context(), k.ref.KeyID))
+	k.wantReason(t, openHost(t, k.cfg), standard.ReasonNotActive)
+	ended := func(ids ...string) *strongroomv1.WantedProvider {
+		return k.access(t, func(a *strongroomv1.KeyServerAccess, _ map[string]standard.Credentials) { a.EndedKeys = ids })
+	}
+	check(t, k.syncKeyServers([]*strongroomv1.WantedProvider{ended("another")}))
+	k.wantReason(t, openHost(t, k.cfg), standard.ReasonNotActive)
+	check(t, k.syncKeyServers([]*strongroomv1.WantedProvider{ended("another", k.ref.KeyID)}))
+	again := openHost(t, k.cfg)
+	k.wantKey(t, again)
+	m, err := again.machine(id)
+	check(t, err)
+	if vm, err := again.describe(t.Context(), m); err != nil || vm.GetCryptoState() != "unlocked" {
+		t.Errorf("the VM: %v, %v", vm, err)
+	}
+	check(t, k.admin.Destroy(t.Context(), k.ref.KeyID))
+	k.wantReason(t, openHost(t, k.cfg), standard.ReasonMissing)
+}
+
 // TestKeyServersNotTaken: what is not for this host and provider, or of no use,
 // changes nothing, and does not keep others away.
 func TestKeyServersNotTaken(t *testing.T) {
@@ -192,6 +219,8 @@ func TestKeyServersNotTaken(t *testing.T) {
 		"no timeout":             func(a access, _ credentials) { a.TimeoutSeconds = 0 },
 		"too long a timeout":     func(a access, _ credentials) { a.TimeoutSeconds = keyServerTimeoutMax + 1 },
 		"too many certificates":  func(a access, _ credentials) { a.Client = make([][]byte, clientChainMax+1) },
+		"too many ended keys":    func(a access, _ credentials) { a.EndedKeys = make([]string, endedKeysMax+1) },
+		"an ended key of no id":  func(a access, _ credentials) { a.EndedKeys = []string{""} },
 		"what is no certificate": func(a access, _ credentials) { a.Client = [][]byte{{1}} },
 	} {
 		bad[name] = k.access(t, change)

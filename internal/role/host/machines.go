@@ -24,6 +24,8 @@ type machine struct {
 	id string
 	op chan struct{} // holds one token; who has it may change the VM
 
+	describing sync.Mutex // who has it describes the VM
+
 	mu      sync.Mutex // guards what follows
 	reg     registered
 	running *running // nil while powered off

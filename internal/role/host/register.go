@@ -88,19 +88,27 @@ func (h *Host) discard(ctx context.Context, id string) error {
 }
 
 // describeAll returns all registered VMs. One that cannot be read is told as
-// locked, with the reason: it must not vanish from view.
+// locked, with the reason and without what is not known: it must not vanish from
+// view.
 func (h *Host) describeAll(ctx context.Context) []*strongroomv1.VM {
 	var out []*strongroomv1.VM
 	for _, m := range h.all() {
-		vm, err := h.describe(ctx, m)
-		if err != nil {
-			reg, _ := m.state()
-			vm = &strongroomv1.VM{
-				Id: reg.ID, Name: reg.Name, Cluster: h.secrets.identity.Cluster, Host: h.secrets.identity.Name, Datastore: reg.Datastore,
-				Folder: reg.Folder, PowerState: "unknown", CryptoState: "locked", LockReason: reason(err),
-			}
-		}
-		out = append(out, vm)
+		out = append(out, h.describeOrSay(ctx, m))
 	}
 	return out
+}
+
+func (h *Host) describeOrSay(ctx context.Context, m *machine) *strongroomv1.VM {
+	m.describing.Lock()
+	defer m.describing.Unlock()
+	vm, err := h.look(ctx, m)
+	if err != nil {
+		reg, _ := m.state()
+		vm = &strongroomv1.VM{
+			Id: reg.ID, Name: reg.Name, Cluster: h.secrets.identity.Cluster, Host: h.secrets.identity.Name, Datastore: reg.Datastore,
+			Folder: reg.Folder, PowerState: "unknown", CryptoState: "locked", LockReason: reason(err),
+		}
+	}
+	vm.Description = h.nextDescription()
+	return vm
 }
