@@ -185,6 +185,24 @@ func (c *Client) Flush(ctx context.Context, disk string) error {
 	return errs.Wrap(err, "cannot flush disk %s", disk)
 }
 
+// Suspend holds back what is asked of all disks, waits for what is in work and
+// makes all of it durable: when it returns, their files stay as they are. Until
+// [Client.Resume], which tells whether they did; the disks go on by themselves after
+// limit, which is at most [SuspendMax], when the connection ends, and when anything
+// else but [Client.Status] is asked of the volume process. It is refused, with kind
+// [errs.InvalidState], while a disk is rekeyed deeply or converted.
+func (c *Client) Suspend(ctx context.Context, limit time.Duration) error {
+	_, err := c.call(ctx, request{Op: opSuspend, Limit: limit.Milliseconds()}, nil)
+	return errs.Wrap(err, "cannot suspend the disks")
+}
+
+// Resume ends what [Client.Suspend] began. An error says that the disks may have
+// been written meanwhile; they go on in any case.
+func (c *Client) Resume(ctx context.Context) error {
+	_, err := c.call(ctx, request{Op: opResume}, nil)
+	return errs.Wrap(err, "the disks were not suspended all the time")
+}
+
 // Status returns what the volume process is doing.
 func (c *Client) Status(ctx context.Context) (*Status, error) {
 	answer, err := c.call(ctx, request{Op: opStatus}, nil)

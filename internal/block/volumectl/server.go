@@ -13,6 +13,7 @@ import (
 
 	"strongroom/internal/crypto/keymem"
 	"strongroom/internal/crypto/keysafe"
+	"strongroom/internal/errs"
 )
 
 // Handler does what hosts ask for. Its methods may be called concurrently;
@@ -49,6 +50,9 @@ type Handler interface {
 	Resize(ctx context.Context, disk string, size int64) error
 	// Flush makes all writes of a disk durable.
 	Flush(ctx context.Context, disk string) error
+	// Suspend is as in [Client]. resume ends it, and returns an error if it had ended
+	// by itself. No other method but Status is called between the two.
+	Suspend(ctx context.Context, limit time.Duration) (resume func() error, err error)
 	// Status describes the process and its disks.
 	Status(ctx context.Context) (*Status, error)
 	// Shutdown ends all service, durably. The handler makes Serve return soon
@@ -61,6 +65,19 @@ type Server struct {
 	VM      string // name of the VM, told to hosts
 	Handler Handler
 	Log     *slog.Logger
+
+	// changing is read-held while anything is done that a suspension must not meet,
+	// and held while one begins.
+	changing sync.RWMutex
+
+	mu        sync.Mutex
+	suspended *suspended // guarded by mu: nil while the disks are not
+}
+
+// suspended is a suspension of the disks, which belongs to a connection.
+type suspended struct {
+	by     *link
+	resume func() error
 }
 
 // Serve answers hosts on l, a unix socket of type SOCK_SEQPACKET, until ctx
@@ -111,6 +128,7 @@ func (s *Server) serve(ctx context.Context, conn *net.UnixConn) error {
 	// Interrupts the wait for the next request, not the reply to this one.
 	defer context.AfterFunc(ctx, func() { conn.SetReadDeadline(time.Unix(1, 0)) })()
 	l := newLink(conn)
+	defer s.end(l)
 	greeted := false
 	for {
 		message, fds, err := l.receive()
@@ -132,7 +150,7 @@ func (s *Server) serve(ctx context.Context, conn *net.UnixConn) error {
 		}
 		greeted = true
 		// Done whether or not the host waits: half a rekey helps nobody.
-		answer := s.handle(context.WithoutCancel(ctx), r, fds, keys)
+		answer := s.handle(context.WithoutCancel(ctx), l, r, fds, keys)
 		conn.SetWriteDeadline(time.Now().Add(stepTimeout))
 		if err := l.send(answer, nil); err != nil {
 			return fmt.Errorf("cannot answer %s: %w", r.Op, err)
@@ -182,7 +200,50 @@ func (s *Server) complete(ctx context.Context, l *link, message []byte, fds []in
 	return r, k, ctx.Err() // its interrupt may have been overwritten just now
 }
 
-func (s *Server) handle(ctx context.Context, r *request, fds []int, k keys) *reply {
+// suspend suspends the disks for the host on l.
+func (s *Server) suspend(ctx context.Context, l *link, limit time.Duration) error {
+	s.changing.Lock()
+	defer s.changing.Unlock()
+	_ = s.resume(nil) // an earlier one ends
+	resume, err := s.Handler.Suspend(ctx, limit)
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.suspended = &suspended{l, resume}
+	return nil
+}
+
+// resume ends the suspension, or only one of the host on by, if that is not nil. It
+// returns an error if there is none, or it had ended by itself.
+func (s *Server) resume(by *link) error {
+	s.mu.Lock()
+	now := s.suspended
+	if now == nil || by != nil && by != now.by {
+		s.mu.Unlock()
+		return errs.New(errs.InvalidState, "the disks are not suspended")
+	}
+	s.suspended = nil
+	s.mu.Unlock()
+	return now.resume()
+}
+
+// end ends the suspension of a host that has left.
+func (s *Server) end(l *link) {
+	if err := s.resume(l); err == nil {
+		s.Log.LogAttrs(context.Background(), slog.LevelWarn, "the host that suspended the disks is gone: they go on")
+	}
+}
+
+func (s *Server) handle(ctx context.Context, l *link, r *request, fds []int, k keys) *reply {
+	switch r.Op {
+	case opHello, opSuspend, opResume, opStatus:
+	default:
+		s.changing.RLock()
+		defer s.changing.RUnlock()
+		_ = s.resume(nil)
+	}
 	var answer reply
 	var err error
 	switch r.Op {
@@ -215,6 +276,10 @@ func (s *Server) handle(ctx context.Context, r *request, fds []int, k keys) *rep
 		err = s.Handler.Resize(ctx, r.Disk, r.Size)
 	case opFlush:
 		err = s.Handler.Flush(ctx, r.Disk)
+	case opSuspend:
+		err = s.suspend(ctx, l, time.Duration(r.Limit)*time.Millisecond)
+	case opResume:
+		err = s.resume(l)
 	case opStatus:
 		answer.Status, err = s.Handler.Status(ctx)
 	case opShutdown:

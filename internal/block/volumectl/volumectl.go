@@ -34,6 +34,7 @@ const (
 	MessageMax     = 64 << 10 // bytes
 	KeySize        = 64       // bytes of a DEK: XTS-AES-256
 	ConnectionsMax = 8
+	SuspendMax     = time.Minute
 	textMax        = 4096 // bytes of an error's text, reason or hint
 )
 
@@ -143,6 +144,8 @@ const (
 	opStopConvert = "stop-conversion"
 	opResize      = "resize"
 	opFlush       = "flush"
+	opSuspend     = "suspend"
+	opResume      = "resume"
 	opStatus      = "status"
 	opShutdown    = "shutdown"
 )
@@ -158,6 +161,7 @@ type request struct {
 	Size         int64         `json:"size,omitempty"`
 	Safe         *keysafe.Safe `json:"safe,omitempty"`
 	Rate         int64         `json:"rate,omitempty"`
+	Limit        int64         `json:"limit,omitempty"` // milliseconds
 }
 
 type reply struct {
@@ -230,7 +234,13 @@ func (r *request) validate() error {
 			return errors.New("safe is missing: the new key would be nowhere but in memory")
 		}
 	case opRemoveDisk, opListenVhost, opFlush, opStopRekey, opHold, opSwitch, opStopConvert:
-	case opListen, opStatus, opShutdown:
+	case opSuspend:
+		allowed.Limit = r.Limit
+		wantDisk = false
+		if r.Limit < 1 || r.Limit > SuspendMax.Milliseconds() {
+			return errors.New("limit is invalid")
+		}
+	case opListen, opResume, opStatus, opShutdown:
 		wantDisk = false
 	default:
 		return fmt.Errorf("unknown operation %.32q", r.Op)

@@ -34,7 +34,9 @@ type recorder struct {
 	calls []string
 	block chan struct{} // if not nil, Flush waits for it
 	err   error         // what Resize returns
-	end   func()        // called by Shutdown
+	// refuse is what Suspend returns.
+	refuse error
+	end    func() // called by Shutdown
 }
 
 func (r *recorder) record(format string, args ...any) {
@@ -148,6 +150,11 @@ func (r *recorder) Flush(_ context.Context, disk string) error {
 	}
 	r.record("flush %s", disk)
 	return nil
+}
+
+func (r *recorder) Suspend(_ context.Context, limit time.Duration) (func() error, error) {
+	r.record("suspend for %v", limit)
+	return func() error { r.record("resume"); return r.err }, r.refuse
 }
 
 func (r *recorder) Status(context.Context) (*Status, error) {
@@ -338,6 +345,63 @@ func TestOperations(t *testing.T) {
 	}
 }
 
+// TestSuspensions end once: by the host that began it, by its leaving, and by
+// whatever else is asked for but the status.
+func TestSuspensions(t *testing.T) {
+	t.Parallel()
+	ctx := t.Context()
+	r := new(recorder)
+	path := serve(t, r)
+	c, other := dial(t, path), dial(t, path)
+	refused := func(what string, err error) {
+		t.Helper()
+		if errs.KindOf(err) != errs.InvalidState {
+			t.Errorf("%s: %v, want kind InvalidState", what, err)
+		}
+	}
+	done := func(errors ...error) {
+		t.Helper()
+		for _, err := range errors {
+			if err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	refused("nothing to resume", c.Resume(ctx))
+	done(c.Suspend(ctx, time.Second))
+	_, err := c.Status(ctx)
+	done(err)
+	refused("another host's", other.Resume(ctx))
+	done(c.Resume(ctx))
+	refused("resumed twice", c.Resume(ctx))
+
+	done(c.Suspend(ctx, time.Second), other.Flush(ctx, "disk-0"))
+	refused("ended by another request", c.Resume(ctx))
+	done(c.Suspend(ctx, time.Second), other.Suspend(ctx, 2*time.Second))
+	refused("ended by another suspension", c.Resume(ctx))
+
+	done(other.Close())
+	for deadline := time.Now().Add(time.Minute); len(r.seen()) < 9 && time.Now().Before(deadline); {
+		time.Sleep(time.Millisecond)
+	}
+	if diff := cmp.Diff([]string{
+		"suspend for 1s", "resume",
+		"suspend for 1s", "resume", "flush disk-0",
+		"suspend for 1s", "resume", "suspend for 2s", "resume",
+	}, r.seen()); diff != "" {
+		t.Error(diff)
+	}
+
+	c = dial(t, serve(t, &recorder{refuse: errs.New(errs.InvalidState, "a deep rekey is under way")}))
+	refused("a rekey is under way", c.Suspend(ctx, time.Second))
+	refused("after it was refused", c.Resume(ctx))
+	c = dial(t, serve(t, &recorder{err: errs.New(errs.Unavailable, "too late")}))
+	done(c.Suspend(ctx, time.Second))
+	if err := c.Resume(ctx); errs.KindOf(err) != errs.Unavailable {
+		t.Errorf("one that had ended by itself: %v", err)
+	}
+}
+
 func TestInvalidCalls(t *testing.T) {
 	t.Parallel()
 	r := new(recorder)
@@ -355,6 +419,8 @@ func TestInvalidCalls(t *testing.T) {
 	defer whole.Close()
 	for name, call := range map[string]func() error{
 		"disk name":             func() error { return c.Flush(t.Context(), "../x") },
+		"no limit":              func() error { return c.Suspend(t.Context(), 0) },
+		"long limit":            func() error { return c.Suspend(t.Context(), SuspendMax+time.Second) },
 		"size":                  func() error { return c.Resize(t.Context(), "disk-0", 513) },
 		"no safe":               func() error { return c.ReplaceSafe(t.Context(), "disk-0", nil) },
 		"no key":                func() error { return c.AddDisk(t.Context(), Disk{Name: "a", Format: LUKS}, os.Stdin, nil, nil) },
@@ -515,6 +581,8 @@ func FuzzParseRequest(f *testing.F) {
 		{Op: opStopRekey, Disk: "disk-0"},
 		{Op: opConvert, Disk: "disk-0", Format: LUKS, KeyBytes: KeySize, Rate: 100 << 20},
 		{Op: opStopConvert, Disk: "disk-0"},
+		{Op: opSuspend, Limit: 10_000},
+		{Op: opResume},
 		{Op: opStatus},
 	} {
 		message, err := json.Marshal(r)

@@ -50,7 +50,7 @@ func (e *engine) Convert(_ context.Context, name string, format volumectl.Format
 	c := &conversion{target: target, ended: make(chan struct{}), total: 2 * d.device.Size()}
 	err = d.device.swap(func(old blockdev.Device) (blockdev.Device, error) {
 		c.from = old
-		c.mirror, err = mirror.New(old, target.device.device)
+		c.mirror, err = mirror.New(old, target.device.now())
 		return c.mirror, err
 	})
 	if err != nil {
@@ -83,17 +83,8 @@ func convertible(d *disk) error {
 		return errs.New(errs.Exists, "disk %s is being converted already", d.spec.Name)
 	case d.spec.ReadOnly:
 		return errs.New(errs.InvalidState, "disk %s is read-only", d.spec.Name)
-	case d.volume == nil:
-		return nil
 	}
-	info, err := d.volume.Inspect()
-	if err != nil {
-		return classify(err)
-	}
-	if info.Rekey != nil || d.rekey.atWork() != nil {
-		return errs.New(errs.InvalidState, "a deep rekey of disk %s is under way", d.spec.Name)
-	}
-	return nil
+	return d.notRekeying()
 }
 
 func (c *conversion) progress(done, total int64) {
@@ -174,7 +165,7 @@ func (e *engine) SwitchDisk(_ context.Context, name string) error {
 		return errs.New(errs.InvalidState, "the conversion of disk %s is not held", name)
 	}
 	d.rekey.end() // none is at work, and none may begin
-	c.end(d, c.target.device.device)
+	c.end(d, c.target.device.now())
 	// The old disk's value may still be in the hands of a request that found it.
 	next := &disk{spec: d.spec, device: d.device, volume: c.target.volume, vhost: e.vhostOf(d)}
 	next.spec.Format = c.target.spec.Format

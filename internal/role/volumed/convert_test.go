@@ -162,7 +162,7 @@ func TestConvert(t *testing.T) {
 	wantKind(t, convert(ctx, p, volumectl.Raw, newRaw(t, nil), nil), errs.Invalid)                 // another size
 	wantKind(t, convert(ctx, p, volumectl.Raw, raw, nil), errs.InvalidState)                       // itself
 	check(t, convert(ctx, p, volumectl.LUKS, luks, dek))
-	wantKind(t, convert(ctx, p, volumectl.Raw, newRaw(t, want), nil), errs.Exists)
+	wantKind(t, convert(ctx, p, volumectl.Raw, newRaw(t, make([]byte, diskSize)), nil), errs.Exists)
 	wantKind(t, p.Resize(ctx, "disk-0", 2*diskSize), errs.InvalidState)
 	awaitPhase(t, p, volumectl.Synced)
 	wantKind(t, p.SwitchDisk(ctx, "disk-0"), errs.InvalidState)

@@ -1,57 +1,58 @@
 package volumed
 
 import (
+	"context"
 	"errors"
-	"sync"
 	"sync/atomic"
 
 	"strongroom/internal/block/blockdev"
 	"strongroom/internal/block/volumectl"
 )
 
-// counted is a Device that counts what is done with it, and that can be another
-// one between two requests.
+// counted is a Device that counts what is done with it, that can be another one
+// between two requests, and whose requests can be held back. It is made by
+// newCounted.
 type counted struct {
-	mu     sync.RWMutex    // read-held by requests
-	device blockdev.Device // guarded by mu
+	gate *gate
+	// device changes while no request is inside the gate.
+	device atomic.Pointer[blockdev.Device]
 
 	reads, readBytes, writes, writtenBytes, flushes, failures atomic.Uint64
 }
 
 var _ blockdev.Extenter = (*counted)(nil)
 
+func newCounted(device blockdev.Device) *counted {
+	c := &counted{gate: newGate()}
+	c.device.Store(&device)
+	return c
+}
+
+// now returns the present device.
+func (c *counted) now() blockdev.Device { return *c.device.Load() }
+
 // swap makes the device what change returns of the present one, while there is no
 // request, unless that fails.
 func (c *counted) swap(change func(blockdev.Device) (blockdev.Device, error)) error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	next, err := change(c.device)
+	if err := c.gate.close(context.Background()); err != nil {
+		return err
+	}
+	defer c.gate.open()
+	next, err := change(c.now())
 	if err == nil {
-		c.device = next
+		c.device.Store(&next)
 	}
 	return err
 }
 
 // Size implements [blockdev.Device].
-func (c *counted) Size() int64 {
-	c.mu.RLock()
-	defer c.mu.RUnlock()
-	return c.device.Size()
-}
+func (c *counted) Size() int64 { return c.now().Size() }
 
 // BlockSize implements [blockdev.Device].
-func (c *counted) BlockSize() int {
-	c.mu.RLock()
-	defer c.mu.RUnlock()
-	return c.device.BlockSize()
-}
+func (c *counted) BlockSize() int { return c.now().BlockSize() }
 
 // Close implements [blockdev.Device].
-func (c *counted) Close() error {
-	c.mu.RLock()
-	defer c.mu.RUnlock()
-	return c.device.Close()
-}
+func (c *counted) Close() error { return c.now().Close() }
 
 func (c *counted) failed(err error) {
 	if err != nil {
@@ -61,9 +62,9 @@ func (c *counted) failed(err error) {
 
 // ReadAt implements [blockdev.Device].
 func (c *counted) ReadAt(p []byte, off int64) (int, error) {
-	c.mu.RLock()
-	defer c.mu.RUnlock()
-	n, err := c.device.ReadAt(p, off)
+	c.gate.enter()
+	defer c.gate.leave()
+	n, err := c.now().ReadAt(p, off)
 	c.reads.Add(1)
 	c.readBytes.Add(uint64(n))
 	c.failed(err)
@@ -72,9 +73,9 @@ func (c *counted) ReadAt(p []byte, off int64) (int, error) {
 
 // WriteAt implements [blockdev.Device].
 func (c *counted) WriteAt(p []byte, off int64) (int, error) {
-	c.mu.RLock()
-	defer c.mu.RUnlock()
-	n, err := c.device.WriteAt(p, off)
+	c.gate.enter()
+	defer c.gate.leave()
+	n, err := c.now().WriteAt(p, off)
 	c.writes.Add(1)
 	c.writtenBytes.Add(uint64(n))
 	c.failed(err)
@@ -83,9 +84,9 @@ func (c *counted) WriteAt(p []byte, off int64) (int, error) {
 
 // WriteZeroes implements [blockdev.Device].
 func (c *counted) WriteZeroes(off, n int64, mayPunch bool) error {
-	c.mu.RLock()
-	defer c.mu.RUnlock()
-	err := c.device.WriteZeroes(off, n, mayPunch)
+	c.gate.enter()
+	defer c.gate.leave()
+	err := c.now().WriteZeroes(off, n, mayPunch)
 	c.writes.Add(1)
 	c.failed(err)
 	return err
@@ -93,9 +94,9 @@ func (c *counted) WriteZeroes(off, n int64, mayPunch bool) error {
 
 // Discard implements [blockdev.Device].
 func (c *counted) Discard(off, n int64) error {
-	c.mu.RLock()
-	defer c.mu.RUnlock()
-	err := c.device.Discard(off, n)
+	c.gate.enter()
+	defer c.gate.leave()
+	err := c.now().Discard(off, n)
 	c.writes.Add(1)
 	c.failed(err)
 	return err
@@ -103,9 +104,9 @@ func (c *counted) Discard(off, n int64) error {
 
 // Flush implements [blockdev.Device].
 func (c *counted) Flush() error {
-	c.mu.RLock()
-	defer c.mu.RUnlock()
-	err := c.device.Flush()
+	c.gate.enter()
+	defer c.gate.leave()
+	err := c.now().Flush()
 	c.flushes.Add(1)
 	c.failed(err)
 	return err
@@ -114,22 +115,22 @@ func (c *counted) Flush() error {
 // NextExtent implements [blockdev.Extenter]. A device that does not know its
 // holes is all data.
 func (c *counted) NextExtent(off int64) (blockdev.Extent, error) {
-	c.mu.RLock()
-	defer c.mu.RUnlock()
-	if e, ok := c.device.(blockdev.Extenter); ok {
+	c.gate.enter()
+	defer c.gate.leave()
+	if e, ok := c.now().(blockdev.Extenter); ok {
 		return e.NextExtent(off)
 	}
-	if off < 0 || off >= c.device.Size() {
+	if off < 0 || off >= c.now().Size() {
 		return blockdev.Extent{}, blockdev.ErrOutOfRange
 	}
-	return blockdev.Extent{Offset: off, Length: c.device.Size() - off}, nil
+	return blockdev.Extent{Offset: off, Length: c.now().Size() - off}, nil
 }
 
 // resize changes the size of the device, if it can.
 func (c *counted) resize(size int64) error {
-	c.mu.RLock()
-	defer c.mu.RUnlock()
-	r, ok := c.device.(blockdev.Resizer)
+	c.gate.enter()
+	defer c.gate.leave()
+	r, ok := c.now().(blockdev.Resizer)
 	if !ok {
 		return errors.New("the disk has a fixed size")
 	}

@@ -149,7 +149,7 @@ func open(spec volumectl.Disk, file *os.File, dek, next *keymem.Key) (*disk, err
 		device.Close()
 		return nil, err
 	}
-	d.device = &counted{device: device}
+	d.device = newCounted(device)
 	return d, nil
 }
 

@@ -99,6 +99,21 @@ func (d *disk) canRekey() error {
 	return nil
 }
 
+// notRekeying returns an error if a deep rekey of the disk is under way.
+func (d *disk) notRekeying() error {
+	if d.volume == nil {
+		return nil
+	}
+	info, err := d.volume.Inspect()
+	if err != nil {
+		return classify(err)
+	}
+	if info.Rekey != nil || d.rekey.atWork() != nil {
+		return errs.New(errs.InvalidState, "a deep rekey of disk %s is under way", d.spec.Name)
+	}
+	return nil
+}
+
 // StopRekey implements [volumectl.Handler].
 func (e *engine) StopRekey(_ context.Context, name string) error {
 	d, err := e.find(name)
