@@ -48,6 +48,15 @@ func (d Dir) Open(name string) (blockdev.Resizer, error) {
 	return open(path, blockdev.FileOptions{NoFollow: true})
 }
 
+// OpenShared implements [Folder].
+func (d Dir) OpenShared(name string) (blockdev.Device, error) {
+	path, err := d.path(name)
+	if err != nil {
+		return nil, err
+	}
+	return open(path, blockdev.FileOptions{ReadOnly: true, Unlocked: true, NoFollow: true})
+}
+
 // Create implements [Folder].
 func (d Dir) Create(name string) (blockdev.Resizer, error) {
 	path, err := d.path(name)

@@ -157,6 +157,21 @@ func (f *faultFolder) Open(name string) (blockdev.Resizer, error) {
 	return &handle{folder: f, name: name, node: n}, nil
 }
 
+// OpenShared opens a file that may be open: what is written to it before its content
+// is looked at is there, as with a volume process.
+func (f *faultFolder) OpenShared(name string) (blockdev.Device, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if _, _, err := f.operation("look into " + name); err != nil {
+		return nil, err
+	}
+	n := f.names[name]
+	if n == nil {
+		return nil, fs.ErrNotExist
+	}
+	return &handle{folder: f, name: name, node: n, shared: true}, nil
+}
+
 // Create is two operations, and undoes the first if the second fails.
 func (f *faultFolder) Create(name string) (blockdev.Resizer, error) {
 	f.mu.Lock()
@@ -207,6 +222,7 @@ type handle struct {
 	folder *faultFolder
 	name   string
 	node   *node
+	shared bool // others may have the file open
 	closed bool
 }
 
@@ -305,7 +321,8 @@ func (h *handle) Close() error {
 	h.folder.mu.Lock()
 	defer h.folder.mu.Unlock()
 	if !h.closed {
-		h.closed, h.node.opened = true, false
+		h.closed = true
+		h.node.opened = h.shared && h.node.opened
 	}
 	return nil
 }

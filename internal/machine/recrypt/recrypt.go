@@ -45,6 +45,9 @@ type Folder interface {
 	// Open opens an existing file for exclusive use. It returns an error
 	// wrapping [blockdev.ErrInUse] if somebody else has it open.
 	Open(name string) (blockdev.Resizer, error)
+	// OpenShared opens an existing file that a volume process may be using, for
+	// reading.
+	OpenShared(name string) (blockdev.Device, error)
 	// Create makes an empty file. It returns an error wrapping [fs.ErrExist]
 	// if there is one.
 	Create(name string) (blockdev.Resizer, error)

@@ -3,6 +3,7 @@ package recrypt
 import (
 	"context"
 	"errors"
+	"fmt"
 
 	"strongroom/internal/block/blockdev"
 )
@@ -38,4 +39,95 @@ func copyFile(ctx context.Context, folder Folder, to, from string, progress Prog
 		return errors.Join(err, folder.Remove(to+Unfinished))
 	}
 	return Finish(folder, to)
+}
+
+// Original is a file that [CopyTogether] copies, and what the copy is called.
+type Original struct {
+	To, From  string
+	Encrypted bool
+}
+
+// CopyTogether is [Copy] for several disks that a volume process is using, from one
+// folder to another. suspended calls the function that it is given once, while the
+// files stay as they are, and returns an error if they may not have: so the copies
+// are of one point in time. Nothing slow is done meanwhile: blocks are shared, and
+// where the storage cannot, it returns [blockdev.ErrNoClone].
+//
+// When it returns nil, all copies are complete and durable; after an error there may
+// be some of them.
+func CopyTogether(ctx context.Context, to, from Folder, disks []Original, keks KEKs, suspended func(func() error) error) (err error) {
+	defer func() {
+		if err == nil {
+			return
+		}
+		for _, d := range disks {
+			err = errors.Join(err, to.Remove(d.To+Unfinished))
+		}
+	}()
+	if err := shareBlocks(to, from, disks, suspended); err != nil {
+		return err
+	}
+	for _, d := range disks {
+		if err := ctx.Err(); err != nil {
+			return context.Cause(ctx)
+		}
+		if d.Encrypted {
+			if err := probe(ctx, to, d.To+Unfinished, keks); err != nil {
+				return fmt.Errorf("%s: %w", d.From, err)
+			}
+		}
+		if err := Finish(to, d.To); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// shareBlocks makes the files of the copies, durable and unfinished.
+func shareBlocks(to, from Folder, disks []Original, suspended func(func() error) error) (err error) {
+	var open []blockdev.Device
+	defer func() {
+		for _, dev := range open {
+			err = errors.Join(err, dev.Close())
+		}
+	}()
+	var clone []func() error
+	var copies []blockdev.Resizer
+	for _, d := range disks {
+		src, err := from.OpenShared(d.From)
+		if err != nil {
+			return err
+		}
+		open = append(open, src)
+		if err := to.Remove(d.To + Unfinished); err != nil {
+			return err
+		}
+		dst, err := to.Create(d.To + Unfinished)
+		if err != nil {
+			return err
+		}
+		open, copies = append(open, dst), append(copies, dst)
+		cloner, ok := dst.(blockdev.Cloner)
+		if !ok {
+			return blockdev.ErrNoClone
+		}
+		clone = append(clone, func() error { return cloner.CloneFrom(src) })
+	}
+	err = suspended(func() error {
+		for _, f := range clone {
+			if err := f(); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	for _, dst := range copies {
+		if err := dst.Flush(); err != nil {
+			return err
+		}
+	}
+	return nil
 }

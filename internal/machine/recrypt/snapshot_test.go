@@ -8,6 +8,7 @@ import (
 	"slices"
 	"testing"
 
+	"strongroom/internal/block/blockdev"
 	"strongroom/internal/block/blockdev/blockdevtest"
 	"strongroom/internal/block/blockdev/faultdev"
 	"strongroom/internal/block/volume"
@@ -130,4 +131,109 @@ func TestCopyRefuses(t *testing.T) {
 		break
 	}
 	b.holds(t, b.folder, copyOf(luksName), b.keys)
+}
+
+var together = []recrypt.Original{{To: copyOf(plainName), From: plainName}, {To: copyOf(luksName), From: luksName, Encrypted: true}}
+
+// newTogether returns a folder with a plain and an encrypted disk.
+func newTogether(t *testing.T) *bench {
+	t.Helper()
+	b := newBench(t, plainName)
+	check(t, recrypt.Encrypt(t.Context(), b.folder, plainName, luksName, reference("old"), b.keys.get, nil))
+	return b
+}
+
+// TestCopyTogetherFaults fails every operation of a copy of disks that are in use in
+// turn: what is true of one copy is true of all of them.
+func TestCopyTogetherFaults(t *testing.T) {
+	t.Parallel()
+	for _, mode := range faultdev.Modes() {
+		for _, dead := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s/dead=%v", mode, dead), func(t *testing.T) {
+				t.Parallel()
+				rng := rand.New(rand.NewPCG(blockdevtest.Seed(t), 0))
+				b := newTogether(t)
+				n := 0
+				for b.copyTogetherFails(t, rng, faultdev.Fault{Op: n, Mode: mode, Dead: dead}) {
+					n += blockdevtest.FaultStep
+				}
+				if n < 2 {
+					t.Errorf("only %d operations were there to fail", n)
+				}
+			})
+		}
+	}
+}
+
+func (b *bench) copyTogetherFails(t *testing.T, rng *rand.Rand, fault faultdev.Fault) bool {
+	t.Helper()
+	folder := b.folder.clone(nil)
+	folder.reflink = true
+	for _, d := range together { // a volume process has them
+		file, err := folder.Open(d.From)
+		check(t, err)
+		defer file.Close()
+	}
+	folder.inject(&fault)
+	err := recrypt.CopyTogether(t.Context(), folder, folder, together, b.keys.get, func(f func() error) error { return f() })
+	hit := folder.hit
+	defer func() {
+		if t.Failed() {
+			t.Logf("failed was operation %d, %s; error %v", fault.Op, hit, err)
+		}
+	}()
+	if err != nil && !errors.Is(err, faultdev.ErrInjected) {
+		t.Errorf("error %v hides its cause", err)
+	}
+	if got := folder.opened(); !slices.Equal(got, []string{luksName, plainName}) {
+		t.Errorf("open are %v", got)
+	}
+	left := folder.powerLoss(rng)
+	for _, d := range together {
+		if err == nil || left.names[d.To] != nil {
+			b.holds(t, left, d.To, b.keys)
+		}
+		b.holds(t, left, d.From, b.keys)
+	}
+	left.reflink = true
+	check(t, recrypt.CopyTogether(t.Context(), left, left, together, b.keys.get, func(f func() error) error { return f() }))
+	after := left.powerLoss(rng)
+	for _, d := range together {
+		b.holds(t, after, d.To, b.keys)
+		b.holds(t, after, d.From, b.keys)
+	}
+	if got, want := after.list(), append(b.folder.list(), copyOf(luksName), copyOf(plainName)); len(got) != len(want) {
+		t.Errorf("the folder holds %v, want %v", got, want)
+	}
+	return hit != "" && !t.Failed()
+}
+
+// TestCopyTogetherRefuses: without shared blocks, suspension or key there are no
+// copies.
+func TestCopyTogetherRefuses(t *testing.T) {
+	t.Parallel()
+	b := newTogether(t)
+	before := b.folder.list()
+	late := errors.New("the disks went on too early")
+	for name, c := range map[string]struct {
+		reflink   bool
+		keys      keyring
+		suspended func(func() error) error
+		want      error
+	}{
+		"no reflinks":   {false, b.keys, func(f func() error) error { return f() }, blockdev.ErrNoClone},
+		"not suspended": {true, b.keys, func(func() error) error { return late }, late},
+		"too late":      {true, b.keys, func(f func() error) error { return errors.Join(f(), late) }, late},
+		"no key":        {true, keyring{}, func(f func() error) error { return f() }, nil},
+	} {
+		b.folder.reflink = c.reflink
+		err := recrypt.CopyTogether(t.Context(), b.folder, b.folder, together[1:], c.keys.get, c.suspended)
+		if err == nil || c.want != nil && !errors.Is(err, c.want) {
+			t.Errorf("%s: error %v, want %v", name, err, c.want)
+		}
+		if got := b.folder.list(); !slices.Equal(got, before) {
+			t.Errorf("%s: there is %v", name, got)
+		}
+	}
+	b.holds(t, b.folder, luksName, b.keys)
 }

@@ -254,6 +254,30 @@ func handListener(path string, hand func(*os.File) error) error {
 	return hand(file)
 }
 
+// WhileSuspended runs f while the files of all disks stay as they are, at one point
+// in time ([volumectl.Client.Suspend]), for at most limit. An error says that f
+// failed, or that the disks may have been written before it was done. If this
+// program ends meanwhile, the disks go on at once.
+func (p *Process) WhileSuspended(ctx context.Context, limit time.Duration, f func() error) error {
+	// A connection of its own: nobody else waits, and with it the suspension ends.
+	client, err := volumectl.Dial(ctx, controlSocket(p.runDir))
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	if client.PID() != p.PID() {
+		return errs.New(errs.Unavailable, "the volume process was started again").WithHint("try again")
+	}
+	if err := client.Suspend(ctx, limit); err != nil {
+		return err
+	}
+	err = f()
+	if late := client.Resume(ctx); err == nil {
+		err = late
+	}
+	return err
+}
+
 // Adopt finds the volume process that an earlier process of this program
 // started in runDir for that VM. It returns [ErrNotRunning] if there is none.
 func Adopt(ctx context.Context, runDir, vm string) (*Process, error) {
