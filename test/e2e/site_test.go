@@ -338,7 +338,7 @@ func (s *site) leftovers(t *testing.T) []string {
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil
 		}
-		if strings.HasSuffix(path, ".new") || strings.Contains(path, ".creating-") {
+		if strings.HasSuffix(path, ".new") || strings.Contains(path, ".creating-") || strings.Contains(path, ".cloning-") {
 			found = append(found, path)
 		}
 		return err

@@ -1178,7 +1178,7 @@ type AgentCloneVMRequest struct {
 	Id        string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	Name      string `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
 	Datastore string `protobuf:"bytes,3,opt,name=datastore,proto3" json:"datastore,omitempty"`
-	// The VM that is cloned, on this host and powered off.
+	// The VM that is cloned, on this host.
 	SourceId string `protobuf:"bytes,4,opt,name=source_id,json=sourceId,proto3" json:"source_id,omitempty"`
 	// The clone's KEK; unset if the source has no encrypted disk.
 	Key *KeyRef `protobuf:"bytes,5,opt,name=key,proto3" json:"key,omitempty"`

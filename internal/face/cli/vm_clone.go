@@ -15,9 +15,12 @@ func newVMCloneCmd(env *Env) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "clone VM CLONE",
 		Short: "Make a virtual machine from another",
-		Long: `Make a VM with the settings and disks of one that is powered off. Where the
-datastore can share blocks (XFS, Btrfs) the clone is there in a moment and takes
-no space until either VM writes; elsewhere the disks are copied, holes left out.
+		Long: `Make a VM with the settings and disks of another. Where the datastore can share
+blocks (XFS, Btrfs) the clone is there in a moment and takes no space until either
+VM writes; elsewhere the disks are copied, holes left out.
+
+The original may run, if its datastore can share blocks. Then the clone has what
+all of its disks hold at one moment, as after a power failure.
 
 The clone of an encrypted VM is encrypted: it has a key encryption key of its own
 and the data encryption keys of the original, so that who has one of those reads

@@ -50,8 +50,12 @@ func newVMSnapshotCreateCmd(env *Env) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "create VM SNAPSHOT",
 		Short: "Keep what a virtual machine is now",
-		Long: `Make a snapshot of a VM that is powered off: of its disks and its settings. It
-becomes the child of the snapshot that the disks come from.
+		Long: `Make a snapshot of a VM: of its disks and its settings. It becomes the child of
+the snapshot that the disks come from.
+
+The VM may run, if the datastore can share blocks (XFS, Btrfs). Then the snapshot
+has what all of its disks hold at one moment, as after a power failure; the guest
+waits a moment for its disks and is not told. Memory is not kept.
 
 Interrupted, it is finished or nothing is left of it. Undo it with "strongroom vm
 snapshot delete". Needs the privilege VirtualMachine.State.CreateSnapshot.`,

@@ -30,9 +30,6 @@ func (c vms) CloneVM(ctx context.Context, req *connect.Request[strongroomv1.Clon
 	switch _, err := c.inv.VM(ctx, m.GetClone()); {
 	case err == nil:
 		return nil, errs.New(errs.Exists, "there is a VM %s already", m.GetClone()).WithHint("strongroom vm show %s", m.GetClone())
-	case v.PowerState == inventory.PoweredOn:
-		return nil, errs.New(errs.InvalidState, "cloning needs VM %s to be powered off: a copy of disks that change is no state they ever had", v.Name).
-			WithHint("strongroom vm power-off %s", v.Name)
 	case !v.Encrypted() && (m.GetRecrypt() || m.GetProvider() != ""):
 		return nil, errs.New(errs.InvalidState, "VM %s is not encrypted, so its clone has no key to change", v.Name).WithHint("strongroom vm encrypt %s", v.Name)
 	}

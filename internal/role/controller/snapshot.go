@@ -44,9 +44,6 @@ func (c vms) CreateSnapshot(ctx context.Context, req *connect.Request[strongroom
 	if _, err := v.FindSnapshot(m.GetSnapshot()); err == nil {
 		return nil, errs.New(errs.Exists, "VM %s has a snapshot %s already", v.Name, m.GetSnapshot()).WithHint("strongroom vm snapshot ls %s", v.Name)
 	}
-	if err := poweredOff(v, "a snapshot", "disks that change while they are copied have no one state"); err != nil {
-		return nil, err
-	}
 	if err := undisturbed(v, v.Disks); err != nil {
 		return nil, err
 	}

@@ -215,7 +215,7 @@ func TestCloneRefuses(t *testing.T) {
 		change func(*strongroomv1.AgentCloneVMRequest)
 		kind   errs.Kind
 	}{
-		"a source that runs":         {func(r *strongroomv1.AgentCloneVMRequest) { r.SourceId = on }, errs.InvalidState},
+		"one without its disks":      {func(r *strongroomv1.AgentCloneVMRequest) { r.SourceId = on }, errs.Unavailable},
 		"an unknown source":          {func(r *strongroomv1.AgentCloneVMRequest) { r.SourceId = uuid.NewString() }, errs.NotFound},
 		"an unknown datastore":       {func(r *strongroomv1.AgentCloneVMRequest) { r.Datastore = "ds-9" }, errs.NotFound},
 		"a name that leads out":      {func(r *strongroomv1.AgentCloneVMRequest) { r.Name = ".." }, errs.Invalid},

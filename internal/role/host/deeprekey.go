@@ -224,6 +224,14 @@ func (l *liveRekey) begin(ctx context.Context, began bool) (finished bool, err e
 	if began && safes.Next == nil && safes.Current.KEK == l.ref {
 		return true, nil
 	}
+	// A snapshot may have been made since the last disk was done.
+	o, err := l.h.online(l.m)
+	if err == nil {
+		err = o.withoutSnapshots()
+	}
+	if err != nil {
+		return false, err
+	}
 	// Of a rekey that was finished by an earlier call, too: it may have been cut
 	// short after its last commit.
 	dek, safe, err := recrypt.NextDEK(ctx, info.UUID, safes, l.ref, l.h.kek)

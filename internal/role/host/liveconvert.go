@@ -223,6 +223,9 @@ func (h *Host) beginConversion(ctx context.Context, m *machine, run *running, di
 	}
 	reg, _ := m.state()
 	vm, err := readVM(reg, dir)
+	if err == nil { // one may have been made since the last disk was done
+		err = (&offline{vm: vm}).withoutSnapshots()
+	}
 	if err == nil {
 		_, err = sweep(dir, vm) // the new file's name may be among the retired ones
 	}

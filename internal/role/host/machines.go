@@ -224,13 +224,17 @@ func readVM(reg registered, dir string) (*bundle.VM, error) {
 	return vm, nil
 }
 
-// offline is a VM that is powered off and reserved for one operation.
+// offline is a VM that is powered off and reserved for one operation, or what
+// [Host.online] says of one that runs.
 type offline struct {
 	m    *machine
 	dir  string
 	vm   *bundle.VM
 	lock *bundle.Lock
 	done func()
+	// running is not nil if the VM runs and is reserved all the same
+	// ([Host.changing]).
+	running *running
 }
 
 // takeOffline reserves a VM that must be powered off, and locks its folder.

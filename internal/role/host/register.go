@@ -70,7 +70,7 @@ func (h *Host) unregisterVM(ctx context.Context, id string, remove bool) error {
 	return h.unregister(id)
 }
 
-// discard deletes what an interrupted createVM may have left of a VM.
+// discard deletes what an interrupted createVM or cloneVM may have left of a VM.
 func (h *Host) discard(ctx context.Context, id string) error {
 	if parsed, err := uuid.Parse(id); err != nil || parsed.String() != id {
 		return nil // no such thing was ever begun
@@ -82,7 +82,7 @@ func (h *Host) discard(ctx context.Context, id string) error {
 	defer release()
 	var failures []error
 	for _, d := range h.secrets.snapshot().Datastores {
-		failures = append(failures, os.RemoveAll(filepath.Join(d.Path, creating(id))))
+		failures = append(failures, os.RemoveAll(filepath.Join(d.Path, creating(id))), os.RemoveAll(filepath.Join(d.Path, cloning(id))))
 	}
 	return errors.Join(failures...)
 }

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	strongroomv1 "strongroom/api/strongroom/v1"
+	"strongroom/internal/block/blockdev"
 	"strongroom/internal/crypto/keysafe"
 	"strongroom/internal/errs"
 	"strongroom/internal/machine/bundle"
@@ -17,21 +18,19 @@ import (
 
 // Snapshots: docs/spec/vm-folder.md.
 
-// createSnapshot keeps the disks and settings of a VM that is powered off. A call
-// that is repeated is known by the snapshot's id.
+// createSnapshot keeps the disks and settings of a VM, in any power state: of one
+// that runs, what its disks hold at one moment. A call that is repeated is known by
+// the snapshot's id.
 func (h *Host) createSnapshot(ctx context.Context, req *strongroomv1.AgentCreateSnapshotRequest, r report) error {
-	o, err := h.takeOffline(ctx, req.GetId(), "a snapshot")
-	if err != nil {
-		return err
-	}
-	defer o.release()
 	s := bundle.Snapshot{
 		ID: req.GetSnapshotId(), Name: req.GetSnapshot(), Description: req.GetDescription(), Created: time.Now().UTC().Truncate(time.Second),
 	}
-	if o.vm.FindSnapshot(s.ID) != nil {
-		return nil
-	}
-	return errs.Wrap(h.takeSnapshot(ctx, o, s, r), "cannot make snapshot %s of VM %s", s.Name, o.vm.Name)
+	return h.changing(ctx, req.GetId(), func(o *offline) error {
+		if o.vm.FindSnapshot(s.ID) != nil {
+			return nil
+		}
+		return errs.Wrap(h.takeSnapshot(ctx, o, s, r), "cannot make snapshot %s of VM %s", s.Name, o.vm.Name)
+	})
 }
 
 func (h *Host) takeSnapshot(ctx context.Context, o *offline, s bundle.Snapshot, r report) error {
@@ -53,7 +52,7 @@ func (h *Host) takeSnapshot(ctx context.Context, o *offline, s bundle.Snapshot, 
 	if err := h.copyDisks(ctx, o, s.Disks, o.vm.Disks, next, "copying", r); err != nil {
 		return err
 	}
-	h.log.LogAttrs(ctx, slog.LevelInfo, "snapshot made", slog.String("vm", o.vm.Name), slog.String("snapshot", s.Name))
+	h.log.LogAttrs(ctx, slog.LevelInfo, "snapshot made", slog.String("vm", o.vm.Name), slog.String("snapshot", s.Name), slog.Bool("live", o.running != nil))
 	return nil
 }
 
@@ -123,30 +122,10 @@ func keyAfterRevert(o *offline, s bundle.Snapshot) (*bundle.Key, error) {
 // and then the VM what next says. After an error vm.json is as it was, and the
 // copies are gone, or it is as next says.
 func (h *Host) copyDisks(ctx context.Context, o *offline, to, from []bundle.Disk, next *bundle.VM, verb string, r report) error {
-	p := &disksProgress{report: r}
-	for _, d := range from {
-		p.total += writtenAndVerified * d.SizeBytes
+	err := h.makeCopies(ctx, o, to, from, verb, r)
+	if err == nil {
+		err = bundle.Write(o.dir, next)
 	}
-	err := func() error {
-		for i, d := range from {
-			share := writtenAndVerified * d.SizeBytes
-			add, done := p.disk(verb+" "+d.Name, share)
-			progress := func(done, total int64) { // of the file, which may have a header
-				add(int64(float64(share)*float64(done)/float64(total)), share)
-			}
-			var err error
-			if d.Format == bundle.FormatLUKS {
-				err = recrypt.Copy(ctx, o.folder(), to[i].File, d.File, h.kek, progress)
-			} else {
-				err = recrypt.CopyPlain(ctx, o.folder(), to[i].File, d.File, progress)
-			}
-			if err != nil {
-				return errs.Wrap(err, "%s", d.Name)
-			}
-			done()
-		}
-		return bundle.Write(o.dir, next)
-	}()
 	if err == nil {
 		o.vm = next
 		return nil
@@ -160,6 +139,61 @@ func (h *Host) copyDisks(ctx context.Context, o *offline, to, from []bundle.Disk
 		if !now.Names(d.File) {
 			err = errors.Join(err, o.folder().Remove(d.File))
 		}
+	}
+	return err
+}
+
+// makeCopies is the first half of copyDisks.
+func (h *Host) makeCopies(ctx context.Context, o *offline, to, from []bundle.Disk, verb string, r report) error {
+	p := &disksProgress{report: r}
+	for _, d := range from {
+		p.total += writtenAndVerified * d.SizeBytes
+	}
+	if o.running != nil {
+		p.report(verb+" the disks", 0, p.total, unitBytes)
+		var disks []recrypt.Original
+		for i, d := range from {
+			disks = append(disks, recrypt.Original{To: to[i].File, From: d.File, Encrypted: d.Format == bundle.FormatLUKS})
+		}
+		return h.copyRunning(ctx, o, o.folder(), disks)
+	}
+	for i, d := range from {
+		share := writtenAndVerified * d.SizeBytes
+		add, done := p.disk(verb+" "+d.Name, share)
+		progress := func(done, total int64) { // of the file, which may have a header
+			add(int64(float64(share)*float64(done)/float64(total)), share)
+		}
+		var err error
+		if d.Format == bundle.FormatLUKS {
+			err = recrypt.Copy(ctx, o.folder(), to[i].File, d.File, h.kek, progress)
+		} else {
+			err = recrypt.CopyPlain(ctx, o.folder(), to[i].File, d.File, progress)
+		}
+		if err != nil {
+			return errs.Wrap(err, "%s", d.Name)
+		}
+		done()
+	}
+	return nil
+}
+
+// suspendLimit is how long the guest of a VM may have to wait for its disks while
+// they are copied. Guests give a disk 30 s and more.
+const suspendLimit = 10 * time.Second
+
+// copyRunning copies disks of a VM that runs, as they are at one moment, to a folder
+// on the same file system.
+func (h *Host) copyRunning(ctx context.Context, o *offline, to recrypt.Folder, disks []recrypt.Original) error {
+	process := o.running.process()
+	if process == nil {
+		return errRestarting()
+	}
+	err := recrypt.CopyTogether(ctx, to, o.folder(), disks, h.kek, func(clone func() error) error {
+		return process.WhileSuspended(ctx, suspendLimit, clone)
+	})
+	if errors.Is(err, blockdev.ErrNoClone) {
+		return errs.New(errs.InvalidState, "the file system of the datastore cannot share blocks between files, and the guest cannot wait for a copy: %w", err).
+			WithHint("strongroom vm power-off %s; or have the VM on XFS or Btrfs", o.vm.Name)
 	}
 	return err
 }
@@ -234,6 +268,7 @@ func (h *Host) changingRunning(ctx context.Context, id string, f func(*offline) 
 	if err != nil {
 		return false, err
 	}
+	o.running = running
 	return false, f(o)
 }
 

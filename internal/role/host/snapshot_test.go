@@ -480,7 +480,7 @@ func TestSnapshotsRefused(t *testing.T) {
 		err  error
 		kind errs.Kind
 	}{
-		"a VM that runs":        {create(func(r *strongroomv1.AgentCreateSnapshotRequest) { r.Id = on }), errs.InvalidState},
+		"one without its disks": {create(func(r *strongroomv1.AgentCreateSnapshotRequest) { r.Id = on }), errs.Unavailable},
 		"an unknown VM":         {create(func(r *strongroomv1.AgentCreateSnapshotRequest) { r.Id = uuid.NewString() }), errs.NotFound},
 		"a name that is taken":  {create(func(r *strongroomv1.AgentCreateSnapshotRequest) { r.Snapshot = "first" }), errs.Exists},
 		"no name":               {create(func(r *strongroomv1.AgentCreateSnapshotRequest) { r.Snapshot = "" }), errs.Invalid},

@@ -32,6 +32,7 @@ func commands() []command {
 		{"verify-files", "verify-files FOLDER: check all checksums below FOLDER", 1, verifyFiles},
 		{"write-pattern", "write-pattern PATH OFFSET LENGTH SEED: fill a device or file", 4, writePattern},
 		{"verify-pattern", "verify-pattern PATH OFFSET LENGTH SEED: check what write-pattern wrote", 4, verifyPattern},
+		{"count", "count DEVICE DEVICE: tell what it counted last time, and count on, on the first and then the second, until SIGTERM", 2, count},
 		{"churn", "churn FOLDER SIZE ROUNDS: rewrite blocks of a file, then check all; ROUNDS 0: until SIGTERM", 3, churn},
 	}
 }

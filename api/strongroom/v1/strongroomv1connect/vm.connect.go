@@ -91,8 +91,9 @@ const (
 // VMServiceClient is a client for the strongroom.v1.VMService service.
 type VMServiceClient interface {
 	CreateVM(context.Context, *connect.Request[v1.CreateVMRequest]) (*connect.Response[v1.Task], error)
-	// CloneVM makes a VM from one that is powered off. Of an encrypted one it needs
-	// Cryptographer.Clone too, with recrypt Cryptographer.Recrypt, and in any case
+	// CloneVM makes a VM from another, in any power state: from one that runs as
+	// CreateSnapshot. Of an encrypted one it needs Cryptographer.Clone too, with
+	// recrypt Cryptographer.Recrypt, and in any case
 	// VirtualMachine.Inventory.CreateFromExisting for the clone.
 	CloneVM(context.Context, *connect.Request[v1.CloneVMRequest]) (*connect.Response[v1.Task], error)
 	ListVMs(context.Context, *connect.Request[v1.ListVMsRequest]) (*connect.Response[v1.ListVMsResponse], error)
@@ -116,8 +117,9 @@ type VMServiceClient interface {
 	// runs sees it at once, if it reaches the disk over vhost-user.
 	ResizeDisk(context.Context, *connect.Request[v1.ResizeDiskRequest]) (*connect.Response[v1.Task], error)
 	ListSnapshots(context.Context, *connect.Request[v1.ListSnapshotsRequest]) (*connect.Response[v1.ListSnapshotsResponse], error)
-	// CreateSnapshot keeps the disks and settings of a VM that is powered off, to
-	// revert to.
+	// CreateSnapshot keeps the disks and settings of a VM, to revert to. Of one that
+	// runs it keeps what all disks hold at one moment, as after a power failure; that
+	// needs a file system that shares blocks.
 	CreateSnapshot(context.Context, *connect.Request[v1.CreateSnapshotRequest]) (*connect.Response[v1.Task], error)
 	// RevertToSnapshot gives a VM that is powered off the disks and settings of a
 	// snapshot. What the disks hold now is lost, unless it is in a snapshot.
@@ -457,8 +459,9 @@ func (c *vMServiceClient) UnlockVM(ctx context.Context, req *connect.Request[v1.
 // VMServiceHandler is an implementation of the strongroom.v1.VMService service.
 type VMServiceHandler interface {
 	CreateVM(context.Context, *connect.Request[v1.CreateVMRequest]) (*connect.Response[v1.Task], error)
-	// CloneVM makes a VM from one that is powered off. Of an encrypted one it needs
-	// Cryptographer.Clone too, with recrypt Cryptographer.Recrypt, and in any case
+	// CloneVM makes a VM from another, in any power state: from one that runs as
+	// CreateSnapshot. Of an encrypted one it needs Cryptographer.Clone too, with
+	// recrypt Cryptographer.Recrypt, and in any case
 	// VirtualMachine.Inventory.CreateFromExisting for the clone.
 	CloneVM(context.Context, *connect.Request[v1.CloneVMRequest]) (*connect.Response[v1.Task], error)
 	ListVMs(context.Context, *connect.Request[v1.ListVMsRequest]) (*connect.Response[v1.ListVMsResponse], error)
@@ -482,8 +485,9 @@ type VMServiceHandler interface {
 	// runs sees it at once, if it reaches the disk over vhost-user.
 	ResizeDisk(context.Context, *connect.Request[v1.ResizeDiskRequest]) (*connect.Response[v1.Task], error)
 	ListSnapshots(context.Context, *connect.Request[v1.ListSnapshotsRequest]) (*connect.Response[v1.ListSnapshotsResponse], error)
-	// CreateSnapshot keeps the disks and settings of a VM that is powered off, to
-	// revert to.
+	// CreateSnapshot keeps the disks and settings of a VM, to revert to. Of one that
+	// runs it keeps what all disks hold at one moment, as after a power failure; that
+	// needs a file system that shares blocks.
 	CreateSnapshot(context.Context, *connect.Request[v1.CreateSnapshotRequest]) (*connect.Response[v1.Task], error)
 	// RevertToSnapshot gives a VM that is powered off the disks and settings of a
 	// snapshot. What the disks hold now is lost, unless it is in a snapshot.
