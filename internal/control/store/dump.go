@@ -50,6 +50,7 @@ func (d Dump) Each(ctx context.Context, f func(name string, value []byte) error)
 		}
 		return nil
 	}
+	defer unmap(d.db.file)
 	err := d.db.kv.RangeStream(&etcdserverpb.RangeRequest{
 		Key: []byte(keyRoot), RangeEnd: []byte(clientv3.GetPrefixRangeEnd(keyRoot)), Revision: d.Revision, Serializable: true,
 	}, &stream{ctx: ctx, each: each})

@@ -23,6 +23,7 @@ import (
 	"log/slog"
 	"net/url"
 	"os"
+	"path/filepath"
 	"sync"
 	"time"
 
@@ -77,13 +78,16 @@ const (
 	defaultQuotaBytes = 2 << 30
 	maxRequestBytes   = 4 << 20
 	maxTxnOps         = 4096
-	// Raft entries kept in memory before a snapshot: our records are about a
-	// kilobyte, so this is some megabytes.
-	snapshotEvery = 5000
+	// Raft entries that are read again at a start, at most, and those of them that
+	// are kept in memory for members that lag. An entry of a single member holds
+	// what was committed together, up to 64 transactions, and nobody lags.
+	snapshotEvery, catchUp           = 1000, 1
+	clusterSnapshotEvery, clusterLag = 5000, 1000
 	// History that a watcher can still resume from.
 	historyKept = "30m"
-	// Freed space that makes a defragmentation at start worth its time.
-	defragAtStartMiB = 64
+	// Freed space that makes a defragmentation at start worth its time: so much,
+	// and a third of the file, which is written anew.
+	defragAtStartMiB, defragPart = 64, 3
 )
 
 // Config says where and how a database lives.
@@ -111,6 +115,7 @@ type DB struct {
 	// unlock releases our lock of the directory. Without that lock a second
 	// process would wait for etcd's own one for ever, without a word.
 	unlock    func()
+	file      string // of the database
 	clustered bool
 	commits   *groupcommit.Queue[*pending] // of a single member
 
@@ -144,12 +149,15 @@ func Open(ctx context.Context, cfg Config) (*DB, error) {
 	}
 	db := &DB{
 		etcd: etcd, client: v3client.New(etcd.Server), kv: v3rpc.NewKVServer(etcd.Server), unlock: unlock,
-		clustered: cfg.Cluster != nil, closing: make(chan struct{}),
+		file: fileIn(cfg.Dir), clustered: cfg.Cluster != nil, closing: make(chan struct{}),
 	}
 	db.life, db.end = context.WithCancel(context.Background())
 	db.commits = groupcommit.New(together, db.commitGroup)
 	return db, nil
 }
+
+// fileIn returns where a member keeps its database.
+func fileIn(dir string) string { return filepath.Join(dir, "member", "snap", "db") }
 
 func start(ctx context.Context, cfg Config) (*embed.Etcd, error) {
 	ec := embed.NewConfig()
@@ -175,9 +183,15 @@ func start(ctx context.Context, cfg Config) (*embed.Etcd, error) {
 	if cfg.Token != "" {
 		ec.InitialClusterToken = cfg.Token
 	}
-	ec.SnapshotCount, ec.SnapshotCatchUpEntries = snapshotEvery, snapshotEvery/5
+	ec.SnapshotCount, ec.SnapshotCatchUpEntries = snapshotEvery, catchUp
+	if cfg.Cluster != nil {
+		ec.SnapshotCount, ec.SnapshotCatchUpEntries = clusterSnapshotEvery, clusterLag
+	}
 	ec.AutoCompactionMode, ec.AutoCompactionRetention = embed.CompactorModePeriodic, historyKept
 	ec.BootstrapDefragThresholdMegabytes = defragAtStartMiB
+	if info, err := os.Stat(fileIn(cfg.Dir)); err == nil {
+		ec.BootstrapDefragThresholdMegabytes = max(defragAtStartMiB, uint(info.Size()>>20)/defragPart)
+	}
 	ec.QuotaBackendBytes = cfg.QuotaBytes
 	if ec.QuotaBackendBytes <= 0 {
 		ec.QuotaBackendBytes = defaultQuotaBytes
@@ -190,6 +204,7 @@ func start(ctx context.Context, cfg Config) (*embed.Etcd, error) {
 	}
 	select {
 	case <-etcd.Server.ReadyNotify():
+		unmap(fileIn(cfg.Dir))
 		return etcd, nil
 	case <-etcd.Server.StopNotify():
 		err = errors.New("stopped while starting")

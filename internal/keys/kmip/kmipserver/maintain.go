@@ -93,14 +93,19 @@ func (s *Server) Maintain(ctx context.Context, account string, rot Rotation, bef
 	return nil
 }
 
-// due returns the steps that are due, at most one an object.
+// due returns the steps that are due, at most one an object. Without rotation those
+// are of objects whose dates have come; else every object is looked at.
 func (r *request) due(rot Rotation) ([]Step, error) {
 	var steps []Step
+	query := Query{}
+	if rot == (Rotation{}) {
+		query.Due = r.now
+	}
 	err := r.server.store.View(r.ctx, r.client.Account, func(v Reader) error {
 		steps = nil
 		made := map[string]time.Time{} // when each key came to be, for what it replaced
 		var superseded []int           // steps that need that of another
-		for o, err := range v.Find(Query{}) {
+		for o, err := range v.Find(query) {
 			if err != nil {
 				return err
 			}

@@ -136,7 +136,7 @@ func (t *memoryTx) Find(q Query) iter.Seq2[*Object, error] {
 			slices.Reverse(ids)
 		}
 		for _, id := range ids {
-			if !q.Passes(id) {
+			if !q.Passes(id) || !q.IsDue(t.shelf.objects[id]) {
 				continue
 			}
 			o := t.shelf.objects[id].clone()

@@ -55,6 +55,31 @@ type Query struct {
 	Name   string // objects with this Name attribute only; "" for all
 	Newest bool   // newest first, not oldest
 	After  string // only what comes, in this order, after the identifier; "" for all
+	// Due leaves objects that [Query.IsDue] reports, in any order: with neither of
+	// the others.
+	Due time.Time
+}
+
+// IsDue reports whether q asks for o as far as its dates are concerned: with Due,
+// for objects that a date has changed, by Due, which is not stored yet.
+func (q Query) IsDue(o *Object) bool {
+	at, ok := o.NextChange()
+	return q.Due.IsZero() || ok && !at.After(q.Due)
+}
+
+// NextChange returns the date that changes the state of o next, as it is stored,
+// and whether there is one.
+func (o *Object) NextChange() (time.Time, bool) {
+	if o.Archived || !hasState(o.Type) {
+		return time.Time{}, false
+	}
+	switch o.state() {
+	case kmip.StatePreActive:
+		return o.date(kmip.AttributeNameActivationDate)
+	case kmip.StateActive:
+		return o.date(kmip.AttributeNameDeactivationDate)
+	}
+	return time.Time{}, false
 }
 
 // Passes reports whether what q asks for comes after an identifier.

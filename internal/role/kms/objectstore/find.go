@@ -19,13 +19,23 @@ func (v *view) Find(q kmipserver.Query) iter.Seq2[*kmipserver.Object, error] {
 		done := false
 		look := func(e store.Entry[[]byte]) bool {
 			o, err := v.describe(e)
+			if err == nil && !q.IsDue(o) {
+				return true
+			}
 			done = !yield(o, err) || err != nil
 			return !done
 		}
-		var err error
-		if q.Newest {
+		indexed, err := false, error(nil)
+		if !q.Due.IsZero() {
+			indexed, err = v.s.dates.isComplete(v.ctx, v.tx)
+		}
+		switch {
+		case err != nil:
+		case indexed:
+			err = v.due(q.Due, look)
+		case q.Newest:
 			err = v.newestFirst(q.After, look)
-		} else {
+		default:
 			prefix := accountPrefix(v.account)
 			from := prefix
 			if q.After != "" {
@@ -123,17 +133,15 @@ func timeOf(id string) int64 {
 // depends on: a name that another takes meanwhile is noticed.
 func (v *view) named(q kmipserver.Query) iter.Seq2[*kmipserver.Object, error] {
 	return func(yield func(*kmipserver.Object, error) bool) {
-		prefix := namePrefix(v.account, q.Name)
-		index, err := v.s.names.In(v.tx).Entries(v.ctx, prefix)
+		ids, err := v.s.names.find(v.ctx, v.tx, v.account, q.Name)
 		if err != nil {
 			yield(nil, err)
 			return
 		}
 		if q.Newest {
-			slices.Reverse(index)
+			slices.Reverse(ids)
 		}
-		for _, at := range index {
-			id := at.Key[len(prefix):]
+		for _, id := range ids {
 			if !q.Passes(id) {
 				continue
 			}
@@ -141,6 +149,9 @@ func (v *view) named(q kmipserver.Query) iter.Seq2[*kmipserver.Object, error] {
 			if err != nil {
 				yield(nil, err)
 				return
+			}
+			if !slices.Contains(namesOf(e.object), q.Name) { // the hash of another is the same
+				continue
 			}
 			o := copyOf(e.object)
 			o.Material = nil

@@ -17,8 +17,9 @@ import (
 
 // The record of docs/spec/kms-object.md.
 const (
-	recordMagic   = "SRKO"
-	recordVersion = 1
+	recordMagic = "SRKO"
+	// recordVersion is that of what is written; 1 had attributes in TTLV.
+	recordVersion = 2
 	recordHeader  = 60 // bytes
 	flagArchived  = 1
 	aadDomain     = "strongroom/kms-object/v1"
@@ -36,7 +37,7 @@ var recordLimits = kmipwire.Limits{Message: recordMax, Depth: 16, Values: 8192}
 
 // clearPart encodes all of o but its material, which will be sealed in epoch.
 func clearPart(o *kmipserver.Object, epoch uint64) ([]byte, error) {
-	attributes, template := encodeAttributes(o.Attributes), encodeAttributes(o.Template)
+	attributes, template := appendAttributes(nil, o.Attributes), appendAttributes(nil, o.Template)
 	var wrapping []byte
 	if o.Layout.Wrapping != nil {
 		enc := ttlv.NewTTLVEncoder()
@@ -71,7 +72,9 @@ func split(record []byte) (clear, sealed []byte, epoch uint64, err error) {
 	if len(record) < recordHeader || len(record) > recordMax || string(record[:4]) != recordMagic {
 		return nil, nil, 0, errCorrupt
 	}
-	if v := binary.BigEndian.Uint32(record[4:]); v != recordVersion {
+	if v := binary.BigEndian.Uint32(record[4:]); v == 0 {
+		return nil, nil, 0, errCorrupt
+	} else if v > recordVersion {
 		return nil, nil, 0, fmt.Errorf("%w: version %d", errVersion, v)
 	}
 	end := uint64(recordHeader)
@@ -101,11 +104,15 @@ func parseClear(b []byte) (*kmipserver.Object, error) {
 	}
 	attributes, rest := b[recordHeader:][:word(48)], b[recordHeader:][word(48):]
 	template, wrapping := rest[:word(52)], rest[word(52):]
+	decode := parseAttributes
+	if word(4) == 1 {
+		decode = decodeAttributes
+	}
 	var err error
-	if o.Attributes, err = decodeAttributes(attributes); err != nil {
+	if o.Attributes, err = decode(attributes); err != nil {
 		return nil, err
 	}
-	if o.Template, err = decodeAttributes(template); err != nil {
+	if o.Template, err = decode(template); err != nil {
 		return nil, err
 	}
 	if len(wrapping) > 0 {
@@ -120,17 +127,7 @@ func parseClear(b []byte) (*kmipserver.Object, error) {
 	return o, nil
 }
 
-func encodeAttributes(list []kmip.Attribute) []byte {
-	if len(list) == 0 {
-		return nil
-	}
-	enc := ttlv.NewTTLVEncoder()
-	for _, a := range list {
-		enc.TagAny(kmip.TagAttribute, a)
-	}
-	return enc.Bytes()
-}
-
+// decodeAttributes parses a list of version 1: structures of TTLV.
 func decodeAttributes(b []byte) (list []kmip.Attribute, err error) {
 	if len(b) == 0 {
 		return nil, nil

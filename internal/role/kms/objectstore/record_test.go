@@ -3,11 +3,16 @@ package objectstore
 import (
 	"bytes"
 	"encoding/hex"
+	"errors"
+	"math"
 	"os"
+	"reflect"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/ovh/kmip-go"
+	"github.com/ovh/kmip-go/ttlv"
 
 	"strongroom/internal/crypto/keymem"
 	"strongroom/internal/keys/keyring"
@@ -18,13 +23,15 @@ const (
 	vectorID      = "00000000-0000-7000-8000-000000000001"
 )
 
+// specBytes returns the bytes of the indented lines behind some text.
 func specBytes(t testing.TB, file, after string) []byte {
 	t.Helper()
 	text, err := os.ReadFile("../../../../docs/spec/" + file)
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, digits, ok := strings.Cut(string(text), after)
+	_, rest, ok := strings.Cut(string(text), after)
+	digits, _, _ := strings.Cut(strings.TrimLeft(rest, "\n"), "\n\n")
 	b, err := hex.DecodeString(strings.Join(strings.Fields(digits), ""))
 	if !ok || err != nil {
 		t.Fatalf("%s has no vector behind %q: %v", file, after, err)
@@ -48,32 +55,106 @@ func vectorRing(t testing.TB) *keyring.Ring {
 	return ring
 }
 
+const (
+	vector1 = "that is pre-active.\n"
+	vector2 = "in this order:\n"
+)
+
 func TestVector(t *testing.T) {
 	t.Parallel()
-	record := specBytes(t, "kms-object.md", "that is pre-active.\n")
-	o, epoch, err := unseal(vectorRing(t), vectorAccount, vectorID, record)
+	want := map[string][]kmip.Attribute{
+		vector1: {{AttributeName: kmip.AttributeNameState, AttributeValue: kmip.StatePreActive}},
+		vector2: {
+			{AttributeName: kmip.AttributeNameName, AttributeValue: kmip.Name{NameValue: "web-1", NameType: kmip.NameTypeUninterpretedTextString}},
+			{AttributeName: kmip.AttributeNameCryptographicLength, AttributeValue: int32(128)},
+			{AttributeName: kmip.AttributeNameState, AttributeValue: kmip.StatePreActive},
+			{AttributeName: kmip.AttributeNameLeaseTime, AttributeValue: time.Hour},
+			{AttributeName: kmip.AttributeNameFresh, AttributeValue: true},
+			{AttributeName: kmip.AttributeNameInitialDate, AttributeValue: time.Unix(1800000000, 0)},
+			{AttributeName: "x-p", AttributeValue: ttlv.Value{Tag: kmip.TagAttributeValue, Value: int32(7)}},
+		},
+	}
+	for after, attributes := range want {
+		record := specBytes(t, "kms-object.md", after)
+		o, epoch, err := unseal(vectorRing(t), vectorAccount, vectorID, record)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer o.Material.Close()
+		if epoch != 5 || o.Type != kmip.ObjectTypeSymmetricKey || o.Layout.Algorithm != kmip.CryptographicAlgorithmAES || o.Layout.Length != 128 ||
+			!bytes.Equal(o.Material.Bytes(), bytes.Repeat([]byte{0xff}, 16)) || !reflect.DeepEqual(o.Attributes, attributes) {
+			t.Errorf("%s: epoch %d, %+v", after, epoch, o)
+		}
+		clear, err := clearPart(o, epoch)
+		if err != nil || after == vector2 && !bytes.Equal(clear, record[:len(clear)]) {
+			t.Error("the encoding is not that of the specification")
+		}
+	}
+	bucket, hash := place(vectorAccount, "web-1")
+	if stored := specBytes(t, "kms-object.md", "stands in bucket `"+bucket+"`:\n"); !bytes.Equal(stored[1:], entryOf(hash, vectorID)) || checkBucket(bucket, stored) != nil {
+		t.Errorf("%x", stored)
+	}
+}
+
+// TestAttributes has attributes of every kind come back as they were, with a code or
+// without, as they do in TTLV.
+func TestAttributes(t *testing.T) {
+	t.Parallel()
+	one, at := int32(1), time.Unix(1_800_000_000, 0)
+	list := []kmip.Attribute{
+		{AttributeName: kmip.AttributeNameName, AttributeValue: kmip.Name{NameValue: "ä/1", NameType: kmip.NameTypeUri}},
+		{AttributeName: kmip.AttributeNameName, AttributeIndex: &one, AttributeValue: kmip.Name{NameValue: "2", NameType: kmip.NameTypeUri}},
+		{AttributeName: kmip.AttributeNameCryptographicAlgorithm, AttributeValue: kmip.CryptographicAlgorithmAES},
+		{AttributeName: kmip.AttributeNameCryptographicLength, AttributeValue: int32(-1)},
+		{AttributeName: kmip.AttributeNameCryptographicUsageMask, AttributeValue: kmip.CryptographicUsageMask(-1)},
+		{AttributeName: kmip.AttributeNameState, AttributeValue: kmip.StateDestroyedCompromised},
+		{AttributeName: kmip.AttributeNameLeaseTime, AttributeValue: time.Duration(math.MaxUint32) * time.Second},
+		{AttributeName: kmip.AttributeNameFresh, AttributeValue: false},
+		{AttributeName: kmip.AttributeNameDigest, AttributeValue: kmip.Digest{HashingAlgorithm: kmip.HashingAlgorithmSHA_256, DigestValue: []byte{1, 2}, KeyFormatType: kmip.KeyFormatTypeRaw}},
+		{AttributeName: kmip.AttributeNameDigest, AttributeIndex: &one, AttributeValue: kmip.Digest{HashingAlgorithm: kmip.HashingAlgorithmMD5, DigestValue: []byte{}}},
+		{AttributeName: kmip.AttributeNameObjectGroup, AttributeValue: "g"},
+		{AttributeName: kmip.AttributeNameContactInformation, AttributeValue: "c"},
+		{AttributeName: kmip.AttributeNameSensitive, AttributeValue: true},
+		{AttributeName: kmip.AttributeNameLink, AttributeValue: kmip.Link{LinkType: kmip.LinkTypeReplacedObjectLink, LinkedObjectIdentifier: vectorID}},
+		{AttributeName: "x-text", AttributeValue: ttlv.Value{Tag: kmip.TagAttributeValue, Value: "label"}},
+		{AttributeName: "x-date", AttributeValue: ttlv.Value{Tag: kmip.TagAttributeValue, Value: at}},
+		{AttributeName: "x-number", AttributeValue: ttlv.Value{Tag: kmip.TagAttributeValue, Value: int32(5)}},
+		{AttributeName: "x-flag", AttributeValue: ttlv.Value{Tag: kmip.TagAttributeValue, Value: true}},
+		{AttributeName: "x-time", AttributeValue: ttlv.Value{Tag: kmip.TagAttributeValue, Value: time.Minute}},
+	}
+	for _, name := range dates {
+		list = append(list, kmip.Attribute{AttributeName: name, AttributeValue: at}, kmip.Attribute{AttributeName: name, AttributeValue: time.Unix(-1, 0)})
+	}
+	got, err := parseAttributes(appendAttributes(nil, list))
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer o.Material.Close()
-	if epoch != 5 || o.Type != kmip.ObjectTypeSymmetricKey || o.Layout.Algorithm != kmip.CryptographicAlgorithmAES || o.Layout.Length != 128 ||
-		!bytes.Equal(o.Material.Bytes(), bytes.Repeat([]byte{0xff}, 16)) || len(o.Attributes) != 1 || o.Attributes[0].AttributeValue != kmip.StatePreActive {
-		t.Errorf("epoch %d, %+v", epoch, o)
+	enc := ttlv.NewTTLVEncoder()
+	for _, a := range list {
+		enc.TagAny(kmip.TagAttribute, a)
 	}
-	clear, err := clearPart(o, epoch)
-	if err != nil || !bytes.Equal(clear, record[:len(clear)]) {
-		t.Error("the encoding is not that of the specification")
+	old, err := decodeAttributes(enc.Bytes())
+	if err != nil || !reflect.DeepEqual(got, old) || !reflect.DeepEqual(got, list) {
+		t.Errorf("%v\nin place of %v\nin TTLV %v, %v", got, list, old, err)
+	}
+	for _, bad := range []string{"00", "0001", "02", "0280", "07", "0702", "15", "ff", "0101", "010105", "02ffffffff10", "0affffffffffffffffff7f", "080101ff"} {
+		b, _ := hex.DecodeString(bad)
+		if list, err := parseAttributes(b); !errors.Is(err, errCorrupt) {
+			t.Errorf("%s: %v, %v", bad, list, err)
+		}
 	}
 }
 
 // FuzzRecord gives the parser what authentication would have to vouch for.
 func FuzzRecord(f *testing.F) {
-	good := specBytes(f, "kms-object.md", "that is pre-active.\n")
-	f.Add(good)
-	for _, at := range []int{0, 15, 23, 51, 59, 70, 80} {
-		bad := bytes.Clone(good)
-		bad[at] ^= 0x41
-		f.Add(bad)
+	for _, vector := range []string{vector1, vector2} {
+		good := specBytes(f, "kms-object.md", vector)
+		f.Add(good)
+		for _, at := range []int{0, 15, 23, 51, 59, 60, 61, 70, 80} {
+			bad := bytes.Clone(good)
+			bad[at] ^= 0x41
+			f.Add(bad)
+		}
 	}
 	f.Fuzz(func(t *testing.T, record []byte) {
 		clear, _, epoch, err := split(record)

@@ -11,8 +11,6 @@ package objectstore
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -46,7 +44,8 @@ const (
 type Store struct {
 	db      *store.DB
 	objects *store.Table[[]byte]
-	names   *store.Table[[]byte]
+	names   names
+	dates   dateIndex
 	epochs  *store.Table[Epoch]
 	ring    *keyring.Ring
 	keeper  Keeper
@@ -72,7 +71,7 @@ func New(db *store.DB, ring *keyring.Ring, log *slog.Logger) *Store {
 // brings to the others.
 func NewShared(db *store.DB, ring *keyring.Ring, keeper Keeper, log *slog.Logger) *Store {
 	return &Store{
-		db: db, objects: store.NewRawTable(db, Objects), names: store.NewRawTable(db, "kms-name"),
+		db: db, objects: store.NewRawTable(db, Objects), names: newNames(db), dates: newDateIndex(db),
 		epochs: EpochTable(db),
 		ring:   ring, keeper: keeper, log: log, cache: newCache(cacheLimit), dirty: make(chan struct{}, 1),
 		counts: newCounts(),
@@ -86,11 +85,6 @@ func (s *Store) Close() error {
 }
 
 func accountPrefix(account string) string { return url.PathEscape(account) + "/" }
-
-func namePrefix(account, name string) string {
-	sum := sha256.Sum256([]byte(name))
-	return accountPrefix(account) + hex.EncodeToString(sum[:16]) + "/"
-}
 
 // View implements [kmipserver.Store].
 func (s *Store) View(ctx context.Context, account string, f func(kmipserver.Reader) error) error {
@@ -321,31 +315,31 @@ func (u *update) Put(o *kmipserver.Object) error {
 	}
 	u.more += withMaterial(epoch) - withMaterial(was.epoch)
 	u.changed[o.ID] = change{object: copyOf(o), epoch: epoch}
-	var oldNames []string
-	if was.object != nil {
-		oldNames = namesOf(was.object)
-	}
-	return u.index(o, oldNames)
+	return u.index(o, was.object)
 }
 
-// index brings the names of o in line.
-func (u *update) index(o *kmipserver.Object, was []string) error {
-	names, now := u.s.names.In(u.tx), namesOf(o)
-	for _, name := range was {
+// index brings what is found by in line with o, which was another before, or nil.
+func (u *update) index(o, was *kmipserver.Object) error {
+	var before []string
+	if was != nil {
+		before = namesOf(was)
+	}
+	now := namesOf(o)
+	for _, name := range before {
 		if !slices.Contains(now, name) {
-			if err := names.Delete(u.ctx, namePrefix(u.account, name)+o.ID); err != nil {
+			if err := u.s.names.remove(u.ctx, u.tx, u.account, name, o.ID); err != nil {
 				return err
 			}
 		}
 	}
 	for _, name := range now {
-		if !slices.Contains(was, name) {
-			if err := names.Set(namePrefix(u.account, name)+o.ID, []byte{1}); err != nil {
+		if !slices.Contains(before, name) {
+			if err := u.s.names.add(u.ctx, u.tx, u.account, name, o.ID); err != nil {
 				return err
 			}
 		}
 	}
-	return nil
+	return u.s.dates.move(u.ctx, u.tx, u.account, o.ID, was, o)
 }
 
 // soil marks an epoch for shredding, unless it is marked.

@@ -289,8 +289,8 @@ func TestAlteredRecords(t *testing.T) {
 	}
 	for name, record := range map[string][]byte{
 		"another object's":     good,
-		"attribute altered":    flip(good, recordHeader+40),
-		"state of a tombstone": flip(destroyed, recordHeader+40),
+		"attribute altered":    flip(good, recordHeader+8),
+		"state of a tombstone": flip(destroyed, recordHeader+8),
 		"cut":                  good[:len(good)-1],
 		"empty":                {},
 		"epoch":                flip(good, 15),

@@ -21,8 +21,11 @@ import (
 const Objects = "kms-object"
 
 // Derived reports whether a copy of the database goes without a table: what it
-// holds follows from the objects ([Unpack]), or is about their key ring.
-func Derived(table string) bool { return table == "kms-name" || table == "kms-epoch" }
+// holds follows from the objects ([Unpack], [Store.Index]), or is about their key
+// ring.
+func Derived(table string) bool {
+	return slices.Contains([]string{"kms-name", "kms-names", "kms-date", "kms-index", "kms-epoch"}, table)
+}
 
 // PerEpoch is how many objects share a KEK.
 const PerEpoch = perEpoch
@@ -149,7 +152,7 @@ func Unpack(ring *keyring.Ring, key string, record []byte, destroyed time.Time, 
 	}
 	stored = append(stored, store.Record{Name: Objects + "/" + key, Value: record})
 	for _, name := range namesOf(o) {
-		stored = append(stored, store.Record{Name: "kms-name/" + namePrefix(account, name) + id, Value: []byte{1}})
+		stored = append(stored, store.Record{Name: "kms-name/" + loosePrefix(account, name) + id, Value: []byte{1}})
 	}
 	return stored, secret != nil, o.Material != nil, nil
 }
