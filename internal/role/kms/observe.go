@@ -73,20 +73,41 @@ func (m *metrics) note(now time.Time) bool {
 	return m.noted <= refusedPerSecond
 }
 
-// observe counts an operation and puts it on record before it is answered: what
+// observe counts operations and puts them on record before they are answered: what
 // is not on record must not happen unseen.
-func (k *KMS) observe(_ context.Context, e kmipserver.Event) error {
+func (k *KMS) observe(_ context.Context, events ...kmipserver.Event) error {
+	durable := false
+	var last audit.Head
+	for _, e := range events {
+		entry, ok := k.entryOf(e)
+		if !ok {
+			continue
+		}
+		head, err := k.audit.Append(entry)
+		if err != nil {
+			return err
+		}
+		last, durable = head, durable || changes(e.Operation) || e.Approval != ""
+	}
+	if !durable {
+		return nil
+	}
+	return k.audit.Flush(last)
+}
+
+// entryOf counts an operation and returns its record, if it has one.
+func (k *KMS) entryOf(e kmipserver.Event) (audit.Entry, bool) {
 	if e.Operation == 0 {
 		k.metrics.refused.Inc()
 		if !k.metrics.note(time.Now()) {
-			return nil
+			return audit.Entry{}, false
 		}
 	} else {
 		name := operationName(e.Operation)
 		k.metrics.operations.WithLabelValues(name, outcome(e.Reason)).Inc()
 		k.metrics.seconds.WithLabelValues(name).Observe(e.Duration.Seconds())
 		if trivial(e.Operation) {
-			return nil
+			return audit.Entry{}, false
 		}
 	}
 	entry := audit.Entry{
@@ -113,11 +134,7 @@ func (k *KMS) observe(_ context.Context, e kmipserver.Event) error {
 	if e.Approval != "" {
 		entry.Details["approval"] = e.Approval
 	}
-	head, err := k.audit.Append(entry)
-	if err != nil || !changes(e.Operation) && e.Approval == "" {
-		return err
-	}
-	return k.audit.Flush(head)
+	return entry, true
 }
 
 // operationName names an operation that this server has; of others clients

@@ -83,18 +83,29 @@ type Event struct {
 	Duration  time.Duration
 }
 
-// record tells the observer what came of an operation and returns the error
-// that the client is to see.
-func (r *request) record(op kmip.Operation, took time.Duration, err error) error {
+// event is what came of an operation, for the observer.
+func (r *request) event(op kmip.Operation, took time.Duration, err error) Event {
 	e := Event{Client: r.client, Peer: r.conn.peer, Operation: op, Object: r.object, Approval: r.approval, Duration: took}
-	if err != nil {
-		e.Reason = kmip.ResultReasonGeneralFailure
-		if told := (*Refusal)(nil); errors.As(err, &told) {
-			e.Reason, e.Cause = told.Reason, told.Cause
-		}
+	e.Reason, e.Cause = reasonFor(err)
+	return e
+}
+
+// reasonFor is what an event says of an error.
+func reasonFor(err error) (kmip.ResultReason, string) {
+	if err == nil {
+		return 0, ""
 	}
+	if told := (*Refusal)(nil); errors.As(err, &told) {
+		return told.Reason, told.Cause
+	}
+	return kmip.ResultReasonGeneralFailure, ""
+}
+
+// record tells the observer what came of operations and returns the error that
+// the client is to see.
+func (r *request) record(err error, events ...Event) error {
 	// The record is made even if the request has been given up by now.
-	if recordErr := r.server.observe(context.WithoutCancel(r.ctx), e); err == nil {
+	if recordErr := r.server.observe(context.WithoutCancel(r.ctx), events...); err == nil {
 		err = recordErr
 	}
 	return err

@@ -23,13 +23,15 @@ import (
 type ledger struct {
 	mu     sync.Mutex
 	events []Event
+	calls  int
 	fail   error
 }
 
-func (l *ledger) observe(_ context.Context, e Event) error {
+func (l *ledger) observe(_ context.Context, events ...Event) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.events = append(l.events, e)
+	l.events = append(l.events, events...)
+	l.calls++
 	return l.fail
 }
 
@@ -153,7 +155,7 @@ func TestAdmit(t *testing.T) {
 	if items[2].ResultMessage != "enough" {
 		t.Errorf("message %q", items[2].ResultMessage)
 	}
-	want := []string{"begin Create", "end <nil>", "begin Create", "end Cryptographic Usage Mask is missing", "begin Get"}
+	want := []string{"begin Create", "begin Create", "end <nil>", "end Cryptographic Usage Mask is missing", "begin Get"}
 	mu.Lock()
 	defer mu.Unlock()
 	if !slices.Equal(log, want) {
@@ -185,8 +187,8 @@ func TestUnavailable(t *testing.T) {
 			var refused atomic.Bool
 			b := newBench(t, Limits{}, change, func(s *Server) {
 				s.log = slog.New(slog.DiscardHandler)
-				s.observe = func(_ context.Context, e Event) error {
-					if e.Operation == 0 {
+				s.observe = func(_ context.Context, events ...Event) error {
+					if events[0].Operation == 0 {
 						refused.Store(true)
 					}
 					return nil

@@ -103,7 +103,7 @@ func (r *request) create(p *payloads.CreateRequestPayload) (kmip.OperationPayloa
 	}
 	o := &Object{ID: newID(), Type: p.ObjectType}
 	defer func() { r.discard(o) }()
-	err := r.server.store.Update(r.ctx, r.client.Account, func(tx Tx) error {
+	err := r.change(func(tx Tx) error {
 		o.Attributes = nil
 		attributes, err := r.template(tx, p.TemplateAttribute)
 		if err != nil {
@@ -129,7 +129,8 @@ func (r *request) create(p *payloads.CreateRequestPayload) (kmip.OperationPayloa
 	}
 	r.placeholder, r.object = o.ID, o.ID
 	id := o.ID
-	o = nil // the store has it
+	r.give(o)
+	o = nil
 	return &payloads.CreateResponsePayload{ObjectType: p.ObjectType, UniqueIdentifier: id}, nil
 }
 
@@ -137,6 +138,13 @@ func (r *request) create(p *payloads.CreateRequestPayload) (kmip.OperationPayloa
 func (r *request) discard(o *Object) {
 	if o != nil {
 		o.Material.Close()
+	}
+}
+
+// give hands an object to the store, which has it once the transaction ends.
+func (r *request) give(o *Object) {
+	if r.tx != nil {
+		r.made = append(r.made, o.Material)
 	}
 }
 

@@ -72,7 +72,7 @@ func (r *request) register(p *payloads.RegisterRequestPayload) (kmip.OperationPa
 	if o.Layout, err = layout(p.Object); err != nil {
 		return nil, err
 	}
-	err = r.server.store.Update(r.ctx, r.client.Account, func(tx Tx) error {
+	err = r.change(func(tx Tx) error {
 		o.Attributes = nil
 		attributes, err := r.template(tx, p.TemplateAttribute)
 		if err != nil {
@@ -106,7 +106,8 @@ func (r *request) register(p *payloads.RegisterRequestPayload) (kmip.OperationPa
 	}
 	r.placeholder, r.object = o.ID, o.ID
 	id := o.ID
-	o = nil // the store has it
+	r.give(o)
+	o = nil
 	return &payloads.RegisterResponsePayload{UniqueIdentifier: id}, nil
 }
 
@@ -242,7 +243,7 @@ func (r *request) get(p *payloads.GetRequestPayload) (kmip.OperationPayload, err
 // stale reads an object and makes it stale, before the answer is sent, for the
 // first to get it; and if use is not nil, uses an approval.
 func (r *request) stale(id string, read func(Reader, *Object) error, use func(Tx, *Object) error) error {
-	return r.server.store.Update(r.ctx, r.client.Account, func(tx Tx) error {
+	return r.change(func(tx Tx) error {
 		o, err := r.load(tx, id)
 		if err != nil {
 			return err

@@ -131,15 +131,16 @@ func (t *memoryTx) Find(q Query) iter.Seq2[*Object, error] {
 		if q.Name != "" {
 			ids = t.shelf.names[q.Name]
 		}
-		ids = slices.Sorted(slices.Values(ids))
+		ids = slices.Sorted(slices.Values(append(slices.Clone(ids), t.order...)))
+		ids = slices.Compact(ids)
 		if q.Newest {
 			slices.Reverse(ids)
 		}
 		for _, id := range ids {
-			if !q.Passes(id) || !q.IsDue(t.shelf.objects[id]) {
+			o, err := t.Get(id)
+			if err != nil || !q.Passes(id) || !q.IsDue(o) || q.Name != "" && !slices.Contains(namesOf(o), q.Name) {
 				continue
 			}
-			o := t.shelf.objects[id].clone()
 			o.Material = nil
 			if !yield(o, nil) {
 				return

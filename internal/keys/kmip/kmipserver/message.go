@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"runtime/debug"
+	"slices"
 	"time"
 
 	"github.com/ovh/kmip-go"
@@ -43,11 +44,13 @@ type request struct {
 	// placeholder is the ID Placeholder (KMIP 1.4 section 4): what the batch's
 	// items before this one made or found, or "".
 	placeholder string
-	object      string   // what the item under way is about, for the record
-	approval    string   // that the item under way used up, for the record
-	wipe        [][]byte // ordinary memory with key material in it
-	secretSize  int      // bytes of key material in the answer
-	unavailable bool     // what the last item needs cannot be had now
+	object      string        // what the item under way is about, for the record
+	approval    string        // that the item under way used up, for the record
+	wipe        [][]byte      // ordinary memory with key material in it
+	secretSize  int           // bytes of key material in the answer
+	unavailable bool          // what the last item needs cannot be had now
+	tx          Tx            // that items of the batch share, while they do; else nil
+	made        []*keymem.Key // of objects that are in tx and in no store yet
 }
 
 func (r *request) atLeast(v kmip.ProtocolVersion) bool {
@@ -85,8 +88,20 @@ type item struct {
 	id        []byte
 	payload   kmip.OperationPayload
 	extension *kmip.MessageExtension
-	err       error // why payload could not be decoded
+	err       error       // why payload could not be decoded
+	progress  progress    // of its admission
+	done      func(error) // once it was admitted
+	refused   error       // why it was not admitted
 }
+
+// progress is how far an item has come with [Client.Admit].
+type progress uint8
+
+const (
+	unasked progress = iota
+	admitted
+	ended // or refused
+)
 
 // envelope is a decoded message.
 type envelope struct {
@@ -201,15 +216,32 @@ func (s *Server) answer(ctx context.Context, c *connection, message []byte) []by
 		return s.refuseMessage(version, err)
 	}
 	response := newResponse(version, r.now)
-	for _, it := range e.items {
-		out := r.run(it)
+	defer func() {
+		for i := range e.items { // that were not reached
+			e.items[i].end(errNotReached)
+		}
+	}()
+	single := 0 // items before this one are run one by one
+	for i := 0; i < len(e.items); {
+		var out []kmip.ResponseBatchItem
+		if n := r.shared(e.items[i:]); n > 1 && i >= single {
+			if out = r.runShared(e.items[i : i+n]); out == nil {
+				single = i + n
+			}
+		}
+		if out == nil {
+			out = []kmip.ResponseBatchItem{r.run(&e.items[i])}
+		}
 		if r.unavailable {
 			return nil
 		}
-		response.BatchItem = append(response.BatchItem, out)
-		if out.ResultStatus != kmip.ResultStatusSuccess && e.header.BatchErrorContinuationOption != kmip.BatchErrorContinuationOptionContinue {
+		failed := slices.IndexFunc(out, func(o kmip.ResponseBatchItem) bool { return o.ResultStatus != kmip.ResultStatusSuccess })
+		if failed >= 0 && e.header.BatchErrorContinuationOption != kmip.BatchErrorContinuationOptionContinue {
+			response.BatchItem = append(response.BatchItem, out[:failed+1]...)
 			break
 		}
+		response.BatchItem = append(response.BatchItem, out...)
+		i += len(out)
 	}
 	return encodeResponse(response, r.secretSize, e.header.MaximumResponseSize)
 }
@@ -267,7 +299,7 @@ func unavailable(err error) bool {
 }
 
 // run answers one item; it never panics.
-func (r *request) run(it item) (out kmip.ResponseBatchItem) {
+func (r *request) run(it *item) (out kmip.ResponseBatchItem) {
 	out = kmip.ResponseBatchItem{Operation: it.operation, UniqueBatchItemID: it.id}
 	defer func() {
 		if p := recover(); p != nil {
@@ -279,21 +311,26 @@ func (r *request) run(it item) (out kmip.ResponseBatchItem) {
 	began := time.Now()
 	r.object, r.approval = "", ""
 	payload, err := r.perform(it)
-	err = r.record(it.operation, time.Since(began), err)
+	err = r.record(err, r.event(it.operation, time.Since(began), err))
 	if err != nil {
-		var told *Refusal
-		if !errors.As(err, &told) {
-			r.server.log.LogAttrs(r.ctx, slog.LevelError, "kmip operation failed", slog.String("op", ttlv.EnumStr(it.operation)), slog.Any("err", err))
-		}
-		r.unavailable = unavailable(err)
-		fail(&out, err)
+		r.failed(it.operation, &out, err)
 		return out
 	}
 	out.ResponsePayload = payload
 	return out
 }
 
-func (r *request) perform(it item) (payload kmip.OperationPayload, err error) {
+// failed makes out the answer to an item that failed.
+func (r *request) failed(op kmip.Operation, out *kmip.ResponseBatchItem, err error) {
+	var told *Refusal
+	if !errors.As(err, &told) {
+		r.server.log.LogAttrs(r.ctx, slog.LevelError, "kmip operation failed", slog.String("op", ttlv.EnumStr(op)), slog.Any("err", err))
+	}
+	r.unavailable = unavailable(err)
+	fail(out, err)
+}
+
+func (r *request) perform(it *item) (payload kmip.OperationPayload, err error) {
 	op, ok := r.server.operations[it.operation]
 	switch {
 	case !r.client.Policy.allows(it.operation):
@@ -305,18 +342,40 @@ func (r *request) perform(it item) (payload kmip.OperationPayload, err error) {
 	case it.err != nil:
 		return nil, refuse(kmip.ResultReasonInvalidMessage, "the payload of %s is not well formed", ttlv.EnumStr(it.operation))
 	}
-	if r.client.Admit == nil {
-		return op.run(r, it.payload)
-	}
-	done, err := r.client.Admit(r.ctx, it.operation)
-	if err != nil {
+	if err := r.admit(it); err != nil {
 		return nil, err
 	}
 	err = errPanicked
-	defer func() { done(err) }()
+	defer func() { it.end(err) }()
 	payload, err = op.run(r, it.payload)
 	return payload, err
 }
+
+// admit asks, once, whether an item may be run.
+func (r *request) admit(it *item) error {
+	if it.progress != unasked {
+		return it.refused
+	}
+	it.progress, it.done = admitted, func(error) {}
+	if r.client.Admit != nil {
+		it.done, it.refused = r.client.Admit(r.ctx, it.operation)
+	}
+	if it.refused != nil {
+		it.progress = ended
+	}
+	return it.refused
+}
+
+// end says, once, what came of an item that was admitted.
+func (it *item) end(err error) {
+	if it.progress == admitted {
+		it.progress = ended
+		it.done(err)
+	}
+}
+
+// errNotReached is what came of an item behind one that failed.
+var errNotReached = errors.New("not reached")
 
 // errPanicked is what came of an operation that did not return.
 var errPanicked = errors.New("panic")

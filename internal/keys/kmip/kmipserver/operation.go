@@ -100,7 +100,7 @@ func (r *request) updateAny(given string, f func(Tx, *Object) error) error {
 	if err != nil {
 		return err
 	}
-	return r.server.store.Update(r.ctx, r.client.Account, func(tx Tx) error {
+	return r.change(func(tx Tx) error {
 		o, err := r.load(tx, id)
 		if err != nil {
 			return err

@@ -90,9 +90,10 @@ type Config struct {
 	Log          *slog.Logger
 	Now          func() time.Time // the clock; nil means [time.Now]
 	Vendor       string           // Vendor Identification of Query; empty means "strongroom"
-	// Observe is told of each operation before its answer is sent; an error
-	// fails the operation, which may have been done by then. Nil observes nothing.
-	Observe func(ctx context.Context, e Event) error
+	// Observe is told of each operation before its answer is sent, of some of a batch
+	// together; an error fails the operations, which may have been done by then. Nil
+	// observes nothing.
+	Observe func(ctx context.Context, events ...Event) error
 }
 
 // Server answers KMIP requests. Make it with [New].
@@ -104,7 +105,7 @@ type Server struct {
 	log          *slog.Logger
 	now          func() time.Time
 	vendor       string
-	observe      func(ctx context.Context, e Event) error
+	observe      func(ctx context.Context, events ...Event) error
 	operations   map[kmip.Operation]operation
 }
 
@@ -121,7 +122,7 @@ func New(c Config) (*Server, error) {
 		s.now = time.Now
 	}
 	if s.observe == nil {
-		s.observe = func(context.Context, Event) error { return nil }
+		s.observe = func(context.Context, ...Event) error { return nil }
 	}
 	if s.vendor == "" {
 		s.vendor = "strongroom"

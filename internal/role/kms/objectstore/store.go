@@ -315,6 +315,7 @@ func (u *update) Put(o *kmipserver.Object) error {
 	}
 	u.more += withMaterial(epoch) - withMaterial(was.epoch)
 	u.changed[o.ID] = change{object: copyOf(o), epoch: epoch}
+	delete(u.opened, o.ID) // what is found by name is as it will be
 	return u.index(o, was.object)
 }
 
