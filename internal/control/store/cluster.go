@@ -235,10 +235,18 @@ func (db *DB) MoveTo(ctx context.Context, address string) error {
 var errNoMajority = errs.New(errs.Unavailable, "this member of the state database does not reach a majority of the members")
 
 // get reads. In a cluster it is repeated when the leader that was to confirm it
-// is gone, for a while.
+// is gone, for a while. A member that is alone has applied what it acknowledged:
+// there is nobody to ask.
 func (db *DB) get(ctx context.Context, key string, opts ...clientv3.OpOption) (*clientv3.GetResponse, error) {
 	if !db.clustered {
-		return db.client.Get(ctx, key, opts...)
+		db.reading.RLock()
+		defer db.reading.RUnlock()
+		select {
+		case <-db.closing:
+			return nil, ErrClosed
+		default:
+			return db.client.Get(ctx, key, append(opts, clientv3.WithSerializable())...)
+		}
 	}
 	inner, cancel := context.WithTimeout(ctx, readTimeout)
 	defer cancel()

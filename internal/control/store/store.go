@@ -119,9 +119,12 @@ type DB struct {
 	clustered bool
 	commits   *groupcommit.Queue[*pending] // of a single member
 
-	life      context.Context // of commits; ended by Close
-	end       context.CancelFunc
-	closing   chan struct{} // closed by Close, before the client is
+	life    context.Context // of commits; ended by Close
+	end     context.CancelFunc
+	closing chan struct{} // closed by Close, before the client is
+	// reading is held by who reads what a single member has applied: there is none
+	// of it once it was closed.
+	reading   sync.RWMutex
 	closeOnce sync.Once
 }
 
@@ -225,6 +228,8 @@ func (db *DB) Close() error {
 	db.closeOnce.Do(func() {
 		close(db.closing)
 		db.end()
+		db.reading.Lock()
+		defer db.reading.Unlock()
 		// Watches and leases first: they use the server.
 		err = db.client.Close()
 		if errors.Is(err, context.Canceled) {

@@ -19,6 +19,8 @@ const (
 	txnAttempts = 64
 	// The pause before a retry grows to at most this.
 	txnPauseMax = 50 * time.Millisecond
+	// seenMax is how many records that it has read a transaction keeps.
+	seenMax = 256
 )
 
 // Tx is a transaction under way. It is used by one goroutine, inside the
@@ -27,6 +29,7 @@ type Tx struct {
 	db     *DB
 	rev    int64               // revision of all reads; 0 before the first
 	reads  map[string]int64    // full key -> revision of its last change, 0 if absent
+	seen   map[string][]byte   // values of some reads, as they are stored
 	ranges map[string]struct{} // full prefixes that were scanned
 	writes map[string]write    // by full key
 }
@@ -46,7 +49,7 @@ type write struct {
 // with records that they delete.
 func (db *DB) Txn(ctx context.Context, f func(tx *Tx) error) error {
 	for attempt := range txnAttempts {
-		tx := &Tx{db: db, reads: map[string]int64{}, ranges: map[string]struct{}{}, writes: map[string]write{}}
+		tx := &Tx{db: db, reads: map[string]int64{}, seen: map[string][]byte{}, ranges: map[string]struct{}{}, writes: map[string]write{}}
 		err := f(tx)
 		done := false
 		if err == nil {
@@ -133,24 +136,44 @@ func (x TxTable[T]) Entry(ctx context.Context, key string) (Entry[T], error) {
 		v, err := x.t.decode(full, []byte(w.value))
 		return Entry[T]{Key: key, Value: v}, err
 	}
-	var opts []clientv3.OpOption
-	if x.tx.rev > 0 {
-		opts = append(opts, clientv3.WithRev(x.tx.rev), clientv3.WithSerializable())
-	}
-	resp, err := x.tx.db.get(ctx, full, opts...)
+	value, revision, err := x.tx.read(ctx, full)
 	if err != nil {
-		return Entry[T]{}, x.tx.db.mapErr(err)
+		return Entry[T]{}, err
 	}
-	if x.tx.rev == 0 {
-		x.tx.rev = resp.Header.Revision
-	}
-	if len(resp.Kvs) == 0 {
-		x.tx.reads[full] = 0
+	if revision == 0 {
 		return Entry[T]{}, x.t.notFound(key)
 	}
-	x.tx.reads[full] = resp.Kvs[0].ModRevision
-	v, err := x.t.decode(full, resp.Kvs[0].Value)
-	return Entry[T]{Key: key, Value: v, Revision: resp.Kvs[0].ModRevision}, err
+	v, err := x.t.decode(full, value)
+	return Entry[T]{Key: key, Value: v, Revision: revision}, err
+}
+
+// read returns a record as it is stored, and the revision of its last change, which
+// is 0 if there is none. The value is not to be changed.
+func (tx *Tx) read(ctx context.Context, full string) (value []byte, revision int64, err error) {
+	if revision, ok := tx.reads[full]; ok {
+		if value, kept := tx.seen[full]; kept || revision == 0 {
+			return value, revision, nil
+		}
+	}
+	var opts []clientv3.OpOption
+	if tx.rev > 0 {
+		opts = append(opts, clientv3.WithRev(tx.rev), clientv3.WithSerializable())
+	}
+	resp, err := tx.db.get(ctx, full, opts...)
+	if err != nil {
+		return nil, 0, tx.db.mapErr(err)
+	}
+	if tx.rev == 0 {
+		tx.rev = resp.Header.Revision
+	}
+	if len(resp.Kvs) > 0 {
+		value, revision = resp.Kvs[0].Value, resp.Kvs[0].ModRevision
+	}
+	tx.reads[full] = revision
+	if revision != 0 && len(tx.seen) < seenMax {
+		tx.seen[full] = value
+	}
+	return value, revision, nil
 }
 
 // Has reports whether there is a record at key.

@@ -23,8 +23,14 @@ var sharing = []kmip.Operation{
 	kmip.OperationAddAttribute, kmip.OperationModifyAttribute, kmip.OperationDeleteAttribute,
 }
 
+// sharingMax is how many items share a transaction at most. Others save little, and
+// the more there are the more likely is it that somebody else changes what one of
+// them depends on.
+const sharingMax = 8
+
 // shared returns how many of the first items can share a transaction.
 func (r *request) shared(items []item) int {
+	items = items[:min(len(items), sharingMax)]
 	n := slices.IndexFunc(items, func(it item) bool {
 		op, known := r.server.operations[it.operation]
 		critical := it.extension != nil && it.extension.CriticalityIndicator
