@@ -147,7 +147,12 @@ func (m *metadata) encryptionInPlace() (encryption, error) {
 	if backups < 1 {
 		return refuse("it has %d segments", len(m.segments))
 	}
-	keys := m.digestsOf(backups + 1)
+	previous := backups
+	movedFirst := slices.Equal(m.segments[backups].flags, []string{flagMoved}) // as cryptsetup has it
+	if movedFirst {
+		previous++
+	}
+	keys := m.digestsOf(previous + 1)
 	seals := slices.DeleteFunc(slices.Clone(m.digests), func(g digest) bool { return !slices.Contains(g.keyslots, strconv.Itoa(e.keyslot)) })
 	if len(keys) != 1 || len(seals) != 1 || len(seals[0].segments) != 0 || keys[0].id == seals[0].id {
 		return refuse("its digests are not one for the key and a seal")
@@ -160,7 +165,7 @@ func (m *metadata) encryptionInPlace() (encryption, error) {
 	}
 
 	// All plain data, and those in work, tell where the boundary is.
-	e.Size = m.segments[backups].size
+	e.Size = m.segments[previous].size
 	for _, s := range m.segments[:backups] {
 		switch {
 		case s.size < 0:
@@ -179,6 +184,9 @@ func (m *metadata) encryptionInPlace() (encryption, error) {
 		return refuse("%v", err)
 	}
 	plan := e.plan()
+	if n := len(plan); movedFirst {
+		plan = append(plan[:n-3:n-3], plan[n-1], plan[n-3], plan[n-2])
+	}
 	if len(plan) != len(m.segments) {
 		return refuse("its segments are of no known state")
 	}

@@ -4,7 +4,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"runtime"
 	"strconv"
 
 	"strongroom/internal/crypto/keymem"
@@ -83,17 +82,7 @@ func (e Encryption) sealPassword(dek *keymem.Key) (*keymem.Key, error) {
 	tail = linear(tail, 0, e.Size)
 	tail = appendCryptSeal(tail, Segment{Offset: e.Shift, SectorSize: encryptionSector})
 	tail = linear(tail, e.Size+e.Shift, e.Shift)
-
-	password, err := keymem.New(len("v2") + dek.Len() + len(tail))
-	if err != nil {
-		return nil, err
-	}
-	p := password.Bytes()
-	for _, part := range [][]byte{[]byte("v2"), dek.Bytes(), tail} {
-		p = p[copy(p, part):]
-	}
-	runtime.KeepAlive(dek)
-	return password, nil
+	return sealedText(tail, dek)
 }
 
 // VerifyEncryption returns nil if dek is the key of the encryption in place that
@@ -107,6 +96,16 @@ func (h *Header) VerifyEncryption(dek *keymem.Key) error {
 }
 
 func (h *Header) verifyEncryption(dek *keymem.Key) error {
+	if r, err := h.meta.reencryption(); err == nil && r.Plain {
+		match, err := r.newKey.verify(dek)
+		if err == nil && !match {
+			err = ErrWrongKey
+		}
+		if err == nil {
+			err = r.verifySeal(nil, dek)
+		}
+		return err
+	}
 	e, err := h.meta.encryptionInPlace()
 	if err != nil {
 		return err

@@ -36,15 +36,29 @@ func ReadForeign(r io.ReaderAt, size int64) (*Foreign, error) {
 	if err != nil {
 		return nil, err
 	}
+	if h.Detached() {
+		return nil, fmt.Errorf("cannot take over LUKS2 volume %s: %w: its data are apart from its header", h.bin.uuid, ErrUnsupported)
+	}
+	return newForeign(h)
+}
+
+// ReadForeignDetached is [ReadForeign] of a LUKS2 header on storage of size bytes
+// whose data are on another device, of dataSize bytes.
+func ReadForeignDetached(r io.ReaderAt, size, dataSize int64) (*Foreign, error) {
+	h, err := ReadDetached(r, size, dataSize)
+	if err != nil {
+		return nil, err
+	}
+	return newForeign(h)
+}
+
+func newForeign(h *Header) (*Foreign, error) {
 	segment, err := h.Segment()
 	if err != nil {
 		return nil, err
 	}
 	if n := segment.SectorSize; n != 512 && n != 4096 {
 		return nil, fmt.Errorf("cannot take over LUKS2 volume %s: %w: its sectors have %d bytes, neither 512 nor 4096", h.bin.uuid, ErrUnsupported, n)
-	}
-	if segment.Offset == 0 {
-		return nil, fmt.Errorf("cannot take over LUKS2 volume %s: %w: its data are apart from its header", h.bin.uuid, ErrUnsupported)
 	}
 	return &Foreign{Version: 2, UUID: h.bin.uuid, Segment: segment, header2: h}, nil
 }

@@ -40,7 +40,7 @@ func headerSeeds(f *testing.F) [][]byte {
 		f.Fatal(err)
 	}
 	seeds := ours.written
-	for _, name := range []string{"argon2id", "token", "reencrypt", "cbc"} {
+	for _, name := range []string{"argon2id", "token", "reencrypt", "cbc", "encrypting", "detached"} {
 		b := golden(f, name)
 		seeds = append(seeds, b[:headerSize], b[headerSize:2*headerSize])
 	}

@@ -112,7 +112,11 @@ func (h *Header) digestsFor(dek *keymem.Key) ([]digest, error) {
 	if err != nil {
 		return h.meta.digestsOf(0), h.VerifyKey(dek)
 	}
-	for _, g := range []digest{r.oldKey, r.newKey} {
+	keys := []digest{r.oldKey, r.newKey}
+	if r.Plain {
+		keys = keys[1:]
+	}
+	for _, g := range keys {
 		if match, err := g.verify(dek); match || err != nil {
 			return []digest{g}, err
 		}

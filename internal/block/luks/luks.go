@@ -81,6 +81,10 @@ type Options struct {
 	// storage: a multiple of 4096 and at least [DataOffsetMin]. 0 means
 	// [DataOffsetDefault].
 	DataOffset int64
+	// Detached keeps the header on storage of its own, of DataOffset bytes; the
+	// data are all of another device, Device.
+	Detached bool
+	Device   DataDevice
 	// DEK is the volume key, [KeySize] bytes. It is read and not kept.
 	DEK *keymem.Key
 	// Safe holds the wrapped DEK. It may be nil, for a volume whose key is kept
@@ -148,6 +152,10 @@ func newHeader(opts Options) (*Header, error) {
 		return nil, err
 	}
 
+	dataOffset := opts.DataOffset
+	if opts.Detached {
+		dataOffset = 0
+	}
 	config := object{
 		"json_size":     strconv.FormatInt(headerSizeDefault-binarySize, 10),
 		"keyslots_size": strconv.FormatInt(min(opts.DataOffset-2*headerSizeDefault, keyslotsSizeMax), 10),
@@ -164,7 +172,7 @@ func newHeader(opts Options) (*Header, error) {
 		"keyslots": object{},
 		"tokens":   object{},
 		"segments": object{"0": object{
-			"type": "crypt", "offset": strconv.FormatInt(opts.DataOffset, 10), "size": "dynamic",
+			"type": "crypt", "offset": strconv.FormatInt(dataOffset, 10), "size": "dynamic",
 			"iv_tweak": "0", "encryption": Cipher, "sector_size": number(opts.SectorSize),
 		}},
 		"digests": object{"0": digest},
@@ -174,6 +182,11 @@ func newHeader(opts Options) (*Header, error) {
 	}
 	if opts.Safe != nil {
 		if err := h.SetSafe(opts.Safe); err != nil {
+			return nil, err
+		}
+	}
+	if opts.Detached {
+		if err := h.setDataDevice(opts.Device); err != nil {
 			return nil, err
 		}
 	}

@@ -223,11 +223,10 @@ func (m *metadata) digestsOf(i int) []digest {
 }
 
 // checkAreas checks that header copies, keyslot areas and data do not overlap.
-// A segment at offset 0 belongs to a detached header.
 func (m *metadata) checkAreas(d *decoder, headerSize int64) {
 	first, end := 2*headerSize, 2*headerSize+m.keyslotsSize
 	for i, s := range m.segments {
-		if s.offset != 0 && s.offset < end && !slices.ContainsFunc(s.flags, isBackupFlag) {
+		if !m.detached() && s.offset < end && !slices.ContainsFunc(s.flags, isBackupFlag) {
 			d.fail(fmt.Sprintf("segments.%d", i), "begins inside the header")
 		}
 	}
@@ -246,6 +245,12 @@ func (m *metadata) checkAreas(d *decoder, headerSize int64) {
 		}
 		first = k.area.offset + k.area.size
 	}
+}
+
+// detached reports whether the data are on another device: only there can they
+// begin at 0.
+func (m *metadata) detached() bool {
+	return len(m.segments) > 0 && m.segments[0].offset == 0 && !slices.ContainsFunc(m.segments[0].flags, isBackupFlag)
 }
 
 func isBackupFlag(flag string) bool { return strings.HasPrefix(flag, "backup-") }

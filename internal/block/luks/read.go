@@ -26,12 +26,45 @@ func (d Damage) String() string { return fmt.Sprintf("%s header: %v", d.Copy, d.
 // the start of the storage is unreadable, zero or recognisably this volume's
 // primary copy: otherwise somebody has put something else there, and that is
 // [ErrNotLUKS].
+//
+// Of a detached header ([Header.Detached]) only the header is on r.
 func Read(r io.ReaderAt, size int64) (*Header, error) {
 	h, err := read(r, size)
+	if err == nil && !h.Detached() {
+		err = h.checkStorage(size)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("cannot read LUKS2 header: %w", err)
 	}
 	return h, nil
+}
+
+// ReadDetached is [Read] of a header on storage of size bytes whose data are on
+// another device, of dataSize bytes. It returns an error wrapping
+// [ErrUnsupported] if the data follow the header, and [ErrOtherDevice] if the
+// header says that its device has another size.
+func ReadDetached(r io.ReaderAt, size, dataSize int64) (*Header, error) {
+	h, err := read(r, size)
+	if err == nil {
+		err = h.checkDetached(size, dataSize)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("cannot read detached LUKS2 header: %w", err)
+	}
+	return h, nil
+}
+
+// checkStorage returns an error if the data are not all on storage of size bytes.
+func (h *Header) checkStorage(size int64) error {
+	for i, s := range h.meta.segments {
+		if slices.Contains(s.flags, flagMoved) {
+			continue // cut off before the last commit of an encryption
+		}
+		if s.offset > size || s.size != dynamicSize && s.size > size-s.offset {
+			return fmt.Errorf("%w: segment %d reaches beyond the %d bytes of the storage", ErrTruncated, i, size)
+		}
+	}
+	return nil
 }
 
 // candidate is a header copy as it was found.
@@ -85,15 +118,6 @@ func read(r io.ReaderAt, size int64) (*Header, error) {
 	h.bin, h.doc, h.meta = chosen.bin, chosen.doc, chosen.meta
 	if h.unsure = secondary.raw; h.damage[Secondary] != nil {
 		h.unsure = primary.raw
-	}
-
-	for i, s := range h.meta.segments {
-		if slices.Contains(s.flags, flagMoved) {
-			continue // cut off before the last commit of an encryption
-		}
-		if s.offset > size || s.size != dynamicSize && s.size > size-s.offset {
-			return nil, fmt.Errorf("%w: segment %d reaches beyond the %d bytes of the storage", ErrTruncated, i, size)
-		}
 	}
 	return h, nil
 }

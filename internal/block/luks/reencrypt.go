@@ -23,9 +23,13 @@ const (
 	flagFinal    = "backup-final"
 )
 
-// Reencryption is how far a deep rekey has come. Offsets and lengths are in
-// bytes, those without another word from the start of the data.
+// Reencryption is how far a deep rekey has come, or an encryption in place under
+// a detached header. Offsets and lengths are in bytes, those without another word
+// from the start of the data.
 type Reencryption struct {
+	// Plain: it is an encryption in place. What is said of the old key and the old
+	// ciphertext is then of plain data.
+	Plain bool
 	// Segment is the data, all of it, of which part is under either key.
 	Segment Segment
 	// Boundary is where the data under the old key begin; below it they are
@@ -64,21 +68,27 @@ func (r Reencryption) plan() []plannedSegment {
 			ivTweak: off / 512, encryption: Cipher, sectorSize: r.Segment.SectorSize,
 		}, oldKey, newKey}
 	}
+	old := func(off int64, flags ...string) plannedSegment {
+		if r.Plain {
+			return plannedSegment{segment: segment{kind: "linear", offset: r.Segment.Offset + off, size: dynamicSize, flags: flags}}
+		}
+		return crypt(off, dynamicSize, true, false, flags...)
+	}
 	var list []plannedSegment
 	if r.Boundary > 0 {
 		list = append(list, crypt(0, r.Boundary, false, true))
 	}
 	if r.Hot > 0 {
-		list = append(list, crypt(r.Boundary, r.Hot, true, true, flagHot))
+		list = append(list, crypt(r.Boundary, r.Hot, !r.Plain, true, flagHot))
 	}
 	if !r.HotIsLast {
-		list = append(list, crypt(r.Boundary+r.Hot, dynamicSize, true, false))
+		list = append(list, old(r.Boundary+r.Hot))
 	}
-	return append(list, crypt(0, dynamicSize, true, false, flagPrevious), crypt(0, dynamicSize, false, true, flagFinal))
+	return append(list, old(0, flagPrevious), crypt(0, dynamicSize, false, true, flagFinal))
 }
 
-// Reencryption returns the state of a deep rekey, and false if none is under
-// way. It returns an error wrapping [ErrUnsupported] for one of another kind,
+// Reencryption returns the state of a deep rekey or of an encryption in place
+// under a detached header, and false if none is under way. It returns an error wrapping [ErrUnsupported] for one of another kind,
 // such as cryptsetup's own, or a header with other requirements.
 func (h *Header) Reencryption() (Reencryption, bool, error) {
 	if len(h.meta.mandatory) == 0 {
@@ -108,9 +118,10 @@ func (m *metadata) reencryption() (reencryption, error) {
 			continue
 		}
 		mode, direction, resilience := k.member("mode"), k.member("direction"), k.areaKind
-		if mode != modeReencrypt || direction != directionForward || resilience != resilienceJournal {
+		if mode != modeReencrypt && mode != modeEncrypt || direction != directionForward || resilience != resilienceJournal {
 			return refuse("it is of mode %.20q, direction %.20q, resilience %.20q", mode, direction, resilience)
 		}
+		r.Plain = mode == modeEncrypt
 		r.keyslot, r.Journal = k.id, Area{k.area.offset, k.area.size}
 		found++
 	}
@@ -124,10 +135,20 @@ func (m *metadata) reencryption() (reencryption, error) {
 	}
 	previous, final := m.digestsOf(backups), m.digestsOf(backups+1)
 	seals := slices.DeleteFunc(slices.Clone(m.digests), func(g digest) bool { return !slices.Contains(g.keyslots, strconv.Itoa(r.keyslot)) })
-	if len(previous) != 1 || len(final) != 1 || len(seals) != 1 || previous[0].id == final[0].id || len(seals[0].segments) != 0 {
+	if len(final) != 1 || len(seals) != 1 || len(seals[0].segments) != 0 {
 		return refuse("its digests are not one for each key and a seal")
 	}
-	r.oldKey, r.newKey, r.seal = previous[0], final[0], seals[0]
+	r.newKey, r.seal = final[0], seals[0]
+	switch {
+	case r.Plain && (len(previous) != 0 || r.newKey.id == r.seal.id):
+		return refuse("its digests are not one for the key and a seal")
+	case r.Plain && m.segments[backups+1].offset != 0:
+		return refuse("it is encrypted in place, and its data are not on a device of their own")
+	case !r.Plain && (len(previous) != 1 || previous[0].id == final[0].id):
+		return refuse("its digests are not one for each key and a seal")
+	case !r.Plain:
+		r.oldKey = previous[0]
+	}
 	for _, k := range m.keyslots {
 		name := strconv.Itoa(k.id)
 		if (slices.Contains(r.oldKey.keyslots, name) || slices.Contains(r.newKey.keyslots, name)) && k.keySize != KeySize {
@@ -135,7 +156,7 @@ func (m *metadata) reencryption() (reencryption, error) {
 		}
 	}
 
-	r.Segment = Segment{Offset: m.segments[backups].offset, SectorSize: m.segments[backups].sectorSize}
+	r.Segment = Segment{Offset: m.segments[backups+1].offset, SectorSize: m.segments[backups+1].sectorSize}
 	for i, s := range m.segments[:backups] {
 		switch {
 		case slices.Equal(s.flags, []string{flagHot}):
@@ -143,6 +164,9 @@ func (m *metadata) reencryption() (reencryption, error) {
 		case m.names(r.newKey, i):
 			r.Boundary = s.size
 		}
+	}
+	if r.Plain && r.Segment.SectorSize != encryptionSector {
+		return refuse("its disk had sectors of %d bytes", r.Segment.SectorSize)
 	}
 	if r.Boundary < 0 || r.Hot < 0 || r.Hot > r.Journal.Size { // negative: dynamic
 		return refuse("its zone has no end or does not fit into the journal")

@@ -75,12 +75,7 @@ func (h *Header) beginReencryption(opts ReencryptionOptions) error {
 	}
 	r := reencryption{Reencryption: Reencryption{Segment: s, Journal: journal}, oldKey: h.meta.digestsOf(0)[0]}
 	r.newKey.id, _ = strconv.Atoi(newID)
-	password, err := sealPassword(r.Reencryption, opts.OldDEK, opts.NewDEK)
-	if err != nil {
-		return err
-	}
-	defer password.Close()
-	if err := addReencryptSlot(doc, modeReencrypt, directionForward, areaObject(resilienceJournal, journal), password); err != nil {
+	if err := r.addSlot(doc, opts.OldDEK, opts.NewDEK); err != nil {
 		return err
 	}
 	if opts.Safe != nil {
@@ -90,6 +85,23 @@ func (h *Header) beginReencryption(opts ReencryptionOptions) error {
 	}
 	r.place(doc)
 	return h.replace(doc)
+}
+
+// addSlot adds r's keyslot, seal and requirement to doc. oldDEK is nil if r.Plain.
+func (r reencryption) addSlot(doc object, oldDEK, newDEK *keymem.Key) error {
+	password, err := sealPassword(r.Reencryption, oldDEK, newDEK)
+	if err != nil {
+		return err
+	}
+	defer password.Close()
+	return addReencryptSlot(doc, r.mode(), directionForward, areaObject(resilienceJournal, r.Journal), password)
+}
+
+func (r Reencryption) mode() string {
+	if r.Plain {
+		return modeEncrypt
+	}
+	return modeReencrypt
 }
 
 // place writes r's segments, and which digest names which, into doc.
@@ -108,7 +120,9 @@ func (r reencryption) place(doc object) {
 	}
 	doc["segments"] = segments
 	digests := doc["digests"].(object)
-	digests[strconv.Itoa(r.oldKey.id)].(object)["segments"] = oldNames
+	if !r.Plain {
+		digests[strconv.Itoa(r.oldKey.id)].(object)["segments"] = oldNames
+	}
 	digests[strconv.Itoa(r.newKey.id)].(object)["segments"] = newNames
 }
 
@@ -143,6 +157,9 @@ func (h *Header) VerifyReencryption(oldDEK, newDEK *keymem.Key) error {
 	if err != nil {
 		return fail(err)
 	}
+	if r.Plain {
+		return fail(ErrEncrypting)
+	}
 	for _, c := range []struct {
 		digest digest
 		dek    *keymem.Key
@@ -156,19 +173,23 @@ func (h *Header) VerifyReencryption(oldDEK, newDEK *keymem.Key) error {
 			return fail(fmt.Errorf("%w as its %s key", ErrWrongKey, c.name))
 		}
 	}
+	if err := r.verifySeal(oldDEK, newDEK); err != nil {
+		return fail(err)
+	}
+	return nil
+}
+
+func (r reencryption) verifySeal(oldDEK, newDEK *keymem.Key) error {
 	password, err := sealPassword(r.Reencryption, oldDEK, newDEK)
 	if err != nil {
-		return fail(err)
+		return err
 	}
 	defer password.Close()
 	match, err := r.seal.verify(password)
-	if err != nil {
-		return fail(err)
+	if err == nil && !match {
+		err = fmt.Errorf("%w: the seal of the re-encryption does not match", ErrCorrupt)
 	}
-	if !match {
-		return fail(fmt.Errorf("%w: the seal of the re-encryption does not match", ErrCorrupt))
-	}
-	return nil
+	return err
 }
 
 // addReencryptSlot adds the keyslot that says how a volume is re-encrypted, with its
@@ -208,25 +229,45 @@ func areaObject(kind string, a Area) object {
 	return object{"type": kind, "offset": strconv.FormatInt(a.Offset, 10), "size": strconv.FormatInt(a.Size, 10)}
 }
 
-// sealPassword returns what the seal is a digest of.
+// sealPassword returns what the seal is a digest of. oldDEK is nil if r.Plain.
 func sealPassword(r Reencryption, oldDEK, newDEK *keymem.Key) (*keymem.Key, error) {
 	var tail []byte
-	tail = append(tail, modeReencrypt+directionForward+resilienceJournal...)
+	tail = append(tail, r.mode()+directionForward+resilienceJournal...)
 	tail = binary.BigEndian.AppendUint64(tail, uint64(r.Journal.Offset))
 	tail = binary.BigEndian.AppendUint64(tail, uint64(r.Journal.Size))
-	tail = appendCryptSeal(appendCryptSeal(tail, r.Segment), r.Segment)
+	if r.Plain {
+		tail = append(tail, "linear"...)
+		tail = binary.BigEndian.AppendUint64(tail, uint64(r.Segment.Offset))
+		tail = append(tail, "dynamic"...)
+	} else {
+		tail = appendCryptSeal(tail, r.Segment)
+	}
+	tail = appendCryptSeal(tail, r.Segment)
 
-	password, err := keymem.New(len("v2") + oldDEK.Len() + newDEK.Len() + len(tail))
+	if r.Plain {
+		return sealedText(tail, newDEK)
+	}
+	return sealedText(tail, oldDEK, newDEK)
+}
+
+// sealedText returns what a seal with those keys covers; tail is the rest of it.
+func sealedText(tail []byte, keys ...*keymem.Key) (*keymem.Key, error) {
+	n := len("v2") + len(tail)
+	for _, k := range keys {
+		n += k.Len()
+	}
+	text, err := keymem.New(n)
 	if err != nil {
 		return nil, err
 	}
-	p := password.Bytes()
-	for _, part := range [][]byte{[]byte("v2"), oldDEK.Bytes(), newDEK.Bytes(), tail} {
-		p = p[copy(p, part):]
+	p := text.Bytes()
+	p = p[copy(p, "v2"):]
+	for _, k := range keys {
+		p = p[copy(p, k.Bytes()):]
+		runtime.KeepAlive(k)
 	}
-	runtime.KeepAlive(oldDEK)
-	runtime.KeepAlive(newDEK)
-	return password, nil
+	copy(p, tail)
+	return text, nil
 }
 
 // appendCryptSeal appends what a seal covers of all of a volume's data.
@@ -288,6 +329,9 @@ func (h *Header) CancelReencryption() error {
 
 func (h *Header) endReencryption(what string, keepNew bool) error {
 	r, err := h.meta.reencryption()
+	if err == nil && !keepNew && r.Plain {
+		err = ErrEncrypting
+	}
 	if err == nil && !keepNew && (r.Boundary != 0 || r.Hot != 0) {
 		err = errors.New("part of the data is under the new key")
 	}
@@ -315,7 +359,9 @@ func (r reencryption) end(doc object, keepNew bool) {
 		delete(keyslots, slot)
 	}
 	digests := doc["digests"].(object)
-	delete(digests, strconv.Itoa(drop.id))
+	if !r.Plain {
+		delete(digests, strconv.Itoa(drop.id))
+	}
 	delete(digests, strconv.Itoa(r.seal.id))
 	digests[strconv.Itoa(keep.id)].(object)["segments"] = []any{"0"}
 	final := Reencryption{Segment: r.Segment}.plan()[0]
@@ -324,12 +370,15 @@ func (r reencryption) end(doc object, keepNew bool) {
 	tokens := doc["tokens"].(object)
 	for id, t := range tokens {
 		token := t.(object)
-		if token["type"] == tokenType {
+		if token["type"] == tokenType && !r.Plain {
 			if _, next := token[tokenRekey]; next != keepNew {
 				delete(tokens, id)
 				continue
 			}
 			delete(token, tokenRekey)
+		}
+		if token["type"] == deviceTokenType {
+			delete(token, tokenStart)
 		}
 		token["keyslots"] = without(token["keyslots"].([]any), gone)
 	}

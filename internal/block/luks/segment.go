@@ -83,10 +83,8 @@ func (h *Header) segment() (Segment, error) {
 // which know a certain feature may touch it.
 func (h *Header) checkRequirements() error {
 	names := h.meta.mandatory
-	if len(names) > 0 {
-		if _, err := h.meta.encryptionInPlace(); err == nil {
-			return ErrEncrypting
-		}
+	if len(names) > 0 && h.meta.encrypting() {
+		return ErrEncrypting
 	}
 	if i := slices.IndexFunc(names, isReencryption); i >= 0 {
 		return fmt.Errorf("%w (requirement %.40q)", ErrReencrypting, names[i])
@@ -95,6 +93,15 @@ func (h *Header) checkRequirements() error {
 		return fmt.Errorf("%w: it has the requirement %.40q", ErrUnsupported, names[0])
 	}
 	return nil
+}
+
+// encrypting reports whether an encryption in place is under way, of either kind.
+func (m *metadata) encrypting() bool {
+	if r, err := m.reencryption(); err == nil {
+		return r.Plain
+	}
+	_, err := m.encryptionInPlace()
+	return err == nil
 }
 
 func isReencryption(requirement string) bool { return strings.Contains(requirement, "reencrypt") }

@@ -42,6 +42,23 @@ format "$work/reencrypt" --type luks2 --pbkdf argon2id $fast --offset 8192
 cryptsetup reencrypt --batch-mode --init-only --key-file "$work/passphrase" --pbkdf argon2id $fast "$work/reencrypt"
 keep reencrypt 32768
 
+# Encryptions in place that were begun: with the data moved up, and with them where they are, under a detached header.
+encrypt() { # NAME [OPTION...]
+	name=$1
+	shift
+	truncate -s 8M "$work/$name"
+	cryptsetup reencrypt --batch-mode --encrypt --init-only --type luks2 --key-size 512 --sector-size 512 --key-file "$work/passphrase" --pbkdf argon2id $fast "$@"
+	[ -e "$work/$name.header" ] || ln "$work/$name" "$work/$name.header"
+	rm -f "$name.key"
+	cryptsetup luksDump --batch-mode --dump-volume-key --volume-key-file "$name.key" --key-file "$work/passphrase" "$work/$name.header" >/dev/null
+	chmod 644 "$name.key"
+	ln -f "$work/$name.header" "$work/$name"
+	keep "$name" 32768
+}
+encrypt encrypting --reduce-device-size 2M "$work/encrypting"
+truncate -s 16M "$work/detached.header"
+encrypt detached --resilience journal --header "$work/detached.header" "$work/detached"
+
 # LUKS1 with one keyslot, whose area is kept too.
 head -c 64 /dev/urandom >luks1.key
 format "$work/luks1" --type luks1 --key-size 512 --hash sha256 --pbkdf-force-iterations 1000 --volume-key-file luks1.key
