@@ -24,7 +24,7 @@ func Adopt(ctx context.Context, dst, src blockdev.Device, segment luks.Segment, 
 	if err != nil {
 		return fail(err)
 	}
-	own, room, err := layout(h, dst.Size())
+	own, room, err := layout(dst, h)
 	if err != nil {
 		return fail(err)
 	}

@@ -58,6 +58,9 @@ type EncryptOptions struct {
 	AllowDiscards bool
 	// Rate bounds how fast data are encrypted; nil: it is not bounded.
 	Rate *Rate
+	// Zone is how much is encrypted at once under a detached header, as in
+	// [RekeyOptions].
+	Zone int64
 	// Progress, if not nil, is called after each zone with the bytes done and the
 	// bytes to do, holes included.
 	Progress func(done, total int64)

@@ -73,13 +73,13 @@ func findEncryption(dev blockdev.Device, size int64) (*foundEncryption, error) {
 			return nil, err
 		}
 		// With the size known, a header that does not fit it is the guest's data.
-		if segment, segErr := dataSegment(h); segErr == nil && (size == 0 || dev.Size() == segment.Offset+size) {
+		if segment, segErr := dataSegment(dev, h); segErr == nil && (size == 0 || dev.Size() == segment.Offset+size) {
 			return &foundEncryption{header: h, finished: true}, nil
 		}
 		if size == 0 {
 			return nil, ErrEncrypted
 		}
-	} else if !notHeader(err) {
+	} else if !notHeader(err) || size == 0 && errors.Is(err, ErrDetached) {
 		return nil, err
 	} else if _, readErr := dev.ReadAt(make([]byte, min(headersSize, dev.Size())), 0); readErr != nil {
 		return nil, readErr // what cannot be read may be a header

@@ -6,7 +6,6 @@ import (
 	"fmt"
 
 	"strongroom/internal/block/blockdev"
-	"strongroom/internal/block/luks"
 )
 
 // Fill writes encrypted zeros to every sector that was never written or was
@@ -58,7 +57,7 @@ func (v *Volume) noteFilled() error {
 	v.header.Lock()
 	defer v.header.Unlock()
 	return withHeaderLock(v.dev, blockdev.Exclusive, func() error {
-		h, err := luks.Read(v.dev, v.dev.Size())
+		h, err := readLUKS(v.dev)
 		if err != nil || !h.Thin() {
 			return err
 		}

@@ -130,7 +130,8 @@ type Info struct {
 	Label         string
 	Size          int64 // of the disk that the guest sees, in bytes
 	SectorSize    int   // in bytes
-	DataOffset    int64 // in bytes from the start of the storage
+	DataOffset    int64 // in bytes from the start of the storage, or of the data's device
+	Detached      bool  // the header is on another device than the data
 	AllowDiscards bool
 	Thin          bool            // [Volume.Fill] must run before dm-crypt opens it
 	Safes         []*keysafe.Safe // usually one; none if the key is kept elsewhere; during a deep rekey two, the new one last
@@ -168,10 +169,22 @@ func inspect(dev blockdev.Device) (Info, error) {
 		segment, size = luks.Segment{Offset: e.Shift, SectorSize: diskSector}, e.Size
 		encryption = &RekeyInfo{Done: e.Size - e.Boundary, Total: e.Size}
 	} else {
-		if segment, size, err = layout(h, dev.Size()); err != nil {
+		state, underWay, err := h.Reencryption()
+		if err != nil {
 			return Info{}, err
 		}
-		if rekey, err = rekeyInfo(h, size); err != nil {
+		if state.Plain {
+			segment = state.Segment
+			size, err = segment.Length(dev.Size() - dataBase(dev))
+			encryption = rekeyInfo(state, size)
+		} else {
+			segment, size, err = layout(dev, h)
+			segment.Offset -= dataBase(dev)
+			if underWay {
+				rekey = rekeyInfo(state, size)
+			}
+		}
+		if err != nil {
 			return Info{}, err
 		}
 	}
@@ -183,6 +196,7 @@ func inspect(dev blockdev.Device) (Info, error) {
 		Size:          size,
 		SectorSize:    segment.SectorSize,
 		DataOffset:    segment.Offset,
+		Detached:      h.Detached(),
 		AllowDiscards: h.AllowDiscards(),
 		Thin:          h.Thin(),
 		Safes:         safes,
@@ -248,6 +262,7 @@ func (v *Volume) unchanged(h *luks.Header) error {
 	if errors.Is(err, ErrRekeying) {
 		return err
 	}
+	segment.Offset += dataBase(v.dev)
 	if err != nil || segment != v.segment || h.UUID() != v.uuid {
 		return fmt.Errorf("%w: it was %s", ErrChanged, v.uuid)
 	}
@@ -262,7 +277,7 @@ func replaceSafe(dev blockdev.Device, safe *keysafe.Safe, check func(*luks.Heade
 		return fmt.Errorf("cannot replace key safe: %w: there is none", ErrWrongSafe)
 	}
 	err := withHeaderLock(dev, blockdev.Exclusive, func() error {
-		h, err := luks.Read(dev, dev.Size())
+		h, err := readLUKS(dev)
 		if err != nil {
 			return err
 		}
@@ -294,7 +309,7 @@ func checkSafe(safe *keysafe.Safe, uuid string) error {
 // readHeader reads the header while nobody writes it.
 func readHeader(dev blockdev.Device) (h *luks.Header, err error) {
 	err = withHeaderLock(dev, blockdev.Shared, func() error {
-		h, err = luks.Read(dev, dev.Size())
+		h, err = readLUKS(dev)
 		return err
 	})
 	return h, err

@@ -150,6 +150,7 @@ type rekey struct {
 	v       *Volume
 	storage watchedStorage
 	header  *luks.Header // as it is on the storage
+	every   bool         // empty sectors are data too: the zeros of a plain disk
 	journal luks.Area
 	zone    int64 // bytes that are rewritten at once, from zoneMin to zoneMax
 	zoneMin int64
@@ -192,7 +193,7 @@ func (r *rekey) begin(opts RekeyOptions) (finished bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	if segment, err := dataSegment(r.header); err != nil || segment != v.segment || r.header.UUID() != v.uuid {
+	if segment, err := dataSegment(v.dev, r.header); err != nil || segment != v.segment || r.header.UUID() != v.uuid {
 		return false, fmt.Errorf("%w: it was %s", ErrChanged, v.uuid)
 	}
 	if v.next != nil && !underWay && v.boundary.Load() == 0 && r.header.VerifyKey(v.dek) == nil {
@@ -236,19 +237,24 @@ func (r *rekey) begin(opts RekeyOptions) (finished bool, err error) {
 		}
 	}
 
-	r.journal = state.Journal
-	unit := v.rekeyUnit()
-	if unit > r.journal.Size {
-		return false, fmt.Errorf("%w: the journal of %d bytes holds no block of %d", luks.ErrNoSpace, r.journal.Size, unit)
+	return false, r.setUp(state.Journal, opts.Zone)
+}
+
+// setUp makes ready for zones of that many bytes, or of what is usual if it is 0.
+func (r *rekey) setUp(journal luks.Area, zone int64) error {
+	r.journal = journal
+	unit := r.v.rekeyUnit()
+	if unit > journal.Size {
+		return fmt.Errorf("%w: the journal of %d bytes holds no block of %d", luks.ErrNoSpace, journal.Size, unit)
 	}
-	bound := func(zone int64) int64 { return max(min(zone, r.journal.Size)/unit*unit, unit) }
-	r.zoneMin, r.zoneMax = bound(opts.Zone), bound(opts.Zone)
-	if opts.Zone <= 0 {
+	bound := func(zone int64) int64 { return max(min(zone, journal.Size)/unit*unit, unit) }
+	r.zoneMin, r.zoneMax = bound(zone), bound(zone)
+	if zone <= 0 {
 		r.zoneMin, r.zoneMax = bound(zoneBusy), bound(zoneIdle)
 	}
 	r.zone = r.zoneMin
 	r.buf = make([]byte, pieceSize)
-	return false, nil
+	return nil
 }
 
 // rekeyUnit is what zone and journal are a multiple of, in bytes.
@@ -478,7 +484,9 @@ func (v *Volume) retireKey() error {
 		return err
 	}
 	defer v.guard.Leave(all)
-	v.cipher.Close()
+	if v.cipher != nil { // else the disk was plain
+		v.cipher.Close()
+	}
 	v.dek.Close()
 	v.dek, v.cipher, v.nextDEK, v.next = v.nextDEK, v.next, nil, nil
 	v.boundary.Store(0)

@@ -17,6 +17,8 @@ func afterRekey(dev blockdev.Device, h *luks.Header, dek *keymem.Key, opts Optio
 	switch {
 	case err != nil:
 		return nil, err
+	case state.Plain:
+		return nil, ErrEncrypting
 	case underWay && state.Hot > 0 && opts.ReadOnly:
 		return nil, fmt.Errorf("%w, and was interrupted: it has to be opened for writing once", ErrRekeying)
 	case opts.ReadOnly || opts.NextDEK == nil:
@@ -25,7 +27,7 @@ func afterRekey(dev blockdev.Device, h *luks.Header, dek *keymem.Key, opts Optio
 		return h, nil
 	}
 	err = withHeaderLock(dev, blockdev.Exclusive, func() error {
-		if h, err = luks.Read(dev, dev.Size()); err != nil {
+		if h, err = readLUKS(dev); err != nil {
 			return err
 		}
 		if state, underWay, err = h.Reencryption(); err != nil {
@@ -47,25 +49,32 @@ func afterRekey(dev blockdev.Device, h *luks.Header, dek *keymem.Key, opts Optio
 		if state.Hot == 0 {
 			return nil
 		}
-		old := make([]byte, state.Hot)
-		if _, err := dev.ReadAt(old, state.Journal.Offset); err != nil {
-			return err
-		}
-		if err := restore(dev, state.Segment.Offset+state.Boundary, old, state.Segment.SectorSize); err != nil {
-			return err
-		}
-		if err := dev.Flush(); err != nil {
-			return err
-		}
-		if err := h.MarkClean(state.Boundary); err != nil {
-			return err
-		}
-		return h.Commit(dev)
+		return recoverZone(dev, h, state, false)
 	})
 	if err != nil {
 		return nil, fmt.Errorf("cannot recover from an interrupted rekey: %w", err)
 	}
 	return h, nil
+}
+
+// recoverZone makes good a zone in which a rekey was interrupted, from the journal,
+// and commits that. every: its empty sectors too. The header is locked.
+func recoverZone(dev blockdev.Device, h *luks.Header, state luks.Reencryption, every bool) error {
+	old := make([]byte, state.Hot)
+	if _, err := dev.ReadAt(old, state.Journal.Offset); err != nil {
+		return err
+	}
+	off := dataBase(dev) + state.Segment.Offset + state.Boundary
+	if err := restore(dev, off, old, state.Segment.SectorSize, every); err != nil {
+		return err
+	}
+	if err := dev.Flush(); err != nil {
+		return err
+	}
+	if err := h.MarkClean(state.Boundary); err != nil {
+		return err
+	}
+	return h.Commit(dev)
 }
 
 // sortKeys tells which of two keys, of which the second may be nil, is that of
@@ -124,21 +133,20 @@ func (v *Volume) dropKeys() {
 	}
 }
 
-// dataSegment returns where the data are, also during a deep rekey.
-func dataSegment(h *luks.Header) (luks.Segment, error) {
+// dataSegment returns where on dev the data are, also during a deep rekey.
+func dataSegment(dev blockdev.Device, h *luks.Header) (luks.Segment, error) {
 	state, underWay, err := h.Reencryption()
-	if err != nil || underWay {
-		return state.Segment, err
+	switch {
+	case err == nil && !underWay:
+		state.Segment, err = h.Segment()
+	case err == nil && state.Plain:
+		err = ErrEncrypting
 	}
-	return h.Segment()
+	state.Segment.Offset += dataBase(dev)
+	return state.Segment, err
 }
 
-// rekeyInfo returns how far the rekey of a volume of size bytes has come, or nil
-// if there is none.
-func rekeyInfo(h *luks.Header, size int64) (*RekeyInfo, error) {
-	state, underWay, err := h.Reencryption()
-	if err != nil || !underWay {
-		return nil, err
-	}
-	return &RekeyInfo{Done: min(state.Boundary, size), Total: size, InZone: state.Hot > 0}, nil
+// rekeyInfo returns how far the rekey of a volume of size bytes has come.
+func rekeyInfo(state luks.Reencryption, size int64) *RekeyInfo {
+	return &RekeyInfo{Done: min(state.Boundary, size), Total: size, InZone: state.Hot > 0}
 }

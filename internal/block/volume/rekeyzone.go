@@ -66,7 +66,7 @@ func (r *rekey) save(start int64, old []byte) (filled bool, err error) {
 		if _, err := r.v.dev.ReadAt(old[at:end], r.v.segment.Offset+start+int64(at)); err != nil {
 			return false, err
 		}
-		if saved > 0 || !isZero(old[at:end]) {
+		if saved > 0 || r.every || !isZero(old[at:end]) {
 			if err := r.write(old[saved:end], r.journal.Offset+int64(saved)); err != nil {
 				return false, err
 			}
@@ -80,7 +80,7 @@ func (r *rekey) save(start int64, old []byte) (filled bool, err error) {
 // next returns how much may be done at start: a zone, or a hole that is longer.
 func (r *rekey) next(start int64) int64 {
 	left, zone := r.v.Size()-start, r.zone
-	if start < r.dataEnd {
+	if r.every || start < r.dataEnd {
 		return min(zone, left)
 	}
 	e := r.extentAt(start)
@@ -177,7 +177,7 @@ func (r *rekey) rewrite(start int64, old []byte) error {
 	}
 	// The header may say that the zone is hot; requests must not be let go before
 	// it says that it is not.
-	undo := restore(r.storage, v.segment.Offset+start, old, v.segment.SectorSize)
+	undo := restore(r.storage, v.segment.Offset+start, old, v.segment.SectorSize, r.every)
 	if undo == nil {
 		if undo = r.flush(); undo == nil {
 			undo = r.commit(func() error { return r.header.MarkClean(start) })
@@ -189,35 +189,39 @@ func (r *rekey) rewrite(start int64, old []byte) error {
 	return err
 }
 
-// recrypt writes the sectors of old that are not empty under the next key.
+// recrypt writes the sectors of old under the next key, but empty ones only if
+// r.every.
 func (r *rekey) recrypt(start int64, old []byte) error {
 	v, sector := r.v, r.v.segment.SectorSize
-	return runs(old, sector, len(r.buf), func(at int, run []byte) error {
+	return runs(old, sector, len(r.buf), r.every, func(at int, run []byte) error {
 		out, off := r.buf[:len(run)], start+int64(at)
-		v.cipher.Decrypt(out, run, tweak(off), sector)
-		v.next.Encrypt(out, out, tweak(off), sector)
+		if v.cipher != nil { // else the disk was plain
+			v.cipher.Decrypt(out, run, tweak(off), sector)
+			run = out
+		}
+		v.next.Encrypt(out, run, tweak(off), sector)
 		return r.write(out, v.segment.Offset+off)
 	})
 }
 
-// restore writes the sectors of old, the ciphertext of a zone, that are not
-// empty back to off of the storage.
+// restore writes the sectors of old, what a zone held, back to off of the storage,
+// but empty ones only if every.
 func restore(w interface {
 	WriteAt(p []byte, off int64) (int, error)
-}, off int64, old []byte, sector int,
+}, off int64, old []byte, sector int, every bool,
 ) error {
-	return runs(old, sector, len(old), func(at int, run []byte) error {
+	return runs(old, sector, len(old), every, func(at int, run []byte) error {
 		_, err := w.WriteAt(run, off+int64(at))
 		return err
 	})
 }
 
-// runs calls f for each run of sectors of p that are not empty, cut into pieces
-// of at most limit bytes, with its place in p.
-func runs(p []byte, sector, limit int, f func(at int, run []byte) error) error {
+// runs calls f for each run of sectors of p that are not empty, or of all if every,
+// cut into pieces of at most limit bytes, with its place in p.
+func runs(p []byte, sector, limit int, every bool, f func(at int, run []byte) error) error {
 	for start := 0; start < len(p); {
 		end := start
-		for end < len(p) && end-start < limit && !isZero(p[end:end+sector]) {
+		for end < len(p) && end-start < limit && (every || !isZero(p[end:end+sector])) {
 			end += sector
 		}
 		if end == start {

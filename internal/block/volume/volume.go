@@ -84,7 +84,7 @@ type Options struct {
 type Volume struct {
 	dev       blockdev.Device
 	uuid      string
-	segment   luks.Segment
+	segment   luks.Segment // its offset is that on dev
 	blockSize int
 	readOnly  bool
 	discards  bool // discards may reach dev
@@ -136,7 +136,7 @@ func open(dev blockdev.Device, dek *keymem.Key, opts Options) (*Volume, error) {
 	if h, err = afterRekey(dev, h, dek, opts); err != nil {
 		return nil, err
 	}
-	segment, size, err := layout(h, dev.Size())
+	segment, size, err := layout(dev, h)
 	if err != nil {
 		return nil, err
 	}
@@ -160,14 +160,13 @@ func open(dev blockdev.Device, dek *keymem.Key, opts Options) (*Volume, error) {
 	return v, nil
 }
 
-// layout returns where the data of a volume on storage of size bytes lie, and
-// their length.
-func layout(h *luks.Header, size int64) (luks.Segment, int64, error) {
-	segment, err := dataSegment(h)
+// layout returns where on dev the data of the volume lie, and their length.
+func layout(dev blockdev.Device, h *luks.Header) (luks.Segment, int64, error) {
+	segment, err := dataSegment(dev, h)
 	if err != nil {
 		return luks.Segment{}, 0, err
 	}
-	length, err := segment.Length(size)
+	length, err := segment.Length(dev.Size())
 	if err != nil {
 		return luks.Segment{}, 0, err
 	}
