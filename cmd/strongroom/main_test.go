@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -59,7 +60,11 @@ func TestScripts(t *testing.T) {
 			return nil
 		},
 		Condition: func(condition string) (bool, error) {
-			if condition != "fuse" {
+			switch condition {
+			case "root":
+				return os.Geteuid() == 0, nil
+			case "fuse":
+			default:
 				return false, fmt.Errorf("unknown condition %q", condition)
 			}
 			f, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0)
@@ -69,6 +74,7 @@ func TestScripts(t *testing.T) {
 			return err == nil, nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"device":   makeDevice,
 			"keyfile":  makeKeyFile,
 			"waitfor":  waitForSocket,
 			"freeport": findPort,
@@ -78,6 +84,30 @@ func TestScripts(t *testing.T) {
 			"served":   waitForKMS,
 		},
 	})
+}
+
+// makeDevice is "device NAME FILE": NAME in the environment is a block device with
+// the contents of FILE, or FILE itself for who is not root.
+func makeDevice(ts *testscript.TestScript, neg bool, args []string) {
+	if len(args) != 2 || neg {
+		ts.Fatalf("usage: device NAME FILE")
+	}
+	file := ts.MkAbs(args[1])
+	if os.Geteuid() != 0 {
+		ts.Setenv(args[0], file)
+		return
+	}
+	out, err := exec.Command("losetup", "--find", "--show", file).CombinedOutput()
+	if err != nil {
+		ts.Fatalf("losetup: %v\n%s", err, out)
+	}
+	loop := strings.TrimSpace(string(out))
+	ts.Defer(func() {
+		if out, err := exec.Command("losetup", "--detach", loop).CombinedOutput(); err != nil {
+			ts.Logf("losetup: %v\n%s", err, out)
+		}
+	})
+	ts.Setenv(args[0], loop)
 }
 
 // makeKeyFile is "keyfile NAME BYTES": a file for its owner only. The contents

@@ -47,12 +47,18 @@ func formatVolume(_ context.Context, v cli.VolumeFormat) (cli.VolumeInfo, error)
 	return volumeInfo(v.File, info), nil
 }
 
-func inspectVolume(_ context.Context, file string) (cli.VolumeInfo, error) {
-	info, err := localvolume.Inspect(file)
+func inspectVolume(_ context.Context, v cli.VolumeStorage) (cli.VolumeInfo, error) {
+	info, err := localvolume.Inspect(localvolume.Storage(v))
 	if err != nil {
 		return cli.VolumeInfo{}, err
 	}
-	return volumeInfo(file, info), nil
+	return detachedInfo(v, info), nil
+}
+
+func detachedInfo(s cli.VolumeStorage, info volume.Info) cli.VolumeInfo {
+	v := volumeInfo(s.File, info)
+	v.Header = s.Header
+	return v
 }
 
 func volumeInfo(file string, info volume.Info) cli.VolumeInfo {
@@ -87,29 +93,33 @@ func volumeInfo(file string, info volume.Info) cli.VolumeInfo {
 
 func serveVolume(ctx context.Context, v cli.VolumeServe, ready func(address string)) error {
 	return localvolume.Serve(ctx, localvolume.ServeOptions{
-		File: v.File, KeyFile: v.KeyFile, Socket: v.Socket, TCP: localvolume.TCP(v.TCP), VhostUser: v.VhostUser, Mount: v.Mount,
+		Storage: localvolume.Storage(v.VolumeStorage), KeyFile: v.KeyFile, Socket: v.Socket, TCP: localvolume.TCP(v.TCP), VhostUser: v.VhostUser, Mount: v.Mount,
 		ReadOnly: v.ReadOnly, Direct: v.Direct, Ready: ready,
 	})
 }
 
 func encryptVolume(ctx context.Context, v cli.VolumeEncrypt, progress func(done, total int64)) (cli.VolumeInfo, error) {
-	info, err := localvolume.EncryptInPlace(ctx, localvolume.EncryptOptions{File: v.File, KeyFile: v.KeyFile, Rate: v.Rate, Progress: progress})
+	info, err := localvolume.EncryptInPlace(ctx, localvolume.EncryptOptions{
+		Storage: localvolume.Storage(v.VolumeStorage), KeyFile: v.KeyFile, Rate: v.Rate, Progress: progress,
+	})
 	if err != nil {
 		return cli.VolumeInfo{}, err
 	}
-	return volumeInfo(v.File, info), nil
+	return detachedInfo(v.VolumeStorage, info), nil
 }
 
 func rekeyVolume(ctx context.Context, v cli.VolumeRekey, progress func(done, total int64)) error {
-	return localvolume.Rekey(ctx, localvolume.RekeyOptions{File: v.File, KeyFile: v.KeyFile, NewKeyFile: v.NewKeyFile, InPlace: v.InPlace, Rate: v.Rate, Progress: progress})
+	return localvolume.Rekey(ctx, localvolume.RekeyOptions{
+		Storage: localvolume.Storage(v.VolumeStorage), KeyFile: v.KeyFile, NewKeyFile: v.NewKeyFile, InPlace: v.InPlace, Rate: v.Rate, Progress: progress,
+	})
 }
 
 func decryptVolume(ctx context.Context, v cli.VolumeDecrypt, progress func(done, total int64)) error {
-	return localvolume.Decrypt(ctx, localvolume.DecryptOptions{File: v.File, KeyFile: v.KeyFile, Out: v.Out, Progress: progress})
+	return localvolume.Decrypt(ctx, localvolume.DecryptOptions{Storage: localvolume.Storage(v.VolumeStorage), KeyFile: v.KeyFile, Out: v.Out, Progress: progress})
 }
 
 func fillVolume(ctx context.Context, v cli.VolumeFill, progress func(done, total int64)) error {
-	return localvolume.Fill(ctx, localvolume.FillOptions{File: v.File, KeyFile: v.KeyFile, Progress: progress})
+	return localvolume.Fill(ctx, localvolume.FillOptions{Storage: localvolume.Storage(v.VolumeStorage), KeyFile: v.KeyFile, Progress: progress})
 }
 
 func adoptVolume(ctx context.Context, v cli.VolumeAdopt, passphrase []byte, progress func(done, total int64)) (cli.VolumeInfo, error) {
@@ -118,7 +128,7 @@ func adoptVolume(ctx context.Context, v cli.VolumeAdopt, passphrase []byte, prog
 		return cli.VolumeInfo{}, err
 	}
 	defer secret.Close()
-	info, err := localvolume.Adopt(ctx, localvolume.AdoptOptions{File: v.File, Out: v.Out, KeyFile: v.KeyFile, Passphrase: secret, Progress: progress})
+	info, err := localvolume.Adopt(ctx, localvolume.AdoptOptions{Storage: localvolume.Storage(v.VolumeStorage), Out: v.Out, KeyFile: v.KeyFile, Passphrase: secret, Progress: progress})
 	if err != nil {
 		return cli.VolumeInfo{}, err
 	}

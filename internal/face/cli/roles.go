@@ -35,7 +35,7 @@ type Roles struct {
 	// The operations on one volume without a controller. Progress functions
 	// get bytes; they may be nil.
 	FormatVolume  func(ctx context.Context, v VolumeFormat) (VolumeInfo, error)
-	InspectVolume func(ctx context.Context, file string) (VolumeInfo, error)
+	InspectVolume func(ctx context.Context, v VolumeStorage) (VolumeInfo, error)
 	// ServeVolume serves until ctx ends and calls ready with each address when it
 	// can be used.
 	ServeVolume   func(ctx context.Context, v VolumeServe, ready func(address string)) error
@@ -76,9 +76,15 @@ type VolumeFormat struct {
 	SectorSize int   // of encryption, bytes: 512 or 4096
 }
 
+// VolumeStorage says where a volume is.
+type VolumeStorage struct {
+	File   string // file or block device with its data
+	Header string // file with its header, if that is detached
+}
+
 // VolumeServe says how to serve a volume.
 type VolumeServe struct {
-	File      string
+	VolumeStorage
 	KeyFile   string
 	Socket    string // path of the NBD unix socket; "" for none
 	TCP       VolumeTCP
@@ -98,14 +104,14 @@ type VolumeTCP struct {
 
 // VolumeEncrypt says which plain disk is encrypted in place.
 type VolumeEncrypt struct {
-	File    string
+	VolumeStorage
 	KeyFile string
 	Rate    int64 // bytes a second; 0: any number
 }
 
 // VolumeRekey says how to give a volume another key.
 type VolumeRekey struct {
-	File       string
+	VolumeStorage
 	KeyFile    string
 	NewKeyFile string
 	InPlace    bool  // without a second copy
@@ -114,20 +120,20 @@ type VolumeRekey struct {
 
 // VolumeDecrypt says how to write a volume's data to a plain file.
 type VolumeDecrypt struct {
-	File    string
+	VolumeStorage
 	KeyFile string
 	Out     string
 }
 
 // VolumeFill says which volume is made safe for dm-crypt.
 type VolumeFill struct {
-	File    string
+	VolumeStorage
 	KeyFile string
 }
 
 // VolumeAdopt says which LUKS volume of another program becomes a volume.
 type VolumeAdopt struct {
-	File    string
+	VolumeStorage
 	Out     string // the new volume
 	KeyFile string // where its key is written
 }
@@ -135,6 +141,7 @@ type VolumeAdopt struct {
 // VolumeInfo is what a volume's header tells without a key.
 type VolumeInfo struct {
 	File          string       `json:"file"`
+	Header        string       `json:"header,omitempty"` // the file with the header, if it is detached
 	Format        string       `json:"format"`
 	UUID          string       `json:"uuid"`
 	Label         string       `json:"label"`

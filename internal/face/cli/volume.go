@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"cmp"
 	"fmt"
 
 	"github.com/spf13/cobra"
@@ -52,7 +53,8 @@ The file takes the space that is written to it, and 16 MiB for the header.`,
 }
 
 func newVolumeInfoCmd(env *Env, roles Roles) *cobra.Command {
-	return &cobra.Command{
+	var v VolumeStorage
+	cmd := &cobra.Command{
 		Use:   "info FILE",
 		Short: "Show what a volume's header tells",
 		Long: `Show a volume's format, size and cipher, the state of its two header copies, and
@@ -60,12 +62,14 @@ the address of the key that it needs. No key is needed, and nothing is changed.`
 		Example: "  strongroom volume info disk-0.luks -o json",
 		Args:    exactArgs("the file"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			info, err := roles.InspectVolume(cmd.Context(), args[0])
+			v.File = args[0]
+			info, err := roles.InspectVolume(cmd.Context(), v)
 			if err != nil {
 				return errs.Wrap(err, "cannot read %s", args[0])
 			}
 			fields := []field{
 				{"File", info.File},
+				{"Header", cmp.Or(info.Header, "in front of the data")},
 				{"Format", info.Format},
 				{"UUID", info.UUID},
 				{"Label", info.Label},
@@ -91,6 +95,8 @@ the address of the key that it needs. No key is needed, and nothing is changed.`
 			return env.printOne(info, fields)
 		},
 	}
+	addHeader(cmd, &v)
+	return cmd
 }
 
 func newVolumeServeCmd(env *Env, roles Roles) *cobra.Command {
@@ -146,6 +152,7 @@ owner only.`,
 	f.StringVar(&v.Mount, "fuse", "", "the `file` to show the data as")
 	f.BoolVar(&v.ReadOnly, "read-only", false, "accept no writes")
 	f.BoolVar(&v.Direct, "direct", false, "read and write FILE past the page cache (O_DIRECT)")
+	addHeader(cmd, &v.VolumeStorage)
 	cmd.MarkFlagsOneRequired("nbd", "nbd-tcp", "vhost-user", "fuse")
 	cmd.MarkFlagsRequiredTogether("nbd-tcp", "tls-cert", "tls-key", "tls-client-ca")
 	return cmd
@@ -161,7 +168,11 @@ func newVolumeEncryptCmd(env *Env, roles Roles) *cobra.Command {
 		Short: "Encrypt a plain disk where it is",
 		Long: `Make a plain (raw) disk that is not in use an encrypted volume in its own file,
 where there is no room for a second copy. The file grows by 32 MiB at first and by
-16 MiB in the end, less for disks under 16 MiB; it must be a regular file.
+16 MiB in the end, less for disks under 16 MiB.
+
+A block device cannot grow: with --header its header is kept in a file (detached),
+and the data stay where they are. Every later command needs that file. Keep a copy
+of it when the encryption has ended, and after each rekey.
 
 Interrupted before anything was encrypted, the disk is as it was. Later nothing
 opens it until the same command, with the same key, has gone on to the end; it
@@ -174,7 +185,8 @@ flash, keep them until they reuse the space.
 
 For disks of VMs there is "strongroom vm encrypt".`,
 		Example: `  (umask 077; head -c 64 /dev/urandom > disk.key)
-  strongroom volume encrypt disk.raw --key-file disk.key --rate 100M`,
+  strongroom volume encrypt disk.raw --key-file disk.key --rate 100M
+  strongroom volume encrypt /dev/vg0/data --header data.header --key-file disk.key`,
 		Args: exactArgs("the file"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			v.File, v.Rate = args[0], int64(rate)
@@ -189,6 +201,7 @@ For disks of VMs there is "strongroom vm encrypt".`,
 		},
 	}
 	addKeyFile(cmd, &v.KeyFile, "key-file", "`file` with its key, 64 raw bytes")
+	cmd.Flags().StringVar(&v.Header, "header", "", "`file` for its header, which is made if there is none; the disk does not grow")
 	cmd.Flags().Var(&rate, "rate", "what may be encrypted in a second, such as 100M (default: no bound)")
 	return cmd
 }
@@ -216,6 +229,9 @@ Recovery passphrases are not carried over. Disks of VMs are refused: use
   strongroom volume rekey /dev/sdb1 --key-file old.key --new-key-file new.key --in-place`,
 		Args: exactArgs("the file"),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if v.Header != "" && !v.InPlace {
+				return usageError(cmd, "a volume with a detached header is rekeyed --in-place only")
+			}
 			if rate > 0 && !v.InPlace {
 				return usageError(cmd, "--rate is for a rekey --in-place")
 			}
@@ -233,6 +249,7 @@ Recovery passphrases are not carried over. Disks of VMs are refused: use
 	}
 	addKeyFile(cmd, &v.KeyFile, "key-file", "`file` with its key, 64 raw bytes")
 	addKeyFile(cmd, &v.NewKeyFile, "new-key-file", "`file` with its new key, 64 raw bytes")
+	addHeader(cmd, &v.VolumeStorage)
 	cmd.Flags().BoolVar(&v.InPlace, "in-place", false, "rewrite it where it is, without room for a second copy")
 	cmd.Flags().Var(&rate, "rate", "what may be rewritten in place in a second, such as 100M (default: no bound)")
 	return cmd
@@ -262,6 +279,7 @@ volume is not changed, and an existing file is never overwritten.`,
 	}
 	addKeyFile(cmd, &v.KeyFile, "key-file", "`file` with its key, 64 raw bytes")
 	cmd.Flags().StringVar(&v.Out, "out", "", "the plain `file` to write")
+	addHeader(cmd, &v.VolumeStorage)
 	must(cmd.MarkFlagRequired("out"))
 	return cmd
 }
@@ -291,6 +309,7 @@ reads as does not change; interrupted, run it again.`,
 		},
 	}
 	addKeyFile(cmd, &v.KeyFile, "key-file", "`file` with its key, 64 raw bytes")
+	addHeader(cmd, &v.VolumeStorage)
 	return cmd
 }
 
@@ -330,12 +349,18 @@ vm create --disk format=luks,...".`,
 	}
 	f := cmd.Flags()
 	f.StringVar(&v.Out, "out", "", "the `file` of the new volume")
+	addHeader(cmd, &v.VolumeStorage)
 	addKeyFile(cmd, &v.KeyFile, "key-file", "the `file` to write its key to, 64 raw bytes")
 	f.StringVar(&from.file, "passphrase-file", "", "`file` whose first line is FILE's passphrase; - is standard input")
 	f.StringVar(&from.keyFile, "passphrase-key-file", "", "FILE's key `file`, all of it, as cryptsetup --key-file")
 	cmd.MarkFlagsMutuallyExclusive("passphrase-file", "passphrase-key-file")
 	must(cmd.MarkFlagRequired("out"))
 	return cmd
+}
+
+// addHeader adds the flag that names the file of a detached header.
+func addHeader(cmd *cobra.Command, v *VolumeStorage) {
+	cmd.Flags().StringVar(&v.Header, "header", "", "`file` with its header, if that is detached")
 }
 
 // addKeyFile adds a required flag that names a key file.

@@ -17,7 +17,7 @@ import (
 
 // AdoptOptions say which LUKS volume of another program becomes a volume.
 type AdoptOptions struct {
-	File       string
+	Storage
 	Out        string      // the new volume; must not exist
 	KeyFile    string      // where its key is written; must not exist
 	Passphrase *keymem.Key // of File, or what its key file holds; it stays the caller's
@@ -37,11 +37,12 @@ func Adopt(ctx context.Context, opts AdoptOptions) (volume.Info, error) {
 		return volume.Info{}, explain(err)
 	}
 	defer src.Close()
-	foreign, err := luks.ReadForeign(src, src.Size())
+	foreign, header, err := readForeign(src, opts.Header)
 	if err != nil {
 		return volume.Info{}, explainForeign(err)
 	}
-	dek, err := foreign.Unlock(ctx, src, opts.Passphrase)
+	defer header.Close()
+	dek, err := foreign.Unlock(ctx, header, opts.Passphrase)
 	if err != nil {
 		return volume.Info{}, explainForeign(err)
 	}
@@ -60,6 +61,24 @@ func Adopt(ctx context.Context, opts AdoptOptions) (volume.Info, error) {
 		return volume.Info{}, explain(err)
 	}
 	return info, nil
+}
+
+// readForeign reads the header of the LUKS volume whose data are on src, from src or
+// from the file headerName, and returns where it is, which the caller closes.
+func readForeign(src blockdev.Device, headerName string) (*luks.Foreign, blockdev.Device, error) {
+	if headerName == "" {
+		foreign, err := luks.ReadForeign(src, src.Size())
+		return foreign, src, err
+	}
+	header, err := blockdev.OpenFile(headerName, blockdev.FileOptions{ReadOnly: true})
+	if err != nil {
+		return nil, nil, err
+	}
+	foreign, err := luks.ReadForeignDetached(header, header.Size(), src.Size())
+	if err != nil {
+		return nil, nil, errors.Join(err, header.Close())
+	}
+	return foreign, header, nil
 }
 
 // adopt makes out, which is empty, a volume of the data in that segment of src. It

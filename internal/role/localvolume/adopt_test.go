@@ -130,19 +130,19 @@ func TestAdoptLeavesNothing(t *testing.T) {
 	stopped, stop := context.WithCancel(t.Context())
 	for what, fails := range map[string]func() error{
 		"no room for the key": func() error {
-			_, err := Adopt(t.Context(), AdoptOptions{File: name, Out: volumeFile, KeyFile: filepath.Join(dir, "none", "key"), Passphrase: passphrase})
+			_, err := Adopt(t.Context(), AdoptOptions{Storage: Storage{File: name}, Out: volumeFile, KeyFile: filepath.Join(dir, "none", "key"), Passphrase: passphrase})
 			return err
 		},
 		"a key in the way": func() error {
-			_, err := Adopt(t.Context(), AdoptOptions{File: name, Out: volumeFile, KeyFile: there, Passphrase: passphrase})
+			_, err := Adopt(t.Context(), AdoptOptions{Storage: Storage{File: name}, Out: volumeFile, KeyFile: there, Passphrase: passphrase})
 			return err
 		},
 		"a file in the way": func() error {
-			_, err := Adopt(t.Context(), AdoptOptions{File: name, Out: there, KeyFile: key, Passphrase: passphrase})
+			_, err := Adopt(t.Context(), AdoptOptions{Storage: Storage{File: name}, Out: there, KeyFile: key, Passphrase: passphrase})
 			return err
 		},
 		"stopped": func() error {
-			_, err := Adopt(stopped, AdoptOptions{File: name, Out: volumeFile, KeyFile: key, Passphrase: passphrase, Progress: func(int64, int64) { stop() }})
+			_, err := Adopt(stopped, AdoptOptions{Storage: Storage{File: name}, Out: volumeFile, KeyFile: key, Passphrase: passphrase, Progress: func(int64, int64) { stop() }})
 			return err
 		},
 	} {
@@ -159,7 +159,7 @@ func TestAdoptLeavesNothing(t *testing.T) {
 	if after, err := os.ReadFile(name); err != nil || !bytes.Equal(after, before) {
 		t.Errorf("the old volume was changed, %v", err)
 	}
-	info, err := Adopt(t.Context(), AdoptOptions{File: name, Out: volumeFile, KeyFile: key, Passphrase: passphrase})
+	info, err := Adopt(t.Context(), AdoptOptions{Storage: Storage{File: name}, Out: volumeFile, KeyFile: key, Passphrase: passphrase})
 	if err != nil || info.Size != 1<<20 {
 		t.Errorf("%+v, %v", info, err)
 	}

@@ -20,7 +20,7 @@ const newSuffix = ".new"
 
 // RekeyOptions say how a volume gets another key.
 type RekeyOptions struct {
-	File       string
+	Storage    // with a detached header, only in place
 	KeyFile    string
 	NewKeyFile string
 	// InPlace rewrites the volume where it is, without room for a second one; it
@@ -45,6 +45,9 @@ type RekeyOptions struct {
 // volume with a key safe is refused: it belongs to a VM, whose vm.json and key
 // provider have a say.
 func Rekey(ctx context.Context, opts RekeyOptions) error {
+	if opts.Header != "" && !opts.InPlace {
+		return errs.New(errs.Invalid, "a volume with a detached header is rekeyed in place only").WithHint("add --in-place")
+	}
 	file, err := filepath.EvalSymlinks(opts.File) // or the link would be replaced
 	if err != nil {
 		return explain(err)
@@ -63,7 +66,7 @@ func Rekey(ctx context.Context, opts RekeyOptions) error {
 		return errs.New(errs.Invalid, "the new key is the old one")
 	}
 	if opts.InPlace {
-		return rekeyInPlace(ctx, file, oldKey, newKey, volume.RekeyOptions{Rate: volume.NewRate(opts.Rate), Progress: opts.Progress})
+		return rekeyInPlace(ctx, opts.Storage, oldKey, newKey, volume.RekeyOptions{Rate: volume.NewRate(opts.Rate), Progress: opts.Progress})
 	}
 	stat, err := os.Stat(file)
 	if err != nil {
@@ -72,7 +75,7 @@ func Rekey(ctx context.Context, opts RekeyOptions) error {
 	if !stat.Mode().IsRegular() {
 		return errs.New(errs.Invalid, "%s is not a regular file, and cannot be replaced by another", file)
 	}
-	old, err := openWith(file, oldKey, blockdev.FileOptions{}) // locks writers and readers out, although it is only read
+	old, err := openWith(Storage{File: file}, oldKey, blockdev.FileOptions{}) // locks writers and readers out, although it is only read
 	if err != nil {
 		return err
 	}
@@ -133,7 +136,7 @@ func replace(ctx context.Context, file string, stat fs.FileInfo, old *volume.Vol
 
 // DecryptOptions say where a volume's data are written.
 type DecryptOptions struct {
-	File    string
+	Storage
 	KeyFile string
 	Out     string // must not exist
 	// Progress, if not nil, is told the bytes done and the bytes to do.
@@ -143,7 +146,7 @@ type DecryptOptions struct {
 // Decrypt writes the plain data of the volume to a new file, mode 0600, and
 // verifies them. What was never written is a hole there.
 func Decrypt(ctx context.Context, opts DecryptOptions) (err error) {
-	v, err := open(opts.File, opts.KeyFile, blockdev.FileOptions{ReadOnly: true})
+	v, err := open(opts.Storage, opts.KeyFile, blockdev.FileOptions{ReadOnly: true})
 	if err != nil {
 		return err
 	}
@@ -166,7 +169,7 @@ func Decrypt(ctx context.Context, opts DecryptOptions) (err error) {
 
 // FillOptions say which volume is filled.
 type FillOptions struct {
-	File    string
+	Storage
 	KeyFile string
 	// Progress, if not nil, is told the bytes done and the bytes to do.
 	Progress func(done, total int64)
@@ -176,7 +179,7 @@ type FillOptions struct {
 // that dm-crypt reads them too: see [volume.Volume.Fill]. Interrupted, it may be
 // called again; nothing that the volume reads as changes.
 func Fill(ctx context.Context, opts FillOptions) error {
-	v, err := open(opts.File, opts.KeyFile, blockdev.FileOptions{})
+	v, err := open(opts.Storage, opts.KeyFile, blockdev.FileOptions{})
 	if err != nil {
 		return err
 	}

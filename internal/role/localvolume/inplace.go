@@ -12,10 +12,10 @@ import (
 
 // rekeyInPlace rekeys a volume where it is, or goes on with a rekey that was
 // interrupted (docs/spec/online-rekey.md).
-func rekeyInPlace(ctx context.Context, file string, oldKey, newKey *keymem.Key, opts volume.RekeyOptions) (err error) {
-	dev, err := blockdev.OpenFile(file, blockdev.FileOptions{})
+func rekeyInPlace(ctx context.Context, s Storage, oldKey, newKey *keymem.Key, opts volume.RekeyOptions) (err error) {
+	dev, err := s.open(blockdev.FileOptions{})
 	if err != nil {
-		return explain(err)
+		return err
 	}
 	v, left, err := openRekeying(dev, oldKey, newKey)
 	opts.NewDEK = left

@@ -65,12 +65,33 @@ func format(dev *blockdev.File, opts volume.FormatOptions) (volume.Info, error) 
 	return volume.Inspect(dev)
 }
 
+// Storage says where a volume is.
+type Storage struct {
+	File   string // a file or block device with the data
+	Header string // the file with its header, if that is detached; "": it is in front of the data
+}
+
+// open opens the storage. Only File is read and written past the page cache if
+// opts say so. The caller closes it.
+func (s Storage) open(opts blockdev.FileOptions) (blockdev.Device, error) {
+	data, err := blockdev.OpenFile(s.File, opts)
+	if err != nil || s.Header == "" {
+		return data, explain(err)
+	}
+	opts.Direct = false
+	header, err := blockdev.OpenFile(s.Header, opts)
+	if err != nil {
+		return nil, explain(errors.Join(err, data.Close()))
+	}
+	return volume.NewDetached(header, data), nil
+}
+
 // Inspect returns what the header of the volume tells; it needs no key, writes
 // nothing, and works while the volume is in use.
-func Inspect(file string) (volume.Info, error) {
-	dev, err := blockdev.OpenFile(file, blockdev.FileOptions{ReadOnly: true, Unlocked: true})
+func Inspect(s Storage) (volume.Info, error) {
+	dev, err := s.open(blockdev.FileOptions{ReadOnly: true, Unlocked: true})
 	if err != nil {
-		return volume.Info{}, explain(err)
+		return volume.Info{}, err
 	}
 	defer dev.Close()
 	info, err := volume.Inspect(dev)
@@ -78,19 +99,19 @@ func Inspect(file string) (volume.Info, error) {
 }
 
 // open opens the volume with the key in keyFile. The caller closes it.
-func open(file, keyFile string, opts blockdev.FileOptions) (*volume.Volume, error) {
+func open(s Storage, keyFile string, opts blockdev.FileOptions) (*volume.Volume, error) {
 	dek, err := readKey(keyFile)
 	if err != nil {
 		return nil, err
 	}
 	defer dek.Close()
-	return openWith(file, dek, opts)
+	return openWith(s, dek, opts)
 }
 
-func openWith(file string, dek *keymem.Key, opts blockdev.FileOptions) (*volume.Volume, error) {
-	dev, err := blockdev.OpenFile(file, opts)
+func openWith(s Storage, dek *keymem.Key, opts blockdev.FileOptions) (*volume.Volume, error) {
+	dev, err := s.open(opts)
 	if err != nil {
-		return nil, explain(err)
+		return nil, err
 	}
 	v, err := volume.Open(dev, dek, volume.Options{ReadOnly: opts.ReadOnly})
 	if err != nil {
@@ -131,6 +152,10 @@ func explain(err error) error {
 			WithHint("finish it: strongroom volume rekey FILE --in-place --key-file OLD --new-key-file NEW")
 	case is(volume.ErrEncrypting):
 		return errs.New(errs.InvalidState, "%w", err).WithHint("finish it: strongroom volume encrypt FILE --key-file KEY")
+	case is(volume.ErrDetached):
+		return errs.New(errs.Invalid, "%w", err).WithHint("give the device with the data, and this file as --header")
+	case is(volume.ErrOtherDevice):
+		return errs.New(errs.Invalid, "%w", err).WithHint("look for the header that was made for this device: strongroom volume info DEVICE --header FILE")
 	case is(volume.ErrEncrypted):
 		return errs.New(errs.InvalidState, "%w", err).WithHint("strongroom volume info FILE")
 	case is(volume.ErrUsed):

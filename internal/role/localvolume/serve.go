@@ -20,7 +20,7 @@ const drainTimeout = 10 * time.Second
 // ServeOptions say how a volume is served: over NBD, over vhost-user, as a file,
 // or in several of these ways at once.
 type ServeOptions struct {
-	File      string
+	Storage
 	KeyFile   string
 	Socket    string // path of the NBD unix socket, removed at the end; "" for none
 	TCP       TCP    // NBD with TLS
@@ -50,7 +50,7 @@ func Serve(ctx context.Context, opts ServeOptions) (err error) {
 	if err := daemon.Harden(); err != nil { // plain data are in its memory
 		return err
 	}
-	v, err := open(opts.File, opts.KeyFile, blockdev.FileOptions{ReadOnly: opts.ReadOnly, Direct: opts.Direct})
+	v, err := open(opts.Storage, opts.KeyFile, blockdev.FileOptions{ReadOnly: opts.ReadOnly, Direct: opts.Direct})
 	if err != nil {
 		return err
 	}
