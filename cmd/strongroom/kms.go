@@ -4,8 +4,10 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
+	"strconv"
 
 	"strongroom/internal/errs"
 	"strongroom/internal/face/cli"
@@ -28,14 +30,19 @@ func joinKMS(ctx context.Context, j cli.KMSJoin) error {
 	return kms.Join(ctx, cfg, j.Server, j.Token)
 }
 
-// runKMSDev runs a KMS with all state in dir, and a first application that can
-// use it at once.
-func runKMSDev(ctx context.Context, dir, listen string) error {
+// runKMSDev runs a KMS with all state in dir, and a first application and a first
+// user that can use it at once.
+func runKMSDev(ctx context.Context, dir, listen, apiListen string) error {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
 		return err
 	}
-	cfg, err := kms.ParseConfig(fmt.Appendf(nil, "data_dir = %q\nlisten = %q\n", dir, listen))
+	if apiListen == "" {
+		if apiListen, err = apiBeside(listen); err != nil {
+			return err
+		}
+	}
+	cfg, err := kms.ParseConfig(fmt.Appendf(nil, "data_dir = %q\nlisten = %q\napi_listen = %q\n", dir, listen, apiListen))
 	if err != nil {
 		return errs.New(errs.Invalid, "%w", err)
 	}
@@ -56,7 +63,37 @@ func runKMSDev(ctx context.Context, dir, listen string) error {
 		fmt.Fprintf(os.Stderr, `a KMS runs at %s; its log is %s
 a first KMIP client has what it needs in %s: ca.pem, client.pem, client.key
 next: strongroom --server unix:%s kms app ls
-`, listen, logFile.Name(), dir, cfg.LocalSocket)
+users: strongroom login --server https://%s --ca %s --user administrator
+`, listen, logFile.Name(), dir, cfg.LocalSocket, apiListen, filepath.Join(dir, "ca.pem"))
+		password := filepath.Join(dir, kms.FirstPasswordName)
+		if _, err := os.Lstat(password); err == nil {
+			fmt.Fprintf(os.Stderr, "the first password is in %s; change it (strongroom user password) and delete the file\n", password)
+		}
 		return nil
 	})
+}
+
+// apiPortAbove is how far the port for users is above that for KMIP clients: 5700
+// beside 5696.
+const apiPortAbove = 4
+
+// apiBeside returns an address for users on the host of listen: with the port that
+// goes with that of listen, or a free one if that is taken.
+func apiBeside(listen string) (string, error) {
+	host, text, err := net.SplitHostPort(listen)
+	if err != nil {
+		return "", errs.New(errs.Invalid, "listen %q is not host:port", listen)
+	}
+	port, err := strconv.ParseUint(text, 10, 16)
+	if err != nil {
+		return "", errs.New(errs.Invalid, "listen %q has no port number", listen)
+	}
+	l, err := net.Listen("tcp", net.JoinHostPort(host, strconv.FormatUint(port+apiPortAbove, 10)))
+	if err != nil {
+		if l, err = net.Listen("tcp", net.JoinHostPort(host, "0")); err != nil {
+			return "", errs.New(errs.Unavailable, "cannot listen for users: %w", err)
+		}
+	}
+	defer l.Close()
+	return l.Addr().String(), nil
 }

@@ -47,23 +47,26 @@ starts: it serves nothing until "strongroom kms unseal".`,
 }
 
 func newKMSDevCmd(roles Roles) *cobra.Command {
-	var dir, listen string
+	var dir, listen, apiListen string
 	cmd := &cobra.Command{
 		Use:   "dev",
 		Short: "Run a key management server in one folder, to try things",
 		Long: `Run a key management server until SIGINT or SIGTERM. All state is in one folder:
 run it again and everything is there. The first time it makes an application whose
-KMIP client finds there what it needs: ca.pem, client.pem and client.key.
+KMIP client finds there what it needs: ca.pem, client.pem and client.key. The
+password of its first user, administrator, is there too, in initial-admin-password:
+"strongroom login --ca ca.pem --server https://HOST:PORT" as it is printed.
 
 For a laptop and for tests. For production use "strongroom kms run".`,
 		Example: "  strongroom kms dev --dir ~/strongroom-kms --listen 127.0.0.1:5696",
 		Args:    noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return cannot(roles.RunKMSDev(cmd.Context(), dir, listen), "run the KMS")
+			return cannot(roles.RunKMSDev(cmd.Context(), dir, listen, apiListen), "run the KMS")
 		},
 	}
 	cmd.Flags().StringVar(&dir, "dir", "strongroom-kms", "the `folder` for all state")
 	cmd.Flags().StringVar(&listen, "listen", "127.0.0.1:5696", "the address for KMIP clients, HOST:PORT")
+	cmd.Flags().StringVar(&apiListen, "api-listen", "", "the address for users, HOST:PORT (default: that of --listen with its port + 4, or a free one)")
 	must(cmd.MarkFlagDirname("dir"))
 	return cmd
 }

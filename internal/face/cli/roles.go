@@ -16,7 +16,7 @@ type Roles struct {
 	// RunKMS runs a key management server until ctx ends; RunKMSDev one with all
 	// state in a folder, reached at listen ("host:port").
 	RunKMS    func(ctx context.Context, configFile string) error
-	RunKMSDev func(ctx context.Context, dir, listen string) error
+	RunKMSDev func(ctx context.Context, dir, listen, apiListen string) error
 	// JoinKMS makes this machine a node of a key management server of several.
 	JoinKMS func(ctx context.Context, join KMSJoin) error
 	// MakeKMSBackupKey makes the private key of a recipient of backups in a file and

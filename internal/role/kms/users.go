@@ -19,9 +19,9 @@ import (
 )
 
 const (
-	// firstPasswordName is the file in the data folder with the password of the
+	// FirstPasswordName is the file in the data folder with the password of the
 	// first administrator.
-	firstPasswordName = "initial-admin-password"
+	FirstPasswordName = "initial-admin-password"
 	// renewRetry is the time between attempts to renew the API's certificate.
 	renewRetry = time.Hour
 )
@@ -36,7 +36,7 @@ func (k *KMS) openUsers(ctx context.Context) (err error) {
 	if k.credential, err = k.ca.Issue(k.apiIdentity(), k.apiNames()); err != nil {
 		return err
 	}
-	path := filepath.Join(k.cfg.DataDir, firstPasswordName)
+	path := filepath.Join(k.cfg.DataDir, FirstPasswordName)
 	created, err := k.access.EnsureAdministrator(ctx, func(_ string, password []byte) error {
 		f, err := os.OpenFile(path, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
 		if err != nil {

@@ -61,7 +61,7 @@ func tryLogin(t testing.TB, server, dir, name, password string) (*person, error)
 // administrator logs in as the first user.
 func (b *bench) administrator(t testing.TB) *person {
 	t.Helper()
-	password, err := os.ReadFile(filepath.Join(b.cfg.DataDir, firstPasswordName))
+	password, err := os.ReadFile(filepath.Join(b.cfg.DataDir, FirstPasswordName))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -190,7 +190,7 @@ func TestUsers(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "kms")
 	b := start(t, dir)
-	info, err := os.Stat(filepath.Join(dir, firstPasswordName))
+	info, err := os.Stat(filepath.Join(dir, FirstPasswordName))
 	if err != nil || info.Mode().Perm() != 0o600 {
 		t.Fatalf("the first password's file: %v, %v", info, err)
 	}
@@ -208,12 +208,12 @@ func TestUsers(t *testing.T) {
 	if _, err := client.Call(t.Context(), reader.KMS().SetKMSGroupQuota, &strongroomv1.SetKMSGroupQuotaRequest{Name: "g"}); errs.KindOf(err) != errs.Denied {
 		t.Errorf("a reader changes a quota: %v", err)
 	}
-	if err := os.Remove(filepath.Join(dir, firstPasswordName)); err != nil {
+	if err := os.Remove(filepath.Join(dir, FirstPasswordName)); err != nil {
 		t.Fatal(err)
 	}
 	b.stop()
 	b = start(t, dir)
-	if _, err := os.Stat(filepath.Join(dir, firstPasswordName)); !os.IsNotExist(err) {
+	if _, err := os.Stat(filepath.Join(dir, FirstPasswordName)); !os.IsNotExist(err) {
 		t.Error("there is a first administrator again")
 	}
 	login(t, b.apiAddress.String(), dir, access.FirstUser, admin.password)
