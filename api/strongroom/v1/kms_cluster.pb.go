@@ -143,7 +143,9 @@ type KMSMember struct {
 	// its disk still opens in old copies of the database.
 	ErasuresDue int64 `protobuf:"varint,7,opt,name=erasures_due,json=erasuresDue,proto3" json:"erasures_due,omitempty"`
 	// The node that answers.
-	Self          bool `protobuf:"varint,8,opt,name=self,proto3" json:"self,omitempty"`
+	Self bool `protobuf:"varint,8,opt,name=self,proto3" json:"self,omitempty"`
+	// The release that it runs; empty until it has started once.
+	Release       string `protobuf:"bytes,9,opt,name=release,proto3" json:"release,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -232,6 +234,13 @@ func (x *KMSMember) GetSelf() bool {
 		return x.Self
 	}
 	return false
+}
+
+func (x *KMSMember) GetRelease() string {
+	if x != nil {
+		return x.Release
+	}
+	return ""
 }
 
 type ListKMSMembersRequest struct {
@@ -402,8 +411,10 @@ type KMSJoinRequest struct {
 	StoreAddress string                 `protobuf:"bytes,4,opt,name=store_address,json=storeAddress,proto3" json:"store_address,omitempty"`
 	// The HPKE key, made for this call, to which the answer's secrets are sealed.
 	ParcelPublicKey []byte `protobuf:"bytes,5,opt,name=parcel_public_key,json=parcelPublicKey,proto3" json:"parcel_public_key,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// The newest format of the database that the machine's release knows; 0: 1.
+	Format        int32 `protobuf:"varint,6,opt,name=format,proto3" json:"format,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *KMSJoinRequest) Reset() {
@@ -469,6 +480,13 @@ func (x *KMSJoinRequest) GetParcelPublicKey() []byte {
 		return x.ParcelPublicKey
 	}
 	return nil
+}
+
+func (x *KMSJoinRequest) GetFormat() int32 {
+	if x != nil {
+		return x.Format
+	}
+	return 0
 }
 
 type KMSJoinResponse struct {
@@ -821,7 +839,7 @@ const file_strongroom_v1_kms_cluster_proto_rawDesc = "" +
 	"\x1aCreateKMSJoinTokenResponse\x12\x14\n" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x124\n" +
 	"\aexpires\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\x12\x18\n" +
-	"\aaddress\x18\x03 \x01(\tR\aaddress\"\xef\x01\n" +
+	"\aaddress\x18\x03 \x01(\tR\aaddress\"\x89\x02\n" +
 	"\tKMSMember\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\x12\x18\n" +
@@ -830,19 +848,21 @@ const file_strongroom_v1_kms_cluster_proto_rawDesc = "" +
 	"\x05state\x18\x05 \x01(\tR\x05state\x122\n" +
 	"\x06joined\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x06joined\x12!\n" +
 	"\ferasures_due\x18\a \x01(\x03R\verasuresDue\x12\x12\n" +
-	"\x04self\x18\b \x01(\bR\x04self\"\x17\n" +
+	"\x04self\x18\b \x01(\bR\x04self\x12\x18\n" +
+	"\arelease\x18\t \x01(\tR\arelease\"\x17\n" +
 	"\x15ListKMSMembersRequest\"L\n" +
 	"\x16ListKMSMembersResponse\x122\n" +
 	"\amembers\x18\x01 \x03(\v2\x18.strongroom.v1.KMSMemberR\amembers\",\n" +
 	"\x16RemoveKMSMemberRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"\x19\n" +
-	"\x17RemoveKMSMemberResponse\"\xa5\x01\n" +
+	"\x17RemoveKMSMemberResponse\"\xbd\x01\n" +
 	"\x0eKMSJoinRequest\x12\x14\n" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x18\n" +
 	"\aaddress\x18\x03 \x01(\tR\aaddress\x12#\n" +
 	"\rstore_address\x18\x04 \x01(\tR\fstoreAddress\x12*\n" +
-	"\x11parcel_public_key\x18\x05 \x01(\fR\x0fparcelPublicKey\"\xa7\x01\n" +
+	"\x11parcel_public_key\x18\x05 \x01(\fR\x0fparcelPublicKey\x12\x16\n" +
+	"\x06format\x18\x06 \x01(\x05R\x06format\"\xa7\x01\n" +
 	"\x0fKMSJoinResponse\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12%\n" +
 	"\x0eca_certificate\x18\x02 \x01(\fR\rcaCertificate\x12\x15\n" +

@@ -75,6 +75,7 @@ It changes nothing.`,
 			return printList(env, res, res.GetMembers(), []column[*strongroomv1.KMSMember]{
 				{"NAME", (*strongroomv1.KMSMember).GetName},
 				{"STATE", (*strongroomv1.KMSMember).GetState},
+				{"RELEASE", (*strongroomv1.KMSMember).GetRelease},
 				{"ADDRESS", (*strongroomv1.KMSMember).GetAddress},
 				{"STORE ADDRESS", (*strongroomv1.KMSMember).GetStoreAddress},
 				{"ERASURES DUE", func(m *strongroomv1.KMSMember) string { return strconv.FormatInt(m.GetErasuresDue(), 10) }},

@@ -39,6 +39,10 @@ import (
 // Version is what the controller tells about itself.
 const Version = "0.1.0"
 
+// formatKnown is the newest format of the database that this release knows
+// (docs/spec/database-format.md).
+const formatKnown = 1
+
 // renewRetry is the time between attempts to renew the own certificate.
 const renewRetry = time.Hour
 
@@ -126,6 +130,14 @@ func open(ctx context.Context, cfg Config, log *slog.Logger, hashing access.Hash
 	}
 	if c.db, err = store.Open(ctx, store.Config{Dir: filepath.Join(cfg.DataDir, "store"), Log: log}); err != nil {
 		return nil, err
+	}
+	if err := c.db.Txn(ctx, func(tx *store.Tx) error {
+		if err := tx.Admit(ctx, formatKnown); err != nil {
+			return err
+		}
+		return tx.Raise(ctx, store.Format{Version: formatKnown, Release: Version})
+	}); err != nil {
+		return nil, errs.Wrap(err, "cannot use the database")
 	}
 	if c.keys, err = openKeystore(cfg); err != nil {
 		return nil, err

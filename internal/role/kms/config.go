@@ -68,6 +68,8 @@ type Config struct {
 	// address.
 	APIAdvertise string `toml:"api_advertise"`
 
+	// format replaces [formatKnown] in tests, if it is set.
+	format int
 	// hashing is how passwords are hashed; tests want it cheap.
 	hashing access.Hashing
 

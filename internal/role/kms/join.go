@@ -47,7 +47,7 @@ func join(ctx context.Context, cfg Config, server, token string, done func(step 
 		}
 	}()
 	done("folder taken")
-	joined, err := cluster.Join(ctx, server, token, cfg.Cluster.self(""))
+	joined, err := cluster.Join(ctx, server, token, cfg.self(""))
 	if err != nil {
 		return err
 	}

@@ -9,6 +9,7 @@
 package kms
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -41,6 +42,10 @@ import (
 
 // Version is what the KMS tells about itself.
 const Version = "0.1.0"
+
+// formatKnown is the newest format of the database that this release knows
+// (docs/spec/database-format.md).
+const formatKnown = 1
 
 const (
 	// quotaBytes bounds the database: some 4 million keys.
@@ -145,6 +150,9 @@ func open(ctx context.Context, cfg Config, u *unlocked, log *slog.Logger) (_ *KM
 			return nil, err
 		}
 	}
+	if err := k.checkFormat(ctx); err != nil {
+		return nil, err
+	}
 	used, err := objectstore.NewestEpoch(ctx, k.db)
 	if err != nil {
 		return nil, err
@@ -173,6 +181,19 @@ func open(ctx context.Context, cfg Config, u *unlocked, log *slog.Logger) (_ *KM
 	}
 	k.metrics.registry.MustRegister(&usageMetrics{k}, &backupMetrics{k})
 	return k, nil
+}
+
+// checkFormat refuses a database that this release does not know enough for. That of
+// several nodes has its format raised when all of them know it.
+func (k *KMS) checkFormat(ctx context.Context) error {
+	known := cmp.Or(k.cfg.format, formatKnown)
+	err := k.db.Txn(ctx, func(tx *store.Tx) error {
+		if err := tx.Admit(ctx, known); err != nil || k.node != nil {
+			return err
+		}
+		return tx.Raise(ctx, store.Format{Version: known, Release: Version})
+	})
+	return errs.Wrap(err, "cannot use the database")
 }
 
 func storeConfig(cfg Config, log *slog.Logger) store.Config {

@@ -1,6 +1,7 @@
 package kms
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -89,8 +90,10 @@ func (m *membership) write(path string) error {
 }
 
 // self is this node as others are to know it.
-func (c *ClusterConfig) self(id string) cluster.Member {
-	return cluster.Member{ID: id, Name: c.Name, Address: c.Advertise, StoreAddress: c.StoreAdvertise}
+func (c Config) self(id string) cluster.Member {
+	return cluster.Member{
+		ID: id, Name: c.Cluster.Name, Address: c.Cluster.Advertise, StoreAddress: c.Cluster.StoreAdvertise, Release: Version, Format: cmp.Or(c.format, formatKnown),
+	}
 }
 
 // openNode makes the node's certificate and opens its database, which needs a
@@ -137,7 +140,7 @@ func (k *KMS) openNode(ctx context.Context, m *membership) (err error) {
 // openCluster makes this node a member. It returns when the node may serve.
 func (k *KMS) openCluster(ctx context.Context, m *membership) error {
 	k.cluster = cluster.New(cluster.Config{
-		Self: k.cfg.Cluster.self(m.ID), Node: k.node, CA: k.ca, DB: k.db, Ring: k.secrets.ring, Log: k.log, Record: k.recordMember,
+		Self: k.cfg.self(m.ID), Node: k.node, CA: k.ca, DB: k.db, Ring: k.secrets.ring, Log: k.log, Record: k.recordMember,
 	})
 	k.metrics.registry.MustRegister(memberMetrics{k.cluster})
 	k.objects = objectstore.NewShared(k.db, k.secrets.ring, k.cluster, k.log)

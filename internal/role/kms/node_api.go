@@ -48,7 +48,7 @@ func (a *api) ListKMSMembers(ctx context.Context, _ *connect.Request[strongroomv
 	for _, m := range all {
 		out.Members = append(out.Members, &strongroomv1.KMSMember{
 			Name: m.Name, Id: m.ID, Address: m.Address, StoreAddress: m.StoreAddress, State: m.State, Joined: timestamppb.New(m.Joined),
-			ErasuresDue: int64(m.ErasuresDue), Self: m.Self,
+			ErasuresDue: int64(m.ErasuresDue), Self: m.Self, Release: m.Release,
 		})
 	}
 	return connect.NewResponse(out), nil

@@ -14,6 +14,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -34,6 +35,7 @@ import (
 // nodeChild makes the test's binary a node with that configuration.
 func nodeChild(config string) {
 	cfg, err := LoadConfig(config)
+	cfg.format, _ = strconv.Atoi(os.Getenv(childVariable + "_FORMAT"))
 	var log slog.Handler = slog.NewTextHandler(os.Stderr, nil)
 	done := func(string) {}
 	if os.Getenv(childVariable+"_STEPS") != "" {
@@ -61,6 +63,7 @@ type site struct {
 	cfg    Config
 	out    *os.File // what all its nodes wrote to standard error
 	node   *process // nil when it does not run
+	format int      // that its release knows; 0: what this one does
 	conn   *http.Transport
 }
 
@@ -118,7 +121,7 @@ store_listen = "127.0.0.1:%d"
 func (s *site) run() {
 	s.t.Helper()
 	p := &process{cmd: exec.Command("/proc/self/exe"), addr: s.cfg.Listen}
-	p.cmd.Env = append(os.Environ(), childVariable+"="+s.config)
+	p.cmd.Env = append(os.Environ(), childVariable+"="+s.config, fmt.Sprintf("%s_FORMAT=%d", childVariable, s.format))
 	p.cmd.Stderr = s.out
 	out, err := p.cmd.StdoutPipe()
 	if err != nil {

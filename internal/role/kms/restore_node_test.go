@@ -1,11 +1,18 @@
 package kms
 
 import (
+	"bytes"
 	"fmt"
 	"maps"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"testing"
+
+	"connectrpc.com/connect"
+
+	strongroomv1 "strongroom/api/strongroom/v1"
+	"strongroom/internal/errs"
 )
 
 // TestMajorityLostForGood backs a KMS of three nodes up, loses two of them for good,
@@ -64,17 +71,50 @@ func TestMajorityLostForGood(t *testing.T) {
 	n.check(d, after)
 }
 
-// TestRollingRestart restarts one node after another, as an upgrade does, each once
-// the one before serves again: keys are served and made all the time.
-func TestRollingRestart(t *testing.T) {
+// TestRollingUpgrade restarts one node after another with a release that knows a
+// new format of the database, each once the one before serves again: keys are
+// served and made all the time, and nodes of both releases may restart. When all
+// have the new one, the old one is refused, at a start and at a join.
+func TestRollingUpgrade(t *testing.T) {
 	t.Parallel()
 	n, keys := newTrio(t)
 	for i, s := range n.sites {
-		s.stop()
 		other := n.sites[(i+1)%len(n.sites)]
+		if i == 1 { // the format is not in force yet: one may go back
+			n.sites[0].format = formatKnown
+			n.sites[0].stop()
+			n.sites[0].run()
+			n.sites[0].format = formatKnown + 1
+			n.sites[0].stop()
+			n.sites[0].run()
+		}
+		s.stop()
 		id, secret := n.create(other)
 		keys[id] = secret
+		s.format = formatKnown + 1
 		s.run()
 		n.check(s, keys)
 	}
+	old := n.sites[2]
+	old.stop()
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), childVariable+"="+old.config)
+	if text, err := cmd.CombinedOutput(); err == nil || !bytes.Contains(text, fmt.Appendf(nil, "the database has format %d", formatKnown+1)) {
+		t.Errorf("a release that is too old: %v\n%s", err, text)
+	}
+	id, secret := n.create(n.sites[0]) // the others go on
+	keys[id] = secret
+	stranger := newSite(t, "d")
+	token, err := n.sites[0].members().CreateKMSJoinToken(t.Context(), connect.NewRequest(&strongroomv1.CreateKMSJoinTokenRequest{}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := Join(t.Context(), stranger.cfg, token.Msg.GetAddress(), token.Msg.GetToken()); errs.KindOf(err) != errs.InvalidState || errs.HintOf(err) == "" {
+		t.Errorf("a release that is too old joins: %v", err)
+	}
+	if list := n.sites[0].list(); len(list) != 3 || list[0].GetRelease() != Version {
+		t.Errorf("the members are %v", list)
+	}
+	old.run()
+	n.check(old, keys)
 }

@@ -48,11 +48,15 @@ type Member struct {
 	StoreAddress string    `json:"storeAddress"` // of its database
 	Voter        bool      `json:"voter"`        // its database has a say
 	Joined       time.Time `json:"joined"`
+	// Release is what it runs, and Format the newest format of the database that
+	// this knows; both are zero until it has started once.
+	Release string `json:"release,omitempty"`
+	Format  int    `json:"format,omitempty"`
 }
 
 // Config is what a node needs to be one of several.
 type Config struct {
-	Self Member // ID, Name and addresses
+	Self Member // ID, Name, addresses, Release and Format
 	Node *Node
 	CA   *pki.CA
 	DB   *store.DB
@@ -109,6 +113,9 @@ func (c *Cluster) Start(ctx context.Context) error {
 	if err := c.register(ctx); err != nil {
 		return err
 	}
+	if err := c.raise(ctx); err != nil {
+		return err
+	}
 	c.Log.LogAttrs(ctx, slog.LevelInfo, "the other nodes know this one as a member")
 	if err := c.abandon(ctx, c.Self.ID); err != nil {
 		return err
@@ -162,11 +169,15 @@ func (c *Cluster) found(ctx context.Context) error {
 func (c *Cluster) register(ctx context.Context) error {
 	var before Member
 	err := c.DB.Txn(ctx, func(tx *store.Tx) (err error) {
+		if err := tx.Admit(ctx, c.Self.Format); err != nil {
+			return err
+		}
 		if before, err = c.members.In(tx).Get(ctx, c.Self.ID); err != nil {
 			return err
 		}
 		now := before
 		now.Name, now.Address, now.StoreAddress, now.Voter = c.Self.Name, c.Self.Address, c.Self.StoreAddress, true
+		now.Release, now.Format = c.Self.Release, c.Self.Format
 		if now == before {
 			return nil
 		}
@@ -194,6 +205,27 @@ func (c *Cluster) register(ctx context.Context) error {
 		return nil
 	}
 	return errs.Wrap(c.DB.MoveTo(ctx, c.Self.StoreAddress), "cannot register the database's address")
+}
+
+// raise raises the database's format to the newest that all members know. One that
+// starts with an older release meanwhile has told so before, or is not admitted.
+func (c *Cluster) raise(ctx context.Context) error {
+	err := c.DB.Txn(ctx, func(tx *store.Tx) error {
+		ids, err := c.holders(ctx, tx)
+		if err != nil {
+			return err
+		}
+		format := c.Self.Format
+		for _, id := range ids {
+			m, err := c.members.In(tx).Get(ctx, id)
+			if err != nil {
+				return err
+			}
+			format = min(format, max(m.Format, 1))
+		}
+		return tx.Raise(ctx, store.Format{Version: format, Release: c.Self.Release})
+	})
+	return errs.Wrap(err, "cannot raise the database's format")
 }
 
 // free returns an error unless m can be a member beside all: what the database and
@@ -249,6 +281,9 @@ func (c *Cluster) Run(ctx context.Context, shred func()) error {
 			if c.DB.Leads() {
 				shred()
 				c.warn(ctx, &late)
+				if err := c.raise(ctx); err != nil && ctx.Err() == nil { // an older node may have been removed
+					c.Log.LogAttrs(ctx, slog.LevelWarn, "format not raised", slog.Any("err", err))
+				}
 			}
 		}
 		if err := c.CatchUp(ctx); err != nil && ctx.Err() == nil {

@@ -82,7 +82,7 @@ func newBench(t *testing.T, nodes int) *bench {
 		n := &node{bench: b, self: Member{
 			ID: "00000000-0000-4000-8000-00000000000" + string(rune('a'+i)), Name: string(rune('a' + i)),
 			// All have the one database, at the address that it says it has.
-			Address: l.Addr().String(), StoreAddress: "127.0.0.1:2380", Voter: true,
+			Address: l.Addr().String(), StoreAddress: "127.0.0.1:2380", Voter: true, Format: 1,
 		}}
 		l.Close()
 		if i > 0 {

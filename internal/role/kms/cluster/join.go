@@ -59,7 +59,7 @@ func Join(ctx context.Context, server, text string, self Member) (_ *Joined, err
 	t := &http.Transport{TLSClientConfig: pki.JoinConfig(token.CA, pki.KMS), ForceAttemptHTTP2: true}
 	defer t.CloseIdleConnections()
 	res, err := clientOf(t, server).Join(ctx, connect.NewRequest(&strongroomv1.KMSJoinRequest{
-		Token: token.String(), Name: self.Name, Address: self.Address, StoreAddress: self.StoreAddress, ParcelPublicKey: recipient.PublicKey(),
+		Token: token.String(), Name: self.Name, Address: self.Address, StoreAddress: self.StoreAddress, ParcelPublicKey: recipient.PublicKey(), Format: int32(self.Format),
 	}))
 	if err != nil {
 		return nil, apierr.From(err)

@@ -140,6 +140,9 @@ func (s service) join(ctx context.Context, req *strongroomv1.KMSJoinRequest, m M
 	// without it.
 	var members []Member
 	err = s.DB.Txn(ctx, func(tx *store.Tx) error {
+		if err := tx.Admit(ctx, max(int(req.GetFormat()), 1)); err != nil {
+			return err
+		}
 		if members, err = s.members.In(tx).List(ctx, ""); err != nil {
 			return err
 		}
