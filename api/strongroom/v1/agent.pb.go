@@ -1639,7 +1639,10 @@ type AgentRekeyVMRequest struct {
 	// data were moved yet.
 	Deep bool `protobuf:"varint,4,opt,name=deep,proto3" json:"deep,omitempty"`
 	// What a deep rekey may rewrite, in bytes a second; 0: any number.
-	Rate          int64 `protobuf:"varint,5,opt,name=rate,proto3" json:"rate,omitempty"`
+	Rate int64 `protobuf:"varint,5,opt,name=rate,proto3" json:"rate,omitempty"`
+	// Of a shallow rekey: the key is the VM's own from then on, although disks are
+	// named; if none are, no disk gets it.
+	OwnKey        bool `protobuf:"varint,6,opt,name=own_key,json=ownKey,proto3" json:"own_key,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1707,6 +1710,13 @@ func (x *AgentRekeyVMRequest) GetRate() int64 {
 		return x.Rate
 	}
 	return 0
+}
+
+func (x *AgentRekeyVMRequest) GetOwnKey() bool {
+	if x != nil {
+		return x.OwnKey
+	}
+	return false
 }
 
 type AgentSetRekeyRateRequest struct {
@@ -2709,13 +2719,14 @@ const file_strongroom_v1_agent_proto_rawDesc = "" +
 	"\x15AgentDecryptVMRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05disks\x18\x02 \x03(\tR\x05disks\x12\x12\n" +
-	"\x04rate\x18\x03 \x01(\x03R\x04rate\"\x8c\x01\n" +
+	"\x04rate\x18\x03 \x01(\x03R\x04rate\"\xa5\x01\n" +
 	"\x13AgentRekeyVMRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05disks\x18\x02 \x03(\tR\x05disks\x12'\n" +
 	"\x03key\x18\x03 \x01(\v2\x15.strongroom.v1.KeyRefR\x03key\x12\x12\n" +
 	"\x04deep\x18\x04 \x01(\bR\x04deep\x12\x12\n" +
-	"\x04rate\x18\x05 \x01(\x03R\x04rate\">\n" +
+	"\x04rate\x18\x05 \x01(\x03R\x04rate\x12\x17\n" +
+	"\aown_key\x18\x06 \x01(\bR\x06ownKey\">\n" +
 	"\x18AgentSetRekeyRateRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04rate\x18\x02 \x01(\x03R\x04rate\"\x1b\n" +

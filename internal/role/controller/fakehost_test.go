@@ -509,7 +509,14 @@ func (h *fakeHost) DecryptVM(_ context.Context, req *connect.Request[strongroomv
 }
 
 func (h *fakeHost) RekeyVM(_ context.Context, req *connect.Request[strongroomv1.AgentRekeyVMRequest], out *connect.ServerStream[strongroomv1.AgentProgress]) error {
-	return h.work(out, req.Msg.GetId(), func(vm *strongroomv1.VM) { wrap(vm, req.Msg.GetKey(), req.Msg.GetDisks()...) })
+	return h.work(out, req.Msg.GetId(), func(vm *strongroomv1.VM) {
+		if !req.Msg.GetOwnKey() || len(req.Msg.GetDisks()) > 0 {
+			wrap(vm, req.Msg.GetKey(), req.Msg.GetDisks()...)
+		}
+		if req.Msg.GetOwnKey() {
+			vm.Key = req.Msg.GetKey()
+		}
+	})
 }
 
 func (h *fakeHost) SetRekeyRate(_ context.Context, req *connect.Request[strongroomv1.AgentSetRekeyRateRequest]) (*connect.Response[strongroomv1.AgentSetRekeyRateResponse], error) {

@@ -172,14 +172,13 @@ func (c *Controller) followVM(ctx context.Context, id, provider string) error {
 		return nil
 	}
 	args := vmArgs{ID: v.ID, Name: v.Name, HostID: v.HostID, Datastore: v.Datastore, NewKeyOf: provider}
-	if !onlyOf(v, provider) { // disks of other providers stay with those
+	if !onlyOf(v, provider) { // what has keys of other providers stays with those
 		for _, u := range strays {
-			if u.Disk != "" && !slices.Contains(args.Disks, u.Disk) {
+			if u.Disk == "" {
+				args.OwnKey = true
+			} else if !slices.Contains(args.Disks, u.Disk) {
 				args.Disks = append(args.Disks, u.Disk)
 			}
-		}
-		if len(args.Disks) == 0 {
-			return nil // the VM's own key follows when somebody rekeys all of the VM
 		}
 	}
 	t, err := c.tasks.Submit(ctx, task.Request{Kind: taskRekey, Target: "vm/" + v.Name, Locks: locks(taskRekey, v.Name, args), Owner: callerName(ctx), Args: args})
@@ -201,7 +200,7 @@ func (c *Controller) followVM(ctx context.Context, id, provider string) error {
 	if err == nil {
 		v, err = c.inv.VMByID(ctx, id)
 	}
-	if err == nil && len(args.Disks) == 0 && len(p.Standard.Wrapping.Strays(provider, v)) > 0 {
+	if err == nil && len(p.Standard.Wrapping.Strays(provider, v)) > 0 {
 		err = errs.New(errs.InvalidState, "it was rekeyed, and still needs another key of the provider")
 	}
 	if err == nil {

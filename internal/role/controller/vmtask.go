@@ -55,6 +55,9 @@ type vmArgs struct {
 	NewKeyOf string   `json:"new_key_of,omitempty"`
 	Disks    []string `json:"disks,omitempty"`
 	Deep     bool     `json:"deep,omitempty"`
+	// OwnKey: a shallow rekey is of the disks named, which may be none, and of the
+	// VM's own key.
+	OwnKey bool `json:"own_key,omitempty"`
 	// InPlace: disks are encrypted in their own files, with the VM off.
 	InPlace bool  `json:"in_place,omitempty"`
 	Rate    int64 `json:"rate,omitempty"` // bytes a second that are copied or rewritten while the VM runs; 0: any number
@@ -440,7 +443,7 @@ func (c *Controller) rekey(ctx context.Context, r *task.Run, h inventory.Host, a
 	if a.Deep {
 		tell = c.checkRate(ctx, r, h, a, tell)
 	}
-	return streamHost(ctx, h, c.agents.of(h).RekeyVM, &strongroomv1.AgentRekeyVMRequest{Id: a.ID, Disks: a.Disks, Key: keyToAPI(a.Key), Deep: a.Deep, Rate: a.Rate}, tell)
+	return streamHost(ctx, h, c.agents.of(h).RekeyVM, &strongroomv1.AgentRekeyVMRequest{Id: a.ID, Disks: a.Disks, Key: keyToAPI(a.Key), Deep: a.Deep, Rate: a.Rate, OwnKey: a.OwnKey}, tell)
 }
 
 // checkRate returns tell, which at the first progress, when the host is at work,

@@ -212,12 +212,12 @@ func TestWrappingMode(t *testing.T) {
 	near, far := s.host("east", "host-1"), s.host("east", "host-2")
 	s.addStandard("kms-1", standardSettings(server))
 	must[strongroomv1.Provider](t)(s.check("kms-1"))
-	for _, v := range [][2]string{{"web-1", "host-1"}, {"locked-1", "host-1"}, {"busy-1", "host-1"}, {"mixed-1", "host-1"}, {"far-1", "host-2"}} {
+	for _, v := range [][2]string{{"web-1", "host-1"}, {"locked-1", "host-1"}, {"busy-1", "host-1"}, {"mixed-1", "host-1"}, {"mixed-2", "host-1"}, {"mixed-3", "host-1"}, {"far-1", "host-2"}} {
 		req := createVM(v[0], "east", "kms-1")
 		req.Host, req.Disks = v[1], append(req.Disks, &strongroomv1.NewDisk{SizeBytes: 1 << 20})
 		s.success(client.Call(t.Context(), s.admin.VM().CreateVM, req))
 	}
-	if n := len(materials(t, server, clientName)); n != 5 {
+	if n := len(materials(t, server, clientName)); n != 7 {
 		t.Fatalf("%d keys, want one for each VM", n)
 	}
 	for _, bad := range []*strongroomv1.StandardSettings{
@@ -253,6 +253,8 @@ func TestWrappingMode(t *testing.T) {
 		vm.Disks[0].Rekey = &strongroomv1.DiskRekey{Key: vm.GetKey(), TotalBytes: 1}
 	})
 	named(near, "mixed-1", func(vm *strongroomv1.VM) { vm.Disks[1].Key = foreign })
+	named(near, "mixed-2", func(vm *strongroomv1.VM) { vm.Disks[0].Key, vm.Disks[1].Key = foreign, foreign })
+	named(near, "mixed-3", func(vm *strongroomv1.VM) { vm.Disks[0].Key, vm.Key = foreign, foreign })
 	if _, err := s.c.inv.UpdateHost(t.Context(), far.id, func(h *inventory.Host) error { h.State = inventory.NotResponding; return nil }); err != nil {
 		t.Fatal(err)
 	}
@@ -264,20 +266,25 @@ func TestWrappingMode(t *testing.T) {
 		t.Fatal(err)
 	}
 	var shared string
-	eventually(t, "web-1 and mixed-1 to follow", func() bool {
-		shared = s.getProvider("kms-1").GetStandard().GetWrapping().GetCurrent().GetKeyId()
-		return shared != "" && s.keyOf("web-1") == shared && s.vm("mixed-1").Disks[0].Key.KeyID == shared
-	})
-	if k := s.vm("mixed-1").Disks[1].Key; k.Provider != "kp-9" {
-		t.Errorf("the disk of another provider has key %v", k)
+	has := func(name string, keys ...string) bool { // of the VM and of its disks
+		v := s.vm(name)
+		var got []string
+		for _, k := range []*inventory.KeyRef{v.Key, v.Disks[0].Key, v.Disks[1].Key} {
+			got = append(got, k.KeyID)
+		}
+		return slices.Equal(got, keys)
 	}
+	eventually(t, "web-1 and what the others have of the provider to follow", func() bool {
+		shared = s.getProvider("kms-1").GetStandard().GetWrapping().GetCurrent().GetKeyId()
+		return shared != "" && s.keyOf("web-1") == shared && has("mixed-1", shared, shared, "x") && has("mixed-2", shared, "x", "x") && has("mixed-3", "x", "x", shared)
+	})
 	for name, key := range own {
 		if s.keyOf(name) != key {
 			t.Errorf("%s followed", name)
 		}
 	}
-	if w := s.getProvider("kms-1").GetStandard().GetWrapping(); w.GetVmsToFollow() != 4 { // mixed-1 has a key of its own
-		t.Errorf("%d VMs are to follow, want 4", w.GetVmsToFollow())
+	if w := s.getProvider("kms-1").GetStandard().GetWrapping(); w.GetVmsToFollow() != 3 {
+		t.Errorf("%d VMs are to follow, want 3", w.GetVmsToFollow())
 	}
 	named(near, "locked-1", func(vm *strongroomv1.VM) { vm.CryptoState, vm.LockReason = "unlocked", "" })
 	named(near, "busy-1", func(vm *strongroomv1.VM) { vm.Disks[0].Rekey = nil })

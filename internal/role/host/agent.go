@@ -271,7 +271,7 @@ func (a *agent) DecryptVM(ctx context.Context, req *connect.Request[strongroomv1
 
 func (a *agent) RekeyVM(ctx context.Context, req *connect.Request[strongroomv1.AgentRekeyVMRequest], out *connect.ServerStream[strongroomv1.AgentProgress]) error {
 	return a.stream(ctx, out, req.Msg.GetId(), func(r report) error {
-		return a.host.rekeyVM(ctx, req.Msg.GetId(), req.Msg.GetDisks(), ref(req.Msg.GetKey()), depth{req.Msg.GetDeep(), req.Msg.GetRate()}, r)
+		return a.host.rekeyVM(ctx, req.Msg.GetId(), req.Msg.GetDisks(), ref(req.Msg.GetKey()), depth{req.Msg.GetDeep(), req.Msg.GetRate(), req.Msg.GetOwnKey()}, r)
 	})
 }
 

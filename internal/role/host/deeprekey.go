@@ -98,7 +98,7 @@ func (h *Host) deepRekeyOffline(ctx context.Context, id string, disks []string, 
 		h.logRekey(ctx, o.vm, d, ref, "deep")
 		done()
 	}
-	return o.setKey(disks, ref)
+	return o.setKey(len(disks) == 0, ref)
 }
 
 // deepRekeyRunning rekeys the disks of a VM that runs, until it is off. The VM is
@@ -134,7 +134,7 @@ func (h *Host) deepRekeyRunning(ctx context.Context, m *machine, running *runnin
 	if o, err = h.online(m); err != nil {
 		return err
 	}
-	return o.setKey(disks, ref)
+	return o.setKey(len(disks) == 0, ref)
 }
 
 // online returns a VM that runs, as its folder tells of it.

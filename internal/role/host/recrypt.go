@@ -226,6 +226,7 @@ func sweep(dir string, vm *bundle.VM) (*bundle.VM, error) {
 type depth struct {
 	deep bool  // the DEK too
 	rate int64 // bytes a second that a deep one may rewrite; 0: any number
+	own  bool  // of a shallow one: the VM's own key too, although disks are named, and that alone if none are
 }
 
 // rekeyVM gives the encrypted ones among the disks named a new KEK, and if it is
@@ -241,13 +242,57 @@ func (h *Host) rekeyVM(ctx context.Context, id string, disks []string, ref keysa
 	if err != nil {
 		return err
 	}
-	if _, on := m.state(); on {
-		return h.shallowRekeyRunning(ctx, m, disks, ref, r)
+	_, on := m.state()
+	switch {
+	case depth.own && len(disks) == 0:
+		return h.rekeyOwn(ctx, m, ref)
+	case on:
+		return h.shallowRekeyRunning(ctx, m, disks, ref, depth.own, r)
 	}
-	return h.shallowRekeyOffline(ctx, id, disks, ref, r)
+	return h.shallowRekeyOffline(ctx, id, disks, ref, depth.own, r)
 }
 
-func (h *Host) shallowRekeyOffline(ctx context.Context, id string, disks []string, ref keysafe.Ref, r report) error {
+// rekeyOwn changes the key of an encrypted VM itself, in any power state, and none
+// of its disks.
+func (h *Host) rekeyOwn(ctx context.Context, m *machine, ref keysafe.Ref) error {
+	if _, on := m.state(); !on {
+		o, err := h.takeOffline(ctx, m.id, "a rekey of a VM that is being powered on or off")
+		if err != nil {
+			return err
+		}
+		defer o.release()
+		if _, err := o.encrypted(nil); err != nil {
+			return err
+		}
+		return o.setKey(true, ref)
+	}
+	release, err := m.acquire(ctx)
+	if err != nil {
+		return err
+	}
+	defer release()
+	running := m.run()
+	if running == nil {
+		return poweredOff(m)
+	}
+	running.folder.Lock()
+	defer running.folder.Unlock()
+	o, err := h.online(m)
+	if err == nil {
+		_, err = o.encrypted(nil)
+	}
+	if err != nil {
+		return err
+	}
+	return o.setKey(true, ref)
+}
+
+func poweredOff(m *machine) error {
+	reg, _ := m.state()
+	return errs.New(errs.Unavailable, "VM %s was powered off meanwhile", reg.Name).WithHint("try again")
+}
+
+func (h *Host) shallowRekeyOffline(ctx context.Context, id string, disks []string, ref keysafe.Ref, own bool, r report) error {
 	o, err := h.takeOffline(ctx, id, "a rekey of a VM that is being powered on or off")
 	if err != nil {
 		return err
@@ -274,12 +319,12 @@ func (h *Host) shallowRekeyOffline(ctx context.Context, id string, disks []strin
 		}
 		h.logRekey(ctx, o.vm, d, ref, "shallow")
 	}
-	return o.setKey(disks, ref)
+	return o.setKey(own || len(disks) == 0, ref)
 }
 
 // shallowRekeyRunning rewraps the DEKs of a VM that runs: its volume process,
 // which has the disks, replaces the key safes.
-func (h *Host) shallowRekeyRunning(ctx context.Context, m *machine, disks []string, ref keysafe.Ref, r report) error {
+func (h *Host) shallowRekeyRunning(ctx context.Context, m *machine, disks []string, ref keysafe.Ref, own bool, r report) error {
 	release, err := m.acquire(ctx)
 	if err != nil {
 		return err
@@ -287,8 +332,7 @@ func (h *Host) shallowRekeyRunning(ctx context.Context, m *machine, disks []stri
 	defer release()
 	running := m.run()
 	if running == nil {
-		reg, _ := m.state()
-		return errs.New(errs.Unavailable, "VM %s was powered off meanwhile", reg.Name).WithHint("try again")
+		return poweredOff(m)
 	}
 	o, err := h.online(m)
 	if err != nil {
@@ -325,7 +369,7 @@ func (h *Host) shallowRekeyRunning(ctx context.Context, m *machine, disks []stri
 	}
 	running.folder.Lock()
 	defer running.folder.Unlock()
-	return o.setKey(disks, ref)
+	return o.setKey(own || len(disks) == 0, ref)
 }
 
 // replaceSafe has the volume process of a running VM replace a key safe.
@@ -359,10 +403,10 @@ func (o *offline) encrypted(disks []string) ([]int, error) {
 	return out, notEncrypting(o.vm, out)
 }
 
-// setKey records the VM's KEK, after all disks have it. A rekey of chosen disks
-// leaves the VM's own key alone.
-func (o *offline) setKey(disks []string, ref keysafe.Ref) error {
-	if len(disks) > 0 || o.vm.Key != nil && o.vm.Key.Ref() == ref {
+// setKey records the VM's KEK, after the disks have it. A rekey of chosen disks
+// leaves the VM's own key alone, unless that was asked for.
+func (o *offline) setKey(own bool, ref keysafe.Ref) error {
+	if !own || o.vm.Key != nil && o.vm.Key.Ref() == ref {
 		return nil
 	}
 	next := o.vm.Clone()

@@ -218,3 +218,47 @@ func TestLinkedDisk(t *testing.T) {
 		t.Errorf("outside there is %v", got)
 	}
 }
+
+// TestRekeyOwn: the VM's own key changes with chosen disks, or alone, and other
+// disks keep their keys; repeated, it is the same.
+func TestRekeyOwn(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	ctx := t.Context()
+	wantKind(t, "the own key of a plain VM", b.rekeyVM(ctx, b.create(t, "plain", keysafe.Ref{}), nil, b.newRef(t), depth{own: true}, quiet), errs.InvalidState)
+	first, second, third := b.newRef(t), b.newRef(t), b.newRef(t)
+	req := request("web-1", first)
+	req.Disks = append(req.Disks, req.Disks[1])
+	check(t, b.createVM(ctx, req, quiet))
+	is := func(step string, want ...keysafe.Ref) {
+		t.Helper()
+		vm, err := bundle.Read(filepath.Join(b.root, "web-1"))
+		check(t, err)
+		got := []keysafe.Ref{vm.Key.Ref()}
+		for _, d := range vm.Disks[1:] {
+			safes, _, err := peek(filepath.Join(b.root, "web-1", d.File))
+			check(t, err)
+			got = append(got, safes.Current.KEK)
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("%s: keys %v, want %v", step, got, want)
+		}
+	}
+	is("created", first, first, first)
+	for range 2 {
+		check(t, b.rekeyVM(ctx, req.GetId(), nil, second, depth{own: true}, quiet))
+		is("the VM alone", second, first, first)
+	}
+	for range 2 {
+		check(t, b.rekeyVM(ctx, req.GetId(), []string{"disk-2"}, third, depth{own: true}, quiet))
+		is("the VM and a disk", third, first, third)
+	}
+	m, err := b.machine(req.GetId())
+	check(t, err)
+	m.setRunning(&running{})
+	check(t, b.rekeyVM(ctx, req.GetId(), nil, second, depth{own: true}, quiet))
+	is("the VM alone, while it runs", second, first, third)
+	m.setRunning(nil)
+	check(t, b.syncProviders(nil))
+	wantKind(t, "a key that is not here", b.rekeyVM(ctx, req.GetId(), nil, first, depth{own: true}, quiet), errs.Locked)
+}
