@@ -427,9 +427,19 @@ func TestLostOnNewConnection(t *testing.T) {
 		t.Errorf("only %d writes were lost", n-1)
 	}
 	l.refusing.Store(true)
-	fresh(0)
-	if _, err := c.Get(ctx, id); errs.KindOf(err) != errs.Unavailable {
-		t.Errorf("from a server that breaks each connection: %v", err)
+	for what, do := range map[string]func() error{
+		"get":    func() error { _, err := c.Get(ctx, id); return err },
+		"create": func() error { _, err := c.CreateNamed(ctx, "strongroom-never"); return err },
+	} {
+		fresh(0)
+		before := l.accepted.Load()
+		if err := do(); errs.KindOf(err) != errs.Unavailable {
+			t.Errorf("%s, from a server that breaks each connection: %v", what, err)
+		}
+		// A creation looks for the name, too, before it and after.
+		if n := l.accepted.Load() - before; n < 2 || n > 6 {
+			t.Errorf("%s: %d connections to a server that breaks each", what, n)
+		}
 	}
 }
 

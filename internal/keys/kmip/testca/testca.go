@@ -83,6 +83,12 @@ func (a *Authority) Client(t testing.TB, name string) tls.Certificate {
 	return a.issue(t, name, time.Now().Add(time.Hour))
 }
 
+// ServerUntil returns a server certificate that ends at that time.
+func (a *Authority) ServerUntil(t testing.TB, until time.Time) tls.Certificate {
+	t.Helper()
+	return a.issue(t, "server", until)
+}
+
 // Expired returns a server certificate that was valid until a minute ago.
 func (a *Authority) Expired(t testing.TB) tls.Certificate {
 	t.Helper()
