@@ -10,6 +10,10 @@ import (
 	"strongroom/internal/crypto/keymem"
 )
 
+// ErrDetached: the storage holds a detached header only; the data are on another
+// device. It is also an [ErrUnsupported].
+var ErrDetached = fmt.Errorf("%w: it is a detached header, its data are on another device", ErrUnsupported)
+
 // ErrOtherDevice: a detached header was made for another device than the one it
 // was given with.
 var ErrOtherDevice = errors.New("header belongs to another device")

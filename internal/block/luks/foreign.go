@@ -37,7 +37,7 @@ func ReadForeign(r io.ReaderAt, size int64) (*Foreign, error) {
 		return nil, err
 	}
 	if h.Detached() {
-		return nil, fmt.Errorf("cannot take over LUKS2 volume %s: %w: its data are apart from its header", h.bin.uuid, ErrUnsupported)
+		return nil, fmt.Errorf("cannot take over LUKS2 volume %s: %w", h.bin.uuid, ErrDetached)
 	}
 	return newForeign(h)
 }

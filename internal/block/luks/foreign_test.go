@@ -117,7 +117,7 @@ func TestForeignRefused(t *testing.T) {
 		"LUKS2 XTS-AES-128":     {[]string{"--type", "luks2", "--key-size", "256"}, "32 bytes, not 64"},
 		"LUKS2 CBC":             {[]string{"--type", "luks2", "--cipher", "aes-cbc-essiv:sha256", "--key-size", "256"}, `"aes-cbc-essiv:sha256"`},
 		"LUKS2 2048-byte":       {[]string{"--type", "luks2", "--key-size", "512", "--sector-size", "2048"}, "2048 bytes"},
-		"LUKS2 detached header": {[]string{"--type", "luks2", "--key-size", "512", "--offset", "0"}, "apart from"},
+		"LUKS2 detached header": {[]string{"--type", "luks2", "--key-size", "512", "--offset", "0"}, "on another device"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -144,11 +144,15 @@ func (h *Header) freeArea(size int64) (int64, error) {
 // those whose cost exceeds the limits in docs/spec/luks2-header.md.
 //
 // During a deep rekey it returns the old key; [Header.UnlockNextPassphrase]
-// returns the new one.
+// returns the new one. During an encryption in place it returns the key of that.
 func (h *Header) UnlockPassphrase(r io.ReaderAt, passphrase *keymem.Key) (*keymem.Key, error) {
 	owners := h.meta.digestsOf(0)
-	if state, err := h.meta.reencryption(); err == nil {
+	if state, err := h.meta.reencryption(); err == nil && state.Plain {
+		owners = []digest{state.newKey}
+	} else if err == nil {
 		owners = []digest{state.oldKey}
+	} else if e, err := h.meta.encryptionInPlace(); err == nil {
+		owners = []digest{e.key}
 	}
 	dek, err := h.unlockPassphrase(context.Background(), r, passphrase, owners)
 	if err != nil {
@@ -173,23 +177,39 @@ func (h *Header) UnlockNextPassphrase(r io.ReaderAt, passphrase *keymem.Key) (*k
 
 // unlockPassphrase looks at the keyslots of the owners, and at ctx between them.
 func (h *Header) unlockPassphrase(ctx context.Context, r io.ReaderAt, passphrase *keymem.Key, owners []digest) (*keymem.Key, error) {
-	result := ErrNoPassphrase
+	var slots []passphraseSlot
 	for _, k := range h.meta.keyslots {
-		if k.kind != keyslotType || !opens(k, owners) {
-			continue
+		if k.kind == keyslotType && opens(k, owners) {
+			slots = append(slots, passphraseSlot{k.id, func() (*keymem.Key, error) { return k.open(r, passphrase) }})
 		}
+	}
+	return unlock(ctx, slots, owners)
+}
+
+// passphraseSlot is a keyslot and what it gives with a passphrase: a key, which the
+// caller closes, right or wrong.
+type passphraseSlot struct {
+	number int
+	open   func() (*keymem.Key, error)
+}
+
+// unlock returns the first key from one of the slots that is one of the owners'. It
+// looks at ctx between two slots.
+func unlock(ctx context.Context, slots []passphraseSlot, owners []digest) (*keymem.Key, error) {
+	result := ErrNoPassphrase
+	for _, s := range slots {
 		if err := context.Cause(ctx); err != nil {
 			return nil, err
 		}
-		dek, err := k.open(r, passphrase)
+		dek, err := s.open()
 		if errors.Is(err, ErrUnsupported) {
 			if result == ErrNoPassphrase {
-				result = fmt.Errorf("keyslot %d: %w", k.id, err)
+				result = fmt.Errorf("keyslot %d: %w", s.number, err)
 			}
 			continue
 		}
 		if err != nil {
-			return nil, fmt.Errorf("keyslot %d: %w", k.id, err)
+			return nil, fmt.Errorf("keyslot %d: %w", s.number, err)
 		}
 		match, err := verifyAny(owners, dek)
 		if match {

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"io"
 
@@ -145,32 +144,11 @@ func decodeLUKS1(b []byte) (*header1, error) {
 
 // unlock returns the volume key from the first keyslot that passphrase opens.
 func (h *header1) unlock(ctx context.Context, r io.ReaderAt, passphrase *keymem.Key) (*keymem.Key, error) {
-	result := ErrNoPassphrase
+	var slots []passphraseSlot
 	for _, s := range h.slots {
-		if err := context.Cause(ctx); err != nil {
-			return nil, err
-		}
-		dek, err := h.open(r, s, passphrase)
-		if errors.Is(err, ErrUnsupported) {
-			if result == ErrNoPassphrase {
-				result = fmt.Errorf("keyslot %d: %w", s.number, err)
-			}
-			continue
-		}
-		if err != nil {
-			return nil, fmt.Errorf("keyslot %d: %w", s.number, err)
-		}
-		match, err := h.digest.verify(dek)
-		if match {
-			return dek, nil
-		}
-		dek.Close()
-		if err != nil {
-			return nil, err
-		}
-		result = ErrWrongKey
+		slots = append(slots, passphraseSlot{s.number, func() (*keymem.Key, error) { return h.open(r, s, passphrase) }})
 	}
-	return nil, result
+	return unlock(ctx, slots, []digest{h.digest})
 }
 
 func (h *header1) open(r io.ReaderAt, s slot1, passphrase *keymem.Key) (*keymem.Key, error) {

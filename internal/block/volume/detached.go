@@ -2,7 +2,6 @@ package volume
 
 import (
 	"errors"
-	"fmt"
 	"sync"
 	"sync/atomic"
 
@@ -10,12 +9,14 @@ import (
 	"strongroom/internal/block/luks"
 )
 
-// ErrDetached: the storage holds a detached header only; the data are on another
-// device. It is also an [ErrUnsupported].
-var ErrDetached = fmt.Errorf("%w: it is a detached header, its data are on another device", ErrUnsupported)
-
-// ErrOtherDevice: a detached header was made for another device.
-var ErrOtherDevice = luks.ErrOtherDevice
+// Sentinels of detached headers; see those of luks.
+var (
+	// ErrDetached: the storage holds a detached header only. It is also an
+	// [ErrUnsupported].
+	ErrDetached = luks.ErrDetached
+	// ErrOtherDevice: a detached header was made for another device.
+	ErrOtherDevice = luks.ErrOtherDevice
+)
 
 // Detached is the storage of a volume whose header is not in front of its data: a
 // device for the header and one for the data. It is one Device to the rest of this

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -384,6 +385,17 @@ func TestEncryptInPlaceFile(t *testing.T) {
 	}
 }
 
+// unlocks checks that the passphrase gives the key during an encryption too.
+func unlocks(t *testing.T, h *luks.Header, r io.ReaderAt, passphrase, dek *keymem.Key) {
+	t.Helper()
+	got, err := h.UnlockPassphrase(r, passphrase)
+	check(t, err)
+	defer got.Close()
+	if !got.Equal(dek) {
+		t.Error("the passphrase gives another key")
+	}
+}
+
 // TestCryptsetupFinishesEncryption has cryptsetup finish encryptions that were cut
 // short everywhere, and compares all of the data.
 func TestCryptsetupFinishesEncryption(t *testing.T) {
@@ -405,6 +417,7 @@ func TestCryptsetupFinishesEncryption(t *testing.T) {
 			h, err := luks.Read(left, left.Size())
 			check(t, err)
 			check(t, h.AddPassphrase(left, dek, passphrase, quickKDF))
+			unlocks(t, h, left, passphrase, dek)
 			begun = left
 		}
 	}

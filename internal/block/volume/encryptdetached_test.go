@@ -311,6 +311,7 @@ func TestCryptsetupFinishesDetached(t *testing.T) {
 	h, err := luks.Read(begun.header, begun.header.Size())
 	check(t, err)
 	check(t, h.AddPassphrase(begun.header, dek, passphrase, quickKDF))
+	unlocks(t, h, begun.header, passphrase, dek)
 
 	type state struct {
 		done          int64

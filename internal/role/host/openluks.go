@@ -63,7 +63,10 @@ func explainLUKS(name string, err error) error {
 	case is(luks.ErrWrongKey, luks.ErrNoPassphrase):
 		return errs.New(errs.Denied, "the passphrase opens no keyslot of image %s", name).
 			WithHint("try it on the image: cryptsetup open --test-passphrase IMAGE")
-	case is(luks.ErrReencrypting):
+	case is(luks.ErrDetached):
+		return errs.New(errs.Invalid, "image %s: %w", name, err).
+			WithHint("strongroom volume adopt DEVICE --header %s --out FILE --key-file KEY --passphrase-file PASSPHRASE", name)
+	case is(luks.ErrReencrypting, luks.ErrEncrypting):
 		return errs.New(errs.Invalid, "image %s: %w", name, err).WithHint("cryptsetup reencrypt --resume-only IMAGE")
 	case is(luks.ErrUnsupported):
 		return errs.New(errs.Invalid, "image %s: %w", name, err).

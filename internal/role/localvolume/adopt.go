@@ -103,7 +103,9 @@ func explainForeign(err error) error {
 	switch {
 	case errors.Is(err, luks.ErrWrongKey), errors.Is(err, luks.ErrNoPassphrase):
 		return errs.New(errs.Denied, "the passphrase opens no keyslot").WithHint("try it: cryptsetup open --test-passphrase FILE")
-	case errors.Is(err, luks.ErrReencrypting):
+	case errors.Is(err, luks.ErrDetached):
+		return explain(err)
+	case errors.Is(err, luks.ErrReencrypting), errors.Is(err, luks.ErrEncrypting):
 		return errs.New(errs.Invalid, "%w", err).WithHint("cryptsetup reencrypt --resume-only FILE")
 	case errors.Is(err, luks.ErrUnsupported):
 		return errs.New(errs.Invalid, "%w", err).WithHint("cryptsetup reencrypt --cipher aes-xts-plain64 --key-size 512 FILE")
