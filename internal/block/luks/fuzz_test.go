@@ -109,12 +109,15 @@ func FuzzRead(f *testing.F) {
 		f.Add([]byte{}, text1, bin2, text2, uint32(20<<20))
 	}
 	f.Add(golden(f, "luks1")[:512], []byte{}, []byte{}, []byte{}, uint32(1<<20))
-	known := []error{luks.ErrNotLUKS, luks.ErrVersion, luks.ErrCorrupt, luks.ErrTruncated, luks.ErrUnsupported}
+	known := []error{luks.ErrNotLUKS, luks.ErrVersion, luks.ErrCorrupt, luks.ErrTruncated, luks.ErrUnsupported, luks.ErrOtherDevice}
 	f.Fuzz(func(t *testing.T, bin1, text1, bin2, text2 []byte, length uint32) {
 		start := append(assemble(bin1, text1), assemble(bin2, text2)...)
 		size := int64(length)
 		storage := sparse{start[:min(size, int64(len(start)))], size}
 		h, err := luks.Read(storage, size)
+		if err == nil && h.Detached() {
+			h, err = luks.ReadDetached(storage, size, size)
+		}
 		if err != nil {
 			if h != nil {
 				t.Error("results are not zero after an error")
@@ -133,9 +136,15 @@ func FuzzRead(f *testing.F) {
 			if e.Boundary < 0 || e.Boundary > e.Size || e.Shift <= 0 || e.Size < e.Shift || e.StorageMax() <= e.Size {
 				t.Errorf("encryption %+v", e)
 			}
-			if _, other, err := h.Reencryption(); other || !errors.Is(err, luks.ErrEncrypting) {
+			if r, other, err := h.Reencryption(); other || r.Plain || !errors.Is(err, luks.ErrEncrypting) {
 				t.Errorf("it is a re-encryption too: %v", err)
 			}
+		}
+		if r, underWay, err := h.Reencryption(); err == nil && underWay && r.Plain && (!h.Detached() || r.Boundary < 0 || r.Hot < 0 || r.Hot > r.Journal.Size) {
+			t.Errorf("encryption %+v, detached %v", r, h.Detached())
+		}
+		if d, err := h.DataDevice(); err == nil && (d.Size < 0 || d.Size == 0 && d.Start != nil || d.Start != nil && len(d.Start) != 32) {
+			t.Errorf("device %+v", d)
 		}
 		if safes, err := h.Safes(); err != nil && safes != nil {
 			t.Error("results are not zero after an error")
