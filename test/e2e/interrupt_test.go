@@ -21,6 +21,8 @@ type interrupted struct {
 	file    string // the unfinished file, below the datastore; a pattern
 	// encrypted: how the VM's disk is before and after.
 	before, after bool
+	// done tells, if the disk is no other than before, that it is done.
+	done func(*bundle.VM) bool
 }
 
 const interruptedMiB = 256
@@ -38,7 +40,7 @@ func operations() []interrupted {
 			func(vm string) []string {
 				return []string{"vm", "create", vm, "--datastore", "ds", "--disk", "image=images/data.raw,format=raw", "--encrypt"}
 			},
-			".creating-*/disk-0.luks.new", false, true,
+			".creating-*/disk-0.luks.new", false, true, nil,
 		},
 		{
 			"clone", func(t *testing.T, s *site, vm string) {
@@ -48,10 +50,23 @@ func operations() []interrupted {
 				}
 			},
 			func(vm string) []string { return []string{"vm", "clone", "original", vm, "--recrypt"} },
-			".creating-*/disk-0.luks.new", false, true,
+			".creating-*/disk-0.luks.new", false, true, nil,
 		},
-		{"encrypt", create(), func(vm string) []string { return []string{"vm", "encrypt", vm} }, "VM/disk-0.luks.new", false, true},
-		{"decrypt", create("--encrypt"), func(vm string) []string { return []string{"vm", "decrypt", vm, "--yes"} }, "VM/disk-0.raw.new", true, false},
+		{"encrypt", create(), func(vm string) []string { return []string{"vm", "encrypt", vm} }, "VM/disk-0.luks.new", false, true, nil},
+		{"decrypt", create("--encrypt"), func(vm string) []string { return []string{"vm", "decrypt", vm, "--yes"} }, "VM/disk-0.raw.new", true, false, nil},
+		{
+			"snapshot", create("--encrypt"), func(vm string) []string { return []string{"vm", "snapshot", "create", vm, "first"} },
+			"VM/snapshot-*.disk-0.luks.new", true, true, func(v *bundle.VM) bool { return len(v.Snapshots) > 0 },
+		},
+		{
+			"revert", func(t *testing.T, s *site, vm string) {
+				t.Helper()
+				create("--encrypt")(t, s, vm)
+				s.ok(t, "vm", "snapshot", "create", vm, "first")
+			},
+			func(vm string) []string { return []string{"vm", "snapshot", "revert", vm, "first", "--yes"} },
+			"VM/disk-0.*.luks.new", true, true, func(v *bundle.VM) bool { return v.Disks[0].File != "disk-0.luks" },
+		},
 	}
 }
 
@@ -86,6 +101,9 @@ func (s *site) isDone(t *testing.T, op interrupted, vm string) bool {
 	if err != nil {
 		return false
 	}
+	if op.done != nil {
+		return op.done(v)
+	}
 	return v.Encrypted() == op.after
 }
 
@@ -93,6 +111,9 @@ func (s *site) isDone(t *testing.T, op interrupted, vm string) bool {
 func (op interrupted) finished(t *testing.T, s *site, vm, id, sum string) {
 	t.Helper()
 	s.ok(t, "task", "wait", id)
+	if !s.isDone(t, op, vm) {
+		t.Errorf("%s is as it was before", vm)
+	}
 	if v := s.show(t, vm); v.Encrypted != op.after || v.CryptoState != "unlocked" || v.PowerState != "poweredOff" {
 		t.Errorf("%s afterwards: %+v", vm, v)
 	}
@@ -161,7 +182,7 @@ func cancels(t *testing.T, s *site, sum string) {
 				}
 				return
 			}
-			if v := s.show(t, vm); v.Encrypted != op.before || v.CryptoState != "unlocked" {
+			if v := s.show(t, vm); s.isDone(t, op, vm) || v.Encrypted != op.before || v.CryptoState != "unlocked" {
 				t.Errorf("%s afterwards: %+v", vm, v)
 			}
 			if s.content(t, vm, "disk-0") != sum {
