@@ -1390,6 +1390,75 @@ func (x *AgentRevertToSnapshotRequest) GetRevertId() string {
 	return ""
 }
 
+type AgentRenameSnapshotRequest struct {
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Id         string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	SnapshotId string                 `protobuf:"bytes,2,opt,name=snapshot_id,json=snapshotId,proto3" json:"snapshot_id,omitempty"`
+	// What it is called and described as then.
+	Snapshot      string `protobuf:"bytes,3,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
+	Description   string `protobuf:"bytes,4,opt,name=description,proto3" json:"description,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AgentRenameSnapshotRequest) Reset() {
+	*x = AgentRenameSnapshotRequest{}
+	mi := &file_strongroom_v1_agent_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AgentRenameSnapshotRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AgentRenameSnapshotRequest) ProtoMessage() {}
+
+func (x *AgentRenameSnapshotRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_agent_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AgentRenameSnapshotRequest.ProtoReflect.Descriptor instead.
+func (*AgentRenameSnapshotRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *AgentRenameSnapshotRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *AgentRenameSnapshotRequest) GetSnapshotId() string {
+	if x != nil {
+		return x.SnapshotId
+	}
+	return ""
+}
+
+func (x *AgentRenameSnapshotRequest) GetSnapshot() string {
+	if x != nil {
+		return x.Snapshot
+	}
+	return ""
+}
+
+func (x *AgentRenameSnapshotRequest) GetDescription() string {
+	if x != nil {
+		return x.Description
+	}
+	return ""
+}
+
 // AgentDeleteSnapshotRequest also undoes a creation that was cut off.
 type AgentDeleteSnapshotRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1401,7 +1470,7 @@ type AgentDeleteSnapshotRequest struct {
 
 func (x *AgentDeleteSnapshotRequest) Reset() {
 	*x = AgentDeleteSnapshotRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[19]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1413,7 +1482,7 @@ func (x *AgentDeleteSnapshotRequest) String() string {
 func (*AgentDeleteSnapshotRequest) ProtoMessage() {}
 
 func (x *AgentDeleteSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[19]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1426,7 +1495,7 @@ func (x *AgentDeleteSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentDeleteSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*AgentDeleteSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *AgentDeleteSnapshotRequest) GetId() string {
@@ -1452,7 +1521,7 @@ type AgentConsolidateSnapshotsRequest struct {
 
 func (x *AgentConsolidateSnapshotsRequest) Reset() {
 	*x = AgentConsolidateSnapshotsRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[20]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1464,7 +1533,7 @@ func (x *AgentConsolidateSnapshotsRequest) String() string {
 func (*AgentConsolidateSnapshotsRequest) ProtoMessage() {}
 
 func (x *AgentConsolidateSnapshotsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[20]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1477,7 +1546,7 @@ func (x *AgentConsolidateSnapshotsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentConsolidateSnapshotsRequest.ProtoReflect.Descriptor instead.
 func (*AgentConsolidateSnapshotsRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *AgentConsolidateSnapshotsRequest) GetId() string {
@@ -1505,7 +1574,7 @@ type AgentEncryptVMRequest struct {
 
 func (x *AgentEncryptVMRequest) Reset() {
 	*x = AgentEncryptVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[21]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1517,7 +1586,7 @@ func (x *AgentEncryptVMRequest) String() string {
 func (*AgentEncryptVMRequest) ProtoMessage() {}
 
 func (x *AgentEncryptVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[21]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1530,7 +1599,7 @@ func (x *AgentEncryptVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentEncryptVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentEncryptVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *AgentEncryptVMRequest) GetId() string {
@@ -1579,7 +1648,7 @@ type AgentDecryptVMRequest struct {
 
 func (x *AgentDecryptVMRequest) Reset() {
 	*x = AgentDecryptVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[22]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1591,7 +1660,7 @@ func (x *AgentDecryptVMRequest) String() string {
 func (*AgentDecryptVMRequest) ProtoMessage() {}
 
 func (x *AgentDecryptVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[22]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1604,7 +1673,7 @@ func (x *AgentDecryptVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentDecryptVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentDecryptVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *AgentDecryptVMRequest) GetId() string {
@@ -1649,7 +1718,7 @@ type AgentRekeyVMRequest struct {
 
 func (x *AgentRekeyVMRequest) Reset() {
 	*x = AgentRekeyVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[23]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1661,7 +1730,7 @@ func (x *AgentRekeyVMRequest) String() string {
 func (*AgentRekeyVMRequest) ProtoMessage() {}
 
 func (x *AgentRekeyVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[23]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1674,7 +1743,7 @@ func (x *AgentRekeyVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentRekeyVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentRekeyVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *AgentRekeyVMRequest) GetId() string {
@@ -1730,7 +1799,7 @@ type AgentSetRekeyRateRequest struct {
 
 func (x *AgentSetRekeyRateRequest) Reset() {
 	*x = AgentSetRekeyRateRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[24]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1742,7 +1811,7 @@ func (x *AgentSetRekeyRateRequest) String() string {
 func (*AgentSetRekeyRateRequest) ProtoMessage() {}
 
 func (x *AgentSetRekeyRateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[24]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1755,7 +1824,7 @@ func (x *AgentSetRekeyRateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentSetRekeyRateRequest.ProtoReflect.Descriptor instead.
 func (*AgentSetRekeyRateRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *AgentSetRekeyRateRequest) GetId() string {
@@ -1780,7 +1849,7 @@ type AgentSetRekeyRateResponse struct {
 
 func (x *AgentSetRekeyRateResponse) Reset() {
 	*x = AgentSetRekeyRateResponse{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[25]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1792,7 +1861,7 @@ func (x *AgentSetRekeyRateResponse) String() string {
 func (*AgentSetRekeyRateResponse) ProtoMessage() {}
 
 func (x *AgentSetRekeyRateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[25]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1805,7 +1874,7 @@ func (x *AgentSetRekeyRateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentSetRekeyRateResponse.ProtoReflect.Descriptor instead.
 func (*AgentSetRekeyRateResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 type AgentFillDisksRequest struct {
@@ -1818,7 +1887,7 @@ type AgentFillDisksRequest struct {
 
 func (x *AgentFillDisksRequest) Reset() {
 	*x = AgentFillDisksRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[26]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1830,7 +1899,7 @@ func (x *AgentFillDisksRequest) String() string {
 func (*AgentFillDisksRequest) ProtoMessage() {}
 
 func (x *AgentFillDisksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[26]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1843,7 +1912,7 @@ func (x *AgentFillDisksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentFillDisksRequest.ProtoReflect.Descriptor instead.
 func (*AgentFillDisksRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *AgentFillDisksRequest) GetId() string {
@@ -1871,7 +1940,7 @@ type AgentResizeDiskRequest struct {
 
 func (x *AgentResizeDiskRequest) Reset() {
 	*x = AgentResizeDiskRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[27]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1883,7 +1952,7 @@ func (x *AgentResizeDiskRequest) String() string {
 func (*AgentResizeDiskRequest) ProtoMessage() {}
 
 func (x *AgentResizeDiskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[27]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1896,7 +1965,7 @@ func (x *AgentResizeDiskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentResizeDiskRequest.ProtoReflect.Descriptor instead.
 func (*AgentResizeDiskRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *AgentResizeDiskRequest) GetId() string {
@@ -1932,7 +2001,7 @@ type AgentExportDiskKeyRequest struct {
 
 func (x *AgentExportDiskKeyRequest) Reset() {
 	*x = AgentExportDiskKeyRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[28]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1944,7 +2013,7 @@ func (x *AgentExportDiskKeyRequest) String() string {
 func (*AgentExportDiskKeyRequest) ProtoMessage() {}
 
 func (x *AgentExportDiskKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[28]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1957,7 +2026,7 @@ func (x *AgentExportDiskKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentExportDiskKeyRequest.ProtoReflect.Descriptor instead.
 func (*AgentExportDiskKeyRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *AgentExportDiskKeyRequest) GetId() string {
@@ -1990,7 +2059,7 @@ type AgentPowerOnVMRequest struct {
 
 func (x *AgentPowerOnVMRequest) Reset() {
 	*x = AgentPowerOnVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[29]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2002,7 +2071,7 @@ func (x *AgentPowerOnVMRequest) String() string {
 func (*AgentPowerOnVMRequest) ProtoMessage() {}
 
 func (x *AgentPowerOnVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[29]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2015,7 +2084,7 @@ func (x *AgentPowerOnVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentPowerOnVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentPowerOnVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *AgentPowerOnVMRequest) GetId() string {
@@ -2036,7 +2105,7 @@ type AgentPowerOffVMRequest struct {
 
 func (x *AgentPowerOffVMRequest) Reset() {
 	*x = AgentPowerOffVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[30]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2048,7 +2117,7 @@ func (x *AgentPowerOffVMRequest) String() string {
 func (*AgentPowerOffVMRequest) ProtoMessage() {}
 
 func (x *AgentPowerOffVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[30]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2061,7 +2130,7 @@ func (x *AgentPowerOffVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentPowerOffVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentPowerOffVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{30}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *AgentPowerOffVMRequest) GetId() string {
@@ -2096,7 +2165,7 @@ type AgentRegisterVMRequest struct {
 
 func (x *AgentRegisterVMRequest) Reset() {
 	*x = AgentRegisterVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[31]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2108,7 +2177,7 @@ func (x *AgentRegisterVMRequest) String() string {
 func (*AgentRegisterVMRequest) ProtoMessage() {}
 
 func (x *AgentRegisterVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[31]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2121,7 +2190,7 @@ func (x *AgentRegisterVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentRegisterVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentRegisterVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{31}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *AgentRegisterVMRequest) GetDatastore() string {
@@ -2154,7 +2223,7 @@ type AgentUnregisterVMRequest struct {
 
 func (x *AgentUnregisterVMRequest) Reset() {
 	*x = AgentUnregisterVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[32]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2166,7 +2235,7 @@ func (x *AgentUnregisterVMRequest) String() string {
 func (*AgentUnregisterVMRequest) ProtoMessage() {}
 
 func (x *AgentUnregisterVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[32]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2179,7 +2248,7 @@ func (x *AgentUnregisterVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentUnregisterVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentUnregisterVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{32}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *AgentUnregisterVMRequest) GetId() string {
@@ -2197,7 +2266,7 @@ type AgentUnregisterVMResponse struct {
 
 func (x *AgentUnregisterVMResponse) Reset() {
 	*x = AgentUnregisterVMResponse{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[33]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2209,7 +2278,7 @@ func (x *AgentUnregisterVMResponse) String() string {
 func (*AgentUnregisterVMResponse) ProtoMessage() {}
 
 func (x *AgentUnregisterVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[33]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2222,7 +2291,7 @@ func (x *AgentUnregisterVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentUnregisterVMResponse.ProtoReflect.Descriptor instead.
 func (*AgentUnregisterVMResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{33}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{34}
 }
 
 type AgentDeleteVMRequest struct {
@@ -2234,7 +2303,7 @@ type AgentDeleteVMRequest struct {
 
 func (x *AgentDeleteVMRequest) Reset() {
 	*x = AgentDeleteVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[34]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2246,7 +2315,7 @@ func (x *AgentDeleteVMRequest) String() string {
 func (*AgentDeleteVMRequest) ProtoMessage() {}
 
 func (x *AgentDeleteVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[34]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2259,7 +2328,7 @@ func (x *AgentDeleteVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentDeleteVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentDeleteVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{34}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *AgentDeleteVMRequest) GetId() string {
@@ -2277,7 +2346,7 @@ type AgentDeleteVMResponse struct {
 
 func (x *AgentDeleteVMResponse) Reset() {
 	*x = AgentDeleteVMResponse{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[35]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2289,7 +2358,7 @@ func (x *AgentDeleteVMResponse) String() string {
 func (*AgentDeleteVMResponse) ProtoMessage() {}
 
 func (x *AgentDeleteVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[35]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2302,7 +2371,7 @@ func (x *AgentDeleteVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentDeleteVMResponse.ProtoReflect.Descriptor instead.
 func (*AgentDeleteVMResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{35}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{36}
 }
 
 type AgentGetVMRequest struct {
@@ -2314,7 +2383,7 @@ type AgentGetVMRequest struct {
 
 func (x *AgentGetVMRequest) Reset() {
 	*x = AgentGetVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[36]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2326,7 +2395,7 @@ func (x *AgentGetVMRequest) String() string {
 func (*AgentGetVMRequest) ProtoMessage() {}
 
 func (x *AgentGetVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[36]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2339,7 +2408,7 @@ func (x *AgentGetVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentGetVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentGetVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{36}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *AgentGetVMRequest) GetId() string {
@@ -2361,7 +2430,7 @@ type AgentFindVMRequest struct {
 
 func (x *AgentFindVMRequest) Reset() {
 	*x = AgentFindVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[37]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2373,7 +2442,7 @@ func (x *AgentFindVMRequest) String() string {
 func (*AgentFindVMRequest) ProtoMessage() {}
 
 func (x *AgentFindVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[37]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2386,7 +2455,7 @@ func (x *AgentFindVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentFindVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentFindVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{37}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *AgentFindVMRequest) GetId() string {
@@ -2424,7 +2493,7 @@ type AgentFindVMResponse struct {
 
 func (x *AgentFindVMResponse) Reset() {
 	*x = AgentFindVMResponse{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[38]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2436,7 +2505,7 @@ func (x *AgentFindVMResponse) String() string {
 func (*AgentFindVMResponse) ProtoMessage() {}
 
 func (x *AgentFindVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[38]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2449,7 +2518,7 @@ func (x *AgentFindVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentFindVMResponse.ProtoReflect.Descriptor instead.
 func (*AgentFindVMResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{38}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *AgentFindVMResponse) GetFolders() []*FoundFolder {
@@ -2485,7 +2554,7 @@ type FoundFolder struct {
 
 func (x *FoundFolder) Reset() {
 	*x = FoundFolder{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[39]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2497,7 +2566,7 @@ func (x *FoundFolder) String() string {
 func (*FoundFolder) ProtoMessage() {}
 
 func (x *FoundFolder) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[39]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2510,7 +2579,7 @@ func (x *FoundFolder) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FoundFolder.ProtoReflect.Descriptor instead.
 func (*FoundFolder) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{39}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *FoundFolder) GetDatastore() string {
@@ -2543,7 +2612,7 @@ type AgentVMResponse struct {
 
 func (x *AgentVMResponse) Reset() {
 	*x = AgentVMResponse{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[40]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2555,7 +2624,7 @@ func (x *AgentVMResponse) String() string {
 func (*AgentVMResponse) ProtoMessage() {}
 
 func (x *AgentVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[40]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2568,7 +2637,7 @@ func (x *AgentVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentVMResponse.ProtoReflect.Descriptor instead.
 func (*AgentVMResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{40}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *AgentVMResponse) GetVm() *VM {
@@ -2703,7 +2772,13 @@ const file_strongroom_v1_agent_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1f\n" +
 	"\vsnapshot_id\x18\x02 \x01(\tR\n" +
 	"snapshotId\x12\x1b\n" +
-	"\trevert_id\x18\x03 \x01(\tR\brevertId\"M\n" +
+	"\trevert_id\x18\x03 \x01(\tR\brevertId\"\x8b\x01\n" +
+	"\x1aAgentRenameSnapshotRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1f\n" +
+	"\vsnapshot_id\x18\x02 \x01(\tR\n" +
+	"snapshotId\x12\x1a\n" +
+	"\bsnapshot\x18\x03 \x01(\tR\bsnapshot\x12 \n" +
+	"\vdescription\x18\x04 \x01(\tR\vdescription\"M\n" +
 	"\x1aAgentDeleteSnapshotRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1f\n" +
 	"\vsnapshot_id\x18\x02 \x01(\tR\n" +
@@ -2778,7 +2853,7 @@ const file_strongroom_v1_agent_proto_rawDesc = "" +
 	"\rEnrollService\x12E\n" +
 	"\x04Join\x12\x1a.strongroom.v1.JoinRequest\x1a\x1b.strongroom.v1.JoinResponse\"\x04\x90\xb5\x18\x01\x12X\n" +
 	"\tHeartbeat\x12\x1f.strongroom.v1.HeartbeatRequest\x1a .strongroom.v1.HeartbeatResponse\"\b\xa2\xb5\x18\x04host\x12m\n" +
-	"\x10RenewCertificate\x12&.strongroom.v1.RenewCertificateRequest\x1a'.strongroom.v1.RenewCertificateResponse\"\b\xa2\xb5\x18\x04host2\x83\x11\n" +
+	"\x10RenewCertificate\x12&.strongroom.v1.RenewCertificateRequest\x1a'.strongroom.v1.RenewCertificateResponse\"\b\xa2\xb5\x18\x04host2\xf0\x11\n" +
 	"\fAgentService\x12[\n" +
 	"\bSyncHost\x12\x1e.strongroom.v1.SyncHostRequest\x1a\x1f.strongroom.v1.SyncHostResponse\"\x0e\xa2\xb5\x18\n" +
 	"controller\x12_\n" +
@@ -2790,6 +2865,8 @@ const file_strongroom_v1_agent_proto_rawDesc = "" +
 	"controller0\x01\x12o\n" +
 	"\x10RevertToSnapshot\x12+.strongroom.v1.AgentRevertToSnapshotRequest\x1a\x1c.strongroom.v1.AgentProgress\"\x0e\xa2\xb5\x18\n" +
 	"controller0\x01\x12k\n" +
+	"\x0eRenameSnapshot\x12).strongroom.v1.AgentRenameSnapshotRequest\x1a\x1e.strongroom.v1.AgentVMResponse\"\x0e\xa2\xb5\x18\n" +
+	"controller\x12k\n" +
 	"\x0eDeleteSnapshot\x12).strongroom.v1.AgentDeleteSnapshotRequest\x1a\x1e.strongroom.v1.AgentVMResponse\"\x0e\xa2\xb5\x18\n" +
 	"controller\x12w\n" +
 	"\x14ConsolidateSnapshots\x12/.strongroom.v1.AgentConsolidateSnapshotsRequest\x1a\x1e.strongroom.v1.AgentVMResponse\"\x0e\xa2\xb5\x18\n" +
@@ -2838,7 +2915,7 @@ func file_strongroom_v1_agent_proto_rawDescGZIP() []byte {
 	return file_strongroom_v1_agent_proto_rawDescData
 }
 
-var file_strongroom_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 44)
+var file_strongroom_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 45)
 var file_strongroom_v1_agent_proto_goTypes = []any{
 	(*JoinRequest)(nil),                      // 0: strongroom.v1.JoinRequest
 	(*JoinResponse)(nil),                     // 1: strongroom.v1.JoinResponse
@@ -2859,64 +2936,65 @@ var file_strongroom_v1_agent_proto_goTypes = []any{
 	(*AgentCloneVMRequest)(nil),              // 16: strongroom.v1.AgentCloneVMRequest
 	(*AgentCreateSnapshotRequest)(nil),       // 17: strongroom.v1.AgentCreateSnapshotRequest
 	(*AgentRevertToSnapshotRequest)(nil),     // 18: strongroom.v1.AgentRevertToSnapshotRequest
-	(*AgentDeleteSnapshotRequest)(nil),       // 19: strongroom.v1.AgentDeleteSnapshotRequest
-	(*AgentConsolidateSnapshotsRequest)(nil), // 20: strongroom.v1.AgentConsolidateSnapshotsRequest
-	(*AgentEncryptVMRequest)(nil),            // 21: strongroom.v1.AgentEncryptVMRequest
-	(*AgentDecryptVMRequest)(nil),            // 22: strongroom.v1.AgentDecryptVMRequest
-	(*AgentRekeyVMRequest)(nil),              // 23: strongroom.v1.AgentRekeyVMRequest
-	(*AgentSetRekeyRateRequest)(nil),         // 24: strongroom.v1.AgentSetRekeyRateRequest
-	(*AgentSetRekeyRateResponse)(nil),        // 25: strongroom.v1.AgentSetRekeyRateResponse
-	(*AgentFillDisksRequest)(nil),            // 26: strongroom.v1.AgentFillDisksRequest
-	(*AgentResizeDiskRequest)(nil),           // 27: strongroom.v1.AgentResizeDiskRequest
-	(*AgentExportDiskKeyRequest)(nil),        // 28: strongroom.v1.AgentExportDiskKeyRequest
-	(*AgentPowerOnVMRequest)(nil),            // 29: strongroom.v1.AgentPowerOnVMRequest
-	(*AgentPowerOffVMRequest)(nil),           // 30: strongroom.v1.AgentPowerOffVMRequest
-	(*AgentRegisterVMRequest)(nil),           // 31: strongroom.v1.AgentRegisterVMRequest
-	(*AgentUnregisterVMRequest)(nil),         // 32: strongroom.v1.AgentUnregisterVMRequest
-	(*AgentUnregisterVMResponse)(nil),        // 33: strongroom.v1.AgentUnregisterVMResponse
-	(*AgentDeleteVMRequest)(nil),             // 34: strongroom.v1.AgentDeleteVMRequest
-	(*AgentDeleteVMResponse)(nil),            // 35: strongroom.v1.AgentDeleteVMResponse
-	(*AgentGetVMRequest)(nil),                // 36: strongroom.v1.AgentGetVMRequest
-	(*AgentFindVMRequest)(nil),               // 37: strongroom.v1.AgentFindVMRequest
-	(*AgentFindVMResponse)(nil),              // 38: strongroom.v1.AgentFindVMResponse
-	(*FoundFolder)(nil),                      // 39: strongroom.v1.FoundFolder
-	(*AgentVMResponse)(nil),                  // 40: strongroom.v1.AgentVMResponse
-	nil,                                      // 41: strongroom.v1.JoinRequest.CapabilitiesEntry
-	nil,                                      // 42: strongroom.v1.HeartbeatRequest.CapabilitiesEntry
-	nil,                                      // 43: strongroom.v1.AgentCreateVMRequest.PassphrasesEntry
-	(*VM)(nil),                               // 44: strongroom.v1.VM
-	(*KeyRef)(nil),                           // 45: strongroom.v1.KeyRef
-	(*timestamppb.Timestamp)(nil),            // 46: google.protobuf.Timestamp
-	(*TrustedServer)(nil),                    // 47: strongroom.v1.TrustedServer
-	(*VMSettings)(nil),                       // 48: strongroom.v1.VMSettings
-	(*NewDisk)(nil),                          // 49: strongroom.v1.NewDisk
-	(*ExportDiskKeyResponse)(nil),            // 50: strongroom.v1.ExportDiskKeyResponse
+	(*AgentRenameSnapshotRequest)(nil),       // 19: strongroom.v1.AgentRenameSnapshotRequest
+	(*AgentDeleteSnapshotRequest)(nil),       // 20: strongroom.v1.AgentDeleteSnapshotRequest
+	(*AgentConsolidateSnapshotsRequest)(nil), // 21: strongroom.v1.AgentConsolidateSnapshotsRequest
+	(*AgentEncryptVMRequest)(nil),            // 22: strongroom.v1.AgentEncryptVMRequest
+	(*AgentDecryptVMRequest)(nil),            // 23: strongroom.v1.AgentDecryptVMRequest
+	(*AgentRekeyVMRequest)(nil),              // 24: strongroom.v1.AgentRekeyVMRequest
+	(*AgentSetRekeyRateRequest)(nil),         // 25: strongroom.v1.AgentSetRekeyRateRequest
+	(*AgentSetRekeyRateResponse)(nil),        // 26: strongroom.v1.AgentSetRekeyRateResponse
+	(*AgentFillDisksRequest)(nil),            // 27: strongroom.v1.AgentFillDisksRequest
+	(*AgentResizeDiskRequest)(nil),           // 28: strongroom.v1.AgentResizeDiskRequest
+	(*AgentExportDiskKeyRequest)(nil),        // 29: strongroom.v1.AgentExportDiskKeyRequest
+	(*AgentPowerOnVMRequest)(nil),            // 30: strongroom.v1.AgentPowerOnVMRequest
+	(*AgentPowerOffVMRequest)(nil),           // 31: strongroom.v1.AgentPowerOffVMRequest
+	(*AgentRegisterVMRequest)(nil),           // 32: strongroom.v1.AgentRegisterVMRequest
+	(*AgentUnregisterVMRequest)(nil),         // 33: strongroom.v1.AgentUnregisterVMRequest
+	(*AgentUnregisterVMResponse)(nil),        // 34: strongroom.v1.AgentUnregisterVMResponse
+	(*AgentDeleteVMRequest)(nil),             // 35: strongroom.v1.AgentDeleteVMRequest
+	(*AgentDeleteVMResponse)(nil),            // 36: strongroom.v1.AgentDeleteVMResponse
+	(*AgentGetVMRequest)(nil),                // 37: strongroom.v1.AgentGetVMRequest
+	(*AgentFindVMRequest)(nil),               // 38: strongroom.v1.AgentFindVMRequest
+	(*AgentFindVMResponse)(nil),              // 39: strongroom.v1.AgentFindVMResponse
+	(*FoundFolder)(nil),                      // 40: strongroom.v1.FoundFolder
+	(*AgentVMResponse)(nil),                  // 41: strongroom.v1.AgentVMResponse
+	nil,                                      // 42: strongroom.v1.JoinRequest.CapabilitiesEntry
+	nil,                                      // 43: strongroom.v1.HeartbeatRequest.CapabilitiesEntry
+	nil,                                      // 44: strongroom.v1.AgentCreateVMRequest.PassphrasesEntry
+	(*VM)(nil),                               // 45: strongroom.v1.VM
+	(*KeyRef)(nil),                           // 46: strongroom.v1.KeyRef
+	(*timestamppb.Timestamp)(nil),            // 47: google.protobuf.Timestamp
+	(*TrustedServer)(nil),                    // 48: strongroom.v1.TrustedServer
+	(*VMSettings)(nil),                       // 49: strongroom.v1.VMSettings
+	(*NewDisk)(nil),                          // 50: strongroom.v1.NewDisk
+	(*ExportDiskKeyResponse)(nil),            // 51: strongroom.v1.ExportDiskKeyResponse
 }
 var file_strongroom_v1_agent_proto_depIdxs = []int32{
-	41, // 0: strongroom.v1.JoinRequest.capabilities:type_name -> strongroom.v1.JoinRequest.CapabilitiesEntry
-	42, // 1: strongroom.v1.HeartbeatRequest.capabilities:type_name -> strongroom.v1.HeartbeatRequest.CapabilitiesEntry
+	42, // 0: strongroom.v1.JoinRequest.capabilities:type_name -> strongroom.v1.JoinRequest.CapabilitiesEntry
+	43, // 1: strongroom.v1.HeartbeatRequest.capabilities:type_name -> strongroom.v1.HeartbeatRequest.CapabilitiesEntry
 	3,  // 2: strongroom.v1.HeartbeatRequest.providers:type_name -> strongroom.v1.HeldProvider
-	44, // 3: strongroom.v1.HeartbeatRequest.vms:type_name -> strongroom.v1.VM
+	45, // 3: strongroom.v1.HeartbeatRequest.vms:type_name -> strongroom.v1.VM
 	9,  // 4: strongroom.v1.SyncHostRequest.providers:type_name -> strongroom.v1.WantedProvider
 	11, // 5: strongroom.v1.SyncHostRequest.datastores:type_name -> strongroom.v1.WantedDatastore
 	8,  // 6: strongroom.v1.SyncHostRequest.keks:type_name -> strongroom.v1.WantedKEK
-	45, // 7: strongroom.v1.WantedKEK.key:type_name -> strongroom.v1.KeyRef
-	46, // 8: strongroom.v1.WantedProvider.created:type_name -> google.protobuf.Timestamp
+	46, // 7: strongroom.v1.WantedKEK.key:type_name -> strongroom.v1.KeyRef
+	47, // 8: strongroom.v1.WantedProvider.created:type_name -> google.protobuf.Timestamp
 	10, // 9: strongroom.v1.WantedProvider.key_servers:type_name -> strongroom.v1.KeyServerAccess
-	47, // 10: strongroom.v1.KeyServerAccess.servers:type_name -> strongroom.v1.TrustedServer
+	48, // 10: strongroom.v1.KeyServerAccess.servers:type_name -> strongroom.v1.TrustedServer
 	3,  // 11: strongroom.v1.SyncHostResponse.providers:type_name -> strongroom.v1.HeldProvider
 	13, // 12: strongroom.v1.SyncHostResponse.datastores:type_name -> strongroom.v1.DatastoreSpace
-	45, // 13: strongroom.v1.SyncHostResponse.missing_keks:type_name -> strongroom.v1.KeyRef
-	44, // 14: strongroom.v1.AgentProgress.result:type_name -> strongroom.v1.VM
-	48, // 15: strongroom.v1.AgentCreateVMRequest.settings:type_name -> strongroom.v1.VMSettings
-	49, // 16: strongroom.v1.AgentCreateVMRequest.disks:type_name -> strongroom.v1.NewDisk
-	45, // 17: strongroom.v1.AgentCreateVMRequest.key:type_name -> strongroom.v1.KeyRef
-	43, // 18: strongroom.v1.AgentCreateVMRequest.passphrases:type_name -> strongroom.v1.AgentCreateVMRequest.PassphrasesEntry
-	45, // 19: strongroom.v1.AgentCloneVMRequest.key:type_name -> strongroom.v1.KeyRef
-	45, // 20: strongroom.v1.AgentEncryptVMRequest.key:type_name -> strongroom.v1.KeyRef
-	45, // 21: strongroom.v1.AgentRekeyVMRequest.key:type_name -> strongroom.v1.KeyRef
-	39, // 22: strongroom.v1.AgentFindVMResponse.folders:type_name -> strongroom.v1.FoundFolder
-	44, // 23: strongroom.v1.AgentVMResponse.vm:type_name -> strongroom.v1.VM
+	46, // 13: strongroom.v1.SyncHostResponse.missing_keks:type_name -> strongroom.v1.KeyRef
+	45, // 14: strongroom.v1.AgentProgress.result:type_name -> strongroom.v1.VM
+	49, // 15: strongroom.v1.AgentCreateVMRequest.settings:type_name -> strongroom.v1.VMSettings
+	50, // 16: strongroom.v1.AgentCreateVMRequest.disks:type_name -> strongroom.v1.NewDisk
+	46, // 17: strongroom.v1.AgentCreateVMRequest.key:type_name -> strongroom.v1.KeyRef
+	44, // 18: strongroom.v1.AgentCreateVMRequest.passphrases:type_name -> strongroom.v1.AgentCreateVMRequest.PassphrasesEntry
+	46, // 19: strongroom.v1.AgentCloneVMRequest.key:type_name -> strongroom.v1.KeyRef
+	46, // 20: strongroom.v1.AgentEncryptVMRequest.key:type_name -> strongroom.v1.KeyRef
+	46, // 21: strongroom.v1.AgentRekeyVMRequest.key:type_name -> strongroom.v1.KeyRef
+	40, // 22: strongroom.v1.AgentFindVMResponse.folders:type_name -> strongroom.v1.FoundFolder
+	45, // 23: strongroom.v1.AgentVMResponse.vm:type_name -> strongroom.v1.VM
 	0,  // 24: strongroom.v1.EnrollService.Join:input_type -> strongroom.v1.JoinRequest
 	2,  // 25: strongroom.v1.EnrollService.Heartbeat:input_type -> strongroom.v1.HeartbeatRequest
 	5,  // 26: strongroom.v1.EnrollService.RenewCertificate:input_type -> strongroom.v1.RenewCertificateRequest
@@ -2925,48 +3003,50 @@ var file_strongroom_v1_agent_proto_depIdxs = []int32{
 	16, // 29: strongroom.v1.AgentService.CloneVM:input_type -> strongroom.v1.AgentCloneVMRequest
 	17, // 30: strongroom.v1.AgentService.CreateSnapshot:input_type -> strongroom.v1.AgentCreateSnapshotRequest
 	18, // 31: strongroom.v1.AgentService.RevertToSnapshot:input_type -> strongroom.v1.AgentRevertToSnapshotRequest
-	19, // 32: strongroom.v1.AgentService.DeleteSnapshot:input_type -> strongroom.v1.AgentDeleteSnapshotRequest
-	20, // 33: strongroom.v1.AgentService.ConsolidateSnapshots:input_type -> strongroom.v1.AgentConsolidateSnapshotsRequest
-	21, // 34: strongroom.v1.AgentService.EncryptVM:input_type -> strongroom.v1.AgentEncryptVMRequest
-	22, // 35: strongroom.v1.AgentService.DecryptVM:input_type -> strongroom.v1.AgentDecryptVMRequest
-	23, // 36: strongroom.v1.AgentService.RekeyVM:input_type -> strongroom.v1.AgentRekeyVMRequest
-	24, // 37: strongroom.v1.AgentService.SetRekeyRate:input_type -> strongroom.v1.AgentSetRekeyRateRequest
-	26, // 38: strongroom.v1.AgentService.FillDisks:input_type -> strongroom.v1.AgentFillDisksRequest
-	27, // 39: strongroom.v1.AgentService.ResizeDisk:input_type -> strongroom.v1.AgentResizeDiskRequest
-	28, // 40: strongroom.v1.AgentService.ExportDiskKey:input_type -> strongroom.v1.AgentExportDiskKeyRequest
-	29, // 41: strongroom.v1.AgentService.PowerOnVM:input_type -> strongroom.v1.AgentPowerOnVMRequest
-	30, // 42: strongroom.v1.AgentService.PowerOffVM:input_type -> strongroom.v1.AgentPowerOffVMRequest
-	31, // 43: strongroom.v1.AgentService.RegisterVM:input_type -> strongroom.v1.AgentRegisterVMRequest
-	32, // 44: strongroom.v1.AgentService.UnregisterVM:input_type -> strongroom.v1.AgentUnregisterVMRequest
-	34, // 45: strongroom.v1.AgentService.DeleteVM:input_type -> strongroom.v1.AgentDeleteVMRequest
-	36, // 46: strongroom.v1.AgentService.GetVM:input_type -> strongroom.v1.AgentGetVMRequest
-	37, // 47: strongroom.v1.AgentService.FindVM:input_type -> strongroom.v1.AgentFindVMRequest
-	1,  // 48: strongroom.v1.EnrollService.Join:output_type -> strongroom.v1.JoinResponse
-	4,  // 49: strongroom.v1.EnrollService.Heartbeat:output_type -> strongroom.v1.HeartbeatResponse
-	6,  // 50: strongroom.v1.EnrollService.RenewCertificate:output_type -> strongroom.v1.RenewCertificateResponse
-	12, // 51: strongroom.v1.AgentService.SyncHost:output_type -> strongroom.v1.SyncHostResponse
-	14, // 52: strongroom.v1.AgentService.CreateVM:output_type -> strongroom.v1.AgentProgress
-	14, // 53: strongroom.v1.AgentService.CloneVM:output_type -> strongroom.v1.AgentProgress
-	14, // 54: strongroom.v1.AgentService.CreateSnapshot:output_type -> strongroom.v1.AgentProgress
-	14, // 55: strongroom.v1.AgentService.RevertToSnapshot:output_type -> strongroom.v1.AgentProgress
-	40, // 56: strongroom.v1.AgentService.DeleteSnapshot:output_type -> strongroom.v1.AgentVMResponse
-	40, // 57: strongroom.v1.AgentService.ConsolidateSnapshots:output_type -> strongroom.v1.AgentVMResponse
-	14, // 58: strongroom.v1.AgentService.EncryptVM:output_type -> strongroom.v1.AgentProgress
-	14, // 59: strongroom.v1.AgentService.DecryptVM:output_type -> strongroom.v1.AgentProgress
-	14, // 60: strongroom.v1.AgentService.RekeyVM:output_type -> strongroom.v1.AgentProgress
-	25, // 61: strongroom.v1.AgentService.SetRekeyRate:output_type -> strongroom.v1.AgentSetRekeyRateResponse
-	14, // 62: strongroom.v1.AgentService.FillDisks:output_type -> strongroom.v1.AgentProgress
-	40, // 63: strongroom.v1.AgentService.ResizeDisk:output_type -> strongroom.v1.AgentVMResponse
-	50, // 64: strongroom.v1.AgentService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
-	40, // 65: strongroom.v1.AgentService.PowerOnVM:output_type -> strongroom.v1.AgentVMResponse
-	40, // 66: strongroom.v1.AgentService.PowerOffVM:output_type -> strongroom.v1.AgentVMResponse
-	40, // 67: strongroom.v1.AgentService.RegisterVM:output_type -> strongroom.v1.AgentVMResponse
-	33, // 68: strongroom.v1.AgentService.UnregisterVM:output_type -> strongroom.v1.AgentUnregisterVMResponse
-	35, // 69: strongroom.v1.AgentService.DeleteVM:output_type -> strongroom.v1.AgentDeleteVMResponse
-	40, // 70: strongroom.v1.AgentService.GetVM:output_type -> strongroom.v1.AgentVMResponse
-	38, // 71: strongroom.v1.AgentService.FindVM:output_type -> strongroom.v1.AgentFindVMResponse
-	48, // [48:72] is the sub-list for method output_type
-	24, // [24:48] is the sub-list for method input_type
+	19, // 32: strongroom.v1.AgentService.RenameSnapshot:input_type -> strongroom.v1.AgentRenameSnapshotRequest
+	20, // 33: strongroom.v1.AgentService.DeleteSnapshot:input_type -> strongroom.v1.AgentDeleteSnapshotRequest
+	21, // 34: strongroom.v1.AgentService.ConsolidateSnapshots:input_type -> strongroom.v1.AgentConsolidateSnapshotsRequest
+	22, // 35: strongroom.v1.AgentService.EncryptVM:input_type -> strongroom.v1.AgentEncryptVMRequest
+	23, // 36: strongroom.v1.AgentService.DecryptVM:input_type -> strongroom.v1.AgentDecryptVMRequest
+	24, // 37: strongroom.v1.AgentService.RekeyVM:input_type -> strongroom.v1.AgentRekeyVMRequest
+	25, // 38: strongroom.v1.AgentService.SetRekeyRate:input_type -> strongroom.v1.AgentSetRekeyRateRequest
+	27, // 39: strongroom.v1.AgentService.FillDisks:input_type -> strongroom.v1.AgentFillDisksRequest
+	28, // 40: strongroom.v1.AgentService.ResizeDisk:input_type -> strongroom.v1.AgentResizeDiskRequest
+	29, // 41: strongroom.v1.AgentService.ExportDiskKey:input_type -> strongroom.v1.AgentExportDiskKeyRequest
+	30, // 42: strongroom.v1.AgentService.PowerOnVM:input_type -> strongroom.v1.AgentPowerOnVMRequest
+	31, // 43: strongroom.v1.AgentService.PowerOffVM:input_type -> strongroom.v1.AgentPowerOffVMRequest
+	32, // 44: strongroom.v1.AgentService.RegisterVM:input_type -> strongroom.v1.AgentRegisterVMRequest
+	33, // 45: strongroom.v1.AgentService.UnregisterVM:input_type -> strongroom.v1.AgentUnregisterVMRequest
+	35, // 46: strongroom.v1.AgentService.DeleteVM:input_type -> strongroom.v1.AgentDeleteVMRequest
+	37, // 47: strongroom.v1.AgentService.GetVM:input_type -> strongroom.v1.AgentGetVMRequest
+	38, // 48: strongroom.v1.AgentService.FindVM:input_type -> strongroom.v1.AgentFindVMRequest
+	1,  // 49: strongroom.v1.EnrollService.Join:output_type -> strongroom.v1.JoinResponse
+	4,  // 50: strongroom.v1.EnrollService.Heartbeat:output_type -> strongroom.v1.HeartbeatResponse
+	6,  // 51: strongroom.v1.EnrollService.RenewCertificate:output_type -> strongroom.v1.RenewCertificateResponse
+	12, // 52: strongroom.v1.AgentService.SyncHost:output_type -> strongroom.v1.SyncHostResponse
+	14, // 53: strongroom.v1.AgentService.CreateVM:output_type -> strongroom.v1.AgentProgress
+	14, // 54: strongroom.v1.AgentService.CloneVM:output_type -> strongroom.v1.AgentProgress
+	14, // 55: strongroom.v1.AgentService.CreateSnapshot:output_type -> strongroom.v1.AgentProgress
+	14, // 56: strongroom.v1.AgentService.RevertToSnapshot:output_type -> strongroom.v1.AgentProgress
+	41, // 57: strongroom.v1.AgentService.RenameSnapshot:output_type -> strongroom.v1.AgentVMResponse
+	41, // 58: strongroom.v1.AgentService.DeleteSnapshot:output_type -> strongroom.v1.AgentVMResponse
+	41, // 59: strongroom.v1.AgentService.ConsolidateSnapshots:output_type -> strongroom.v1.AgentVMResponse
+	14, // 60: strongroom.v1.AgentService.EncryptVM:output_type -> strongroom.v1.AgentProgress
+	14, // 61: strongroom.v1.AgentService.DecryptVM:output_type -> strongroom.v1.AgentProgress
+	14, // 62: strongroom.v1.AgentService.RekeyVM:output_type -> strongroom.v1.AgentProgress
+	26, // 63: strongroom.v1.AgentService.SetRekeyRate:output_type -> strongroom.v1.AgentSetRekeyRateResponse
+	14, // 64: strongroom.v1.AgentService.FillDisks:output_type -> strongroom.v1.AgentProgress
+	41, // 65: strongroom.v1.AgentService.ResizeDisk:output_type -> strongroom.v1.AgentVMResponse
+	51, // 66: strongroom.v1.AgentService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
+	41, // 67: strongroom.v1.AgentService.PowerOnVM:output_type -> strongroom.v1.AgentVMResponse
+	41, // 68: strongroom.v1.AgentService.PowerOffVM:output_type -> strongroom.v1.AgentVMResponse
+	41, // 69: strongroom.v1.AgentService.RegisterVM:output_type -> strongroom.v1.AgentVMResponse
+	34, // 70: strongroom.v1.AgentService.UnregisterVM:output_type -> strongroom.v1.AgentUnregisterVMResponse
+	36, // 71: strongroom.v1.AgentService.DeleteVM:output_type -> strongroom.v1.AgentDeleteVMResponse
+	41, // 72: strongroom.v1.AgentService.GetVM:output_type -> strongroom.v1.AgentVMResponse
+	39, // 73: strongroom.v1.AgentService.FindVM:output_type -> strongroom.v1.AgentFindVMResponse
+	49, // [49:74] is the sub-list for method output_type
+	24, // [24:49] is the sub-list for method input_type
 	24, // [24:24] is the sub-list for extension type_name
 	24, // [24:24] is the sub-list for extension extendee
 	0,  // [0:24] is the sub-list for field type_name
@@ -2986,7 +3066,7 @@ func file_strongroom_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_strongroom_v1_agent_proto_rawDesc), len(file_strongroom_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   44,
+			NumMessages:   45,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -1299,6 +1299,77 @@ func (x *RevertToSnapshotRequest) GetSnapshot() string {
 	return ""
 }
 
+type RenameSnapshotRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The VM.
+	Name     string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Snapshot string `protobuf:"bytes,2,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
+	// As in CreateSnapshotRequest; empty: it keeps its name.
+	NewName string `protobuf:"bytes,3,opt,name=new_name,json=newName,proto3" json:"new_name,omitempty"`
+	// As in CreateSnapshotRequest; unset: it keeps its description.
+	Description   *string `protobuf:"bytes,4,opt,name=description,proto3,oneof" json:"description,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RenameSnapshotRequest) Reset() {
+	*x = RenameSnapshotRequest{}
+	mi := &file_strongroom_v1_vm_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RenameSnapshotRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RenameSnapshotRequest) ProtoMessage() {}
+
+func (x *RenameSnapshotRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_vm_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RenameSnapshotRequest.ProtoReflect.Descriptor instead.
+func (*RenameSnapshotRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *RenameSnapshotRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *RenameSnapshotRequest) GetSnapshot() string {
+	if x != nil {
+		return x.Snapshot
+	}
+	return ""
+}
+
+func (x *RenameSnapshotRequest) GetNewName() string {
+	if x != nil {
+		return x.NewName
+	}
+	return ""
+}
+
+func (x *RenameSnapshotRequest) GetDescription() string {
+	if x != nil && x.Description != nil {
+		return *x.Description
+	}
+	return ""
+}
+
 type DeleteSnapshotRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The VM.
@@ -1310,7 +1381,7 @@ type DeleteSnapshotRequest struct {
 
 func (x *DeleteSnapshotRequest) Reset() {
 	*x = DeleteSnapshotRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[15]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1322,7 +1393,7 @@ func (x *DeleteSnapshotRequest) String() string {
 func (*DeleteSnapshotRequest) ProtoMessage() {}
 
 func (x *DeleteSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[15]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1335,7 +1406,7 @@ func (x *DeleteSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*DeleteSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{15}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *DeleteSnapshotRequest) GetName() string {
@@ -1362,7 +1433,7 @@ type ConsolidateSnapshotsRequest struct {
 
 func (x *ConsolidateSnapshotsRequest) Reset() {
 	*x = ConsolidateSnapshotsRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[16]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1374,7 +1445,7 @@ func (x *ConsolidateSnapshotsRequest) String() string {
 func (*ConsolidateSnapshotsRequest) ProtoMessage() {}
 
 func (x *ConsolidateSnapshotsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[16]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1387,7 +1458,7 @@ func (x *ConsolidateSnapshotsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsolidateSnapshotsRequest.ProtoReflect.Descriptor instead.
 func (*ConsolidateSnapshotsRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{16}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ConsolidateSnapshotsRequest) GetName() string {
@@ -1405,7 +1476,7 @@ type ListVMsRequest struct {
 
 func (x *ListVMsRequest) Reset() {
 	*x = ListVMsRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[17]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1417,7 +1488,7 @@ func (x *ListVMsRequest) String() string {
 func (*ListVMsRequest) ProtoMessage() {}
 
 func (x *ListVMsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[17]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1430,7 +1501,7 @@ func (x *ListVMsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVMsRequest.ProtoReflect.Descriptor instead.
 func (*ListVMsRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{17}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{18}
 }
 
 type ListVMsResponse struct {
@@ -1442,7 +1513,7 @@ type ListVMsResponse struct {
 
 func (x *ListVMsResponse) Reset() {
 	*x = ListVMsResponse{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[18]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1454,7 +1525,7 @@ func (x *ListVMsResponse) String() string {
 func (*ListVMsResponse) ProtoMessage() {}
 
 func (x *ListVMsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[18]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1467,7 +1538,7 @@ func (x *ListVMsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVMsResponse.ProtoReflect.Descriptor instead.
 func (*ListVMsResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{18}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ListVMsResponse) GetVms() []*VM {
@@ -1486,7 +1557,7 @@ type GetVMRequest struct {
 
 func (x *GetVMRequest) Reset() {
 	*x = GetVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[19]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1498,7 +1569,7 @@ func (x *GetVMRequest) String() string {
 func (*GetVMRequest) ProtoMessage() {}
 
 func (x *GetVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[19]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1511,7 +1582,7 @@ func (x *GetVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetVMRequest.ProtoReflect.Descriptor instead.
 func (*GetVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{19}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *GetVMRequest) GetName() string {
@@ -1530,7 +1601,7 @@ type PowerOnVMRequest struct {
 
 func (x *PowerOnVMRequest) Reset() {
 	*x = PowerOnVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[20]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1542,7 +1613,7 @@ func (x *PowerOnVMRequest) String() string {
 func (*PowerOnVMRequest) ProtoMessage() {}
 
 func (x *PowerOnVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[20]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1555,7 +1626,7 @@ func (x *PowerOnVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PowerOnVMRequest.ProtoReflect.Descriptor instead.
 func (*PowerOnVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{20}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *PowerOnVMRequest) GetName() string {
@@ -1578,7 +1649,7 @@ type PowerOffVMRequest struct {
 
 func (x *PowerOffVMRequest) Reset() {
 	*x = PowerOffVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[21]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1590,7 +1661,7 @@ func (x *PowerOffVMRequest) String() string {
 func (*PowerOffVMRequest) ProtoMessage() {}
 
 func (x *PowerOffVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[21]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1603,7 +1674,7 @@ func (x *PowerOffVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PowerOffVMRequest.ProtoReflect.Descriptor instead.
 func (*PowerOffVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{21}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *PowerOffVMRequest) GetName() string {
@@ -1646,7 +1717,7 @@ type EncryptVMRequest struct {
 
 func (x *EncryptVMRequest) Reset() {
 	*x = EncryptVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[22]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1658,7 +1729,7 @@ func (x *EncryptVMRequest) String() string {
 func (*EncryptVMRequest) ProtoMessage() {}
 
 func (x *EncryptVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[22]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1671,7 +1742,7 @@ func (x *EncryptVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EncryptVMRequest.ProtoReflect.Descriptor instead.
 func (*EncryptVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{22}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *EncryptVMRequest) GetName() string {
@@ -1720,7 +1791,7 @@ type DecryptVMRequest struct {
 
 func (x *DecryptVMRequest) Reset() {
 	*x = DecryptVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[23]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1732,7 +1803,7 @@ func (x *DecryptVMRequest) String() string {
 func (*DecryptVMRequest) ProtoMessage() {}
 
 func (x *DecryptVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[23]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1745,7 +1816,7 @@ func (x *DecryptVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecryptVMRequest.ProtoReflect.Descriptor instead.
 func (*DecryptVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{23}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *DecryptVMRequest) GetName() string {
@@ -1784,7 +1855,7 @@ type RekeyVMRequest struct {
 
 func (x *RekeyVMRequest) Reset() {
 	*x = RekeyVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[24]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1796,7 +1867,7 @@ func (x *RekeyVMRequest) String() string {
 func (*RekeyVMRequest) ProtoMessage() {}
 
 func (x *RekeyVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[24]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1809,7 +1880,7 @@ func (x *RekeyVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RekeyVMRequest.ProtoReflect.Descriptor instead.
 func (*RekeyVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{24}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *RekeyVMRequest) GetName() string {
@@ -1858,7 +1929,7 @@ type SetRekeyRateRequest struct {
 
 func (x *SetRekeyRateRequest) Reset() {
 	*x = SetRekeyRateRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[25]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1870,7 +1941,7 @@ func (x *SetRekeyRateRequest) String() string {
 func (*SetRekeyRateRequest) ProtoMessage() {}
 
 func (x *SetRekeyRateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[25]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1883,7 +1954,7 @@ func (x *SetRekeyRateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetRekeyRateRequest.ProtoReflect.Descriptor instead.
 func (*SetRekeyRateRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{25}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *SetRekeyRateRequest) GetName() string {
@@ -1911,7 +1982,7 @@ type FillDisksRequest struct {
 
 func (x *FillDisksRequest) Reset() {
 	*x = FillDisksRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[26]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1923,7 +1994,7 @@ func (x *FillDisksRequest) String() string {
 func (*FillDisksRequest) ProtoMessage() {}
 
 func (x *FillDisksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[26]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1936,7 +2007,7 @@ func (x *FillDisksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FillDisksRequest.ProtoReflect.Descriptor instead.
 func (*FillDisksRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{26}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *FillDisksRequest) GetName() string {
@@ -1965,7 +2036,7 @@ type ResizeDiskRequest struct {
 
 func (x *ResizeDiskRequest) Reset() {
 	*x = ResizeDiskRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[27]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1977,7 +2048,7 @@ func (x *ResizeDiskRequest) String() string {
 func (*ResizeDiskRequest) ProtoMessage() {}
 
 func (x *ResizeDiskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[27]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1990,7 +2061,7 @@ func (x *ResizeDiskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeDiskRequest.ProtoReflect.Descriptor instead.
 func (*ResizeDiskRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{27}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ResizeDiskRequest) GetName() string {
@@ -2026,7 +2097,7 @@ type ExportDiskKeyRequest struct {
 
 func (x *ExportDiskKeyRequest) Reset() {
 	*x = ExportDiskKeyRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[28]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2038,7 +2109,7 @@ func (x *ExportDiskKeyRequest) String() string {
 func (*ExportDiskKeyRequest) ProtoMessage() {}
 
 func (x *ExportDiskKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[28]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2051,7 +2122,7 @@ func (x *ExportDiskKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportDiskKeyRequest.ProtoReflect.Descriptor instead.
 func (*ExportDiskKeyRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{28}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ExportDiskKeyRequest) GetName() string {
@@ -2086,7 +2157,7 @@ type ExportDiskKeyResponse struct {
 
 func (x *ExportDiskKeyResponse) Reset() {
 	*x = ExportDiskKeyResponse{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[29]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2098,7 +2169,7 @@ func (x *ExportDiskKeyResponse) String() string {
 func (*ExportDiskKeyResponse) ProtoMessage() {}
 
 func (x *ExportDiskKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[29]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2111,7 +2182,7 @@ func (x *ExportDiskKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportDiskKeyResponse.ProtoReflect.Descriptor instead.
 func (*ExportDiskKeyResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{29}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ExportDiskKeyResponse) GetParcel() []byte {
@@ -2157,7 +2228,7 @@ type VolumeLayout struct {
 
 func (x *VolumeLayout) Reset() {
 	*x = VolumeLayout{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[30]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2169,7 +2240,7 @@ func (x *VolumeLayout) String() string {
 func (*VolumeLayout) ProtoMessage() {}
 
 func (x *VolumeLayout) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[30]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2182,7 +2253,7 @@ func (x *VolumeLayout) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeLayout.ProtoReflect.Descriptor instead.
 func (*VolumeLayout) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{30}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *VolumeLayout) GetVm() string {
@@ -2289,7 +2360,7 @@ type RegisterVMRequest struct {
 
 func (x *RegisterVMRequest) Reset() {
 	*x = RegisterVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[31]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2301,7 +2372,7 @@ func (x *RegisterVMRequest) String() string {
 func (*RegisterVMRequest) ProtoMessage() {}
 
 func (x *RegisterVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[31]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2314,7 +2385,7 @@ func (x *RegisterVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterVMRequest.ProtoReflect.Descriptor instead.
 func (*RegisterVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{31}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *RegisterVMRequest) GetDatastore() string {
@@ -2354,7 +2425,7 @@ type UnregisterVMRequest struct {
 
 func (x *UnregisterVMRequest) Reset() {
 	*x = UnregisterVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[32]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2366,7 +2437,7 @@ func (x *UnregisterVMRequest) String() string {
 func (*UnregisterVMRequest) ProtoMessage() {}
 
 func (x *UnregisterVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[32]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2379,7 +2450,7 @@ func (x *UnregisterVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnregisterVMRequest.ProtoReflect.Descriptor instead.
 func (*UnregisterVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{32}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *UnregisterVMRequest) GetName() string {
@@ -2397,7 +2468,7 @@ type ListUnregisteredVMsRequest struct {
 
 func (x *ListUnregisteredVMsRequest) Reset() {
 	*x = ListUnregisteredVMsRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[33]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2409,7 +2480,7 @@ func (x *ListUnregisteredVMsRequest) String() string {
 func (*ListUnregisteredVMsRequest) ProtoMessage() {}
 
 func (x *ListUnregisteredVMsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[33]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2422,7 +2493,7 @@ func (x *ListUnregisteredVMsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListUnregisteredVMsRequest.ProtoReflect.Descriptor instead.
 func (*ListUnregisteredVMsRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{33}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{34}
 }
 
 type ListUnregisteredVMsResponse struct {
@@ -2434,7 +2505,7 @@ type ListUnregisteredVMsResponse struct {
 
 func (x *ListUnregisteredVMsResponse) Reset() {
 	*x = ListUnregisteredVMsResponse{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[34]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2446,7 +2517,7 @@ func (x *ListUnregisteredVMsResponse) String() string {
 func (*ListUnregisteredVMsResponse) ProtoMessage() {}
 
 func (x *ListUnregisteredVMsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[34]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2459,7 +2530,7 @@ func (x *ListUnregisteredVMsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListUnregisteredVMsResponse.ProtoReflect.Descriptor instead.
 func (*ListUnregisteredVMsResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{34}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ListUnregisteredVMsResponse) GetVms() []*UnregisteredVM {
@@ -2485,7 +2556,7 @@ type UnregisteredVM struct {
 
 func (x *UnregisteredVM) Reset() {
 	*x = UnregisteredVM{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[35]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2497,7 +2568,7 @@ func (x *UnregisteredVM) String() string {
 func (*UnregisteredVM) ProtoMessage() {}
 
 func (x *UnregisteredVM) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[35]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2510,7 +2581,7 @@ func (x *UnregisteredVM) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnregisteredVM.ProtoReflect.Descriptor instead.
 func (*UnregisteredVM) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{35}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *UnregisteredVM) GetId() string {
@@ -2567,7 +2638,7 @@ type ForgetVMRequest struct {
 
 func (x *ForgetVMRequest) Reset() {
 	*x = ForgetVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[36]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2579,7 +2650,7 @@ func (x *ForgetVMRequest) String() string {
 func (*ForgetVMRequest) ProtoMessage() {}
 
 func (x *ForgetVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[36]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2592,7 +2663,7 @@ func (x *ForgetVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForgetVMRequest.ProtoReflect.Descriptor instead.
 func (*ForgetVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{36}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ForgetVMRequest) GetDatastore() string {
@@ -2626,7 +2697,7 @@ type ForgetVMResponse struct {
 
 func (x *ForgetVMResponse) Reset() {
 	*x = ForgetVMResponse{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[37]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2638,7 +2709,7 @@ func (x *ForgetVMResponse) String() string {
 func (*ForgetVMResponse) ProtoMessage() {}
 
 func (x *ForgetVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[37]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2651,7 +2722,7 @@ func (x *ForgetVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForgetVMResponse.ProtoReflect.Descriptor instead.
 func (*ForgetVMResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{37}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ForgetVMResponse) GetVm() *UnregisteredVM {
@@ -2670,7 +2741,7 @@ type DeleteVMRequest struct {
 
 func (x *DeleteVMRequest) Reset() {
 	*x = DeleteVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[38]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2682,7 +2753,7 @@ func (x *DeleteVMRequest) String() string {
 func (*DeleteVMRequest) ProtoMessage() {}
 
 func (x *DeleteVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[38]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2695,7 +2766,7 @@ func (x *DeleteVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVMRequest.ProtoReflect.Descriptor instead.
 func (*DeleteVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{38}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *DeleteVMRequest) GetName() string {
@@ -2714,7 +2785,7 @@ type UnlockVMRequest struct {
 
 func (x *UnlockVMRequest) Reset() {
 	*x = UnlockVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[39]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2726,7 +2797,7 @@ func (x *UnlockVMRequest) String() string {
 func (*UnlockVMRequest) ProtoMessage() {}
 
 func (x *UnlockVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[39]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2739,7 +2810,7 @@ func (x *UnlockVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockVMRequest.ProtoReflect.Descriptor instead.
 func (*UnlockVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{39}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *UnlockVMRequest) GetName() string {
@@ -2870,7 +2941,13 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"\vdescription\x18\x03 \x01(\tR\vdescription\"I\n" +
 	"\x17RevertToSnapshotRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
-	"\bsnapshot\x18\x02 \x01(\tR\bsnapshot\"G\n" +
+	"\bsnapshot\x18\x02 \x01(\tR\bsnapshot\"\x99\x01\n" +
+	"\x15RenameSnapshotRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
+	"\bsnapshot\x18\x02 \x01(\tR\bsnapshot\x12\x19\n" +
+	"\bnew_name\x18\x03 \x01(\tR\anewName\x12%\n" +
+	"\vdescription\x18\x04 \x01(\tH\x00R\vdescription\x88\x01\x01B\x0e\n" +
+	"\f_description\"G\n" +
 	"\x15DeleteSnapshotRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\bsnapshot\x18\x02 \x01(\tR\bsnapshot\"1\n" +
@@ -2966,7 +3043,7 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"\x0fDeleteVMRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"%\n" +
 	"\x0fUnlockVMRequest\x12\x12\n" +
-	"\x04name\x18\x01 \x01(\tR\x04name2\xee\x13\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name2\xe4\x14\n" +
 	"\tVMService\x12d\n" +
 	"\bCreateVM\x12\x1e.strongroom.v1.CreateVMRequest\x1a\x13.strongroom.v1.Task\"#\x8a\xb5\x18\x1fVirtualMachine.Inventory.Create\x12d\n" +
 	"\aCloneVM\x12\x1d.strongroom.v1.CloneVMRequest\x1a\x13.strongroom.v1.Task\"%\x8a\xb5\x18!VirtualMachine.Provisioning.Clone\x12Y\n" +
@@ -2985,6 +3062,7 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"\rListSnapshots\x12#.strongroom.v1.ListSnapshotsRequest\x1a$.strongroom.v1.ListSnapshotsResponse\"\x0f\x8a\xb5\x18\vSystem.Read\x12t\n" +
 	"\x0eCreateSnapshot\x12$.strongroom.v1.CreateSnapshotRequest\x1a\x13.strongroom.v1.Task\"'\x8a\xb5\x18#VirtualMachine.State.CreateSnapshot\x12z\n" +
 	"\x10RevertToSnapshot\x12&.strongroom.v1.RevertToSnapshotRequest\x1a\x13.strongroom.v1.Task\")\x8a\xb5\x18%VirtualMachine.State.RevertToSnapshot\x12t\n" +
+	"\x0eRenameSnapshot\x12$.strongroom.v1.RenameSnapshotRequest\x1a\x13.strongroom.v1.Task\"'\x8a\xb5\x18#VirtualMachine.State.RenameSnapshot\x12t\n" +
 	"\x0eDeleteSnapshot\x12$.strongroom.v1.DeleteSnapshotRequest\x1a\x13.strongroom.v1.Task\"'\x8a\xb5\x18#VirtualMachine.State.RemoveSnapshot\x12\x80\x01\n" +
 	"\x14ConsolidateSnapshots\x12*.strongroom.v1.ConsolidateSnapshotsRequest\x1a\x13.strongroom.v1.Task\"'\x8a\xb5\x18#VirtualMachine.State.RemoveSnapshot\x12t\n" +
 	"\rExportDiskKey\x12#.strongroom.v1.ExportDiskKeyRequest\x1a$.strongroom.v1.ExportDiskKeyResponse\"\x18\x8a\xb5\x18\x14Cryptographer.Access\x12a\n" +
@@ -3008,7 +3086,7 @@ func file_strongroom_v1_vm_proto_rawDescGZIP() []byte {
 	return file_strongroom_v1_vm_proto_rawDescData
 }
 
-var file_strongroom_v1_vm_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
+var file_strongroom_v1_vm_proto_msgTypes = make([]protoimpl.MessageInfo, 41)
 var file_strongroom_v1_vm_proto_goTypes = []any{
 	(*KeyRef)(nil),                      // 0: strongroom.v1.KeyRef
 	(*VM)(nil),                          // 1: strongroom.v1.VM
@@ -3025,42 +3103,43 @@ var file_strongroom_v1_vm_proto_goTypes = []any{
 	(*ListSnapshotsResponse)(nil),       // 12: strongroom.v1.ListSnapshotsResponse
 	(*CreateSnapshotRequest)(nil),       // 13: strongroom.v1.CreateSnapshotRequest
 	(*RevertToSnapshotRequest)(nil),     // 14: strongroom.v1.RevertToSnapshotRequest
-	(*DeleteSnapshotRequest)(nil),       // 15: strongroom.v1.DeleteSnapshotRequest
-	(*ConsolidateSnapshotsRequest)(nil), // 16: strongroom.v1.ConsolidateSnapshotsRequest
-	(*ListVMsRequest)(nil),              // 17: strongroom.v1.ListVMsRequest
-	(*ListVMsResponse)(nil),             // 18: strongroom.v1.ListVMsResponse
-	(*GetVMRequest)(nil),                // 19: strongroom.v1.GetVMRequest
-	(*PowerOnVMRequest)(nil),            // 20: strongroom.v1.PowerOnVMRequest
-	(*PowerOffVMRequest)(nil),           // 21: strongroom.v1.PowerOffVMRequest
-	(*EncryptVMRequest)(nil),            // 22: strongroom.v1.EncryptVMRequest
-	(*DecryptVMRequest)(nil),            // 23: strongroom.v1.DecryptVMRequest
-	(*RekeyVMRequest)(nil),              // 24: strongroom.v1.RekeyVMRequest
-	(*SetRekeyRateRequest)(nil),         // 25: strongroom.v1.SetRekeyRateRequest
-	(*FillDisksRequest)(nil),            // 26: strongroom.v1.FillDisksRequest
-	(*ResizeDiskRequest)(nil),           // 27: strongroom.v1.ResizeDiskRequest
-	(*ExportDiskKeyRequest)(nil),        // 28: strongroom.v1.ExportDiskKeyRequest
-	(*ExportDiskKeyResponse)(nil),       // 29: strongroom.v1.ExportDiskKeyResponse
-	(*VolumeLayout)(nil),                // 30: strongroom.v1.VolumeLayout
-	(*RegisterVMRequest)(nil),           // 31: strongroom.v1.RegisterVMRequest
-	(*UnregisterVMRequest)(nil),         // 32: strongroom.v1.UnregisterVMRequest
-	(*ListUnregisteredVMsRequest)(nil),  // 33: strongroom.v1.ListUnregisteredVMsRequest
-	(*ListUnregisteredVMsResponse)(nil), // 34: strongroom.v1.ListUnregisteredVMsResponse
-	(*UnregisteredVM)(nil),              // 35: strongroom.v1.UnregisteredVM
-	(*ForgetVMRequest)(nil),             // 36: strongroom.v1.ForgetVMRequest
-	(*ForgetVMResponse)(nil),            // 37: strongroom.v1.ForgetVMResponse
-	(*DeleteVMRequest)(nil),             // 38: strongroom.v1.DeleteVMRequest
-	(*UnlockVMRequest)(nil),             // 39: strongroom.v1.UnlockVMRequest
-	(*timestamppb.Timestamp)(nil),       // 40: google.protobuf.Timestamp
-	(*Task)(nil),                        // 41: strongroom.v1.Task
+	(*RenameSnapshotRequest)(nil),       // 15: strongroom.v1.RenameSnapshotRequest
+	(*DeleteSnapshotRequest)(nil),       // 16: strongroom.v1.DeleteSnapshotRequest
+	(*ConsolidateSnapshotsRequest)(nil), // 17: strongroom.v1.ConsolidateSnapshotsRequest
+	(*ListVMsRequest)(nil),              // 18: strongroom.v1.ListVMsRequest
+	(*ListVMsResponse)(nil),             // 19: strongroom.v1.ListVMsResponse
+	(*GetVMRequest)(nil),                // 20: strongroom.v1.GetVMRequest
+	(*PowerOnVMRequest)(nil),            // 21: strongroom.v1.PowerOnVMRequest
+	(*PowerOffVMRequest)(nil),           // 22: strongroom.v1.PowerOffVMRequest
+	(*EncryptVMRequest)(nil),            // 23: strongroom.v1.EncryptVMRequest
+	(*DecryptVMRequest)(nil),            // 24: strongroom.v1.DecryptVMRequest
+	(*RekeyVMRequest)(nil),              // 25: strongroom.v1.RekeyVMRequest
+	(*SetRekeyRateRequest)(nil),         // 26: strongroom.v1.SetRekeyRateRequest
+	(*FillDisksRequest)(nil),            // 27: strongroom.v1.FillDisksRequest
+	(*ResizeDiskRequest)(nil),           // 28: strongroom.v1.ResizeDiskRequest
+	(*ExportDiskKeyRequest)(nil),        // 29: strongroom.v1.ExportDiskKeyRequest
+	(*ExportDiskKeyResponse)(nil),       // 30: strongroom.v1.ExportDiskKeyResponse
+	(*VolumeLayout)(nil),                // 31: strongroom.v1.VolumeLayout
+	(*RegisterVMRequest)(nil),           // 32: strongroom.v1.RegisterVMRequest
+	(*UnregisterVMRequest)(nil),         // 33: strongroom.v1.UnregisterVMRequest
+	(*ListUnregisteredVMsRequest)(nil),  // 34: strongroom.v1.ListUnregisteredVMsRequest
+	(*ListUnregisteredVMsResponse)(nil), // 35: strongroom.v1.ListUnregisteredVMsResponse
+	(*UnregisteredVM)(nil),              // 36: strongroom.v1.UnregisteredVM
+	(*ForgetVMRequest)(nil),             // 37: strongroom.v1.ForgetVMRequest
+	(*ForgetVMResponse)(nil),            // 38: strongroom.v1.ForgetVMResponse
+	(*DeleteVMRequest)(nil),             // 39: strongroom.v1.DeleteVMRequest
+	(*UnlockVMRequest)(nil),             // 40: strongroom.v1.UnlockVMRequest
+	(*timestamppb.Timestamp)(nil),       // 41: google.protobuf.Timestamp
+	(*Task)(nil),                        // 42: strongroom.v1.Task
 }
 var file_strongroom_v1_vm_proto_depIdxs = []int32{
 	0,  // 0: strongroom.v1.VM.key:type_name -> strongroom.v1.KeyRef
 	4,  // 1: strongroom.v1.VM.disks:type_name -> strongroom.v1.Disk
 	7,  // 2: strongroom.v1.VM.settings:type_name -> strongroom.v1.VMSettings
-	40, // 3: strongroom.v1.VM.created:type_name -> google.protobuf.Timestamp
+	41, // 3: strongroom.v1.VM.created:type_name -> google.protobuf.Timestamp
 	3,  // 4: strongroom.v1.VM.snapshots:type_name -> strongroom.v1.Snapshot
 	2,  // 5: strongroom.v1.VM.description:type_name -> strongroom.v1.Description
-	40, // 6: strongroom.v1.Snapshot.created:type_name -> google.protobuf.Timestamp
+	41, // 6: strongroom.v1.Snapshot.created:type_name -> google.protobuf.Timestamp
 	4,  // 7: strongroom.v1.Snapshot.disks:type_name -> strongroom.v1.Disk
 	7,  // 8: strongroom.v1.Snapshot.settings:type_name -> strongroom.v1.VMSettings
 	0,  // 9: strongroom.v1.Disk.key:type_name -> strongroom.v1.KeyRef
@@ -3071,62 +3150,64 @@ var file_strongroom_v1_vm_proto_depIdxs = []int32{
 	8,  // 14: strongroom.v1.CreateVMRequest.disks:type_name -> strongroom.v1.NewDisk
 	3,  // 15: strongroom.v1.ListSnapshotsResponse.snapshots:type_name -> strongroom.v1.Snapshot
 	1,  // 16: strongroom.v1.ListVMsResponse.vms:type_name -> strongroom.v1.VM
-	30, // 17: strongroom.v1.ExportDiskKeyResponse.layout:type_name -> strongroom.v1.VolumeLayout
+	31, // 17: strongroom.v1.ExportDiskKeyResponse.layout:type_name -> strongroom.v1.VolumeLayout
 	0,  // 18: strongroom.v1.VolumeLayout.key:type_name -> strongroom.v1.KeyRef
-	35, // 19: strongroom.v1.ListUnregisteredVMsResponse.vms:type_name -> strongroom.v1.UnregisteredVM
+	36, // 19: strongroom.v1.ListUnregisteredVMsResponse.vms:type_name -> strongroom.v1.UnregisteredVM
 	0,  // 20: strongroom.v1.UnregisteredVM.keys:type_name -> strongroom.v1.KeyRef
-	40, // 21: strongroom.v1.UnregisteredVM.since:type_name -> google.protobuf.Timestamp
-	35, // 22: strongroom.v1.ForgetVMResponse.vm:type_name -> strongroom.v1.UnregisteredVM
+	41, // 21: strongroom.v1.UnregisteredVM.since:type_name -> google.protobuf.Timestamp
+	36, // 22: strongroom.v1.ForgetVMResponse.vm:type_name -> strongroom.v1.UnregisteredVM
 	9,  // 23: strongroom.v1.VMService.CreateVM:input_type -> strongroom.v1.CreateVMRequest
 	10, // 24: strongroom.v1.VMService.CloneVM:input_type -> strongroom.v1.CloneVMRequest
-	17, // 25: strongroom.v1.VMService.ListVMs:input_type -> strongroom.v1.ListVMsRequest
-	19, // 26: strongroom.v1.VMService.GetVM:input_type -> strongroom.v1.GetVMRequest
-	20, // 27: strongroom.v1.VMService.PowerOnVM:input_type -> strongroom.v1.PowerOnVMRequest
-	21, // 28: strongroom.v1.VMService.PowerOffVM:input_type -> strongroom.v1.PowerOffVMRequest
-	22, // 29: strongroom.v1.VMService.EncryptVM:input_type -> strongroom.v1.EncryptVMRequest
-	23, // 30: strongroom.v1.VMService.DecryptVM:input_type -> strongroom.v1.DecryptVMRequest
-	24, // 31: strongroom.v1.VMService.RekeyVM:input_type -> strongroom.v1.RekeyVMRequest
-	25, // 32: strongroom.v1.VMService.SetRekeyRate:input_type -> strongroom.v1.SetRekeyRateRequest
-	26, // 33: strongroom.v1.VMService.FillDisks:input_type -> strongroom.v1.FillDisksRequest
-	27, // 34: strongroom.v1.VMService.ResizeDisk:input_type -> strongroom.v1.ResizeDiskRequest
+	18, // 25: strongroom.v1.VMService.ListVMs:input_type -> strongroom.v1.ListVMsRequest
+	20, // 26: strongroom.v1.VMService.GetVM:input_type -> strongroom.v1.GetVMRequest
+	21, // 27: strongroom.v1.VMService.PowerOnVM:input_type -> strongroom.v1.PowerOnVMRequest
+	22, // 28: strongroom.v1.VMService.PowerOffVM:input_type -> strongroom.v1.PowerOffVMRequest
+	23, // 29: strongroom.v1.VMService.EncryptVM:input_type -> strongroom.v1.EncryptVMRequest
+	24, // 30: strongroom.v1.VMService.DecryptVM:input_type -> strongroom.v1.DecryptVMRequest
+	25, // 31: strongroom.v1.VMService.RekeyVM:input_type -> strongroom.v1.RekeyVMRequest
+	26, // 32: strongroom.v1.VMService.SetRekeyRate:input_type -> strongroom.v1.SetRekeyRateRequest
+	27, // 33: strongroom.v1.VMService.FillDisks:input_type -> strongroom.v1.FillDisksRequest
+	28, // 34: strongroom.v1.VMService.ResizeDisk:input_type -> strongroom.v1.ResizeDiskRequest
 	11, // 35: strongroom.v1.VMService.ListSnapshots:input_type -> strongroom.v1.ListSnapshotsRequest
 	13, // 36: strongroom.v1.VMService.CreateSnapshot:input_type -> strongroom.v1.CreateSnapshotRequest
 	14, // 37: strongroom.v1.VMService.RevertToSnapshot:input_type -> strongroom.v1.RevertToSnapshotRequest
-	15, // 38: strongroom.v1.VMService.DeleteSnapshot:input_type -> strongroom.v1.DeleteSnapshotRequest
-	16, // 39: strongroom.v1.VMService.ConsolidateSnapshots:input_type -> strongroom.v1.ConsolidateSnapshotsRequest
-	28, // 40: strongroom.v1.VMService.ExportDiskKey:input_type -> strongroom.v1.ExportDiskKeyRequest
-	31, // 41: strongroom.v1.VMService.RegisterVM:input_type -> strongroom.v1.RegisterVMRequest
-	32, // 42: strongroom.v1.VMService.UnregisterVM:input_type -> strongroom.v1.UnregisterVMRequest
-	33, // 43: strongroom.v1.VMService.ListUnregisteredVMs:input_type -> strongroom.v1.ListUnregisteredVMsRequest
-	36, // 44: strongroom.v1.VMService.ForgetVM:input_type -> strongroom.v1.ForgetVMRequest
-	38, // 45: strongroom.v1.VMService.DeleteVM:input_type -> strongroom.v1.DeleteVMRequest
-	39, // 46: strongroom.v1.VMService.UnlockVM:input_type -> strongroom.v1.UnlockVMRequest
-	41, // 47: strongroom.v1.VMService.CreateVM:output_type -> strongroom.v1.Task
-	41, // 48: strongroom.v1.VMService.CloneVM:output_type -> strongroom.v1.Task
-	18, // 49: strongroom.v1.VMService.ListVMs:output_type -> strongroom.v1.ListVMsResponse
-	1,  // 50: strongroom.v1.VMService.GetVM:output_type -> strongroom.v1.VM
-	41, // 51: strongroom.v1.VMService.PowerOnVM:output_type -> strongroom.v1.Task
-	41, // 52: strongroom.v1.VMService.PowerOffVM:output_type -> strongroom.v1.Task
-	41, // 53: strongroom.v1.VMService.EncryptVM:output_type -> strongroom.v1.Task
-	41, // 54: strongroom.v1.VMService.DecryptVM:output_type -> strongroom.v1.Task
-	41, // 55: strongroom.v1.VMService.RekeyVM:output_type -> strongroom.v1.Task
-	41, // 56: strongroom.v1.VMService.SetRekeyRate:output_type -> strongroom.v1.Task
-	41, // 57: strongroom.v1.VMService.FillDisks:output_type -> strongroom.v1.Task
-	41, // 58: strongroom.v1.VMService.ResizeDisk:output_type -> strongroom.v1.Task
-	12, // 59: strongroom.v1.VMService.ListSnapshots:output_type -> strongroom.v1.ListSnapshotsResponse
-	41, // 60: strongroom.v1.VMService.CreateSnapshot:output_type -> strongroom.v1.Task
-	41, // 61: strongroom.v1.VMService.RevertToSnapshot:output_type -> strongroom.v1.Task
-	41, // 62: strongroom.v1.VMService.DeleteSnapshot:output_type -> strongroom.v1.Task
-	41, // 63: strongroom.v1.VMService.ConsolidateSnapshots:output_type -> strongroom.v1.Task
-	29, // 64: strongroom.v1.VMService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
-	41, // 65: strongroom.v1.VMService.RegisterVM:output_type -> strongroom.v1.Task
-	41, // 66: strongroom.v1.VMService.UnregisterVM:output_type -> strongroom.v1.Task
-	34, // 67: strongroom.v1.VMService.ListUnregisteredVMs:output_type -> strongroom.v1.ListUnregisteredVMsResponse
-	37, // 68: strongroom.v1.VMService.ForgetVM:output_type -> strongroom.v1.ForgetVMResponse
-	41, // 69: strongroom.v1.VMService.DeleteVM:output_type -> strongroom.v1.Task
-	41, // 70: strongroom.v1.VMService.UnlockVM:output_type -> strongroom.v1.Task
-	47, // [47:71] is the sub-list for method output_type
-	23, // [23:47] is the sub-list for method input_type
+	15, // 38: strongroom.v1.VMService.RenameSnapshot:input_type -> strongroom.v1.RenameSnapshotRequest
+	16, // 39: strongroom.v1.VMService.DeleteSnapshot:input_type -> strongroom.v1.DeleteSnapshotRequest
+	17, // 40: strongroom.v1.VMService.ConsolidateSnapshots:input_type -> strongroom.v1.ConsolidateSnapshotsRequest
+	29, // 41: strongroom.v1.VMService.ExportDiskKey:input_type -> strongroom.v1.ExportDiskKeyRequest
+	32, // 42: strongroom.v1.VMService.RegisterVM:input_type -> strongroom.v1.RegisterVMRequest
+	33, // 43: strongroom.v1.VMService.UnregisterVM:input_type -> strongroom.v1.UnregisterVMRequest
+	34, // 44: strongroom.v1.VMService.ListUnregisteredVMs:input_type -> strongroom.v1.ListUnregisteredVMsRequest
+	37, // 45: strongroom.v1.VMService.ForgetVM:input_type -> strongroom.v1.ForgetVMRequest
+	39, // 46: strongroom.v1.VMService.DeleteVM:input_type -> strongroom.v1.DeleteVMRequest
+	40, // 47: strongroom.v1.VMService.UnlockVM:input_type -> strongroom.v1.UnlockVMRequest
+	42, // 48: strongroom.v1.VMService.CreateVM:output_type -> strongroom.v1.Task
+	42, // 49: strongroom.v1.VMService.CloneVM:output_type -> strongroom.v1.Task
+	19, // 50: strongroom.v1.VMService.ListVMs:output_type -> strongroom.v1.ListVMsResponse
+	1,  // 51: strongroom.v1.VMService.GetVM:output_type -> strongroom.v1.VM
+	42, // 52: strongroom.v1.VMService.PowerOnVM:output_type -> strongroom.v1.Task
+	42, // 53: strongroom.v1.VMService.PowerOffVM:output_type -> strongroom.v1.Task
+	42, // 54: strongroom.v1.VMService.EncryptVM:output_type -> strongroom.v1.Task
+	42, // 55: strongroom.v1.VMService.DecryptVM:output_type -> strongroom.v1.Task
+	42, // 56: strongroom.v1.VMService.RekeyVM:output_type -> strongroom.v1.Task
+	42, // 57: strongroom.v1.VMService.SetRekeyRate:output_type -> strongroom.v1.Task
+	42, // 58: strongroom.v1.VMService.FillDisks:output_type -> strongroom.v1.Task
+	42, // 59: strongroom.v1.VMService.ResizeDisk:output_type -> strongroom.v1.Task
+	12, // 60: strongroom.v1.VMService.ListSnapshots:output_type -> strongroom.v1.ListSnapshotsResponse
+	42, // 61: strongroom.v1.VMService.CreateSnapshot:output_type -> strongroom.v1.Task
+	42, // 62: strongroom.v1.VMService.RevertToSnapshot:output_type -> strongroom.v1.Task
+	42, // 63: strongroom.v1.VMService.RenameSnapshot:output_type -> strongroom.v1.Task
+	42, // 64: strongroom.v1.VMService.DeleteSnapshot:output_type -> strongroom.v1.Task
+	42, // 65: strongroom.v1.VMService.ConsolidateSnapshots:output_type -> strongroom.v1.Task
+	30, // 66: strongroom.v1.VMService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
+	42, // 67: strongroom.v1.VMService.RegisterVM:output_type -> strongroom.v1.Task
+	42, // 68: strongroom.v1.VMService.UnregisterVM:output_type -> strongroom.v1.Task
+	35, // 69: strongroom.v1.VMService.ListUnregisteredVMs:output_type -> strongroom.v1.ListUnregisteredVMsResponse
+	38, // 70: strongroom.v1.VMService.ForgetVM:output_type -> strongroom.v1.ForgetVMResponse
+	42, // 71: strongroom.v1.VMService.DeleteVM:output_type -> strongroom.v1.Task
+	42, // 72: strongroom.v1.VMService.UnlockVM:output_type -> strongroom.v1.Task
+	48, // [48:73] is the sub-list for method output_type
+	23, // [23:48] is the sub-list for method input_type
 	23, // [23:23] is the sub-list for extension type_name
 	23, // [23:23] is the sub-list for extension extendee
 	0,  // [0:23] is the sub-list for field type_name
@@ -3139,13 +3220,14 @@ func file_strongroom_v1_vm_proto_init() {
 	}
 	file_strongroom_v1_options_proto_init()
 	file_strongroom_v1_task_proto_init()
+	file_strongroom_v1_vm_proto_msgTypes[15].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_strongroom_v1_vm_proto_rawDesc), len(file_strongroom_v1_vm_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   40,
+			NumMessages:   41,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -54,6 +54,7 @@ func privileges() map[Privilege]string {
 		"VirtualMachine.Provisioning.Clone":           "Clone a VM.",
 		"VirtualMachine.State.CreateSnapshot":         "Make a snapshot.",
 		"VirtualMachine.State.RemoveSnapshot":         "Remove a snapshot.",
+		"VirtualMachine.State.RenameSnapshot":         "Rename or describe a snapshot.",
 		"VirtualMachine.State.RevertToSnapshot":       "Go back to a snapshot.",
 
 		"Host.Config.Maintenance":              "Put a host into maintenance.",

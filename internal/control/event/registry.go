@@ -92,6 +92,7 @@ const (
 	VMSnapshotCreated  = "strongroom.vm.SnapshotCreated"
 	VMSnapshotReverted = "strongroom.vm.SnapshotReverted"
 	VMSnapshotDeleted  = "strongroom.vm.SnapshotDeleted"
+	VMSnapshotRenamed  = "strongroom.vm.SnapshotRenamed"
 	VMConsolidated     = "strongroom.vm.Consolidated"
 
 	DiskKeyExported = "strongroom.vm.crypto.DiskKeyExported"
@@ -170,6 +171,7 @@ func Types() []Type {
 		{VMSnapshotCreated, Info, "{principal} made snapshot {snapshot} of {target}"},
 		{VMSnapshotReverted, Warning, "{principal} reverted {target} to snapshot {snapshot}"},
 		{VMSnapshotDeleted, Info, "{principal} deleted snapshot {snapshot} of {target}"},
+		{VMSnapshotRenamed, Info, "{principal} renamed or described snapshot {snapshot} of {target}, now {name}"},
 		{VMConsolidated, Info, "{principal} had files of {target} deleted that none of its snapshots has"},
 		{VMDiskResized, Info, "A disk of {target} was made larger"},
 		{DiskKeyExported, Warning, "{principal} exported the key of {disk} of {target}; whoever has it reads every copy of the disk"},

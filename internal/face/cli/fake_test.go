@@ -228,6 +228,14 @@ func (c *controller) RevertToSnapshot(_ context.Context, r *connect.Request[stro
 	return c.task("RevertToSnapshot", r.Msg.GetName(), r.Msg.GetSnapshot())
 }
 
+func (c *controller) RenameSnapshot(_ context.Context, r *connect.Request[strongroomv1.RenameSnapshotRequest]) (*connect.Response[strongroomv1.Task], error) {
+	described := "as before"
+	if r.Msg.Description != nil {
+		described = fmt.Sprintf("%q", r.Msg.GetDescription())
+	}
+	return c.task("RenameSnapshot", r.Msg.GetName(), fmt.Sprintf("%s %s described %s", r.Msg.GetSnapshot(), r.Msg.GetNewName(), described))
+}
+
 func (c *controller) DeleteSnapshot(_ context.Context, r *connect.Request[strongroomv1.DeleteSnapshotRequest]) (*connect.Response[strongroomv1.Task], error) {
 	return c.task("DeleteSnapshot", r.Msg.GetName(), r.Msg.GetSnapshot())
 }

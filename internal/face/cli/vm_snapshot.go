@@ -27,7 +27,7 @@ delete its snapshots first.
 While the controller is away, ls and show work with a host's local socket:
 --server unix:/PATH.`,
 		newVMSnapshotCreateCmd(env), newVMSnapshotLsCmd(env), newVMSnapshotShowCmd(env),
-		newVMSnapshotRevertCmd(env), newVMSnapshotDeleteCmd(env), newVMSnapshotConsolidateCmd(env))
+		newVMSnapshotRevertCmd(env), newVMSnapshotRenameCmd(env), newVMSnapshotDeleteCmd(env), newVMSnapshotConsolidateCmd(env))
 }
 
 // completeSnapshot completes the name of a VM, then that of a snapshot of it.
@@ -229,6 +229,39 @@ VirtualMachine.State.RevertToSnapshot.`,
 	}
 	wait.add(cmd)
 	addYes(cmd, &yes)
+	return cmd
+}
+
+func newVMSnapshotRenameCmd(env *Env) *cobra.Command {
+	var (
+		wait        waitFlags
+		description string
+	)
+	cmd := &cobra.Command{
+		Use:   "rename VM SNAPSHOT NAME",
+		Short: "Rename or describe a snapshot of a virtual machine",
+		Long: `Give a snapshot another name, in any power state of the VM, and with --description
+another description; to change that alone, say the name that it has. Undo it by
+the same command. Needs the privilege VirtualMachine.State.RenameSnapshot.`,
+		Example: `  strongroom vm snapshot rename web-1 before-upgrade bookworm
+  strongroom vm snapshot rename web-1 bookworm bookworm --description "before trixie"`,
+		Args:              exactArgs("the VM's name", "the snapshot's", "its new name"),
+		ValidArgsFunction: env.completeSnapshot,
+		RunE: env.withClient("rename the snapshot", func(cmd *cobra.Command, c *client.Client, args []string) error {
+			return env.runTasks(cmd.Context(), c, wait, verb{
+				infinitive: "rename snapshot", participle: "is now " + args[2],
+				start: func(ctx context.Context, name string) (*strongroomv1.Task, error) {
+					req := &strongroomv1.RenameSnapshotRequest{Name: args[0], Snapshot: name, NewName: args[2]}
+					if cmd.Flags().Changed("description") {
+						req.Description = &description
+					}
+					return client.Call(ctx, c.VM().RenameSnapshot, req)
+				},
+			}, args[1:2])
+		}),
+	}
+	wait.add(cmd)
+	cmd.Flags().StringVar(&description, "description", "", "what it is for, one line; empty: none")
 	return cmd
 }
 

@@ -131,7 +131,19 @@ func TestCloneRefused(t *testing.T) {
 	if n := h.count("CloneVM"); n != 0 {
 		t.Errorf("the host was called %d times", n)
 	}
-	s.success(s.clone(s.admin, "on", "web-2", false)) // it may run
+	// One that runs may be powered off while it is cloned, but not rekeyed.
+	release := make(chan struct{})
+	h.failing("CloneVM", 1, fault{hang: release})
+	task := must[strongroomv1.Task](t)(s.clone(s.admin, "on", "web-2", false))
+	eventually(t, "the host is at work", func() bool { return h.count("CloneVM") > 0 })
+	if _, err := client.Call(t.Context(), s.admin.VM().RekeyVM, &strongroomv1.RekeyVMRequest{Name: "on"}); errs.ReasonOf(err) != "TaskInProgress" {
+		t.Errorf("a rekey during a clone: %v", err)
+	}
+	s.success(client.Call(t.Context(), s.admin.VM().PowerOffVM, &strongroomv1.PowerOffVMRequest{Name: "on", Hard: true}))
+	close(release)
+	if _, err := s.ended(task); err != nil {
+		t.Error(err)
+	}
 }
 
 // TestClonePrivileges: each part of what a clone does has its privilege.

@@ -485,6 +485,16 @@ func (h *fakeHost) DeleteSnapshot(_ context.Context, req *connect.Request[strong
 	})
 }
 
+func (h *fakeHost) RenameSnapshot(_ context.Context, req *connect.Request[strongroomv1.AgentRenameSnapshotRequest]) (*connect.Response[strongroomv1.AgentVMResponse], error) {
+	return h.answer(req.Msg.GetId(), func(vm *strongroomv1.VM) {
+		for _, s := range vm.GetSnapshots() {
+			if s.GetId() == req.Msg.GetSnapshotId() {
+				s.Name, s.Description = req.Msg.GetSnapshot(), req.Msg.GetDescription()
+			}
+		}
+	})
+}
+
 func (h *fakeHost) ConsolidateSnapshots(_ context.Context, req *connect.Request[strongroomv1.AgentConsolidateSnapshotsRequest]) (*connect.Response[strongroomv1.AgentVMResponse], error) {
 	return h.answer(req.Msg.GetId(), func(vm *strongroomv1.VM) { vm.ConsolidationNeeded = false })
 }

@@ -1,7 +1,9 @@
 package controller
 
 import (
+	"cmp"
 	"context"
+	"slices"
 
 	"connectrpc.com/connect"
 	"github.com/google/uuid"
@@ -18,7 +20,8 @@ type snapshotArgs struct {
 	ID          string `json:"id"`
 	Name        string `json:"name"`
 	Description string `json:"description,omitempty"`
-	Revert      string `json:"revert,omitempty"` // id of a revert to it
+	Revert      string `json:"revert,omitempty"`   // id of a revert to it
+	NewName     string `json:"new_name,omitempty"` // what it is called after a renaming
 }
 
 func (c vms) ListSnapshots(ctx context.Context, req *connect.Request[strongroomv1.ListSnapshotsRequest]) (*connect.Response[strongroomv1.ListSnapshotsResponse], error) {
@@ -41,14 +44,46 @@ func (c vms) CreateSnapshot(ctx context.Context, req *connect.Request[strongroom
 	if err := inventory.CheckSnapshot(m.GetSnapshot(), m.GetDescription()); err != nil {
 		return nil, err
 	}
-	if _, err := v.FindSnapshot(m.GetSnapshot()); err == nil {
-		return nil, errs.New(errs.Exists, "VM %s has a snapshot %s already", v.Name, m.GetSnapshot()).WithHint("strongroom vm snapshot ls %s", v.Name)
+	if err := freeSnapshotName(v, m.GetSnapshot()); err != nil {
+		return nil, err
 	}
 	if err := undisturbed(v, v.Disks); err != nil {
 		return nil, err
 	}
 	args.Snapshot = &snapshotArgs{ID: uuid.NewString(), Name: m.GetSnapshot(), Description: m.GetDescription()}
 	return c.submit(ctx, taskSnapshot, v.Name, args)
+}
+
+func freeSnapshotName(v inventory.VM, name string) error {
+	if slices.ContainsFunc(v.Snapshots, func(s inventory.Snapshot) bool { return s.Name == name }) {
+		return errs.New(errs.Exists, "VM %s has a snapshot %s already", v.Name, name).WithHint("strongroom vm snapshot ls %s", v.Name)
+	}
+	return nil
+}
+
+func (c vms) RenameSnapshot(ctx context.Context, req *connect.Request[strongroomv1.RenameSnapshotRequest]) (*connect.Response[strongroomv1.Task], error) {
+	m := req.Msg
+	v, args, err := c.onSnapshot(ctx, m.GetName(), m.GetSnapshot())
+	if err != nil {
+		return nil, err
+	}
+	s, err := v.FindSnapshot(m.GetSnapshot())
+	if err != nil {
+		return nil, err
+	}
+	args.Snapshot.NewName, args.Snapshot.Description = cmp.Or(m.GetNewName(), s.Name), s.Description
+	if m.Description != nil {
+		args.Snapshot.Description = m.GetDescription()
+	}
+	if err := inventory.CheckSnapshot(args.Snapshot.NewName, args.Snapshot.Description); err != nil {
+		return nil, err
+	}
+	if args.Snapshot.NewName != s.Name {
+		if err := freeSnapshotName(v, args.Snapshot.NewName); err != nil {
+			return nil, err
+		}
+	}
+	return c.submit(ctx, taskRenameSnapshot, v.Name, args)
 }
 
 func (c vms) RevertToSnapshot(ctx context.Context, req *connect.Request[strongroomv1.RevertToSnapshotRequest]) (*connect.Response[strongroomv1.Task], error) {
@@ -131,6 +166,13 @@ func (c *Controller) revertToSnapshot(ctx context.Context, r *task.Run, h invent
 // deleteSnapshot also undoes a creation.
 func (c *Controller) deleteSnapshot(ctx context.Context, _ *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {
 	res, err := callHost(ctx, h, c.agents.of(h).DeleteSnapshot, &strongroomv1.AgentDeleteSnapshotRequest{Id: a.ID, SnapshotId: a.Snapshot.ID})
+	return res.GetVm(), err
+}
+
+func (c *Controller) renameSnapshot(ctx context.Context, _ *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {
+	res, err := callHost(ctx, h, c.agents.of(h).RenameSnapshot, &strongroomv1.AgentRenameSnapshotRequest{
+		Id: a.ID, SnapshotId: a.Snapshot.ID, Snapshot: a.Snapshot.NewName, Description: a.Snapshot.Description,
+	})
 	return res.GetVm(), err
 }
 

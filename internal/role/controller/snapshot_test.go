@@ -21,6 +21,10 @@ func (s *site) revert(c *client.Client, vm, name string) (*strongroomv1.Task, er
 	return client.Call(s.t.Context(), c.VM().RevertToSnapshot, &strongroomv1.RevertToSnapshotRequest{Name: vm, Snapshot: name})
 }
 
+func (s *site) renameSnapshot(c *client.Client, vm, name, newName string, description *string) (*strongroomv1.Task, error) {
+	return client.Call(s.t.Context(), c.VM().RenameSnapshot, &strongroomv1.RenameSnapshotRequest{Name: vm, Snapshot: name, NewName: newName, Description: description})
+}
+
 func (s *site) deleteSnapshot(c *client.Client, vm, name string) (*strongroomv1.Task, error) {
 	return client.Call(s.t.Context(), c.VM().DeleteSnapshot, &strongroomv1.DeleteSnapshotRequest{Name: vm, Snapshot: name})
 }
@@ -79,6 +83,16 @@ func TestSnapshotTasks(t *testing.T) {
 		t.Errorf("undone, the snapshots are %+v", v.Snapshots)
 	}
 	s.success(s.deleteSnapshot(s.admin, "web-1", "second"))
+	h.failing("RenameSnapshot", 1, fault{lost: true})
+	s.success(s.renameSnapshot(s.admin, "web-1", "first", "earliest", nil))
+	if v := s.vm("web-1"); v.Snapshots[0].Name != "earliest" || v.Snapshots[0].Description != "of a test" {
+		t.Errorf("renamed, it is %+v", v.Snapshots[0])
+	}
+	none := ""
+	s.success(s.renameSnapshot(s.admin, "web-1", "earliest", "", &none))
+	if v := s.vm("web-1"); v.Snapshots[0].Name != "earliest" || v.Snapshots[0].Description != "" {
+		t.Errorf("described, it is %+v", v.Snapshots[0])
+	}
 	h.change(func() { h.vms[v.ID].ConsolidationNeeded = true })
 	h.beat()
 	if !s.vm("web-1").ConsolidationNeeded {
@@ -98,11 +112,13 @@ func TestSnapshotTasks(t *testing.T) {
 	if want := []string{
 		"vm.snapshot.create success /vm/web-1 first", "vm.snapshot.create success /vm/web-1 second", "vm.snapshot.revert success /vm/web-1 first",
 		"vm.snapshot.revert success /vm/web-1 second", "vm.snapshot.create error /vm/web-1 third", "vm.snapshot.create.undo success /vm/web-1 third",
-		"vm.snapshot.delete success /vm/web-1 second", "vm.snapshot.consolidate success /vm/web-1 ",
+		"vm.snapshot.delete success /vm/web-1 second",
+		"vm.snapshot.rename success /vm/web-1 first", "vm.snapshot.rename success /vm/web-1 earliest",
+		"vm.snapshot.consolidate success /vm/web-1 ",
 	}; !slices.Equal(actions, want) {
 		t.Errorf("audit records: %q", actions)
 	}
-	for kind, want := range map[string]int{event.VMSnapshotCreated: 2, event.VMSnapshotReverted: 2, event.VMSnapshotDeleted: 1, event.VMConsolidated: 1, event.VMNoDiskSpace: 1} {
+	for kind, want := range map[string]int{event.VMSnapshotCreated: 2, event.VMSnapshotReverted: 2, event.VMSnapshotDeleted: 1, event.VMSnapshotRenamed: 2, event.VMConsolidated: 1, event.VMNoDiskSpace: 1} {
 		if n := s.events(kind, "vm/web-1"); n != want {
 			t.Errorf("%d events %s, want %d", n, kind, want)
 		}
@@ -167,6 +183,7 @@ func TestSnapshotRefused(t *testing.T) {
 	s.success(s.create("web-1", true))
 	s.success(s.create("plain-1", false))
 	s.success(s.snapshot(s.admin, "web-1", "first"))
+	s.success(s.snapshot(s.admin, "web-1", "other"))
 	s.success(s.snapshot(s.admin, "plain-1", "first"))
 	s.success(s.create("on", true))
 	s.success(s.snapshot(s.admin, "on", "first"))
@@ -177,12 +194,15 @@ func TestSnapshotRefused(t *testing.T) {
 		kind errs.Kind
 		hint string
 	}{
-		"no such VM":         {func() (*strongroomv1.Task, error) { return s.snapshot(s.admin, "web-9", "second") }, errs.NotFound, "strongroom vm ls"},
-		"no name":            {func() (*strongroomv1.Task, error) { return s.snapshot(s.admin, "web-1", "") }, errs.Invalid, ""},
-		"a taken name":       {func() (*strongroomv1.Task, error) { return s.snapshot(s.admin, "web-1", "first") }, errs.Exists, "strongroom vm snapshot ls web-1"},
-		"a revert that runs": {func() (*strongroomv1.Task, error) { return s.revert(s.admin, "on", "first") }, errs.InvalidState, "strongroom vm power-off on"},
-		"no such snapshot":   {func() (*strongroomv1.Task, error) { return s.revert(s.admin, "web-1", "second") }, errs.NotFound, "strongroom vm snapshot ls web-1"},
-		"none to delete":     {func() (*strongroomv1.Task, error) { return s.deleteSnapshot(s.admin, "web-1", "second") }, errs.NotFound, "strongroom vm snapshot ls web-1"},
+		"no such VM":                     {func() (*strongroomv1.Task, error) { return s.snapshot(s.admin, "web-9", "second") }, errs.NotFound, "strongroom vm ls"},
+		"no name":                        {func() (*strongroomv1.Task, error) { return s.snapshot(s.admin, "web-1", "") }, errs.Invalid, ""},
+		"a taken name":                   {func() (*strongroomv1.Task, error) { return s.snapshot(s.admin, "web-1", "first") }, errs.Exists, "strongroom vm snapshot ls web-1"},
+		"a revert that runs":             {func() (*strongroomv1.Task, error) { return s.revert(s.admin, "on", "first") }, errs.InvalidState, "strongroom vm power-off on"},
+		"a name to rename that is taken": {func() (*strongroomv1.Task, error) { return s.renameSnapshot(s.admin, "web-1", "first", "other", nil) }, errs.Exists, "strongroom vm snapshot ls web-1"},
+		"none to rename":                 {func() (*strongroomv1.Task, error) { return s.renameSnapshot(s.admin, "web-1", "second", "third", nil) }, errs.NotFound, "strongroom vm snapshot ls web-1"},
+		"a bad name to rename":           {func() (*strongroomv1.Task, error) { return s.renameSnapshot(s.admin, "web-1", "first", "../x", nil) }, errs.Invalid, ""},
+		"no such snapshot":               {func() (*strongroomv1.Task, error) { return s.revert(s.admin, "web-1", "second") }, errs.NotFound, "strongroom vm snapshot ls web-1"},
+		"none to delete":                 {func() (*strongroomv1.Task, error) { return s.deleteSnapshot(s.admin, "web-1", "second") }, errs.NotFound, "strongroom vm snapshot ls web-1"},
 		"a description that is a command": {func() (*strongroomv1.Task, error) {
 			return client.Call(ctx, s.admin.VM().CreateSnapshot, &strongroomv1.CreateSnapshotRequest{Name: "web-1", Snapshot: "second", Description: "\x1b[2J"})
 		}, errs.Invalid, ""},
@@ -224,12 +244,16 @@ func TestSnapshotPrivileges(t *testing.T) {
 	}
 	reader := user("reader")
 	creator, reverter, remover := user("creator", "VirtualMachine.State.CreateSnapshot"), user("reverter", "VirtualMachine.State.RevertToSnapshot"), user("remover", "VirtualMachine.State.RemoveSnapshot")
+	renamer := user("renamer", "VirtualMachine.State.RenameSnapshot")
 	for _, c := range []struct {
 		may, mayNot *client.Client
 		do          func(c *client.Client) (*strongroomv1.Task, error)
 	}{
 		{creator, reverter, func(c *client.Client) (*strongroomv1.Task, error) { return s.snapshot(c, "web-1", "third") }},
 		{reverter, remover, func(c *client.Client) (*strongroomv1.Task, error) { return s.revert(c, "web-1", "first") }},
+		{renamer, creator, func(c *client.Client) (*strongroomv1.Task, error) {
+			return s.renameSnapshot(c, "web-1", "first", "earliest", nil)
+		}},
 		{remover, creator, func(c *client.Client) (*strongroomv1.Task, error) { return s.deleteSnapshot(c, "web-1", "second") }},
 		{remover, creator, func(c *client.Client) (*strongroomv1.Task, error) { return s.consolidate(c, "web-1") }},
 	} {

@@ -34,6 +34,7 @@ const (
 
 	taskSnapshot       = "vm.snapshot.create"
 	taskRevert         = "vm.snapshot.revert"
+	taskRenameSnapshot = "vm.snapshot.rename"
 	taskDeleteSnapshot = "vm.snapshot.delete"
 	taskConsolidate    = "vm.snapshot.consolidate"
 )
@@ -66,6 +67,8 @@ type vmArgs struct {
 	Source   string `json:"source,omitempty"`    // id of the VM that is cloned
 	SourceVM string `json:"source_vm,omitempty"` // and its name
 	Recrypt  bool   `json:"recrypt,omitempty"`
+	// SourceRuns: the VM that is cloned is needed for a moment only, but for its keys.
+	SourceRuns bool `json:"source_runs,omitempty"`
 
 	Snapshot *snapshotArgs `json:"snapshot,omitempty"`
 
@@ -107,6 +110,7 @@ func (c *Controller) taskKinds() []task.Kind {
 		}},
 		{Name: taskSnapshot, Steps: []task.StepFuncs{{Name: "copy the disks", Do: c.step(c.createSnapshot), Undo: c.step(c.deleteSnapshot)}}},
 		one(taskRevert, "revert the disks", false, c.revertToSnapshot),
+		one(taskRenameSnapshot, "rename the snapshot", false, c.renameSnapshot),
 		one(taskDeleteSnapshot, "delete the snapshot", true, c.deleteSnapshot),
 		one(taskConsolidate, "delete files that no snapshot has", false, c.consolidateSnapshots),
 		{Name: taskRegister, Steps: []task.StepFuncs{
@@ -206,6 +210,9 @@ func (c *Controller) conclude(ctx context.Context, t task.Task, a vmArgs, err er
 	}
 	if a.Snapshot != nil {
 		entry.Details["snapshot"], tell.Args["snapshot"] = a.Snapshot.Name, a.Snapshot.Name
+		if a.Snapshot.NewName != "" {
+			entry.Details["name"], tell.Args["name"] = a.Snapshot.NewName, a.Snapshot.NewName
+		}
 	}
 	if t.Undoing {
 		entry.Action += ".undo"
@@ -239,6 +246,9 @@ func locks(kind, vm string, a vmArgs) []string {
 		return []string{power}
 	case kind == taskClone:
 		source := "vm/" + a.SourceVM
+		if a.SourceRuns {
+			return []string{power, disks, source + "/disks"}
+		}
 		return []string{power, disks, source, source + "/disks"}
 	case kind == taskRekey && a.Deep, kind == taskEncrypt && !a.InPlace, kind == taskDecrypt:
 		return []string{disks}
@@ -281,6 +291,8 @@ func doneEvent(kind string) string {
 		return event.VMSnapshotCreated
 	case taskRevert:
 		return event.VMSnapshotReverted
+	case taskRenameSnapshot:
+		return event.VMSnapshotRenamed
 	case taskDeleteSnapshot:
 		return event.VMSnapshotDeleted
 	case taskConsolidate:

@@ -246,6 +246,10 @@ func (a *agent) RevertToSnapshot(ctx context.Context, req *connect.Request[stron
 	})
 }
 
+func (a *agent) RenameSnapshot(ctx context.Context, req *connect.Request[strongroomv1.AgentRenameSnapshotRequest]) (*connect.Response[strongroomv1.AgentVMResponse], error) {
+	return a.answer(ctx, req.Msg.GetId(), a.host.renameSnapshot(ctx, req.Msg))
+}
+
 func (a *agent) DeleteSnapshot(ctx context.Context, req *connect.Request[strongroomv1.AgentDeleteSnapshotRequest]) (*connect.Response[strongroomv1.AgentVMResponse], error) {
 	return a.answer(ctx, req.Msg.GetId(), a.host.deleteSnapshot(ctx, req.Msg.GetId(), req.Msg.GetSnapshotId()))
 }

@@ -34,8 +34,8 @@ func (h *Host) createSnapshot(ctx context.Context, req *strongroomv1.AgentCreate
 }
 
 func (h *Host) takeSnapshot(ctx context.Context, o *offline, s bundle.Snapshot, r report) error {
-	if slices.ContainsFunc(o.vm.Snapshots, func(other bundle.Snapshot) bool { return other.Name == s.Name }) {
-		return errs.New(errs.Exists, "there is a snapshot %s already", s.Name).WithHint("strongroom vm snapshot ls %s", o.vm.Name)
+	if err := o.freeName(s); err != nil {
+		return err
 	}
 	s.Parent, s.Settings, s.Disks = o.vm.Snapshot, o.vm.Settings, slices.Clone(o.vm.Disks)
 	for i, d := range s.Disks {
@@ -196,6 +196,38 @@ func (h *Host) copyRunning(ctx context.Context, o *offline, to recrypt.Folder, d
 			WithHint("strongroom vm power-off %s; or have the VM on XFS or Btrfs", o.vm.Name)
 	}
 	return err
+}
+
+// renameSnapshot gives a snapshot its name and description, in any power state.
+func (h *Host) renameSnapshot(ctx context.Context, req *strongroomv1.AgentRenameSnapshotRequest) error {
+	return h.changing(ctx, req.GetId(), func(o *offline) error {
+		next := o.vm.Clone()
+		s := next.FindSnapshot(req.GetSnapshotId())
+		if s == nil {
+			return errs.New(errs.NotFound, "VM %s has no snapshot with id %.64q", o.vm.Name, req.GetSnapshotId()).WithHint("strongroom vm snapshot ls %s", o.vm.Name)
+		}
+		former := s.Name
+		s.Name, s.Description = req.GetSnapshot(), req.GetDescription()
+		if err := o.freeName(*s); err != nil {
+			return err
+		}
+		if err := next.Validate(); err != nil {
+			return err
+		}
+		if err := bundle.Write(o.dir, next); err != nil {
+			return errs.Wrap(err, "cannot rename snapshot %s of VM %s", former, o.vm.Name)
+		}
+		h.log.LogAttrs(ctx, slog.LevelInfo, "snapshot renamed", slog.String("vm", o.vm.Name), slog.String("snapshot", former), slog.String("name", s.Name))
+		return nil
+	})
+}
+
+// freeName returns an error if another snapshot has the name of s.
+func (o *offline) freeName(s bundle.Snapshot) error {
+	if slices.ContainsFunc(o.vm.Snapshots, func(other bundle.Snapshot) bool { return other.Name == s.Name && other.ID != s.ID }) {
+		return errs.New(errs.Exists, "there is a snapshot %s already", s.Name).WithHint("strongroom vm snapshot ls %s", o.vm.Name)
+	}
+	return nil
 }
 
 // deleteSnapshot deletes a snapshot, in any power state. One that is not there is

@@ -168,6 +168,20 @@ func TestSnapshotsRunning(t *testing.T) {
 		t.Errorf("with two snapshots there is %v, and the VM is %+v", b.files(t, "web-1"), vm)
 	}
 
+	rename := &strongroomv1.AgentRenameSnapshotRequest{Id: id, SnapshotId: first, Snapshot: "earliest", Description: "renamed"}
+	for range 2 { // repeated, it does nothing
+		check(t, b.renameSnapshot(ctx, rename))
+	}
+	rename.SnapshotId = req.GetSnapshotId()
+	wantKind(t, "a name that is taken", b.renameSnapshot(ctx, rename), errs.Exists)
+	rename.Snapshot = "../x"
+	wantKind(t, "a name that leads out", b.renameSnapshot(ctx, rename), errs.Invalid)
+	rename.SnapshotId = uuid.NewString()
+	wantKind(t, "an unknown snapshot", b.renameSnapshot(ctx, rename), errs.NotFound)
+	if s := b.folderOf(t, id).Snapshots; s[0].Name != "earliest" || s[0].Description != "renamed" || s[1].Name != "second" {
+		t.Errorf("renamed, the snapshots are %+v", s)
+	}
+
 	// Stopped, it leaves nothing.
 	canceled, cancel := context.WithCancelCause(ctx)
 	reason := errors.New("no longer wanted")

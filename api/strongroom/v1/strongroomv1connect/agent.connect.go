@@ -54,6 +54,9 @@ const (
 	// AgentServiceRevertToSnapshotProcedure is the fully-qualified name of the AgentService's
 	// RevertToSnapshot RPC.
 	AgentServiceRevertToSnapshotProcedure = "/strongroom.v1.AgentService/RevertToSnapshot"
+	// AgentServiceRenameSnapshotProcedure is the fully-qualified name of the AgentService's
+	// RenameSnapshot RPC.
+	AgentServiceRenameSnapshotProcedure = "/strongroom.v1.AgentService/RenameSnapshot"
 	// AgentServiceDeleteSnapshotProcedure is the fully-qualified name of the AgentService's
 	// DeleteSnapshot RPC.
 	AgentServiceDeleteSnapshotProcedure = "/strongroom.v1.AgentService/DeleteSnapshot"
@@ -232,6 +235,7 @@ type AgentServiceClient interface {
 	CloneVM(context.Context, *connect.Request[v1.AgentCloneVMRequest]) (*connect.ServerStreamForClient[v1.AgentProgress], error)
 	CreateSnapshot(context.Context, *connect.Request[v1.AgentCreateSnapshotRequest]) (*connect.ServerStreamForClient[v1.AgentProgress], error)
 	RevertToSnapshot(context.Context, *connect.Request[v1.AgentRevertToSnapshotRequest]) (*connect.ServerStreamForClient[v1.AgentProgress], error)
+	RenameSnapshot(context.Context, *connect.Request[v1.AgentRenameSnapshotRequest]) (*connect.Response[v1.AgentVMResponse], error)
 	DeleteSnapshot(context.Context, *connect.Request[v1.AgentDeleteSnapshotRequest]) (*connect.Response[v1.AgentVMResponse], error)
 	ConsolidateSnapshots(context.Context, *connect.Request[v1.AgentConsolidateSnapshotsRequest]) (*connect.Response[v1.AgentVMResponse], error)
 	EncryptVM(context.Context, *connect.Request[v1.AgentEncryptVMRequest]) (*connect.ServerStreamForClient[v1.AgentProgress], error)
@@ -292,6 +296,12 @@ func NewAgentServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 			httpClient,
 			baseURL+AgentServiceRevertToSnapshotProcedure,
 			connect.WithSchema(agentServiceMethods.ByName("RevertToSnapshot")),
+			connect.WithClientOptions(opts...),
+		),
+		renameSnapshot: connect.NewClient[v1.AgentRenameSnapshotRequest, v1.AgentVMResponse](
+			httpClient,
+			baseURL+AgentServiceRenameSnapshotProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("RenameSnapshot")),
 			connect.WithClientOptions(opts...),
 		),
 		deleteSnapshot: connect.NewClient[v1.AgentDeleteSnapshotRequest, v1.AgentVMResponse](
@@ -400,6 +410,7 @@ type agentServiceClient struct {
 	cloneVM              *connect.Client[v1.AgentCloneVMRequest, v1.AgentProgress]
 	createSnapshot       *connect.Client[v1.AgentCreateSnapshotRequest, v1.AgentProgress]
 	revertToSnapshot     *connect.Client[v1.AgentRevertToSnapshotRequest, v1.AgentProgress]
+	renameSnapshot       *connect.Client[v1.AgentRenameSnapshotRequest, v1.AgentVMResponse]
 	deleteSnapshot       *connect.Client[v1.AgentDeleteSnapshotRequest, v1.AgentVMResponse]
 	consolidateSnapshots *connect.Client[v1.AgentConsolidateSnapshotsRequest, v1.AgentVMResponse]
 	encryptVM            *connect.Client[v1.AgentEncryptVMRequest, v1.AgentProgress]
@@ -441,6 +452,11 @@ func (c *agentServiceClient) CreateSnapshot(ctx context.Context, req *connect.Re
 // RevertToSnapshot calls strongroom.v1.AgentService.RevertToSnapshot.
 func (c *agentServiceClient) RevertToSnapshot(ctx context.Context, req *connect.Request[v1.AgentRevertToSnapshotRequest]) (*connect.ServerStreamForClient[v1.AgentProgress], error) {
 	return c.revertToSnapshot.CallServerStream(ctx, req)
+}
+
+// RenameSnapshot calls strongroom.v1.AgentService.RenameSnapshot.
+func (c *agentServiceClient) RenameSnapshot(ctx context.Context, req *connect.Request[v1.AgentRenameSnapshotRequest]) (*connect.Response[v1.AgentVMResponse], error) {
+	return c.renameSnapshot.CallUnary(ctx, req)
 }
 
 // DeleteSnapshot calls strongroom.v1.AgentService.DeleteSnapshot.
@@ -532,6 +548,7 @@ type AgentServiceHandler interface {
 	CloneVM(context.Context, *connect.Request[v1.AgentCloneVMRequest], *connect.ServerStream[v1.AgentProgress]) error
 	CreateSnapshot(context.Context, *connect.Request[v1.AgentCreateSnapshotRequest], *connect.ServerStream[v1.AgentProgress]) error
 	RevertToSnapshot(context.Context, *connect.Request[v1.AgentRevertToSnapshotRequest], *connect.ServerStream[v1.AgentProgress]) error
+	RenameSnapshot(context.Context, *connect.Request[v1.AgentRenameSnapshotRequest]) (*connect.Response[v1.AgentVMResponse], error)
 	DeleteSnapshot(context.Context, *connect.Request[v1.AgentDeleteSnapshotRequest]) (*connect.Response[v1.AgentVMResponse], error)
 	ConsolidateSnapshots(context.Context, *connect.Request[v1.AgentConsolidateSnapshotsRequest]) (*connect.Response[v1.AgentVMResponse], error)
 	EncryptVM(context.Context, *connect.Request[v1.AgentEncryptVMRequest], *connect.ServerStream[v1.AgentProgress]) error
@@ -588,6 +605,12 @@ func NewAgentServiceHandler(svc AgentServiceHandler, opts ...connect.HandlerOpti
 		AgentServiceRevertToSnapshotProcedure,
 		svc.RevertToSnapshot,
 		connect.WithSchema(agentServiceMethods.ByName("RevertToSnapshot")),
+		connect.WithHandlerOptions(opts...),
+	)
+	agentServiceRenameSnapshotHandler := connect.NewUnaryHandler(
+		AgentServiceRenameSnapshotProcedure,
+		svc.RenameSnapshot,
+		connect.WithSchema(agentServiceMethods.ByName("RenameSnapshot")),
 		connect.WithHandlerOptions(opts...),
 	)
 	agentServiceDeleteSnapshotHandler := connect.NewUnaryHandler(
@@ -698,6 +721,8 @@ func NewAgentServiceHandler(svc AgentServiceHandler, opts ...connect.HandlerOpti
 			agentServiceCreateSnapshotHandler.ServeHTTP(w, r)
 		case AgentServiceRevertToSnapshotProcedure:
 			agentServiceRevertToSnapshotHandler.ServeHTTP(w, r)
+		case AgentServiceRenameSnapshotProcedure:
+			agentServiceRenameSnapshotHandler.ServeHTTP(w, r)
 		case AgentServiceDeleteSnapshotProcedure:
 			agentServiceDeleteSnapshotHandler.ServeHTTP(w, r)
 		case AgentServiceConsolidateSnapshotsProcedure:
@@ -757,6 +782,10 @@ func (UnimplementedAgentServiceHandler) CreateSnapshot(context.Context, *connect
 
 func (UnimplementedAgentServiceHandler) RevertToSnapshot(context.Context, *connect.Request[v1.AgentRevertToSnapshotRequest], *connect.ServerStream[v1.AgentProgress]) error {
 	return connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.AgentService.RevertToSnapshot is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) RenameSnapshot(context.Context, *connect.Request[v1.AgentRenameSnapshotRequest]) (*connect.Response[v1.AgentVMResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.AgentService.RenameSnapshot is not implemented"))
 }
 
 func (UnimplementedAgentServiceHandler) DeleteSnapshot(context.Context, *connect.Request[v1.AgentDeleteSnapshotRequest]) (*connect.Response[v1.AgentVMResponse], error) {

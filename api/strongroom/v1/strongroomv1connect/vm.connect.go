@@ -65,6 +65,9 @@ const (
 	// VMServiceRevertToSnapshotProcedure is the fully-qualified name of the VMService's
 	// RevertToSnapshot RPC.
 	VMServiceRevertToSnapshotProcedure = "/strongroom.v1.VMService/RevertToSnapshot"
+	// VMServiceRenameSnapshotProcedure is the fully-qualified name of the VMService's RenameSnapshot
+	// RPC.
+	VMServiceRenameSnapshotProcedure = "/strongroom.v1.VMService/RenameSnapshot"
 	// VMServiceDeleteSnapshotProcedure is the fully-qualified name of the VMService's DeleteSnapshot
 	// RPC.
 	VMServiceDeleteSnapshotProcedure = "/strongroom.v1.VMService/DeleteSnapshot"
@@ -124,6 +127,8 @@ type VMServiceClient interface {
 	// RevertToSnapshot gives a VM that is powered off the disks and settings of a
 	// snapshot. What the disks hold now is lost, unless it is in a snapshot.
 	RevertToSnapshot(context.Context, *connect.Request[v1.RevertToSnapshotRequest]) (*connect.Response[v1.Task], error)
+	// RenameSnapshot gives a snapshot another name or description, in any power state.
+	RenameSnapshot(context.Context, *connect.Request[v1.RenameSnapshotRequest]) (*connect.Response[v1.Task], error)
 	// DeleteSnapshot deletes a snapshot, in any power state. Neither the disks nor
 	// other snapshots change; its children get its parent.
 	DeleteSnapshot(context.Context, *connect.Request[v1.DeleteSnapshotRequest]) (*connect.Response[v1.Task], error)
@@ -251,6 +256,12 @@ func NewVMServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...c
 			connect.WithSchema(vMServiceMethods.ByName("RevertToSnapshot")),
 			connect.WithClientOptions(opts...),
 		),
+		renameSnapshot: connect.NewClient[v1.RenameSnapshotRequest, v1.Task](
+			httpClient,
+			baseURL+VMServiceRenameSnapshotProcedure,
+			connect.WithSchema(vMServiceMethods.ByName("RenameSnapshot")),
+			connect.WithClientOptions(opts...),
+		),
 		deleteSnapshot: connect.NewClient[v1.DeleteSnapshotRequest, v1.Task](
 			httpClient,
 			baseURL+VMServiceDeleteSnapshotProcedure,
@@ -325,6 +336,7 @@ type vMServiceClient struct {
 	listSnapshots        *connect.Client[v1.ListSnapshotsRequest, v1.ListSnapshotsResponse]
 	createSnapshot       *connect.Client[v1.CreateSnapshotRequest, v1.Task]
 	revertToSnapshot     *connect.Client[v1.RevertToSnapshotRequest, v1.Task]
+	renameSnapshot       *connect.Client[v1.RenameSnapshotRequest, v1.Task]
 	deleteSnapshot       *connect.Client[v1.DeleteSnapshotRequest, v1.Task]
 	consolidateSnapshots *connect.Client[v1.ConsolidateSnapshotsRequest, v1.Task]
 	exportDiskKey        *connect.Client[v1.ExportDiskKeyRequest, v1.ExportDiskKeyResponse]
@@ -411,6 +423,11 @@ func (c *vMServiceClient) RevertToSnapshot(ctx context.Context, req *connect.Req
 	return c.revertToSnapshot.CallUnary(ctx, req)
 }
 
+// RenameSnapshot calls strongroom.v1.VMService.RenameSnapshot.
+func (c *vMServiceClient) RenameSnapshot(ctx context.Context, req *connect.Request[v1.RenameSnapshotRequest]) (*connect.Response[v1.Task], error) {
+	return c.renameSnapshot.CallUnary(ctx, req)
+}
+
 // DeleteSnapshot calls strongroom.v1.VMService.DeleteSnapshot.
 func (c *vMServiceClient) DeleteSnapshot(ctx context.Context, req *connect.Request[v1.DeleteSnapshotRequest]) (*connect.Response[v1.Task], error) {
 	return c.deleteSnapshot.CallUnary(ctx, req)
@@ -492,6 +509,8 @@ type VMServiceHandler interface {
 	// RevertToSnapshot gives a VM that is powered off the disks and settings of a
 	// snapshot. What the disks hold now is lost, unless it is in a snapshot.
 	RevertToSnapshot(context.Context, *connect.Request[v1.RevertToSnapshotRequest]) (*connect.Response[v1.Task], error)
+	// RenameSnapshot gives a snapshot another name or description, in any power state.
+	RenameSnapshot(context.Context, *connect.Request[v1.RenameSnapshotRequest]) (*connect.Response[v1.Task], error)
 	// DeleteSnapshot deletes a snapshot, in any power state. Neither the disks nor
 	// other snapshots change; its children get its parent.
 	DeleteSnapshot(context.Context, *connect.Request[v1.DeleteSnapshotRequest]) (*connect.Response[v1.Task], error)
@@ -615,6 +634,12 @@ func NewVMServiceHandler(svc VMServiceHandler, opts ...connect.HandlerOption) (s
 		connect.WithSchema(vMServiceMethods.ByName("RevertToSnapshot")),
 		connect.WithHandlerOptions(opts...),
 	)
+	vMServiceRenameSnapshotHandler := connect.NewUnaryHandler(
+		VMServiceRenameSnapshotProcedure,
+		svc.RenameSnapshot,
+		connect.WithSchema(vMServiceMethods.ByName("RenameSnapshot")),
+		connect.WithHandlerOptions(opts...),
+	)
 	vMServiceDeleteSnapshotHandler := connect.NewUnaryHandler(
 		VMServiceDeleteSnapshotProcedure,
 		svc.DeleteSnapshot,
@@ -701,6 +726,8 @@ func NewVMServiceHandler(svc VMServiceHandler, opts ...connect.HandlerOption) (s
 			vMServiceCreateSnapshotHandler.ServeHTTP(w, r)
 		case VMServiceRevertToSnapshotProcedure:
 			vMServiceRevertToSnapshotHandler.ServeHTTP(w, r)
+		case VMServiceRenameSnapshotProcedure:
+			vMServiceRenameSnapshotHandler.ServeHTTP(w, r)
 		case VMServiceDeleteSnapshotProcedure:
 			vMServiceDeleteSnapshotHandler.ServeHTTP(w, r)
 		case VMServiceConsolidateSnapshotsProcedure:
@@ -786,6 +813,10 @@ func (UnimplementedVMServiceHandler) CreateSnapshot(context.Context, *connect.Re
 
 func (UnimplementedVMServiceHandler) RevertToSnapshot(context.Context, *connect.Request[v1.RevertToSnapshotRequest]) (*connect.Response[v1.Task], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.VMService.RevertToSnapshot is not implemented"))
+}
+
+func (UnimplementedVMServiceHandler) RenameSnapshot(context.Context, *connect.Request[v1.RenameSnapshotRequest]) (*connect.Response[v1.Task], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.VMService.RenameSnapshot is not implemented"))
 }
 
 func (UnimplementedVMServiceHandler) DeleteSnapshot(context.Context, *connect.Request[v1.DeleteSnapshotRequest]) (*connect.Response[v1.Task], error) {
