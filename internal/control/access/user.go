@@ -221,6 +221,16 @@ func (c *Control) CheckOwnPassword(ctx context.Context, tx *store.Tx, name strin
 	return nil
 }
 
+// CredentialOf returns what tells a user's present password from former ones, or ""
+// for a user who may not log in. It is no secret, and part of tx.
+func (c *Control) CredentialOf(ctx context.Context, tx *store.Tx, name string) (string, error) {
+	u, err := c.users.In(tx).Get(ctx, name)
+	if errors.Is(err, store.ErrNotFound) || errors.Is(err, store.ErrInvalidKey) || err == nil && u.Disabled {
+		return "", nil
+	}
+	return u.Changed.UTC().Format(time.RFC3339Nano), err
+}
+
 // SetDisabled locks a user out, with all its tokens, or lets it in again. The
 // last administrator is refused.
 func (c *Control) SetDisabled(ctx context.Context, name string, disabled bool) error {

@@ -237,8 +237,12 @@ func TestAccountsApart(t *testing.T) {
 	}
 
 	t.Log("administrators of everything manage all, those of an account theirs")
-	if _, err := ann.approve(t, approval); err != nil {
-		t.Error(err)
+	ann.mustApprove(t, approval, "approved")
+	for disabled, state := range map[bool]string{true: "pending", false: "approved"} {
+		do(t, acme.admin.Access().SetUserDisabled, &strongroomv1.SetUserDisabledRequest{Name: "acme/ann", Disabled: disabled})
+		if a := do(t, acme.admin.KMSApproval().GetKMSApproval, &strongroomv1.GetKMSApprovalRequest{Id: approval}); a.GetState() != state {
+			t.Errorf("a request whose approver is disabled (%v): %s", disabled, a.GetState())
+		}
 	}
 	if l := do(t, b.administrator(t).KMS().ListKMSGroups, &strongroomv1.ListKMSGroupsRequest{}).GetGroups(); len(l) != 3 {
 		t.Errorf("all groups: %v", l)

@@ -172,10 +172,10 @@ func open(ctx context.Context, cfg Config, u *unlocked, log *slog.Logger) (_ *KM
 	} else if err := k.openCluster(ctx, membership); err != nil {
 		return nil, err
 	}
-	k.approvals = approval.Open(k.db, k.directory)
 	if err := k.openUsers(ctx); err != nil {
 		return nil, err
 	}
+	k.approvals = approval.Open(k.db, k.directory, k.access.CredentialOf)
 	if k.usage, err = usage.Open(ctx, k.db, k.objects.Keys, log); err != nil {
 		return nil, err
 	}

@@ -5,8 +5,9 @@
 // Invariants: a request counts for one operation on one object, or one change, by
 // one requester; it is used at most once, in the transaction of what it was for,
 // by whichever node; whether it is approved is decided in that transaction by the
-// quorum that the group has then; an approver counts once, and whoever asked does
-// not. A [Book] keeps no state of its own and is safe for concurrent use.
+// quorum that the group has then, and by what holds of its approvers then: an
+// approval counts while its user is enabled and has the password of that time. An
+// approver counts once, and whoever asked does not. A [Book] keeps no state of its own and is safe for concurrent use.
 package approval
 
 import (
@@ -86,7 +87,13 @@ type Decision struct {
 	Approved bool      `json:"approved"`
 	Reason   string    `json:"reason,omitempty"`
 	Time     time.Time `json:"time"`
+	// Credential is what [Credential] told of the user then.
+	Credential string `json:"credential,omitempty"`
 }
+
+// Credential returns, in tx, what tells a user's present credential from former
+// ones; "" for a user who may not log in now. It is no secret.
+type Credential func(ctx context.Context, tx *store.Tx, user string) (string, error)
 
 // State is the state of a request.
 type State string
@@ -150,11 +157,12 @@ var ErrNotApproved = errors.New("not approved")
 
 // Book is the requests of a KMS. Use [Open].
 type Book struct {
-	db        *store.DB
-	directory *directory.Directory
-	requests  *store.Table[Request]
-	open      *store.Table[open] // by what is wanted
-	now       func() time.Time
+	db         *store.DB
+	directory  *directory.Directory
+	credential Credential
+	requests   *store.Table[Request]
+	open       *store.Table[open] // by what is wanted
+	now        func() time.Time
 }
 
 // open points to the request for what is wanted that is not used.
@@ -163,10 +171,10 @@ type open struct {
 	Expires time.Time `json:"expires"`
 }
 
-// Open returns the book in db, of groups in dir.
-func Open(db *store.DB, dir *directory.Directory) *Book {
+// Open returns the book in db, of groups in dir and of users as credential tells.
+func Open(db *store.DB, dir *directory.Directory, credential Credential) *Book {
 	return &Book{
-		db: db, directory: dir, requests: store.NewTable[Request](db, "kms-approval", 1), open: store.NewTable[open](db, "kms-approval-open", 1),
+		db: db, directory: dir, credential: credential, requests: store.NewTable[Request](db, "kms-approval", 1), open: store.NewTable[open](db, "kms-approval-open", 1),
 		now: func() time.Time { return time.Now().UTC() },
 	}
 }
@@ -194,7 +202,7 @@ func (b *Book) Use(ctx context.Context, tx *store.Tx, w Want) (id string, err er
 	if err != nil {
 		return "", err
 	}
-	r, err := b.requests.In(tx).Get(ctx, at.ID)
+	stored, r, err := b.request(ctx, tx, at.ID)
 	if err != nil {
 		return "", err
 	}
@@ -202,11 +210,11 @@ func (b *Book) Use(ctx context.Context, tx *store.Tx, w Want) (id string, err er
 	if r.Want != w || r.StateAt(q, now) != Approved {
 		return "", ErrNotApproved
 	}
-	r.Used = now
+	stored.Used = now
 	if err := b.open.In(tx).Delete(ctx, keyOf(w)); err != nil {
 		return "", err
 	}
-	return r.ID, b.requests.In(tx).Put(ctx, r.ID, r)
+	return r.ID, b.requests.In(tx).Put(ctx, r.ID, stored)
 }
 
 // Asked is what became of [Book.Ask].
@@ -233,7 +241,7 @@ func (b *Book) Ask(ctx context.Context, w Want, about About) (Asked, error) {
 			return err
 		}
 		if err == nil && now.Before(at.Expires) {
-			r, err := b.requests.In(tx).Get(ctx, at.ID)
+			_, r, err := b.request(ctx, tx, at.ID)
 			out = Asked{Request: r, State: r.StateAt(q, now), Quorum: q}
 			out.Approved, _ = r.Approvals(q)
 			return err
@@ -283,7 +291,7 @@ func (b *Book) Decide(ctx context.Context, id, user string, approve bool, reason
 	var out Asked
 	err := b.db.Txn(ctx, func(tx *store.Tx) error {
 		now := b.now()
-		r, err := b.get(ctx, tx, id)
+		stored, r, err := b.get(ctx, tx, id)
 		if err != nil {
 			return err
 		}
@@ -299,18 +307,23 @@ func (b *Book) Decide(ctx context.Context, id, user string, approve bool, reason
 		case r.Requester == userPrefix+user:
 			return errs.New(errs.Denied, "%s has asked for it: others decide", user)
 		}
-		d := Decision{User: user, Approved: approve, Reason: reason, Time: now}
-		switch at := slices.IndexFunc(r.Decisions, func(d Decision) bool { return d.User == user }); {
-		case at < 0:
-			r.Decisions = append(r.Decisions, d)
-		case r.Decisions[at].Approved == approve:
-			return errs.New(errs.Exists, "%s has decided so already", user)
-		default:
-			r.Decisions[at] = d
+		credential, err := b.credential(ctx, tx, user)
+		if err != nil {
+			return err
 		}
+		if credential == "" {
+			return errs.New(errs.Denied, "%s may not log in now", user)
+		}
+		d := Decision{User: user, Approved: approve, Reason: reason, Time: now, Credential: credential}
+		same := func(o Decision) bool { return o.User == user && o.Approved == approve }
+		if slices.ContainsFunc(r.Decisions, same) {
+			return errs.New(errs.Exists, "%s has decided so already", user)
+		}
+		stored.Decisions = append(slices.DeleteFunc(stored.Decisions, func(o Decision) bool { return o.User == user }), d)
+		r.Decisions = append(slices.DeleteFunc(r.Decisions, func(o Decision) bool { return o.User == user }), d)
 		out = Asked{Request: r, State: r.StateAt(q, now), Quorum: q}
 		out.Approved, _ = r.Approvals(q)
-		return b.requests.In(tx).Put(ctx, id, r)
+		return b.requests.In(tx).Put(ctx, id, stored)
 	})
 	verb := "deny"
 	if approve {
@@ -319,19 +332,44 @@ func (b *Book) Decide(ctx context.Context, id, user string, approve bool, reason
 	return out, errs.Wrap(err, "cannot %s request %.32s", verb, id)
 }
 
-func (b *Book) get(ctx context.Context, tx *store.Tx, id string) (Request, error) {
-	r, err := b.requests.In(tx).Get(ctx, id)
-	if store.IsNotFound(err) || errors.Is(err, store.ErrInvalidKey) {
-		return Request{}, errs.New(errs.NotFound, "there is no request %.32q", id).WithHint("strongroom kms approval ls")
+// request returns a request as it is stored, and one without the approvals that do
+// not count now, because of their users' credentials. Denials stay: they harm
+// nobody.
+func (b *Book) request(ctx context.Context, tx *store.Tx, id string) (stored, counting Request, err error) {
+	stored, err = b.requests.In(tx).Get(ctx, id)
+	counting = stored
+	if err != nil || !stored.Used.IsZero() {
+		return stored, counting, err
 	}
-	return r, err
+	counting.Decisions = nil
+	for _, d := range stored.Decisions {
+		if d.Approved {
+			now, err := b.credential(ctx, tx, d.User)
+			if err != nil {
+				return Request{}, Request{}, err
+			}
+			if now == "" || now != d.Credential {
+				continue
+			}
+		}
+		counting.Decisions = append(counting.Decisions, d)
+	}
+	return stored, counting, nil
+}
+
+func (b *Book) get(ctx context.Context, tx *store.Tx, id string) (stored, counting Request, err error) {
+	stored, counting, err = b.request(ctx, tx, id)
+	if store.IsNotFound(err) || errors.Is(err, store.ErrInvalidKey) {
+		return Request{}, Request{}, errs.New(errs.NotFound, "there is no request %.32q", id).WithHint("strongroom kms approval ls")
+	}
+	return stored, counting, err
 }
 
 // Get returns a request.
 func (b *Book) Get(ctx context.Context, id string) (Asked, error) {
 	var out Asked
 	err := b.db.View(ctx, func(tx *store.Tx) error {
-		r, err := b.get(ctx, tx, id)
+		_, r, err := b.get(ctx, tx, id)
 		if err != nil {
 			return err
 		}
@@ -354,7 +392,11 @@ func (b *Book) List(ctx context.Context, all bool) ([]Asked, error) {
 		if err != nil {
 			return err
 		}
-		for _, r := range requests {
+		for _, stored := range requests {
+			_, r, err := b.request(ctx, tx, stored.ID)
+			if err != nil {
+				return err
+			}
 			q, ok := quorums[r.Group]
 			if !ok {
 				if q, err = b.directory.QuorumIn(ctx, tx, r.Group); err != nil {

@@ -25,8 +25,9 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 // are needed.
 type bench struct {
 	*Book
-	t   *testing.T
-	now time.Time
+	t     *testing.T
+	now   time.Time
+	users map[string]string // their credentials; those who are not in it have one, too
 }
 
 var two = directory.Quorum{Approvers: []string{"ann", "bob", "eve"}, Needed: 2, Destroy: true, Expiry: time.Hour}
@@ -42,7 +43,13 @@ func newBench(t *testing.T) *bench {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b := &bench{Book: Open(db, dir), t: t, now: time.Now().UTC()}
+	b := &bench{t: t, now: time.Now().UTC(), users: map[string]string{}}
+	b.Book = Open(db, dir, func(_ context.Context, _ *store.Tx, user string) (string, error) {
+		if c, ok := b.users[user]; ok {
+			return c, nil
+		}
+		return "first", nil
+	})
 	b.Book.now = func() time.Time { return b.now }
 	b.must(dir.CreateGroup(t.Context(), directory.Group{Name: "g"}))
 	b.quorum(two)
@@ -294,7 +301,7 @@ func TestUsedOnce(t *testing.T) {
 	id := b.ask(w).ID
 	b.decide(id, "ann", true, Pending)
 	b.decide(id, "bob", true, Approved)
-	other := Open(b.db, b.directory) // as of another node
+	other := Open(b.db, b.directory, b.credential) // as of another node
 	var used atomic.Int32
 	var all sync.WaitGroup
 	for i := range 16 {
@@ -339,5 +346,62 @@ func TestAskedOnce(t *testing.T) {
 	all.Wait()
 	if made.Load() != 1 {
 		t.Errorf("%d requests were made", made.Load())
+	}
+}
+
+// TestCredentials: an approval counts while its user is enabled and has the
+// password with which it was given; a denial stays.
+func TestCredentials(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	w := Want{Group: "g", Requester: "application:a", Operation: Destroy, Object: "1"}
+	asked, err := b.Ask(t.Context(), w, About{})
+	b.must(err)
+	decide := func(user string, approve bool) {
+		t.Helper()
+		_, err := b.Decide(t.Context(), asked.ID, user, approve, "")
+		b.must(err)
+	}
+	want := func(what string, state State, approved int) {
+		t.Helper()
+		got, err := b.Get(t.Context(), asked.ID)
+		if err != nil || got.State != state || got.Approved != approved {
+			t.Errorf("%s: %s, %d approvals, %v; want %s, %d", what, got.State, got.Approved, err, state, approved)
+		}
+		list, err := b.List(t.Context(), false)
+		if err != nil || len(list) != 1 || list[0].State != state {
+			t.Errorf("%s: listed: %+v, %v", what, list, err)
+		}
+		again, err := b.Ask(t.Context(), w, About{})
+		if err != nil || again.ID != asked.ID || again.State != state {
+			t.Errorf("%s: asked again: %+v, %v", what, again, err)
+		}
+	}
+	decide("ann", true)
+	decide("bob", true)
+	want("both", Approved, 2)
+	b.users["ann"] = "second"
+	want("ann has another password", Pending, 1)
+	if err := b.use(w); !errors.Is(err, ErrNotApproved) {
+		t.Errorf("used: %v", err)
+	}
+	b.users["bob"] = ""
+	want("bob is disabled", Pending, 0)
+	_, err = b.Decide(t.Context(), asked.ID, "bob", true, "")
+	b.wantKind("bob approves", err, errs.Denied)
+	decide("ann", true) // again
+	b.users["bob"] = "first"
+	want("bob is enabled again", Approved, 2)
+	decide("eve", false)
+	b.users["eve"] = ""
+	want("eve denied it, and is disabled", Denied, 2)
+	b.users["eve"] = "second"
+	decide("eve", true)
+	want("eve approves", Approved, 3)
+	b.must(b.use(w))
+	b.users["ann"] = "third"
+	used, err := b.Get(t.Context(), asked.ID)
+	if err != nil || used.State != Used || len(used.Decisions) != 3 {
+		t.Errorf("used: %+v, %v", used, err)
 	}
 }
