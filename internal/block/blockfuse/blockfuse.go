@@ -21,7 +21,9 @@
 //
 // A device that fails, or is closed because its key or its disk is gone, fails
 // each request at once, with EIO. A request is answered only after the device
-// has done it, and nothing is kept in between.
+// has done it, and nothing is kept in between. So one that neither fails nor answers
+// makes its requests wait, until they are broken off with the mount: a write that
+// was given up could still reach the device, over a later one.
 //
 // Invariants: at most [maxRequests] requests are in work, each with at most
 // maxTransfer bytes; no request allocates beyond what go-fuse itself does for

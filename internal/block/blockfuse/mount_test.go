@@ -10,6 +10,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -104,6 +105,55 @@ func TestUnmountBusy(t *testing.T) {
 	check(t, unix.Unmount(path, 0))
 	<-m.Done()
 	check(t, m.Unmount(context.Background()))
+}
+
+// hung is a device whose reads are not answered until end is closed.
+type hung struct {
+	blockdev.Device
+	asked, end chan struct{}
+}
+
+func (h *hung) ReadAt(b []byte, off int64) (int, error) {
+	close(h.asked)
+	<-h.end
+	return h.Device.ReadAt(b, off)
+}
+
+// TestUnmountHung: who waits for a device that does not answer is broken off by the
+// end of the service, and does not wait for the device any more.
+func TestUnmountHung(t *testing.T) {
+	needFUSE(t)
+	needRoot(t)
+	t.Parallel()
+	dev := &hung{blockdev.NewMemory(1<<20, 512), make(chan struct{}), make(chan struct{})}
+	m, path := show(t, dev, blockfuse.Options{})
+	fd := openFile(t, path, unix.O_RDONLY)
+	read := make(chan error, 1)
+	go func() {
+		_, err := unix.Pread(fd, make([]byte, 512), 0)
+		read <- err
+	}()
+	<-dev.asked
+	select {
+	case err := <-read:
+		t.Errorf("a read that the device has not done ended: %v", err)
+	default:
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	left := make(chan error, 1)
+	go func() { left <- m.Unmount(ctx) }()
+	select {
+	case err := <-read:
+		if err != unix.ECONNABORTED && err != unix.ENOTCONN {
+			t.Errorf("the read ended with %v", err)
+		}
+	case <-time.After(deadline):
+		t.Error("the read waits for the device")
+	}
+	close(dev.end)
+	check(t, <-left)
+	check(t, unix.Close(fd))
 }
 
 // server is a process that shows a file, and that the test may kill.
