@@ -45,7 +45,17 @@ type kmsServer struct {
 	name, addr string
 	client     *tls.Config
 	process    *exec.Cmd
-	key        string // one that is there, to be got
+	others     []*exec.Cmd // processes of its other nodes
+	key        string      // one that is there, to be got
+}
+
+func (s *kmsServer) end() {
+	for _, p := range append([]*exec.Cmd{s.process}, s.others...) {
+		if p.Process != nil {
+			_ = syscall.Kill(-p.Process.Pid, syscall.SIGKILL)
+			_ = p.Wait()
+		}
+	}
 }
 
 // measureKMS loads our KMS and PyKMIP in turn: mutual TLS, keys durable, one
@@ -59,51 +69,72 @@ func measureKMS(ctx context.Context, o options, binary string) (_ []kmsSpeed, er
 	var servers []*kmsServer
 	defer func() {
 		for _, s := range servers {
-			_ = syscall.Kill(-s.process.Process.Pid, syscall.SIGKILL)
-			_ = s.process.Wait()
+			s.end()
 		}
 	}()
-	for _, prepare := range []func(context.Context, string, string) (*kmsServer, error){prepareOurs, preparePyKMIP} {
+	for _, prepare := range []func(context.Context, string, string) (*kmsServer, error){prepareOurs, preparePyKMIP, prepareNodes} {
 		s, err := prepare(ctx, dir, binary)
 		if err != nil {
 			return nil, err
 		}
-		s.process.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
-		if err := s.process.Start(); err != nil {
-			return nil, err
-		}
 		servers = append(servers, s)
+		if s.process.Process == nil {
+			s.process.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+			if err := s.process.Start(); err != nil {
+				return nil, err
+			}
+		}
 		if err := s.settle(ctx); err != nil {
 			return nil, fmt.Errorf("%s: %w", s.name, err)
 		}
 	}
+	ours, peers, all := servers[:1], servers[:2], servers // PyKMIP takes one item a message
+	own := []*kmsServer{servers[0], servers[2]}
+	quota := func(s *kmsServer, on bool) error { return limitOperations(ctx, binary, dir, on) }
 	loads := []struct {
 		name        string
+		servers     []*kmsServer
 		connections int
 		once        func(s *kmsServer, conn net.Conn) error // nil conn: it connects itself
 		connect     bool
+		change      func(s *kmsServer, on bool) error // of the server, for this load; nil: none
 	}{
-		{"Get", 1, (*kmsServer).get, true},
-		{"Get", 8, (*kmsServer).get, true},
-		{"Create, then Activate", 1, (*kmsServer).createActivate, true},
-		{"Create, then Activate", 8, (*kmsServer).createActivate, true},
-		{"connect, Get, close", 1, (*kmsServer).connectGet, false},
-		{"connect, Get, close", 8, (*kmsServer).connectGet, false},
-		{"Locate by name", 1, (*kmsServer).locate, true},
+		{"Get", peers, 1, (*kmsServer).get, true, nil},
+		{"Get", all, 8, (*kmsServer).get, true, nil},
+		{"Get, with quotas", ours, 8, (*kmsServer).get, true, quota},
+		{"Create, then Activate", peers, 1, (*kmsServer).createActivate, true, nil},
+		{"Create, then Activate", all, 8, (*kmsServer).createActivate, true, nil},
+		{"Create, then Activate", ours, 32, (*kmsServer).createActivate, true, nil},
+		{"Create, then Activate", ours, 64, (*kmsServer).createActivate, true, nil},
+		{"Create and Activate in one batch", ours, 1, (*kmsServer).createActivateBatch, true, nil},
+		{"Create and Activate in one batch", own, 8, (*kmsServer).createActivateBatch, true, nil},
+		{"Create and Activate in one batch", ours, 32, (*kmsServer).createActivateBatch, true, nil},
+		{"Create and Activate in one batch", ours, 64, (*kmsServer).createActivateBatch, true, nil},
+		{"connect, Get, close", peers, 1, (*kmsServer).connectGet, false, nil},
+		{"connect, Get, close", peers, 8, (*kmsServer).connectGet, false, nil},
+		{"Locate by name", peers, 1, (*kmsServer).locate, true, nil},
 	}
 	var out []kmsSpeed
 	for _, load := range loads {
-		runs := make([][]kmsSpeed, len(servers))
+		runs := make([][]kmsSpeed, len(load.servers))
 		for range o.rounds {
-			for i, s := range servers {
+			for i, s := range load.servers {
+				if load.change != nil {
+					if err := load.change(s, true); err != nil {
+						return nil, fmt.Errorf("%s, %s: %w", s.name, load.name, err)
+					}
+				}
 				run, err := s.load(ctx, o.duration, load.connections, load.connect, load.once)
+				if load.change != nil {
+					err = errors.Join(err, load.change(s, false))
+				}
 				if err != nil {
 					return nil, fmt.Errorf("%s, %s: %w", s.name, load.name, err)
 				}
 				runs[i] = append(runs[i], run)
 			}
 		}
-		for i, s := range servers {
+		for i, s := range load.servers {
 			speed := medianRun(runs[i])
 			speed.Server, speed.Load, speed.Connections, speed.Rounds = s.name, load.name, load.connections, o.rounds
 			out = append(out, speed)
@@ -293,15 +324,7 @@ func (s *kmsServer) get(conn net.Conn) error {
 }
 
 func (s *kmsServer) create(conn net.Conn, name string) (string, error) {
-	list := []kmip.Attribute{
-		{AttributeName: kmip.AttributeNameCryptographicAlgorithm, AttributeValue: kmip.CryptographicAlgorithmAES},
-		{AttributeName: kmip.AttributeNameCryptographicLength, AttributeValue: int32(256)},
-		{AttributeName: kmip.AttributeNameCryptographicUsageMask, AttributeValue: kmip.CryptographicUsageEncrypt | kmip.CryptographicUsageDecrypt},
-	}
-	if name != "" {
-		list = append(list, kmip.Attribute{AttributeName: kmip.AttributeNameName, AttributeValue: kmip.Name{NameValue: name, NameType: kmip.NameTypeUninterpretedTextString}})
-	}
-	p, err := ask(conn, &payloads.CreateRequestPayload{ObjectType: kmip.ObjectTypeSymmetricKey, TemplateAttribute: kmip.TemplateAttribute{Attribute: list}})
+	p, err := ask(conn, newKey(name))
 	if err != nil {
 		return "", err
 	}
@@ -314,6 +337,13 @@ func (s *kmsServer) createActivate(conn net.Conn) error {
 		return err
 	}
 	_, err = ask(conn, &payloads.ActivateRequestPayload{UniqueIdentifier: id})
+	return err
+}
+
+// createActivateBatch is createActivate in one message.
+func (s *kmsServer) createActivateBatch(conn net.Conn) error {
+	m := kmip.NewRequestMessage(kmip.V1_2, newKey(""), &payloads.ActivateRequestPayload{})
+	_, err := exchange(conn, &m)
 	return err
 }
 

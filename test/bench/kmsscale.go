@@ -187,12 +187,12 @@ func sampled(conn net.Conn) (ids []string, keys int, err error) {
 
 func (s *scaleServer) end() {
 	if s.process.ProcessState == nil {
-		_ = syscall.Kill(-s.process.Process.Pid, syscall.SIGKILL)
-		_ = s.process.Wait()
+		s.kmsServer.end()
 	}
 }
 
-func (s *scaleServer) stop() error {
+// stop has the server stop as it should.
+func (s *kmsServer) stop() error {
 	if err := s.process.Process.Signal(syscall.SIGTERM); err != nil {
 		return err
 	}
