@@ -39,15 +39,11 @@ func (x TxTable[T]) scan(ctx context.Context, from, to string, f func(Entry[T]) 
 	// An error that ends a stream comes back as another.
 	var bad error
 	ended := false
-	read := 0 // bytes
-	defer func() {
-		if read > unmapAfter {
-			unmap(x.tx.db.file)
-		}
-	}()
+	read := int64(0) // bytes
+	defer func() { x.tx.db.scannedMore(read) }()
 	each := func(r *etcdserverpb.RangeResponse) error {
 		for _, kv := range r.Kvs {
-			read += len(kv.Key) + len(kv.Value)
+			read += int64(len(kv.Key) + len(kv.Value))
 			v, err := x.t.decode(string(kv.Key), kv.Value)
 			if err != nil {
 				bad = err

@@ -25,6 +25,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -115,7 +116,8 @@ type DB struct {
 	// unlock releases our lock of the directory. Without that lock a second
 	// process would wait for etcd's own one for ever, without a word.
 	unlock    func()
-	file      string // of the database
+	file      string       // of the database
+	scanned   atomic.Int64 // bytes, by scans, since they were unmapped
 	clustered bool
 	commits   *groupcommit.Queue[*pending] // of a single member
 

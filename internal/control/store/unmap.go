@@ -10,9 +10,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// unmapAfter is how many bytes of records are read in one go before it is worth to
+// unmapAfter is how many bytes of records are read by scans until it is worth to
 // unmap them.
 const unmapAfter = 64 << 20
+
+// scannedMore notes that a scan has read so many bytes.
+func (db *DB) scannedMore(bytes int64) {
+	if db.scanned.Add(bytes) > unmapAfter {
+		db.scanned.Store(0)
+		unmap(db.file)
+	}
+}
 
 // unmap takes the pages of a database's file out of this process. A start has put
 // them all there, for bbolt maps the file populated, to read it in one go, and so

@@ -129,6 +129,7 @@ func open(ctx context.Context, cfg Config, u *unlocked, log *slog.Logger) (_ *KM
 			err = errors.Join(err, k.close())
 		}
 	}()
+	collectAtStart(cfg)
 	membership, err := loadMembership(cfg)
 	if err != nil {
 		return nil, err
@@ -334,6 +335,7 @@ func (k *KMS) run(ctx context.Context, ready func(*KMS) error) error {
 	}
 	group.Go(func() error { return k.objects.Run(ctx) })
 	group.Go(func() error { return k.objects.RunIndex(ctx) })
+	group.Go(func() error { return keepHeap(ctx) })
 	group.Go(func() error { return k.objects.RunCounts(ctx) })
 	group.Go(func() error { return k.usage.Run(ctx) })
 	group.Go(func() error { return k.keepDates(ctx, kmip) })

@@ -1,0 +1,45 @@
+package kms
+
+import (
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"testing"
+)
+
+// TestCollect sets how much garbage there may be: it is one for the process, so this
+// is the one test of it, and not parallel.
+func TestCollect(t *testing.T) {
+	t.Setenv("GOGC", "") // it is restored
+	os.Unsetenv("GOGC")
+	was := debug.SetGCPercent(100)
+	defer debug.SetGCPercent(was)
+	percent := func() int {
+		p := debug.SetGCPercent(100)
+		debug.SetGCPercent(p)
+		return p
+	}
+	cfg := Config{DataDir: t.TempDir()}
+	file := filepath.Join(cfg.DataDir, storeName, "member", "snap", "db")
+	if err := os.MkdirAll(filepath.Dir(file), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for size, want := range map[int64]int{0: collectSmall, largeFile + 1: collectLarge} {
+		if err := os.Truncate(file, size); err != nil {
+			t.Fatal(err)
+		}
+		if collectAtStart(cfg); percent() != want {
+			t.Errorf("with %d bytes: %d, want %d", size, percent(), want)
+		}
+	}
+	t.Setenv("GOGC", "200")
+	if collectFor(false); percent() != collectLarge {
+		t.Error("it is set although the environment says it")
+	}
+	if live := liveHeap(); live == 0 || live > 1<<40 {
+		t.Errorf("%d bytes live", live)
+	}
+}
