@@ -244,8 +244,7 @@ func (s *scaleServer) fill(ctx context.Context, keys int) error {
 				for i := first; i < min(first+scaleBatch, keys); i++ {
 					items = append(items, newKey(scaleName(i)))
 				}
-				m := kmip.NewRequestMessage(kmip.V1_2, items...)
-				if _, err := exchange(conn, &m); err != nil {
+				if err := together(conn, items...); err != nil {
 					return err
 				}
 				if first%(100*scaleBatch) == 0 {
@@ -257,6 +256,16 @@ func (s *scaleServer) fill(ctx context.Context, keys int) error {
 	}
 	defer fmt.Fprintln(os.Stderr)
 	return group.Wait()
+}
+
+// together does operations in one message.
+func together(conn net.Conn, items ...kmip.OperationPayload) error {
+	m := kmip.NewRequestMessage(kmip.V1_2, items...)
+	for i := range m.BatchItem {
+		m.BatchItem[i].UniqueBatchItemID = []byte{byte(i)}
+	}
+	_, err := exchange(conn, &m)
+	return err
 }
 
 // exchange does the operations of a message, which must succeed.

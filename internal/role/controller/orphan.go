@@ -43,7 +43,10 @@ const (
 
 	reasonHostSilent = "HostNotResponding"
 
-	orphanBatch = 256 // keys looked at before what is needed is asked anew
+	// So many keys are looked at before what is needed is asked anew, which costs
+	// as much as there are VMs: fewer where they are destroyed next.
+	orphanBatch, orphanListBatch = 256, 4096
+	orphanMessage                = 32 // keys asked for in one go
 )
 
 // orphan is a key with the time when nothing has needed it since.
@@ -190,34 +193,31 @@ func (n need) orphan(k standard.Key, before time.Time) (orphan, bool) {
 	return o, known && !n.registered[k.ID] && !n.other[k.ID] && !n.wrapping[k.ID] && !n.names[k.Name] && !o.since.IsZero() && !o.since.After(before)
 }
 
-// orphans calls do with the orphans among the keys of those identifiers.
-// What is needed is found out after the key server listed them.
-func (c *Controller) orphans(ctx context.Context, p *standard.Provider, ids []string, before time.Time, do func(need, []orphan) error) error {
-	for batch := range slices.Chunk(ids, orphanBatch) {
+// orphans calls do with the orphans among the keys of those identifiers, some at a
+// time. What is needed is found out after the key server listed them.
+func (c *Controller) orphans(ctx context.Context, p *standard.Provider, ids []string, some int, before time.Time, do func(need, []orphan) error) error {
+	for batch := range slices.Chunk(ids, some) {
 		n, err := c.needed(ctx, p.Name())
 		if err != nil {
 			return err
 		}
+		batch = slices.DeleteFunc(slices.Clone(batch), func(id string) bool { return n.registered[id] || n.other[id] || n.wrapping[id] })
 		var mu sync.Mutex
 		found := map[string]orphan{}
 		group, groupCtx := errgroup.WithContext(ctx)
 		group.SetLimit(fetchesMax)
-		for _, id := range batch {
-			if n.registered[id] || n.other[id] || n.wrapping[id] {
-				continue
-			}
+		for ids := range slices.Chunk(batch, orphanMessage) {
 			group.Go(func() error {
-				k, err := p.Mark(groupCtx, id)
-				if errors.Is(err, standard.ErrNotOurs) {
-					return nil
-				}
+				keys, err := p.Marks(groupCtx, ids)
 				if err != nil {
 					return err
 				}
-				if o, ok := n.orphan(k, before); ok {
-					mu.Lock()
-					defer mu.Unlock()
-					found[id] = o
+				mu.Lock()
+				defer mu.Unlock()
+				for _, k := range keys {
+					if o, ok := n.orphan(k, before); ok {
+						found[k.ID] = o
+					}
 				}
 				return nil
 			})
@@ -271,7 +271,7 @@ func (c providers) ListOrphanKeys(ctx context.Context, req *connect.Request[stro
 		return keyError("list the keys of key provider "+name, name, "", err)
 	}
 	before := time.Now().Add(-age)
-	err = c.orphans(ctx, p, ids, before, func(_ need, list []orphan) error {
+	err = c.orphans(ctx, p, ids, orphanListBatch, before, func(_ need, list []orphan) error {
 		if len(list) == 0 {
 			return nil
 		}
@@ -378,7 +378,7 @@ func (c *Controller) destroyOrphansOf(ctx context.Context, r *task.Run, a orphan
 	if err != nil {
 		return err
 	}
-	return c.orphans(ctx, p, ids, a.Before, func(n need, list []orphan) error {
+	return c.orphans(ctx, p, ids, orphanBatch, a.Before, func(n need, list []orphan) error {
 		if err := n.heard(); err != nil {
 			return err
 		}

@@ -80,7 +80,7 @@ var ErrNoLabels = errors.New("the key server does not find keys by their labels"
 
 // Mine returns the identifiers of the keys that bear the label of the
 // installation, as the KMS says. Not every KMS looks at labels: ask
-// [Provider.Mark] of each.
+// [Provider.Marks] of each.
 func (p *Provider) Mine(caller context.Context) ([]string, error) {
 	ctx, done, err := p.begin(caller)
 	if err != nil {
@@ -95,19 +95,40 @@ func (p *Provider) Mine(caller context.Context) ([]string, error) {
 	return ids, p.outcome(caller, err)
 }
 
-// Mark returns what is known of a key that the installation made, or an error
-// wrapping [ErrNotOurs].
-func (p *Provider) Mark(caller context.Context, id string) (Key, error) {
+// Marks returns what is known of those keys that the installation made, and that are
+// not destroyed. The others are left out.
+func (p *Provider) Marks(caller context.Context, ids []string) ([]Key, error) {
 	ctx, done, err := p.begin(caller)
 	if err != nil {
-		return Key{}, err
+		return nil, err
 	}
 	defer done()
-	return p.mark(ctx, caller, id)
+	described, err := p.client.DescribeAll(ctx, ids)
+	if err != nil {
+		return nil, p.outcome(caller, err)
+	}
+	var keys []Key
+	for i, is := range described {
+		k, err := p.ours(caller, ids[i], is.Description, is.Err)
+		if errors.Is(err, ErrNotOurs) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		keys = append(keys, k)
+	}
+	return keys, nil
 }
 
+// mark returns what is known of a key that the installation made, or an error
+// wrapping [ErrNotOurs].
 func (p *Provider) mark(ctx, caller context.Context, id string) (Key, error) {
 	is, err := p.client.Describe(ctx, id)
+	return p.ours(caller, id, is, err)
+}
+
+func (p *Provider) ours(caller context.Context, id string, is kmipclient.Description, err error) (Key, error) {
 	if errs.KindOf(err) == errs.NotFound {
 		return Key{}, fmt.Errorf("%w: %w", ErrNotOurs, err)
 	}

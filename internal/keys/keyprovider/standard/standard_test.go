@@ -395,8 +395,8 @@ func TestOwnKeys(t *testing.T) {
 		t.Errorf("mine: %v, %v", ids, err)
 	}
 	for what, id := range map[string]string{"of another installation": newKey(theirs, &labels), "without labels": newKey(p, nil), "that is not there": uuid.NewString()} {
-		if _, err := p.Mark(t.Context(), id); !errors.Is(err, ErrNotOurs) {
-			t.Errorf("a key %s: %v", what, err)
+		if keys, err := p.Marks(t.Context(), []string{id}); err != nil || len(keys) != 0 {
+			t.Errorf("a key %s is ours: %+v, %v", what, keys, err)
 		}
 		if err := p.Deactivate(t.Context(), id); !errors.Is(err, ErrNotOurs) {
 			t.Errorf("a key %s is deactivated: %v", what, err)
@@ -405,9 +405,12 @@ func TestOwnKeys(t *testing.T) {
 			t.Errorf("a key %s is destroyed: %v", what, err)
 		}
 	}
-	k, err := p.Mark(t.Context(), ours)
-	if err != nil || k.ID != ours || !strings.HasPrefix(k.Name, "strongroom-") || k.Labels != labels || k.Created.IsZero() {
-		t.Errorf("ours is %+v, %v", k, err)
+	keys, err := p.Marks(t.Context(), []string{uuid.NewString(), ours, newKey(p, nil)})
+	if err != nil || len(keys) != 1 {
+		t.Fatalf("ours are %+v, %v", keys, err)
+	}
+	if k := keys[0]; k.ID != ours || !strings.HasPrefix(k.Name, "strongroom-") || k.Labels != labels || k.Created.IsZero() {
+		t.Errorf("ours is %+v", k)
 	}
 	if err := p.Destroy(t.Context(), ours); err == nil {
 		t.Error("a key in use is destroyed")
@@ -423,7 +426,7 @@ func TestOwnKeys(t *testing.T) {
 	if err := p.Destroy(t.Context(), ours); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := p.Mark(t.Context(), ours); !errors.Is(err, ErrNotOurs) {
-		t.Errorf("destroyed, it is ours: %v", err)
+	if keys, err := p.Marks(t.Context(), []string{ours}); err != nil || len(keys) != 0 {
+		t.Errorf("destroyed, it is ours: %+v, %v", keys, err)
 	}
 }

@@ -261,8 +261,14 @@ var passwordTag = []byte{0x42, 0x00, 0xa1, byte(ttlv.TypeTextString)}
 // encode returns the request message for p. The password never is a string:
 // its place is encoded with zeros and filled in afterwards.
 func (c *Client) encode(version kmip.ProtocolVersion, p kmip.OperationPayload) ([]byte, error) {
-	m := kmip.NewRequestMessage(version, p)
+	m := kmip.NewRequestMessage(version, items(p)...)
 	m.Header.TimeStamp = nil
+	if len(m.BatchItem) > 1 {
+		m.Header.BatchErrorContinuationOption = kmip.BatchErrorContinuationOptionContinue
+		for i := range m.BatchItem {
+			m.BatchItem[i].UniqueBatchItemID = []byte{byte(i)}
+		}
+	}
 	if c.config.User == "" {
 		return ttlv.MarshalTTLV(&m), nil
 	}
@@ -308,6 +314,9 @@ func (c *Client) roundTrip(ctx context.Context, s *server, k *conn, version kmip
 	response, err := decode(answer)
 	if err != nil {
 		return nil, lose(err)
+	}
+	if many, ok := p.(*batch); ok && len(response.BatchItem) == len(many.items) {
+		return p, many.take(s, response.BatchItem)
 	}
 	if len(response.BatchItem) != 1 {
 		return nil, lose(fmt.Errorf("it has %d items", len(response.BatchItem)))

@@ -131,11 +131,12 @@ type Description struct {
 
 // Describe returns what is known of a key.
 func (c *Client) Describe(ctx context.Context, id string) (Description, error) {
-	d := Description{Labels: map[string]string{}}
 	list, err := c.attributes(ctx, id)
-	if err != nil {
-		return d, c.describe("describe key "+id, err)
-	}
+	return descriptionOf(list), c.describe("describe key "+id, err)
+}
+
+func descriptionOf(list []kmip.Attribute) Description {
+	d := Description{Labels: map[string]string{}}
 	for _, a := range list {
 		switch v := a.AttributeValue.(type) {
 		case kmip.State:
@@ -154,7 +155,7 @@ func (c *Client) Describe(ctx context.Context, id string) (Description, error) {
 			}
 		}
 	}
-	return d, nil
+	return d
 }
 
 func (c *Client) locate(ctx context.Context, name kmip.Name) ([]string, error) {
