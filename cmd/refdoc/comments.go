@@ -15,7 +15,7 @@ type comments map[string]string
 var (
 	protoBlock  = regexp.MustCompile(`^(?:service|message) (\w+) \{(\})?`)
 	protoMethod = regexp.MustCompile(`^rpc (\w+)\(`)
-	protoField  = regexp.MustCompile(`^(?:repeated )?(?:map<\w+, \w+>|[\w.]+) (\w+) = \d+;`)
+	protoField  = regexp.MustCompile(`^(?:repeated |optional )?(?:map<\w+, \w+>|[\w.]+) (\w+) = \d+;`)
 )
 
 // readComments reads the proto files of a folder. They are formatted by buf: one
