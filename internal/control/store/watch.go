@@ -68,6 +68,17 @@ func (t *Table[T]) Watch(ctx context.Context, prefix string, from int64, f func(
 	}
 }
 
+// caughtUp returns when what was told to a watch can be read: etcd tells of changes
+// shortly before it shows them to reads that ask nobody, those of a single member
+// ([DB.get]).
+func (db *DB) caughtUp(ctx context.Context) error {
+	if db.clustered {
+		return nil
+	}
+	_, err := db.client.Get(ctx, keyRoot, clientv3.WithCountOnly()) // a linearizable one
+	return db.mapErr(err)
+}
+
 // follow delivers changes behind revision from. It returns true if that
 // history is gone.
 func (t *Table[T]) follow(ctx context.Context, prefix string, from int64, f func(Change[T]) error) (compacted bool, err error) {
@@ -90,6 +101,9 @@ func (t *Table[T]) follow(ctx context.Context, prefix string, from int64, f func
 				return true, nil
 			case resp.Err() != nil:
 				return false, t.db.mapErr(resp.Err())
+			}
+			if err := t.db.caughtUp(ctx); err != nil {
+				return false, err
 			}
 			for _, ev := range resp.Events {
 				c := Change[T]{Op: Deleted, Key: strings.TrimPrefix(string(ev.Kv.Key), t.prefix), Revision: ev.Kv.ModRevision}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"testing"
 	"time"
 
@@ -156,5 +157,42 @@ func TestWatchEndsWithItsContextAndWithTheDatabase(t *testing.T) {
 	}
 	if err := <-ended; !errors.Is(err, store.ErrClosed) {
 		t.Errorf("after Close: %v", err)
+	}
+}
+
+// TestWatchedIsThere: who is told of a change reads it, or a later one, at once:
+// there is nobody who tells a second time.
+func TestWatchedIsThere(t *testing.T) {
+	t.Parallel()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	tbl := store.NewTable[thing](db, own("watched"), 1)
+	const n = 2000
+	var writing sync.WaitGroup
+	defer writing.Wait()
+	seen := 0
+	err := tbl.Watch(ctx, "", 0, func(c store.Change[thing]) error {
+		switch c.Op {
+		case store.Synced:
+			writing.Go(func() {
+				for i := range n {
+					if err := tbl.Create(ctx, fmt.Sprint(i), thing{N: i}); err != nil {
+						t.Error(err)
+						return
+					}
+				}
+			})
+		case store.Put:
+			if _, err := tbl.Get(ctx, c.Key); err != nil {
+				return fmt.Errorf("change %d: %w", seen, err)
+			}
+			if seen++; seen == n {
+				return errEnough
+			}
+		}
+		return nil
+	})
+	if err != errEnough {
+		t.Fatal(err)
 	}
 }
