@@ -165,7 +165,9 @@ func TestKeyServerStates(t *testing.T) {
 		if got.GetProblem() != string(state.want) || got.GetStatus() != "red" || got.GetMessage() == "" {
 			t.Errorf("%s: found %v, want %s", name, got, state.want)
 		}
-		eventually(t, name+" to alarm", func() bool { return slices.Contains(s.alarms("provider/"+name+"/"+addresses[name]), event.AlarmKeyServer) })
+		eventually(t, name+" to alarm", func() bool {
+			return slices.Contains(s.alarms("provider/"+name+"/"+addresses[name]), event.AlarmKeyServer)
+		})
 	}
 	// To ask says the same, with what to do.
 	for name, state := range states {
