@@ -62,6 +62,7 @@ func run(ctx context.Context, args []string) error {
 	}
 	var o options
 	var only string
+	var update bool
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
 	flags.IntVar(&o.rounds, "rounds", 5, "how often each load is measured")
 	flags.DurationVar(&o.duration, "duration", 600*time.Millisecond, "of one measurement")
@@ -72,6 +73,7 @@ func run(ctx context.Context, args []string) error {
 	flags.IntVar(&o.kmsKeys, "kms-keys", 0, "also measure our key management server with so many keys, such as 1000000: some minutes")
 	flags.StringVar(&o.kmsDir, "kms-dir", "", "where the key management server with -kms-keys keeps them, to be measured again")
 	flags.StringVar(&only, "only", "", "measure only what matches: a regular expression on `[disk/]SERVER/GENERATOR/LOAD` and on 'cipher', 'rekey', 'starts' and 'kms'")
+	flags.BoolVar(&update, "update", false, "put what -only selects, whole sections, into the page that is there, in place of printing it")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
@@ -112,7 +114,11 @@ func run(ctx context.Context, args []string) error {
 			return fmt.Errorf("cannot measure a key management server with %d keys: %w", o.kmsKeys, err)
 		}
 	}
-	if only != "" {
+	if update {
+		if r, err = r.update(o.out); err != nil {
+			return fmt.Errorf("cannot update %s: %w", o.out, err)
+		}
+	} else if only != "" {
 		fmt.Print(r.markdown())
 		return nil
 	}

@@ -54,7 +54,69 @@ type report struct {
 	Starts   []start           `json:"starts,omitempty"`
 	KMS      []kmsSpeed        `json:"kms,omitempty"`
 	Scale    *kmsScale         `json:"kms_scale,omitempty"`
+	Later    map[string]origin `json:"later,omitempty"` // sections of a later run
 }
+
+// origin is where a section comes from that was measured later than the rest.
+type origin struct {
+	Time       string `json:"time"`
+	Load       string `json:"load_average_before"`
+	Strongroom string `json:"strongroom"`
+}
+
+// The sections that can be measured later.
+const (
+	sectionDisk   = "disk"
+	sectionCipher = "cipher"
+	sectionRekey  = "rekey"
+	sectionStarts = "starts"
+	sectionKMS    = "kms"
+	sectionScale  = "kms_scale"
+)
+
+// update puts the sections of r into the report that is in file, in place of
+// those.
+func (r *report) update(file string) (*report, error) {
+	if len(r.Results) > 0 {
+		return nil, errors.New("what is measured on a tmpfs cannot be put into another run's tables")
+	}
+	text, err := os.ReadFile(figuresOf(file))
+	if err != nil {
+		return nil, err
+	}
+	var all report
+	if err := json.Unmarshal(text, &all); err != nil {
+		return nil, fmt.Errorf("%s: %w", figuresOf(file), err)
+	}
+	if all.Later == nil {
+		all.Later = map[string]origin{}
+	}
+	take := func(section string, measured bool, put func()) {
+		if measured {
+			put()
+			all.Later[section] = origin{Time: r.Time, Load: r.Load, Strongroom: r.Versions["strongroom"]}
+		}
+	}
+	take(sectionDisk, len(r.Disk) > 0, func() { all.Disk, all.Commands = r.Disk, append(all.Commands, r.Commands...) })
+	take(sectionCipher, len(r.Cipher) > 0, func() { all.Cipher = r.Cipher })
+	take(sectionRekey, len(r.Rekey) > 0, func() { all.Rekey = r.Rekey })
+	take(sectionStarts, len(r.Starts) > 0, func() { all.Starts = r.Starts })
+	take(sectionKMS, len(r.KMS) > 0, func() { all.KMS = r.KMS })
+	take(sectionScale, r.Scale != nil, func() { all.Scale = r.Scale })
+	return &all, nil
+}
+
+// later tells where a section comes from, if not from the run of the rest.
+func (r *report) later(section string) string {
+	o, ok := r.Later[section]
+	if !ok {
+		return ""
+	}
+	return fmt.Sprintf(" Measured later than the rest, with\nstrongroom %s; load average before: %s.", o.Strongroom, o.Load)
+}
+
+// figuresOf returns the name of the file of figures beside the page in file.
+func figuresOf(file string) string { return strings.TrimSuffix(file, ".md") + ".json" }
 
 // results of several loads on several servers.
 type results []result
@@ -96,9 +158,10 @@ func (r *report) measureServers(ctx context.Context, o options, m medium) (_ res
 		return nil, err
 	}
 	defer stopServers(servers)
+	var commands []string
 	for _, s := range servers {
 		program := filepath.Base(s.command[0])
-		r.Commands = append(r.Commands, strings.ReplaceAll(program+" "+strings.Join(s.command[1:], " "), dir+"/", "$DIR/"))
+		commands = append(commands, strings.ReplaceAll(program+" "+strings.Join(s.command[1:], " "), dir+"/", "$DIR/"))
 		if err := fill(ctx, s); err != nil {
 			return nil, fmt.Errorf("cannot fill the image of %s: %w", s.name, err)
 		}
@@ -140,6 +203,9 @@ func (r *report) measureServers(ctx context.Context, o options, m medium) (_ res
 				}
 			}
 		}
+	}
+	if len(all) > 0 {
+		r.Commands = append(r.Commands, commands...)
 	}
 	return all, nil
 }
@@ -239,7 +305,7 @@ func (r *report) write(file string) error {
 	if err != nil {
 		return err
 	}
-	if err := os.WriteFile(strings.TrimSuffix(file, ".md")+".json", append(figures, '\n'), 0o644); err != nil {
+	if err := os.WriteFile(figuresOf(file), append(figures, '\n'), 0o644); err != nil {
 		return err
 	}
 	if err := os.WriteFile(file, []byte(r.markdown()), 0o644); err != nil {
@@ -279,15 +345,15 @@ servers. Ours uses one thread for load; where it used that wholly, it was the li
 		table(&b, append([][]string{{"load", "generator", "our generator's end, requests/s", "processors it used for that", "and for ours, encrypted", "fio's end, requests/s"}}, rows...))
 	}
 	if len(r.Disk) > 0 {
-		b.WriteString("\n## On a disk\n\nThe same with images on a disk and direct I/O, so that no request ends in the page cache: ours with Direct,\nqemu-storage-daemon with cache.direct=on. nbdkit's file plugin has no direct I/O.\n")
+		b.WriteString("\n## On a disk\n\nThe same with images on a disk and direct I/O, so that no request ends in the page cache: ours with Direct,\nqemu-storage-daemon with cache.direct=on. nbdkit's file plugin has no direct I/O." + r.later(sectionDisk) + "\n")
 		r.Disk.tables(&b, "###")
 	}
 	if len(r.Cipher) > 0 {
-		b.WriteString("\n## The cipher\n\nXTS-AES-256 on sectors of 512 bytes, each with its own tweak, on one core, by processor time. OpenSSL has one sector in\na call, whatever its size. The C loop is test/bench/xts_vaes512.c.\n\n")
+		b.WriteString("\n## The cipher\n\nXTS-AES-256 on sectors of 512 bytes, each with its own tweak, on one core, by processor time. OpenSSL has one sector in\na call, whatever its size. The C loop is test/bench/xts_vaes512.c." + r.later(sectionCipher) + "\n\n")
 		cipherTable(&b, r.Cipher)
 	}
 	if len(r.Rekey) > 0 {
-		fmt.Fprintf(&b, "\n## Deep rekey\n\nOf a full disk of %d MiB on a disk, in MiB/s. A journal makes each byte written twice, so that half of the disk's speed is its bound.\n\n", r.Size>>20)
+		fmt.Fprintf(&b, "\n## Deep rekey\n\nOf a full disk of %d MiB on a disk, in MiB/s. A journal makes each byte written twice, so that half of the disk's speed is its bound.%s\n\n", r.Size>>20, r.later(sectionRekey))
 		rows := [][]string{{"work", "MiB/s", "of the disk's write speed"}}
 		for _, s := range r.Rekey {
 			rows = append(rows, []string{s.What, fmt.Sprintf("%.0f", s.MiBPerSecond), fmt.Sprintf("%.2f", s.OfDisk)})
@@ -295,7 +361,7 @@ servers. Ours uses one thread for load; where it used that wholly, it was the li
 		table(&b, rows)
 	}
 	if len(r.Starts) > 0 {
-		b.WriteString("\n## Starts\n\n")
+		b.WriteString("\n## Starts\n\nOf the binary, with etcd and QEMU." + r.later(sectionStarts) + "\n\n")
 		rows := [][]string{{"what", "ms, median", "rounds"}}
 		for _, s := range r.Starts {
 			rows = append(rows, []string{s.What, fmt.Sprintf("%.0f", s.Milliseconds), fmt.Sprint(s.Rounds)})
@@ -303,7 +369,7 @@ servers. Ours uses one thread for load; where it used that wholly, it was the li
 		table(&b, rows)
 	}
 	if len(r.KMS) > 0 {
-		b.WriteString("\n## Key management servers\n\nKMIP over mutual TLS from one client process on the same machine; keys are on disk when they are acknowledged. 1000 keys with names\nwere there before, and those made meanwhile.\n\n")
+		b.WriteString("\n## Key management servers\n\nKMIP over mutual TLS from one client process on the same machine; keys are on disk when they are acknowledged. 1000 keys with names\nwere there before, and those made meanwhile." + r.later(sectionKMS) + "\n\n")
 		rows := [][]string{{"load", "connections", "server", "a second", "p50, ms", "p99, ms"}}
 		for _, s := range r.KMS {
 			rows = append(rows, []string{s.Load, fmt.Sprint(s.Connections), s.Server, rate(s.PerSecond), fmt.Sprintf("%.2f", s.P50), fmt.Sprintf("%.2f", s.P99)})
@@ -311,7 +377,7 @@ servers. Ours uses one thread for load; where it used that wholly, it was the li
 		table(&b, rows)
 	}
 	if s := r.Scale; s != nil {
-		fmt.Fprintf(&b, "\n## A key management server with %d keys\n\nOurs, with a name for each key, all in one group; made over KMIP in %.0f s, then started anew. Memory is the process's own, and pages of its\ndatabase's file that the kernel can take back.\n\n", s.Keys, s.LoadSeconds)
+		fmt.Fprintf(&b, "\n## A key management server with %d keys\n\nOurs, with a name for each key, all in one group; made over KMIP in %.0f s, then started anew. Memory is the process's own, and pages of its\ndatabase's file that the kernel can take back.%s\n\n", s.Keys, s.LoadSeconds, r.later(sectionScale))
 		table(&b, [][]string{
 			{"what", "value"},
 			{"database, MiB", fmt.Sprintf("%.0f", s.DatabaseMiB)},
