@@ -244,7 +244,7 @@ func newVMSnapshotRenameCmd(env *Env) *cobra.Command {
 another description; to change that alone, say the name that it has. Undo it by
 the same command. Needs the privilege VirtualMachine.State.RenameSnapshot.`,
 		Example: `  strongroom vm snapshot rename web-1 before-upgrade bookworm
-  strongroom vm snapshot rename web-1 bookworm bookworm --description "before trixie"`,
+  strongroom vm snapshot rename web-1 bookworm bookworm --description pre-trixie`,
 		Args:              exactArgs("the VM's name", "the snapshot's", "its new name"),
 		ValidArgsFunction: env.completeSnapshot,
 		RunE: env.withClient("rename the snapshot", func(cmd *cobra.Command, c *client.Client, args []string) error {
