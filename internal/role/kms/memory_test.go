@@ -27,16 +27,19 @@ func TestCollect(t *testing.T) {
 	if err := os.WriteFile(file, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for size, want := range map[int64]int{0: collectSmall, largeFile + 1: collectLarge} {
-		if err := os.Truncate(file, size); err != nil {
+	for _, at := range []struct {
+		size int64
+		want int
+	}{{largeFile + 1, collectLarge}, {0, collectSmall}} {
+		if err := os.Truncate(file, at.size); err != nil {
 			t.Fatal(err)
 		}
-		if collectAtStart(cfg); percent() != want {
-			t.Errorf("with %d bytes: %d, want %d", size, percent(), want)
+		if collectAtStart(cfg); percent() != at.want {
+			t.Errorf("with %d bytes: %d, want %d", at.size, percent(), at.want)
 		}
 	}
 	t.Setenv("GOGC", "200")
-	if collectFor(false); percent() != collectLarge {
+	if collectFor(true); percent() != collectSmall {
 		t.Error("it is set although the environment says it")
 	}
 	if live := liveHeap(); live == 0 || live > 1<<40 {
