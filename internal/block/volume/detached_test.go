@@ -74,8 +74,8 @@ func (p *pair) dev() *volume.Detached {
 	return volume.NewDetached(half{p.header, p}, half{p.data, p})
 }
 
-// injected returns the kind of the operation that the fault has hit.
-func (p *pair) injected() faultdev.Kind {
+// Injected returns the kind of the operation that the fault has hit.
+func (p *pair) Injected() faultdev.Kind {
 	if p.hit == nil {
 		return faultdev.None
 	}
@@ -97,35 +97,9 @@ func (p *pair) survivors(rng *rand.Rand) []storage {
 // atEveryFaultOfPair is [atEveryFault] for two devices.
 func atEveryFaultOfPair(t *testing.T, s storage, test func(t *testing.T, p *pair) error) {
 	t.Helper()
-	for _, mode := range faultdev.Modes() {
-		for _, dead := range []bool{false, true} {
-			for op := 0; ; op += blockdevtest.FaultStep {
-				p := &pair{
-					header: faultdev.New(s.header.Clone(), nil), data: faultdev.New(s.data.Clone(), nil),
-					fault: faultdev.Fault{Op: op, Mode: mode, Dead: dead},
-				}
-				ok := t.Run(fmt.Sprintf("%s/%d/dead=%v", mode, op, dead), func(t *testing.T) {
-					err := test(t, p)
-					hit := p.injected()
-					if healed := hit == faultdev.Read && err == errHealed; hit != faultdev.None && !healed && !errors.Is(err, faultdev.ErrInjected) {
-						t.Errorf("a failed %s was swallowed: error %v", hit, err)
-					}
-					if hit == faultdev.None && err != nil {
-						t.Errorf("error %v without a fault", err)
-					}
-				})
-				if !ok {
-					return
-				}
-				if p.injected() == faultdev.None {
-					if op == 0 {
-						t.Fatal("no operation to fail")
-					}
-					break
-				}
-			}
-		}
-	}
+	forEveryFault(t, func(f faultdev.Fault) *pair {
+		return &pair{header: faultdev.New(s.header.Clone(), nil), data: faultdev.New(s.data.Clone(), nil), fault: f}
+	}, test)
 }
 
 // underDetached checks that s holds want under dek, as every other program sees it
@@ -314,12 +288,12 @@ func TestFaultsDetachedRekey(t *testing.T) {
 		if err != nil {
 			return err
 		}
-		if p.injected() != faultdev.None {
+		if p.Injected() != faultdev.None {
 			v.Close()
 			return errHealed
 		}
 		err = v.Rekey(t.Context(), opts)
-		if err == nil && p.injected() == faultdev.Read {
+		if err == nil && p.Injected() == faultdev.Read {
 			err = errHealed
 		}
 		for i, left := range p.survivors(rng)[:2] {

@@ -193,7 +193,7 @@ func TestFaultsEncryptDetached(t *testing.T) {
 	opts := volume.EncryptOptions{DEK: dek, Safe: newSafe(t, dek, "k", 1), UUID: testUUID, Zone: detachedZone}
 	atEveryFaultOfPair(t, storage{blockdev.NewMemory(smallHeader, 512), disk}, func(t *testing.T, p *pair) error {
 		err := beginFaulty(t, p, opts)
-		if err == nil && p.injected() == faultdev.Read {
+		if err == nil && p.Injected() == faultdev.Read {
 			return errHealed
 		}
 		for i, left := range p.survivors(rng)[rng.IntN(2):] {
@@ -257,7 +257,7 @@ func TestFaultsCancelDetached(t *testing.T) {
 	wantError(t, volume.CancelDetached(begun.clone().dev(), newKey(t, 64)), volume.ErrWrongKey)
 	atEveryFaultOfPair(t, *begun, func(t *testing.T, p *pair) error {
 		err := volume.CancelDetached(p.dev(), dek)
-		if err == nil && p.injected() == faultdev.Read {
+		if err == nil && p.Injected() == faultdev.Read {
 			return errHealed
 		}
 		for i, left := range p.survivors(rng) {

@@ -37,10 +37,16 @@ func openFaulty(dev *faultdev.Device, dek *keymem.Key) (*volume.Volume, error) {
 // until none is left to fail. test returns the error of what it tried.
 func atEveryFault(t *testing.T, disk *blockdev.Memory, test func(t *testing.T, dev *faultdev.Device) error) {
 	t.Helper()
+	forEveryFault(t, func(f faultdev.Fault) *faultdev.Device { return faultdev.New(disk.Clone(), &f) }, test)
+}
+
+// forEveryFault is [atEveryFault] for what start makes.
+func forEveryFault[D interface{ Injected() faultdev.Kind }](t *testing.T, start func(faultdev.Fault) D, test func(*testing.T, D) error) {
+	t.Helper()
 	for _, mode := range faultdev.Modes() {
 		for _, dead := range []bool{false, true} {
 			for op := 0; ; op += blockdevtest.FaultStep {
-				dev := faultdev.New(disk.Clone(), &faultdev.Fault{Op: op, Mode: mode, Dead: dead})
+				dev := start(faultdev.Fault{Op: op, Mode: mode, Dead: dead})
 				ok := t.Run(fmt.Sprintf("%s/%d/dead=%v", mode, op, dead), func(t *testing.T) {
 					err := test(t, dev)
 					hit := dev.Injected()
