@@ -26,8 +26,8 @@ import (
 // 32 MiB.
 const (
 	// buffersMax is for the data of NBD requests on all disks together, in bytes:
-	// two busy disks have as many workers as they like, more of them share.
-	buffersMax = 8 << 20
+	// a busy disk has as many workers as it likes, more of them share.
+	buffersMax = 6 << 20
 	// vhostWorkers is how many vhost-user requests are in work on each disk.
 	vhostWorkers = 12
 )
