@@ -1165,16 +1165,19 @@ type KMSApplication struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// "ACCOUNT/NAME", or "NAME" in the account default; also the user name that
 	// goes with its passwords.
-	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	Title         string                 `protobuf:"bytes,2,opt,name=title,proto3" json:"title,omitempty"`
-	Description   string                 `protobuf:"bytes,3,opt,name=description,proto3" json:"description,omitempty"`
-	Group         string                 `protobuf:"bytes,4,opt,name=group,proto3" json:"group,omitempty"`
-	Disabled      bool                   `protobuf:"varint,5,opt,name=disabled,proto3" json:"disabled,omitempty"`
-	Credentials   []*KMSCredential       `protobuf:"bytes,6,rep,name=credentials,proto3" json:"credentials,omitempty"`
-	Created       *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=created,proto3" json:"created,omitempty"`
-	Quota         *KMSQuota              `protobuf:"bytes,8,opt,name=quota,proto3" json:"quota,omitempty"`
-	Usage         *KMSUsage              `protobuf:"bytes,9,opt,name=usage,proto3" json:"usage,omitempty"`
-	Account       string                 `protobuf:"bytes,10,opt,name=account,proto3" json:"account,omitempty"`
+	Name        string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Title       string                 `protobuf:"bytes,2,opt,name=title,proto3" json:"title,omitempty"`
+	Description string                 `protobuf:"bytes,3,opt,name=description,proto3" json:"description,omitempty"`
+	Group       string                 `protobuf:"bytes,4,opt,name=group,proto3" json:"group,omitempty"`
+	Disabled    bool                   `protobuf:"varint,5,opt,name=disabled,proto3" json:"disabled,omitempty"`
+	Credentials []*KMSCredential       `protobuf:"bytes,6,rep,name=credentials,proto3" json:"credentials,omitempty"`
+	Created     *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=created,proto3" json:"created,omitempty"`
+	Quota       *KMSQuota              `protobuf:"bytes,8,opt,name=quota,proto3" json:"quota,omitempty"`
+	Usage       *KMSUsage              `protobuf:"bytes,9,opt,name=usage,proto3" json:"usage,omitempty"`
+	Account     string                 `protobuf:"bytes,10,opt,name=account,proto3" json:"account,omitempty"`
+	// How it asks, "KMIP" or "REST" (KMSKeyService). Its credentials are good for
+	// that alone. It never changes.
+	Interface     string `protobuf:"bytes,11,opt,name=interface,proto3" json:"interface,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1279,10 +1282,17 @@ func (x *KMSApplication) GetAccount() string {
 	return ""
 }
 
+func (x *KMSApplication) GetInterface() string {
+	if x != nil {
+		return x.Interface
+	}
+	return ""
+}
+
 type KMSCredential struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	// "password" or "certificate".
+	// "password", "certificate" or "api-key".
 	Kind string `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
 	// Of a password.
 	User string `protobuf:"bytes,3,opt,name=user,proto3" json:"user,omitempty"`
@@ -1835,7 +1845,9 @@ type CreateKMSApplicationRequest struct {
 	Title       string                 `protobuf:"bytes,2,opt,name=title,proto3" json:"title,omitempty"`
 	Description string                 `protobuf:"bytes,3,opt,name=description,proto3" json:"description,omitempty"`
 	// A group of the same account.
-	Group         string `protobuf:"bytes,4,opt,name=group,proto3" json:"group,omitempty"`
+	Group string `protobuf:"bytes,4,opt,name=group,proto3" json:"group,omitempty"`
+	// "KMIP" or "REST"; "" is KMIP.
+	Interface     string `protobuf:"bytes,5,opt,name=interface,proto3" json:"interface,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1894,6 +1906,13 @@ func (x *CreateKMSApplicationRequest) GetDescription() string {
 func (x *CreateKMSApplicationRequest) GetGroup() string {
 	if x != nil {
 		return x.Group
+	}
+	return ""
+}
+
+func (x *CreateKMSApplicationRequest) GetInterface() string {
+	if x != nil {
+		return x.Interface
 	}
 	return ""
 }
@@ -2270,6 +2289,112 @@ func (x *CreateKMSPasswordResponse) GetPassword() []byte {
 	return nil
 }
 
+type CreateKMSAPIKeyRequest struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	Application string                 `protobuf:"bytes,1,opt,name=application,proto3" json:"application,omitempty"`
+	// 0: it does not expire.
+	LifetimeSeconds int64 `protobuf:"varint,2,opt,name=lifetime_seconds,json=lifetimeSeconds,proto3" json:"lifetime_seconds,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *CreateKMSAPIKeyRequest) Reset() {
+	*x = CreateKMSAPIKeyRequest{}
+	mi := &file_strongroom_v1_kms_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CreateKMSAPIKeyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CreateKMSAPIKeyRequest) ProtoMessage() {}
+
+func (x *CreateKMSAPIKeyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_kms_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CreateKMSAPIKeyRequest.ProtoReflect.Descriptor instead.
+func (*CreateKMSAPIKeyRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *CreateKMSAPIKeyRequest) GetApplication() string {
+	if x != nil {
+		return x.Application
+	}
+	return ""
+}
+
+func (x *CreateKMSAPIKeyRequest) GetLifetimeSeconds() int64 {
+	if x != nil {
+		return x.LifetimeSeconds
+	}
+	return 0
+}
+
+type CreateKMSAPIKeyResponse struct {
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Credential *KMSCredential         `protobuf:"bytes,1,opt,name=credential,proto3" json:"credential,omitempty"`
+	// Shown this once.
+	Key           []byte `protobuf:"bytes,2,opt,name=key,proto3" json:"key,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CreateKMSAPIKeyResponse) Reset() {
+	*x = CreateKMSAPIKeyResponse{}
+	mi := &file_strongroom_v1_kms_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CreateKMSAPIKeyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CreateKMSAPIKeyResponse) ProtoMessage() {}
+
+func (x *CreateKMSAPIKeyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_kms_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CreateKMSAPIKeyResponse.ProtoReflect.Descriptor instead.
+func (*CreateKMSAPIKeyResponse) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *CreateKMSAPIKeyResponse) GetCredential() *KMSCredential {
+	if x != nil {
+		return x.Credential
+	}
+	return nil
+}
+
+func (x *CreateKMSAPIKeyResponse) GetKey() []byte {
+	if x != nil {
+		return x.Key
+	}
+	return nil
+}
+
 type AddKMSCertificateRequest struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
 	Application string                 `protobuf:"bytes,1,opt,name=application,proto3" json:"application,omitempty"`
@@ -2281,7 +2406,7 @@ type AddKMSCertificateRequest struct {
 
 func (x *AddKMSCertificateRequest) Reset() {
 	*x = AddKMSCertificateRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[38]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2293,7 +2418,7 @@ func (x *AddKMSCertificateRequest) String() string {
 func (*AddKMSCertificateRequest) ProtoMessage() {}
 
 func (x *AddKMSCertificateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[38]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2306,7 +2431,7 @@ func (x *AddKMSCertificateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddKMSCertificateRequest.ProtoReflect.Descriptor instead.
 func (*AddKMSCertificateRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{38}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *AddKMSCertificateRequest) GetApplication() string {
@@ -2333,7 +2458,7 @@ type RevokeKMSCredentialRequest struct {
 
 func (x *RevokeKMSCredentialRequest) Reset() {
 	*x = RevokeKMSCredentialRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[39]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2345,7 +2470,7 @@ func (x *RevokeKMSCredentialRequest) String() string {
 func (*RevokeKMSCredentialRequest) ProtoMessage() {}
 
 func (x *RevokeKMSCredentialRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[39]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2358,7 +2483,7 @@ func (x *RevokeKMSCredentialRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeKMSCredentialRequest.ProtoReflect.Descriptor instead.
 func (*RevokeKMSCredentialRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{39}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *RevokeKMSCredentialRequest) GetApplication() string {
@@ -2463,7 +2588,7 @@ const file_strongroom_v1_kms_proto_rawDesc = "" +
 	"\x06needed\x18\x02 \x01(\x05R\x06needed\x12\x18\n" +
 	"\adestroy\x18\x03 \x01(\bR\adestroy\x12\x16\n" +
 	"\x06export\x18\x04 \x01(\bR\x06export\x12%\n" +
-	"\x0eexpiry_seconds\x18\x05 \x01(\x03R\rexpirySeconds\"\xfc\x02\n" +
+	"\x0eexpiry_seconds\x18\x05 \x01(\x03R\rexpirySeconds\"\x9a\x03\n" +
 	"\x0eKMSApplication\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05title\x18\x02 \x01(\tR\x05title\x12 \n" +
@@ -2475,7 +2600,8 @@ const file_strongroom_v1_kms_proto_rawDesc = "" +
 	"\x05quota\x18\b \x01(\v2\x17.strongroom.v1.KMSQuotaR\x05quota\x12-\n" +
 	"\x05usage\x18\t \x01(\v2\x17.strongroom.v1.KMSUsageR\x05usage\x12\x18\n" +
 	"\aaccount\x18\n" +
-	" \x01(\tR\aaccount\"\xd5\x01\n" +
+	" \x01(\tR\aaccount\x12\x1c\n" +
+	"\tinterface\x18\v \x01(\tR\tinterface\"\xd5\x01\n" +
 	"\rKMSCredential\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x12\n" +
@@ -2508,12 +2634,13 @@ const file_strongroom_v1_kms_proto_rawDesc = "" +
 	"\brotation\x18\x02 \x01(\v2\x1a.strongroom.v1.KMSRotationR\brotation\"`\n" +
 	"\x18SetKMSGroupQuorumRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x120\n" +
-	"\x06quorum\x18\x02 \x01(\v2\x18.strongroom.v1.KMSQuorumR\x06quorum\"\x7f\n" +
+	"\x06quorum\x18\x02 \x01(\v2\x18.strongroom.v1.KMSQuorumR\x06quorum\"\x9d\x01\n" +
 	"\x1bCreateKMSApplicationRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05title\x18\x02 \x01(\tR\x05title\x12 \n" +
 	"\vdescription\x18\x03 \x01(\tR\vdescription\x12\x14\n" +
-	"\x05group\x18\x04 \x01(\tR\x05group\"6\n" +
+	"\x05group\x18\x04 \x01(\tR\x05group\x12\x1c\n" +
+	"\tinterface\x18\x05 \x01(\tR\tinterface\"6\n" +
 	"\x1aListKMSApplicationsRequest\x12\x18\n" +
 	"\aaccount\x18\x01 \x01(\tR\aaccount\"`\n" +
 	"\x1bListKMSApplicationsResponse\x12A\n" +
@@ -2533,13 +2660,21 @@ const file_strongroom_v1_kms_proto_rawDesc = "" +
 	"\n" +
 	"credential\x18\x01 \x01(\v2\x1c.strongroom.v1.KMSCredentialR\n" +
 	"credential\x12\x1a\n" +
-	"\bpassword\x18\x02 \x01(\fR\bpassword\"^\n" +
+	"\bpassword\x18\x02 \x01(\fR\bpassword\"e\n" +
+	"\x16CreateKMSAPIKeyRequest\x12 \n" +
+	"\vapplication\x18\x01 \x01(\tR\vapplication\x12)\n" +
+	"\x10lifetime_seconds\x18\x02 \x01(\x03R\x0flifetimeSeconds\"i\n" +
+	"\x17CreateKMSAPIKeyResponse\x12<\n" +
+	"\n" +
+	"credential\x18\x01 \x01(\v2\x1c.strongroom.v1.KMSCredentialR\n" +
+	"credential\x12\x10\n" +
+	"\x03key\x18\x02 \x01(\fR\x03key\"^\n" +
 	"\x18AddKMSCertificateRequest\x12 \n" +
 	"\vapplication\x18\x01 \x01(\tR\vapplication\x12 \n" +
 	"\vcertificate\x18\x02 \x01(\fR\vcertificate\"N\n" +
 	"\x1aRevokeKMSCredentialRequest\x12 \n" +
 	"\vapplication\x18\x01 \x01(\tR\vapplication\x12\x0e\n" +
-	"\x02id\x18\x02 \x01(\tR\x02id2\xb6\x18\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id2\xbd\x19\n" +
 	"\n" +
 	"KMSService\x12`\n" +
 	"\x06GetKMS\x12\x1c.strongroom.v1.GetKMSRequest\x1a\x12.strongroom.v1.KMS\"$\x8a\xb5\x18 Cryptographer.ReadKeyServersInfo\x12y\n" +
@@ -2563,7 +2698,8 @@ const file_strongroom_v1_kms_proto_rawDesc = "" +
 	"\x19SetKMSApplicationDisabled\x12/.strongroom.v1.SetKMSApplicationDisabledRequest\x1a\x1d.strongroom.v1.KMSApplication\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x89\x01\n" +
 	"\x16SetKMSApplicationQuota\x12,.strongroom.v1.SetKMSApplicationQuotaRequest\x1a\x1d.strongroom.v1.KMSApplication\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x93\x01\n" +
 	"\x14DeleteKMSApplication\x12*.strongroom.v1.DeleteKMSApplicationRequest\x1a+.strongroom.v1.DeleteKMSApplicationResponse\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x8a\x01\n" +
-	"\x11CreateKMSPassword\x12'.strongroom.v1.CreateKMSPasswordRequest\x1a(.strongroom.v1.CreateKMSPasswordResponse\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12~\n" +
+	"\x11CreateKMSPassword\x12'.strongroom.v1.CreateKMSPasswordRequest\x1a(.strongroom.v1.CreateKMSPasswordResponse\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x84\x01\n" +
+	"\x0fCreateKMSAPIKey\x12%.strongroom.v1.CreateKMSAPIKeyRequest\x1a&.strongroom.v1.CreateKMSAPIKeyResponse\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12~\n" +
 	"\x11AddKMSCertificate\x12'.strongroom.v1.AddKMSCertificateRequest\x1a\x1c.strongroom.v1.KMSCredential\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x83\x01\n" +
 	"\x13RevokeKMSCredential\x12).strongroom.v1.RevokeKMSCredentialRequest\x1a\x1d.strongroom.v1.KMSApplication\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServersB+Z)strongroom/api/strongroom/v1;strongroomv1b\x06proto3"
 
@@ -2579,7 +2715,7 @@ func file_strongroom_v1_kms_proto_rawDescGZIP() []byte {
 	return file_strongroom_v1_kms_proto_rawDescData
 }
 
-var file_strongroom_v1_kms_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
+var file_strongroom_v1_kms_proto_msgTypes = make([]protoimpl.MessageInfo, 42)
 var file_strongroom_v1_kms_proto_goTypes = []any{
 	(*GetKMSRequest)(nil),                    // 0: strongroom.v1.GetKMSRequest
 	(*KMS)(nil),                              // 1: strongroom.v1.KMS
@@ -2619,31 +2755,33 @@ var file_strongroom_v1_kms_proto_goTypes = []any{
 	(*DeleteKMSApplicationResponse)(nil),     // 35: strongroom.v1.DeleteKMSApplicationResponse
 	(*CreateKMSPasswordRequest)(nil),         // 36: strongroom.v1.CreateKMSPasswordRequest
 	(*CreateKMSPasswordResponse)(nil),        // 37: strongroom.v1.CreateKMSPasswordResponse
-	(*AddKMSCertificateRequest)(nil),         // 38: strongroom.v1.AddKMSCertificateRequest
-	(*RevokeKMSCredentialRequest)(nil),       // 39: strongroom.v1.RevokeKMSCredentialRequest
-	(*timestamppb.Timestamp)(nil),            // 40: google.protobuf.Timestamp
+	(*CreateKMSAPIKeyRequest)(nil),           // 38: strongroom.v1.CreateKMSAPIKeyRequest
+	(*CreateKMSAPIKeyResponse)(nil),          // 39: strongroom.v1.CreateKMSAPIKeyResponse
+	(*AddKMSCertificateRequest)(nil),         // 40: strongroom.v1.AddKMSCertificateRequest
+	(*RevokeKMSCredentialRequest)(nil),       // 41: strongroom.v1.RevokeKMSCredentialRequest
+	(*timestamppb.Timestamp)(nil),            // 42: google.protobuf.Timestamp
 }
 var file_strongroom_v1_kms_proto_depIdxs = []int32{
-	40, // 0: strongroom.v1.KMS.certificate_expires:type_name -> google.protobuf.Timestamp
-	40, // 1: strongroom.v1.KMSUsage.last_use:type_name -> google.protobuf.Timestamp
-	40, // 2: strongroom.v1.KMSUsage.period_ends:type_name -> google.protobuf.Timestamp
-	40, // 3: strongroom.v1.KMSAccount.created:type_name -> google.protobuf.Timestamp
+	42, // 0: strongroom.v1.KMS.certificate_expires:type_name -> google.protobuf.Timestamp
+	42, // 1: strongroom.v1.KMSUsage.last_use:type_name -> google.protobuf.Timestamp
+	42, // 2: strongroom.v1.KMSUsage.period_ends:type_name -> google.protobuf.Timestamp
+	42, // 3: strongroom.v1.KMSAccount.created:type_name -> google.protobuf.Timestamp
 	3,  // 4: strongroom.v1.KMSAccount.quota:type_name -> strongroom.v1.KMSQuota
 	5,  // 5: strongroom.v1.KMSAccount.usage:type_name -> strongroom.v1.KMSUsage
 	6,  // 6: strongroom.v1.ListKMSAccountsResponse.accounts:type_name -> strongroom.v1.KMSAccount
 	3,  // 7: strongroom.v1.SetKMSAccountQuotaRequest.quota:type_name -> strongroom.v1.KMSQuota
 	2,  // 8: strongroom.v1.KMSGroup.policy:type_name -> strongroom.v1.KMSPolicy
-	40, // 9: strongroom.v1.KMSGroup.created:type_name -> google.protobuf.Timestamp
+	42, // 9: strongroom.v1.KMSGroup.created:type_name -> google.protobuf.Timestamp
 	3,  // 10: strongroom.v1.KMSGroup.quota:type_name -> strongroom.v1.KMSQuota
 	5,  // 11: strongroom.v1.KMSGroup.usage:type_name -> strongroom.v1.KMSUsage
 	4,  // 12: strongroom.v1.KMSGroup.rotation:type_name -> strongroom.v1.KMSRotation
 	17, // 13: strongroom.v1.KMSGroup.quorum:type_name -> strongroom.v1.KMSQuorum
 	19, // 14: strongroom.v1.KMSApplication.credentials:type_name -> strongroom.v1.KMSCredential
-	40, // 15: strongroom.v1.KMSApplication.created:type_name -> google.protobuf.Timestamp
+	42, // 15: strongroom.v1.KMSApplication.created:type_name -> google.protobuf.Timestamp
 	3,  // 16: strongroom.v1.KMSApplication.quota:type_name -> strongroom.v1.KMSQuota
 	5,  // 17: strongroom.v1.KMSApplication.usage:type_name -> strongroom.v1.KMSUsage
-	40, // 18: strongroom.v1.KMSCredential.expires:type_name -> google.protobuf.Timestamp
-	40, // 19: strongroom.v1.KMSCredential.created:type_name -> google.protobuf.Timestamp
+	42, // 18: strongroom.v1.KMSCredential.expires:type_name -> google.protobuf.Timestamp
+	42, // 19: strongroom.v1.KMSCredential.created:type_name -> google.protobuf.Timestamp
 	2,  // 20: strongroom.v1.CreateKMSGroupRequest.policy:type_name -> strongroom.v1.KMSPolicy
 	16, // 21: strongroom.v1.ListKMSGroupsResponse.groups:type_name -> strongroom.v1.KMSGroup
 	2,  // 22: strongroom.v1.SetKMSGroupPolicyRequest.policy:type_name -> strongroom.v1.KMSPolicy
@@ -2653,59 +2791,62 @@ var file_strongroom_v1_kms_proto_depIdxs = []int32{
 	17, // 26: strongroom.v1.SetKMSGroupQuorumRequest.quorum:type_name -> strongroom.v1.KMSQuorum
 	18, // 27: strongroom.v1.ListKMSApplicationsResponse.applications:type_name -> strongroom.v1.KMSApplication
 	19, // 28: strongroom.v1.CreateKMSPasswordResponse.credential:type_name -> strongroom.v1.KMSCredential
-	0,  // 29: strongroom.v1.KMSService.GetKMS:input_type -> strongroom.v1.GetKMSRequest
-	7,  // 30: strongroom.v1.KMSService.CreateKMSAccount:input_type -> strongroom.v1.CreateKMSAccountRequest
-	8,  // 31: strongroom.v1.KMSService.ListKMSAccounts:input_type -> strongroom.v1.ListKMSAccountsRequest
-	10, // 32: strongroom.v1.KMSService.GetKMSAccount:input_type -> strongroom.v1.GetKMSAccountRequest
-	11, // 33: strongroom.v1.KMSService.DescribeKMSAccount:input_type -> strongroom.v1.DescribeKMSAccountRequest
-	12, // 34: strongroom.v1.KMSService.SetKMSAccountQuota:input_type -> strongroom.v1.SetKMSAccountQuotaRequest
-	13, // 35: strongroom.v1.KMSService.SetKMSAccountDisabled:input_type -> strongroom.v1.SetKMSAccountDisabledRequest
-	14, // 36: strongroom.v1.KMSService.DeleteKMSAccount:input_type -> strongroom.v1.DeleteKMSAccountRequest
-	20, // 37: strongroom.v1.KMSService.CreateKMSGroup:input_type -> strongroom.v1.CreateKMSGroupRequest
-	21, // 38: strongroom.v1.KMSService.GetKMSGroup:input_type -> strongroom.v1.GetKMSGroupRequest
-	22, // 39: strongroom.v1.KMSService.ListKMSGroups:input_type -> strongroom.v1.ListKMSGroupsRequest
-	24, // 40: strongroom.v1.KMSService.SetKMSGroupPolicy:input_type -> strongroom.v1.SetKMSGroupPolicyRequest
-	25, // 41: strongroom.v1.KMSService.SetKMSGroupQuota:input_type -> strongroom.v1.SetKMSGroupQuotaRequest
-	27, // 42: strongroom.v1.KMSService.SetKMSGroupRotation:input_type -> strongroom.v1.SetKMSGroupRotationRequest
-	28, // 43: strongroom.v1.KMSService.SetKMSGroupQuorum:input_type -> strongroom.v1.SetKMSGroupQuorumRequest
-	29, // 44: strongroom.v1.KMSService.CreateKMSApplication:input_type -> strongroom.v1.CreateKMSApplicationRequest
-	30, // 45: strongroom.v1.KMSService.ListKMSApplications:input_type -> strongroom.v1.ListKMSApplicationsRequest
-	32, // 46: strongroom.v1.KMSService.GetKMSApplication:input_type -> strongroom.v1.GetKMSApplicationRequest
-	33, // 47: strongroom.v1.KMSService.SetKMSApplicationDisabled:input_type -> strongroom.v1.SetKMSApplicationDisabledRequest
-	26, // 48: strongroom.v1.KMSService.SetKMSApplicationQuota:input_type -> strongroom.v1.SetKMSApplicationQuotaRequest
-	34, // 49: strongroom.v1.KMSService.DeleteKMSApplication:input_type -> strongroom.v1.DeleteKMSApplicationRequest
-	36, // 50: strongroom.v1.KMSService.CreateKMSPassword:input_type -> strongroom.v1.CreateKMSPasswordRequest
-	38, // 51: strongroom.v1.KMSService.AddKMSCertificate:input_type -> strongroom.v1.AddKMSCertificateRequest
-	39, // 52: strongroom.v1.KMSService.RevokeKMSCredential:input_type -> strongroom.v1.RevokeKMSCredentialRequest
-	1,  // 53: strongroom.v1.KMSService.GetKMS:output_type -> strongroom.v1.KMS
-	6,  // 54: strongroom.v1.KMSService.CreateKMSAccount:output_type -> strongroom.v1.KMSAccount
-	9,  // 55: strongroom.v1.KMSService.ListKMSAccounts:output_type -> strongroom.v1.ListKMSAccountsResponse
-	6,  // 56: strongroom.v1.KMSService.GetKMSAccount:output_type -> strongroom.v1.KMSAccount
-	6,  // 57: strongroom.v1.KMSService.DescribeKMSAccount:output_type -> strongroom.v1.KMSAccount
-	6,  // 58: strongroom.v1.KMSService.SetKMSAccountQuota:output_type -> strongroom.v1.KMSAccount
-	6,  // 59: strongroom.v1.KMSService.SetKMSAccountDisabled:output_type -> strongroom.v1.KMSAccount
-	15, // 60: strongroom.v1.KMSService.DeleteKMSAccount:output_type -> strongroom.v1.DeleteKMSAccountResponse
-	16, // 61: strongroom.v1.KMSService.CreateKMSGroup:output_type -> strongroom.v1.KMSGroup
-	16, // 62: strongroom.v1.KMSService.GetKMSGroup:output_type -> strongroom.v1.KMSGroup
-	23, // 63: strongroom.v1.KMSService.ListKMSGroups:output_type -> strongroom.v1.ListKMSGroupsResponse
-	16, // 64: strongroom.v1.KMSService.SetKMSGroupPolicy:output_type -> strongroom.v1.KMSGroup
-	16, // 65: strongroom.v1.KMSService.SetKMSGroupQuota:output_type -> strongroom.v1.KMSGroup
-	16, // 66: strongroom.v1.KMSService.SetKMSGroupRotation:output_type -> strongroom.v1.KMSGroup
-	16, // 67: strongroom.v1.KMSService.SetKMSGroupQuorum:output_type -> strongroom.v1.KMSGroup
-	18, // 68: strongroom.v1.KMSService.CreateKMSApplication:output_type -> strongroom.v1.KMSApplication
-	31, // 69: strongroom.v1.KMSService.ListKMSApplications:output_type -> strongroom.v1.ListKMSApplicationsResponse
-	18, // 70: strongroom.v1.KMSService.GetKMSApplication:output_type -> strongroom.v1.KMSApplication
-	18, // 71: strongroom.v1.KMSService.SetKMSApplicationDisabled:output_type -> strongroom.v1.KMSApplication
-	18, // 72: strongroom.v1.KMSService.SetKMSApplicationQuota:output_type -> strongroom.v1.KMSApplication
-	35, // 73: strongroom.v1.KMSService.DeleteKMSApplication:output_type -> strongroom.v1.DeleteKMSApplicationResponse
-	37, // 74: strongroom.v1.KMSService.CreateKMSPassword:output_type -> strongroom.v1.CreateKMSPasswordResponse
-	19, // 75: strongroom.v1.KMSService.AddKMSCertificate:output_type -> strongroom.v1.KMSCredential
-	18, // 76: strongroom.v1.KMSService.RevokeKMSCredential:output_type -> strongroom.v1.KMSApplication
-	53, // [53:77] is the sub-list for method output_type
-	29, // [29:53] is the sub-list for method input_type
-	29, // [29:29] is the sub-list for extension type_name
-	29, // [29:29] is the sub-list for extension extendee
-	0,  // [0:29] is the sub-list for field type_name
+	19, // 29: strongroom.v1.CreateKMSAPIKeyResponse.credential:type_name -> strongroom.v1.KMSCredential
+	0,  // 30: strongroom.v1.KMSService.GetKMS:input_type -> strongroom.v1.GetKMSRequest
+	7,  // 31: strongroom.v1.KMSService.CreateKMSAccount:input_type -> strongroom.v1.CreateKMSAccountRequest
+	8,  // 32: strongroom.v1.KMSService.ListKMSAccounts:input_type -> strongroom.v1.ListKMSAccountsRequest
+	10, // 33: strongroom.v1.KMSService.GetKMSAccount:input_type -> strongroom.v1.GetKMSAccountRequest
+	11, // 34: strongroom.v1.KMSService.DescribeKMSAccount:input_type -> strongroom.v1.DescribeKMSAccountRequest
+	12, // 35: strongroom.v1.KMSService.SetKMSAccountQuota:input_type -> strongroom.v1.SetKMSAccountQuotaRequest
+	13, // 36: strongroom.v1.KMSService.SetKMSAccountDisabled:input_type -> strongroom.v1.SetKMSAccountDisabledRequest
+	14, // 37: strongroom.v1.KMSService.DeleteKMSAccount:input_type -> strongroom.v1.DeleteKMSAccountRequest
+	20, // 38: strongroom.v1.KMSService.CreateKMSGroup:input_type -> strongroom.v1.CreateKMSGroupRequest
+	21, // 39: strongroom.v1.KMSService.GetKMSGroup:input_type -> strongroom.v1.GetKMSGroupRequest
+	22, // 40: strongroom.v1.KMSService.ListKMSGroups:input_type -> strongroom.v1.ListKMSGroupsRequest
+	24, // 41: strongroom.v1.KMSService.SetKMSGroupPolicy:input_type -> strongroom.v1.SetKMSGroupPolicyRequest
+	25, // 42: strongroom.v1.KMSService.SetKMSGroupQuota:input_type -> strongroom.v1.SetKMSGroupQuotaRequest
+	27, // 43: strongroom.v1.KMSService.SetKMSGroupRotation:input_type -> strongroom.v1.SetKMSGroupRotationRequest
+	28, // 44: strongroom.v1.KMSService.SetKMSGroupQuorum:input_type -> strongroom.v1.SetKMSGroupQuorumRequest
+	29, // 45: strongroom.v1.KMSService.CreateKMSApplication:input_type -> strongroom.v1.CreateKMSApplicationRequest
+	30, // 46: strongroom.v1.KMSService.ListKMSApplications:input_type -> strongroom.v1.ListKMSApplicationsRequest
+	32, // 47: strongroom.v1.KMSService.GetKMSApplication:input_type -> strongroom.v1.GetKMSApplicationRequest
+	33, // 48: strongroom.v1.KMSService.SetKMSApplicationDisabled:input_type -> strongroom.v1.SetKMSApplicationDisabledRequest
+	26, // 49: strongroom.v1.KMSService.SetKMSApplicationQuota:input_type -> strongroom.v1.SetKMSApplicationQuotaRequest
+	34, // 50: strongroom.v1.KMSService.DeleteKMSApplication:input_type -> strongroom.v1.DeleteKMSApplicationRequest
+	36, // 51: strongroom.v1.KMSService.CreateKMSPassword:input_type -> strongroom.v1.CreateKMSPasswordRequest
+	38, // 52: strongroom.v1.KMSService.CreateKMSAPIKey:input_type -> strongroom.v1.CreateKMSAPIKeyRequest
+	40, // 53: strongroom.v1.KMSService.AddKMSCertificate:input_type -> strongroom.v1.AddKMSCertificateRequest
+	41, // 54: strongroom.v1.KMSService.RevokeKMSCredential:input_type -> strongroom.v1.RevokeKMSCredentialRequest
+	1,  // 55: strongroom.v1.KMSService.GetKMS:output_type -> strongroom.v1.KMS
+	6,  // 56: strongroom.v1.KMSService.CreateKMSAccount:output_type -> strongroom.v1.KMSAccount
+	9,  // 57: strongroom.v1.KMSService.ListKMSAccounts:output_type -> strongroom.v1.ListKMSAccountsResponse
+	6,  // 58: strongroom.v1.KMSService.GetKMSAccount:output_type -> strongroom.v1.KMSAccount
+	6,  // 59: strongroom.v1.KMSService.DescribeKMSAccount:output_type -> strongroom.v1.KMSAccount
+	6,  // 60: strongroom.v1.KMSService.SetKMSAccountQuota:output_type -> strongroom.v1.KMSAccount
+	6,  // 61: strongroom.v1.KMSService.SetKMSAccountDisabled:output_type -> strongroom.v1.KMSAccount
+	15, // 62: strongroom.v1.KMSService.DeleteKMSAccount:output_type -> strongroom.v1.DeleteKMSAccountResponse
+	16, // 63: strongroom.v1.KMSService.CreateKMSGroup:output_type -> strongroom.v1.KMSGroup
+	16, // 64: strongroom.v1.KMSService.GetKMSGroup:output_type -> strongroom.v1.KMSGroup
+	23, // 65: strongroom.v1.KMSService.ListKMSGroups:output_type -> strongroom.v1.ListKMSGroupsResponse
+	16, // 66: strongroom.v1.KMSService.SetKMSGroupPolicy:output_type -> strongroom.v1.KMSGroup
+	16, // 67: strongroom.v1.KMSService.SetKMSGroupQuota:output_type -> strongroom.v1.KMSGroup
+	16, // 68: strongroom.v1.KMSService.SetKMSGroupRotation:output_type -> strongroom.v1.KMSGroup
+	16, // 69: strongroom.v1.KMSService.SetKMSGroupQuorum:output_type -> strongroom.v1.KMSGroup
+	18, // 70: strongroom.v1.KMSService.CreateKMSApplication:output_type -> strongroom.v1.KMSApplication
+	31, // 71: strongroom.v1.KMSService.ListKMSApplications:output_type -> strongroom.v1.ListKMSApplicationsResponse
+	18, // 72: strongroom.v1.KMSService.GetKMSApplication:output_type -> strongroom.v1.KMSApplication
+	18, // 73: strongroom.v1.KMSService.SetKMSApplicationDisabled:output_type -> strongroom.v1.KMSApplication
+	18, // 74: strongroom.v1.KMSService.SetKMSApplicationQuota:output_type -> strongroom.v1.KMSApplication
+	35, // 75: strongroom.v1.KMSService.DeleteKMSApplication:output_type -> strongroom.v1.DeleteKMSApplicationResponse
+	37, // 76: strongroom.v1.KMSService.CreateKMSPassword:output_type -> strongroom.v1.CreateKMSPasswordResponse
+	39, // 77: strongroom.v1.KMSService.CreateKMSAPIKey:output_type -> strongroom.v1.CreateKMSAPIKeyResponse
+	19, // 78: strongroom.v1.KMSService.AddKMSCertificate:output_type -> strongroom.v1.KMSCredential
+	18, // 79: strongroom.v1.KMSService.RevokeKMSCredential:output_type -> strongroom.v1.KMSApplication
+	55, // [55:80] is the sub-list for method output_type
+	30, // [30:55] is the sub-list for method input_type
+	30, // [30:30] is the sub-list for extension type_name
+	30, // [30:30] is the sub-list for extension extendee
+	0,  // [0:30] is the sub-list for field type_name
 }
 
 func init() { file_strongroom_v1_kms_proto_init() }
@@ -2720,7 +2861,7 @@ func file_strongroom_v1_kms_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_strongroom_v1_kms_proto_rawDesc), len(file_strongroom_v1_kms_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   40,
+			NumMessages:   42,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -130,6 +130,9 @@ func (d *Directory) CreateApplication(ctx context.Context, a Application) error 
 		return errs.New(errs.Invalid, "cannot create application %s: group %.100s is not of its account", a.Name, a.Group).
 			WithHint("strongroom kms app create %s --group %.100s", FullName(AccountOf(a.Group), own), a.Group)
 	}
+	if a.Interface != KMIP && a.Interface != REST {
+		return errs.New(errs.Invalid, "cannot create application %s: there is no interface %.16q", a.Name, a.Interface)
+	}
 	a.Created, a.Credentials = d.now().UTC(), nil
 	err := d.alter(ctx, func(tx *store.Tx) error {
 		if _, err := d.groups.In(tx).Get(ctx, a.Group); store.IsNotFound(err) {
@@ -137,11 +140,13 @@ func (d *Directory) CreateApplication(ctx context.Context, a Application) error 
 		} else if err != nil {
 			return err
 		}
-		err := d.apps.In(tx).Create(ctx, a.Name, a)
-		if errors.Is(err, store.ErrExists) {
-			return errs.New(errs.Exists, "it exists already")
+		if _, err := d.apps.In(tx).Get(ctx, a.Name); !store.IsNotFound(err) {
+			if err == nil {
+				err = errs.New(errs.Exists, "it exists already")
+			}
+			return err
 		}
-		return err
+		return d.setApplication(tx, a)
 	})
 	return errs.Wrap(err, "cannot create application %s", a.Name)
 }
@@ -179,21 +184,41 @@ func (d *Directory) changeApplication(ctx context.Context, name string, f func(*
 		if err := f(&a); err != nil {
 			return err
 		}
-		return d.apps.In(tx).Put(ctx, name, a)
+		return d.setApplication(tx, a)
 	})
 	return errs.Wrap(err, "cannot change application %s", name)
 }
 
-// add appends a credential with a new identifier and returns it.
-func (d *Directory) add(ctx context.Context, app string, c Credential) (Credential, error) {
-	id := make([]byte, 6)
+// setApplication stores an application that tx has looked for.
+func (d *Directory) setApplication(tx *store.Tx, a Application) error {
+	if a.Interface == KMIP {
+		return d.kmipApps.In(tx).Set(a.Name, a)
+	}
+	return d.apps.In(tx).Set(a.Name, a)
+}
+
+// newCredentialID returns the identifier of a new credential.
+func newCredentialID() string {
+	id := make([]byte, credentialIDBytes)
 	rand.Read(id)
-	c.ID, c.Created = hex.EncodeToString(id), d.now().UTC()
+	return hex.EncodeToString(id)
+}
+
+// add appends a credential and returns it. One without an identifier gets one.
+func (d *Directory) add(ctx context.Context, app string, c Credential) (Credential, error) {
+	if c.ID == "" {
+		c.ID = newCredentialID()
+	}
+	c.Created = d.now().UTC()
 	err := d.changeApplication(ctx, app, func(a *Application) error {
+		if c.Kind == APIKey && a.Interface != REST {
+			return errs.New(errs.Invalid, "API keys are for applications whose interface is REST, and this one's is %v", a.Interface).
+				WithHint("strongroom kms credential create %s", app)
+		}
 		if len(a.Credentials) >= credentialMax {
 			return errs.New(errs.InvalidState, "it has %d credentials; no more are possible", credentialMax).WithHint("strongroom kms credential revoke %s ID", app)
 		}
-		if holder := d.holder(c); holder != "" && (holder != app || c.Kind == Certificate) {
+		if holder := d.holder(c); c.Kind != APIKey && holder != "" && (holder != app || c.Kind == Certificate) {
 			if AccountOf(holder) != AccountOf(app) {
 				return errs.New(errs.Exists, "the certificate is a credential of another application")
 			}
@@ -225,16 +250,22 @@ func (d *Directory) AddPassword(ctx context.Context, app string, life time.Durat
 	rand.Read(raw)
 	password = make([]byte, base64.RawURLEncoding.EncodedLen(len(raw)))
 	base64.RawURLEncoding.Encode(password, raw)
-	sum := sha256.Sum256(password)
-	c = Credential{Kind: Password, User: app, Hash: hex.EncodeToString(sum[:])}
+	return d.addSecret(ctx, app, Credential{Kind: Password, User: app}, password, life)
+}
+
+// addSecret adds a credential whose secret, which it takes over, is kept as a hash.
+func (d *Directory) addSecret(ctx context.Context, app string, c Credential, secret []byte, life time.Duration) (Credential, []byte, error) {
+	sum := sha256.Sum256(secret)
+	c.Hash = hex.EncodeToString(sum[:])
 	if life > 0 {
 		c.Expires = d.now().Add(life).UTC()
 	}
-	if c, err = d.add(ctx, app, c); err != nil {
-		clear(password)
+	c, err := d.add(ctx, app, c)
+	if err != nil {
+		clear(secret)
 		return Credential{}, nil, err
 	}
-	return c, password, nil
+	return c, secret, nil
 }
 
 // AddCertificate has an application known by a client certificate.

@@ -5,10 +5,11 @@
 // names are "ACCOUNT/NAME". Those of the account [DefaultAccount], which there
 // always is, are "NAME".
 //
-// A credential is a user name with a password, or a client certificate that is
-// pinned by its fingerprint: who has its key is the application, whoever signed
-// it. Passwords are 256 random bits made here, shown once, and kept as a
-// SHA-256 hash.
+// An application has one [Interface], KMIP or REST; its credentials are good for
+// that alone. A credential is a user name with a password, a client certificate
+// that is pinned by its fingerprint: who has its key is the application, whoever
+// signed it; or an API key, for REST. Passwords and API keys are 256 random bits
+// made here, shown once, and kept as a SHA-256 hash (docs/spec/kms-directory.md).
 //
 // Invariants: what is revoked is refused from the moment on that the call which
 // revoked it returns, by other nodes of the KMS from their next
@@ -93,6 +94,7 @@ type Application struct {
 	Title       string       `json:"title,omitempty"`
 	Description string       `json:"description,omitempty"`
 	Group       string       `json:"group"`
+	Interface   Interface    `json:"interface,omitempty"` // never changes
 	Disabled    bool         `json:"disabled,omitempty"`
 	Quota       Quota        `json:"quota,omitzero"`
 	Credentials []Credential `json:"credentials,omitempty"`
@@ -103,7 +105,8 @@ type Application struct {
 type Credential struct {
 	ID   string `json:"id"` // unique in the application
 	Kind Kind   `json:"kind"`
-	// User and Hash are those of a password: Hash is SHA-256 in hex.
+	// User is that of a password. Hash is SHA-256, in hex, of the password or the
+	// whole API key.
 	User string `json:"user,omitempty"`
 	Hash string `json:"hash,omitempty"`
 	// Fingerprint is SHA-256 of a certificate, DER, in hex.
@@ -119,7 +122,28 @@ type Kind string
 const (
 	Password    Kind = "password"
 	Certificate Kind = "certificate"
+	APIKey      Kind = "api-key"
 )
+
+// Interface is how an application asks.
+type Interface string
+
+// The interfaces. Applications that are older than REST have KMIP.
+const (
+	KMIP Interface = ""
+	REST Interface = "rest"
+)
+
+// String returns what people call it.
+func (i Interface) String() string {
+	switch i {
+	case KMIP:
+		return "KMIP"
+	case REST:
+		return "REST"
+	}
+	return string(i)
+}
 
 const (
 	nameMax       = 64
@@ -135,6 +159,9 @@ const (
 	// groupSchema is 2 since groups have a quorum, which an older release would
 	// drop when it changes one.
 	groupSchema = 2
+	// restSchema is that of an application whose interface is not KMIP: an older
+	// release would take it for one whose is.
+	restSchema = 2
 )
 
 // The bounds of [Quorum.Expiry].
@@ -148,7 +175,8 @@ type Directory struct {
 	db       *store.DB
 	accounts *store.Table[Account]
 	groups   *store.Table[Group]
-	apps     *store.Table[Application]
+	apps     *store.Table[Application] // of any interface
+	kmipApps *store.Table[Application] // to write those that older releases know
 	latest   *store.Table[latest]
 	now      func() time.Time
 
@@ -164,6 +192,7 @@ type index struct {
 	apps     map[string]Application
 	certs    map[string]string // fingerprint -> application
 	users    map[string]string // user name -> application
+	keys     map[string]string // id of an API key -> application
 	as       int64             // revision of the latest change that is in it
 }
 
@@ -177,12 +206,12 @@ const latestKey = "change"
 
 // Open reads the directory in db.
 func Open(ctx context.Context, db *store.DB) (*Directory, error) {
-	d := &Directory{db: db, accounts: store.NewTable[Account](db, "kms-account", 1), groups: store.NewTable[Group](db, "kms-group", groupSchema), apps: store.NewTable[Application](db, "kms-application", 1), latest: store.NewTable[latest](db, "kms-directory", 1), now: time.Now}
+	d := &Directory{db: db, accounts: store.NewTable[Account](db, "kms-account", 1), groups: store.NewTable[Group](db, "kms-group", groupSchema), apps: store.NewTable[Application](db, "kms-application", restSchema), kmipApps: store.NewTable[Application](db, "kms-application", 1), latest: store.NewTable[latest](db, "kms-directory", 1), now: time.Now}
 	return d, errs.Wrap(d.reload(ctx), "cannot read the directory")
 }
 
 func (d *Directory) reload(ctx context.Context) error {
-	next := index{accounts: map[string]Account{}, groups: map[string]Group{}, apps: map[string]Application{}, certs: map[string]string{}, users: map[string]string{}}
+	next := index{accounts: map[string]Account{}, groups: map[string]Group{}, apps: map[string]Application{}, certs: map[string]string{}, users: map[string]string{}, keys: map[string]string{}}
 	err := d.db.View(ctx, func(tx *store.Tx) (err error) {
 		if next.as, err = d.revision(ctx, tx); err != nil {
 			return err
@@ -208,10 +237,13 @@ func (d *Directory) reload(ctx context.Context) error {
 		for _, a := range apps {
 			next.apps[a.Name] = a
 			for _, c := range a.Credentials {
-				if c.Kind == Certificate {
+				switch c.Kind {
+				case Certificate:
 					next.certs[c.Fingerprint] = a.Name
-				} else {
+				case Password:
 					next.users[c.User] = a.Name
+				case APIKey:
+					next.keys[c.ID] = a.Name
 				}
 			}
 		}
@@ -289,17 +321,20 @@ func (d *Directory) alter(ctx context.Context, f func(*store.Tx) error) error {
 	return err
 }
 
-// Proof is what a client shows.
+// Proof is what a client shows. Password and Key stay the caller's; at most one of
+// them is not nil.
 type Proof struct {
+	Interface   Interface         // by which it asks
 	Certificate *x509.Certificate // of a connection whose handshake it has passed; or nil
 	User        string
-	Password    []byte // stays the caller's; nil for none
+	Password    []byte
+	Key         []byte // an API key
 }
 
 // Authenticate returns the application that a proof is of, and its group. A
-// client that shows both a certificate and a password must have both right, and
-// of one application; a certificate that is not known counts for nothing. With an
-// error that is [ErrAccountDisabled] it returns both, too: the proof was right.
+// client that shows a certificate and a password or API key must have both right,
+// and of one application; a certificate that is not known counts for nothing. With
+// an error that is [ErrAccountDisabled] it returns both, too: the proof was right.
 func (d *Directory) Authenticate(p Proof) (Application, Group, error) {
 	d.mu.RLock()
 	defer d.mu.RUnlock()
@@ -317,13 +352,21 @@ func (d *Directory) Authenticate(p Proof) (Application, Group, error) {
 		if name, ok = d.index.users[p.User]; !ok || !d.passwordFits(name, p.User, p.Password) {
 			return Application{}, Group{}, errs.New(errs.Denied, "user name %.64q or its password is wrong", p.User)
 		}
-		if certKnown && byCert != name {
-			return Application{}, Group{}, errs.New(errs.Denied, "the certificate is of application %s, the password of %s", byCert, name)
+	} else if p.Key != nil {
+		var ok bool
+		if name, ok = d.byKey(p.Key); !ok {
+			return Application{}, Group{}, errs.New(errs.Denied, "the API key is not valid (any more)")
 		}
 	} else if !certKnown {
 		return Application{}, Group{}, errs.New(errs.Denied, "no credential that is known here")
 	}
+	if certKnown && byCert != name {
+		return Application{}, Group{}, errs.New(errs.Denied, "the certificate is of application %s, the password or API key of %s", byCert, name)
+	}
 	a := d.index.apps[name]
+	if a.Interface != p.Interface {
+		return Application{}, Group{}, errs.New(errs.Denied, "application %s asks by %v, and its interface is %v", name, p.Interface, a.Interface)
+	}
 	if a.Disabled {
 		return Application{}, Group{}, errs.New(errs.Denied, "application %s is disabled", name)
 	}
@@ -336,10 +379,25 @@ func (d *Directory) Authenticate(p Proof) (Application, Group, error) {
 
 // passwordFits looks at all of an application's passwords for that user name.
 func (d *Directory) passwordFits(app, user string, password []byte) bool {
-	sum := sha256.Sum256(password)
+	return d.fits(app, password, func(c Credential) bool { return c.Kind == Password && c.User == user })
+}
+
+// byKey returns the application that has that API key.
+func (d *Directory) byKey(key []byte) (app string, ok bool) {
+	id, ok := apiKeyID(key)
+	if !ok {
+		return "", false
+	}
+	app, ok = d.index.keys[id]
+	return app, ok && d.fits(app, key, func(c Credential) bool { return c.Kind == APIKey && c.ID == id })
+}
+
+// fits looks at those of an application's credentials which have a hash.
+func (d *Directory) fits(app string, secret []byte, which func(Credential) bool) bool {
+	sum := sha256.Sum256(secret)
 	got, fits, now := []byte(hex.EncodeToString(sum[:])), 0, d.now()
 	for _, c := range d.index.apps[app].Credentials {
-		if c.Kind == Password && c.User == user && (c.Expires.IsZero() || now.Before(c.Expires)) {
+		if which(c) && (c.Expires.IsZero() || now.Before(c.Expires)) {
 			fits |= subtle.ConstantTimeCompare(got, []byte(c.Hash))
 		}
 	}

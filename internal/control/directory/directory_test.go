@@ -4,9 +4,12 @@ import (
 	"bytes"
 	"context"
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"path/filepath"
+	"regexp"
 	"testing"
 	"time"
 
@@ -192,4 +195,157 @@ func TestRefused(t *testing.T) {
 	if g := b.Groups(); len(g) != 1 || !g[0].Policy.NoExport || len(b.Applications()) != 2 {
 		t.Errorf("groups %+v", g)
 	}
+}
+
+// newREST adds an application whose interface is REST.
+func (b *bench) newREST(name string) {
+	b.t.Helper()
+	b.check(b.CreateApplication(b.t.Context(), Application{Name: name, Group: "g", Interface: REST}))
+}
+
+func TestAPIKeys(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	b.newREST("r")
+	ctx := t.Context()
+	old, oldKey, err := b.AddAPIKey(ctx, "r", 0)
+	b.check(err)
+	_, newKey, err := b.AddAPIKey(ctx, "r", time.Hour)
+	b.check(err)
+	if form := regexp.MustCompile(`^srk_[0-9a-f]{12}_[0-9a-f]{64}$`); bytes.Equal(oldKey, newKey) || !form.Match(oldKey) || !form.Match(newKey) {
+		t.Fatal("API keys are not as docs/spec/kms-directory.md has them")
+	}
+	works := func(what string, key []byte, want bool) {
+		t.Helper()
+		app, group, err := b.Authenticate(Proof{Interface: REST, Key: key})
+		if want && (err != nil || app.Name != "r" || group.Name != "g") {
+			t.Errorf("%s: %v, %v, %v", what, app.Name, group.Name, err)
+		}
+		if !want {
+			b.wantKind(what, err, errs.Denied)
+		}
+	}
+	works("old", oldKey, true)
+	works("new, at the same time", newKey, true)
+	works("empty", []byte{}, false)
+	works("cut", oldKey[:len(oldKey)-1], false)
+	works("capitals", bytes.ToUpper(oldKey), false)
+	works("the id of one, the secret of another", append(bytes.Clone(oldKey[:17]), newKey[17:]...), false)
+	_, _, err = b.Authenticate(Proof{Interface: KMIP, Key: oldKey})
+	b.wantKind("by KMIP", err, errs.Denied)
+	_, _, err = b.AddAPIKey(ctx, "a", 0)
+	b.wantKind("for an application with KMIP", err, errs.Invalid)
+	_, _, err = b.AddAPIKey(ctx, "none", 0)
+	b.wantKind("for none", err, errs.NotFound)
+	b.check(b.Revoke(ctx, "r", old.ID))
+	works("revoked", oldKey, false)
+	works("new", newKey, true)
+	b.now = b.now.Add(time.Hour)
+	works("expired", newKey, false)
+	b.now = b.now.Add(-time.Minute)
+	b.open(b.db) // after a restart
+	works("revoked, after a restart", oldKey, false)
+	works("new, after a restart", newKey, true)
+	b.check(b.SetDisabled(ctx, "r", true))
+	works("disabled", newKey, false)
+	app, err := b.Application("r")
+	b.check(err)
+	if text := fmt.Sprintf("%+v", app); bytes.Contains([]byte(text), newKey[17:]) {
+		t.Error("an API key is kept")
+	}
+}
+
+// TestAPIKeyVector is the test vector of docs/spec/kms-directory.md.
+func TestAPIKeyVector(t *testing.T) {
+	t.Parallel()
+	spec, err := os.ReadFile("../../../docs/spec/kms-directory.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	key := regexp.MustCompile(`(?m)^    (srk_[0-9a-f_]+)\n    SHA-256: ([0-9a-f]{64})$`).FindSubmatch(spec)
+	if key == nil {
+		t.Fatal("the specification has no vector")
+	}
+	b := newBench(t)
+	b.newREST("r")
+	id, ok := apiKeyID(key[1])
+	if !ok || id != "0123456789ab" {
+		t.Fatalf("id %q, %v", id, ok)
+	}
+	b.check(b.changeApplication(t.Context(), "r", func(a *Application) error {
+		a.Credentials = []Credential{{ID: id, Kind: APIKey, Hash: string(key[2])}}
+		return nil
+	}))
+	if app, _, err := b.Authenticate(Proof{Interface: REST, Key: key[1]}); err != nil || app.Name != "r" {
+		t.Errorf("%v, %v", app.Name, err)
+	}
+}
+
+// TestInterfaces: a credential is good for its application's interface alone,
+// whatever its kind; and releases that know no interfaces get to see no others.
+func TestInterfaces(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	ctx := t.Context()
+	b.wantKind("no such interface", b.CreateApplication(ctx, Application{Name: "x", Group: "g", Interface: "soap"}), errs.Invalid)
+	before := store.NewTable[Application](b.db, "kms-application", 1) // as an older release reads it
+	b.check(b.SetDisabled(ctx, "a", false))
+	if all, err := before.List(ctx); err != nil || len(all) != 2 {
+		t.Errorf("applications with KMIP, read by an older release: %v, %v", len(all), err)
+	}
+	b.newREST("r")
+	b.wantKind("twice", b.CreateApplication(ctx, Application{Name: "r", Group: "g"}), errs.Exists)
+	b.wantKind("twice, of the other interface", b.CreateApplication(ctx, Application{Name: "a", Group: "g", Interface: REST}), errs.Exists)
+	if _, err := before.Get(ctx, "r"); !errors.Is(err, store.ErrNewerSchema) {
+		t.Errorf("one with REST, read by an older release: %v", err)
+	}
+	for app, is := range map[string]Interface{"a": KMIP, "r": REST} {
+		_, password, err := b.AddPassword(ctx, app, 0)
+		b.check(err)
+		cert := b.certificate(time.Hour)
+		_, err = b.AddCertificate(ctx, app, cert)
+		b.check(err)
+		for _, by := range []Interface{KMIP, REST} {
+			for what, p := range map[string]Proof{"password": {User: app, Password: password}, "certificate": {Certificate: cert}} {
+				p.Interface = by
+				got, _, err := b.Authenticate(p)
+				if by == is && (err != nil || got.Name != app) {
+					t.Errorf("%s of %s by %v: %v", what, app, by, err)
+				}
+				if by != is {
+					b.wantKind(what+" of "+app+" by "+by.String(), err, errs.Denied)
+				}
+			}
+		}
+	}
+	_, key, err := b.AddAPIKey(ctx, "r", 0)
+	b.check(err)
+	cert := b.certificate(time.Hour)
+	b.newREST("s")
+	_, err = b.AddCertificate(ctx, "s", cert)
+	b.check(err)
+	_, _, err = b.Authenticate(Proof{Interface: REST, Certificate: cert, Key: key})
+	b.wantKind("the certificate of one, the API key of another", err, errs.Denied)
+	b.check(b.DeleteApplication(ctx, "r"))
+	_, _, err = b.Authenticate(Proof{Interface: REST, Key: key})
+	b.wantKind("deleted", err, errs.Denied)
+}
+
+// FuzzAPIKey: whatever is presented as an API key opens nothing, and does not
+// break anything.
+func FuzzAPIKey(f *testing.F) {
+	f.Add([]byte("srk_0123456789ab_202122232425262728292a2b2c2d2e2f303132333435363738393a3b3c3d3e3f"))
+	f.Add([]byte("srk_"))
+	d := &Directory{now: time.Now, index: index{
+		apps: map[string]Application{"r": {Name: "r", Interface: REST, Credentials: []Credential{{ID: "0123456789ab", Kind: APIKey, Hash: "00"}}}},
+		keys: map[string]string{"0123456789ab": "r"},
+	}}
+	f.Fuzz(func(t *testing.T, key []byte) {
+		if id, ok := apiKeyID(key); ok && (len(key) != apiKeySize || !bytes.HasPrefix(key, []byte(APIKeyPrefix+id+"_"))) {
+			t.Errorf("id %q of %q", id, key)
+		}
+		if _, _, err := d.Authenticate(Proof{Interface: REST, Key: key}); err == nil {
+			t.Errorf("%q is known", key)
+		}
+	})
 }

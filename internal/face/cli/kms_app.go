@@ -17,8 +17,8 @@ import (
 
 func newKMSAppCmd(env *Env) *cobra.Command {
 	return newGroup("app", "Applications: the programs that use keys",
-		`An application is a KMIP client. It belongs to one group and proves who it is by a
-credential.`,
+		`An application is a client of KMIP or of the HTTP API ("REST"). It belongs to one
+group and proves who it is by a credential.`,
 		newKMSAppCreateCmd(env), newKMSAppLsCmd(env), newKMSAppShowCmd(env), newKMSAppQuotaCmd(env),
 		newKMSAppStateCmd(env, "disable", "Have an application refused", true), newKMSAppStateCmd(env, "enable", "Accept an application again", false),
 		newKMSAppDeleteCmd(env))
@@ -32,9 +32,14 @@ func newKMSAppCreateCmd(env *Env) *cobra.Command {
 		Short: "Create an application",
 		Long: `Create an application in a group of the same account. It can connect once it has a
 credential. In an account its whole name is ACCOUNT/NAME: by that other commands
-know it, and that is the user name of its passwords.`,
+know it, and that is the user name of its passwords.
+
+With --interface rest it makes and uses keys by HTTP and JSON on api_listen, and
+not by KMIP. The interface never changes.`,
 		Example: `  strongroom kms app create vcenter-1 --group vsphere
   strongroom kms credential create vcenter-1
+  strongroom kms app create billing --group web --interface rest
+  strongroom kms credential api-key billing
   strongroom kms app create vcenter-1 --account acme --group vsphere`,
 		Args: exactArgs("the application's name"),
 		RunE: env.withClient("create the application", func(cmd *cobra.Command, c *client.Client, args []string) (err error) {
@@ -51,12 +56,17 @@ know it, and that is the user name of its passwords.`,
 			if err := env.printDone(a, "application %s created", a.GetName()); err != nil {
 				return err
 			}
-			env.notef("It needs a credential: strongroom kms credential create %s", a.GetName())
+			kind := "create"
+			if a.GetInterface() == "REST" {
+				kind = "api-key"
+			}
+			env.notef("It needs a credential: strongroom kms credential %s %s", kind, a.GetName())
 			return nil
 		}),
 	}
 	cmd.Flags().StringVar(&group, "group", "", "the group whose keys it uses")
 	addAccount(cmd, &account)
+	cmd.Flags().StringVar(&req.Interface, "interface", "kmip", "how it asks: kmip or rest")
 	cmd.Flags().StringVar(&req.Title, "title", "", "a title for people")
 	cmd.Flags().StringVar(&req.Description, "description", "", "what it is")
 	must(cmd.MarkFlagRequired("group"))
@@ -80,6 +90,7 @@ func newKMSAppLsCmd(env *Env) *cobra.Command {
 				{"NAME", (*strongroomv1.KMSApplication).GetName},
 				{"TITLE", (*strongroomv1.KMSApplication).GetTitle},
 				{"GROUP", (*strongroomv1.KMSApplication).GetGroup},
+				{"INTERFACE", (*strongroomv1.KMSApplication).GetInterface},
 				{"DISABLED", func(a *strongroomv1.KMSApplication) string { return yesNo(a.GetDisabled()) }},
 				{"CREDENTIALS", func(a *strongroomv1.KMSApplication) string { return fmt.Sprint(len(a.GetCredentials())) }},
 				{"LAST USED", func(a *strongroomv1.KMSApplication) string { return env.when(a.GetUsage().GetLastUse()) }},
@@ -110,24 +121,38 @@ It changes nothing.`,
 				{"Title", a.GetTitle()},
 				{"Description", a.GetDescription()},
 				{"Group", a.GetGroup()},
+				{"Interface", a.GetInterface()},
 				{"Disabled", yesNo(a.GetDisabled())},
 				{"Created", env.when(a.GetCreated())},
 			}
 			fields = append(fields, env.usageFields(a.GetUsage(), a.GetQuota(), "Keys made")...)
 			for _, v := range a.GetCredentials() {
-				what := "user " + v.GetUser()
-				if v.GetFingerprint() != "" {
-					what = "sha256:" + v.GetFingerprint()
-				}
-				until := "does not expire"
-				if v.GetExpires() != nil {
-					until = "valid until " + env.when(v.GetExpires())
-				}
-				fields = append(fields, field{"Credential " + v.GetId(), fmt.Sprintf("%s, %s, %s", v.GetKind(), what, until)})
+				fields = append(fields, field{"Credential " + v.GetId(), fmt.Sprintf("%s, %s, %s", v.GetKind(), knownBy(v), env.validity(v))})
 			}
 			return env.printOne(a, fields)
 		}),
 	}
+}
+
+// knownBy tells a credential from others of its kind.
+func knownBy(c *strongroomv1.KMSCredential) string {
+	switch c.GetKind() {
+	case "password":
+		return "user " + c.GetUser()
+	case "certificate":
+		return "sha256:" + c.GetFingerprint()
+	}
+	return apiKeyPrefix + c.GetId() + "_..."
+}
+
+// apiKeyPrefix begins every API key.
+const apiKeyPrefix = "srk_"
+
+func (e *Env) validity(c *strongroomv1.KMSCredential) string {
+	if c.GetExpires() == nil {
+		return "does not expire"
+	}
+	return "valid until " + e.when(c.GetExpires())
 }
 
 func newKMSAppStateCmd(env *Env, verb, short string, disabled bool) *cobra.Command {
@@ -174,9 +199,9 @@ application of the group can use them.`,
 func newKMSCredentialCmd(env *Env) *cobra.Command {
 	return newGroup("credential", "Credentials of applications",
 		`An application proves who it is by a client certificate or by a user name and
-password. To change one without a gap, create the new one, give it to the
-application, and revoke the old one.`,
-		newKMSCredentialCreateCmd(env), newKMSCredentialCertificateCmd(env), newKMSCredentialTrustCmd(env), newKMSCredentialRevokeCmd(env))
+password; one whose interface is REST by an API key, too. To change one without a
+gap, create the new one, give it to the application, and revoke the old one.`,
+		newKMSCredentialCreateCmd(env), newKMSCredentialAPIKeyCmd(env), newKMSCredentialLsCmd(env), newKMSCredentialCertificateCmd(env), newKMSCredentialTrustCmd(env), newKMSCredentialRevokeCmd(env))
 }
 
 func newKMSCredentialCreateCmd(env *Env) *cobra.Command {
@@ -199,6 +224,58 @@ name is the application's name. Earlier passwords stay valid until they are revo
 	}
 	cmd.Flags().DurationVar(&lifetime, "lifetime", 0, "how long it is valid (default: for ever)")
 	return cmd
+}
+
+func newKMSCredentialAPIKeyCmd(env *Env) *cobra.Command {
+	var lifetime time.Duration
+	cmd := &cobra.Command{
+		Use:   "api-key APPLICATION",
+		Short: "Make an API key for an application",
+		Long: `Make an API key for an application whose interface is REST and print it, once: it
+is not kept. It begins with "srk_" and the credential's id. The application sends
+it with each request: "Authorization: Bearer srk_...".
+
+Earlier ones stay valid until they are revoked. To rotate without a gap: make the
+new one, give it to the application, and revoke the old one, whose id
+"kms credential ls" tells.`,
+		Example: `  strongroom kms credential api-key billing --lifetime 8760h > api-key
+  strongroom kms credential ls billing
+  strongroom kms credential revoke billing 0123456789ab`,
+		Args: exactArgs("the application's name"),
+		RunE: env.withClient("create the API key", func(cmd *cobra.Command, c *client.Client, args []string) error {
+			res, err := client.Call(cmd.Context(), c.KMS().CreateKMSAPIKey, &strongroomv1.CreateKMSAPIKeyRequest{Application: args[0], LifetimeSeconds: int64(lifetime / time.Second)})
+			if err != nil {
+				return err
+			}
+			defer clear(res.GetKey())
+			return env.printSecret(res, string(res.GetKey()), "API key, credential "+res.GetCredential().GetId()+", "+env.validity(res.GetCredential())+"; it is not shown again")
+		}),
+	}
+	cmd.Flags().DurationVar(&lifetime, "lifetime", 0, "how long it is valid (default: for ever)")
+	return cmd
+}
+
+func newKMSCredentialLsCmd(env *Env) *cobra.Command {
+	return &cobra.Command{
+		Use:     "ls APPLICATION",
+		Short:   "List an application's credentials",
+		Long:    "List an application's credentials, without their secrets. It changes nothing.",
+		Example: "  strongroom kms credential ls vcenter-1",
+		Args:    exactArgs("the application's name"),
+		RunE: env.withClient("list the credentials", func(cmd *cobra.Command, c *client.Client, args []string) error {
+			a, err := client.Call(cmd.Context(), c.KMS().GetKMSApplication, &strongroomv1.GetKMSApplicationRequest{Name: args[0]})
+			if err != nil {
+				return err
+			}
+			return printList(env, a, a.GetCredentials(), []column[*strongroomv1.KMSCredential]{
+				{"ID", (*strongroomv1.KMSCredential).GetId},
+				{"KIND", (*strongroomv1.KMSCredential).GetKind},
+				{"KNOWN BY", knownBy},
+				{"CREATED", func(v *strongroomv1.KMSCredential) string { return env.when(v.GetCreated()) }},
+				{"VALIDITY", env.validity},
+			})
+		}),
+	}
 }
 
 func newKMSCredentialCertificateCmd(env *Env) *cobra.Command {

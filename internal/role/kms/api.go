@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"fmt"
+	"strings"
 	"time"
 
 	"connectrpc.com/connect"
@@ -23,7 +24,7 @@ const (
 	requestMax = 1 << 20
 	// certificateMax bounds a client certificate, in bytes of DER.
 	certificateMax = 16 << 10
-	// lifetimeMax bounds the life of a password.
+	// lifetimeMax bounds the life of a password or API key.
 	lifetimeMax = 20 * 365 * 24 * time.Hour
 )
 
@@ -121,11 +122,28 @@ func (a *api) ListKMSGroups(ctx context.Context, req *connect.Request[strongroom
 
 func (a *api) CreateKMSApplication(ctx context.Context, req *connect.Request[strongroomv1.CreateKMSApplicationRequest]) (*connect.Response[strongroomv1.KMSApplication], error) {
 	m := req.Msg
-	app := directory.Application{Name: m.GetName(), Title: m.GetTitle(), Description: m.GetDescription(), Group: m.GetGroup()}
+	i, err := interfaceOf(m.GetInterface())
+	if err != nil {
+		return nil, errs.Wrap(err, "cannot create application %.100s", m.GetName())
+	}
+	app := directory.Application{Name: m.GetName(), Title: m.GetTitle(), Description: m.GetDescription(), Group: m.GetGroup(), Interface: i}
 	if err := a.k.directory.CreateApplication(ctx, app); err != nil {
 		return nil, err
 	}
 	return a.application(m.GetName())
+}
+
+// interfaceOf reads an interface off the wire.
+func interfaceOf(name string) (directory.Interface, error) {
+	for _, i := range []directory.Interface{directory.KMIP, directory.REST} {
+		if strings.EqualFold(name, i.String()) {
+			return i, nil
+		}
+	}
+	if name == "" {
+		return directory.KMIP, nil
+	}
+	return "", errs.New(errs.Invalid, "there is no interface %.16q: it is %v or %v", name, directory.KMIP, directory.REST)
 }
 
 func (a *api) application(name string) (*connect.Response[strongroomv1.KMSApplication], error) {
@@ -138,7 +156,7 @@ func (a *api) application(name string) (*connect.Response[strongroomv1.KMSApplic
 
 func (a *api) applicationOf(app directory.Application) *strongroomv1.KMSApplication {
 	out := &strongroomv1.KMSApplication{
-		Name: app.Name, Account: directory.AccountOf(app.Name), Title: app.Title, Description: app.Description, Group: app.Group, Disabled: app.Disabled, Created: timestamppb.New(app.Created),
+		Name: app.Name, Account: directory.AccountOf(app.Name), Title: app.Title, Description: app.Description, Group: app.Group, Interface: app.Interface.String(), Disabled: app.Disabled, Created: timestamppb.New(app.Created),
 		Quota: quotaOf(app.Quota), Usage: usageOf(a.k.usage.Of(usage.Application(app.Name)), app.Quota),
 	}
 	for _, c := range app.Credentials {
@@ -191,15 +209,34 @@ func (a *api) DeleteKMSApplication(ctx context.Context, req *connect.Request[str
 }
 
 func (a *api) CreateKMSPassword(ctx context.Context, req *connect.Request[strongroomv1.CreateKMSPasswordRequest]) (*connect.Response[strongroomv1.CreateKMSPasswordResponse], error) {
-	seconds := req.Msg.GetLifetimeSeconds()
-	if seconds < 0 || seconds > int64(lifetimeMax/time.Second) {
-		return nil, errs.New(errs.Invalid, "a lifetime of %d seconds is not 0 to %d", seconds, int64(lifetimeMax/time.Second))
+	life, err := lifetimeOf(req.Msg.GetLifetimeSeconds())
+	if err != nil {
+		return nil, err
 	}
-	c, password, err := a.k.directory.AddPassword(ctx, req.Msg.GetApplication(), time.Duration(seconds)*time.Second)
+	c, password, err := a.k.directory.AddPassword(ctx, req.Msg.GetApplication(), life)
 	if err != nil {
 		return nil, err
 	}
 	return connect.NewResponse(&strongroomv1.CreateKMSPasswordResponse{Credential: credentialOf(c), Password: password}), nil
+}
+
+func lifetimeOf(seconds int64) (time.Duration, error) {
+	if seconds < 0 || seconds > int64(lifetimeMax/time.Second) {
+		return 0, errs.New(errs.Invalid, "a lifetime of %d seconds is not 0 to %d", seconds, int64(lifetimeMax/time.Second))
+	}
+	return time.Duration(seconds) * time.Second, nil
+}
+
+func (a *api) CreateKMSAPIKey(ctx context.Context, req *connect.Request[strongroomv1.CreateKMSAPIKeyRequest]) (*connect.Response[strongroomv1.CreateKMSAPIKeyResponse], error) {
+	life, err := lifetimeOf(req.Msg.GetLifetimeSeconds())
+	if err != nil {
+		return nil, err
+	}
+	c, key, err := a.k.directory.AddAPIKey(ctx, req.Msg.GetApplication(), life)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&strongroomv1.CreateKMSAPIKeyResponse{Credential: credentialOf(c), Key: key}), nil
 }
 
 func (a *api) AddKMSCertificate(ctx context.Context, req *connect.Request[strongroomv1.AddKMSCertificateRequest]) (*connect.Response[strongroomv1.KMSCredential], error) {

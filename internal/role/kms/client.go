@@ -22,7 +22,7 @@ import (
 // authenticate implements [kmipserver.Authenticator]: the account of a client
 // is its application's group.
 func (k *KMS) authenticate(ctx context.Context, state tls.ConnectionState, credentials []kmip.Credential) (kmipserver.Client, error) {
-	var p directory.Proof
+	p := directory.Proof{Interface: directory.KMIP}
 	if len(state.PeerCertificates) > 0 {
 		p.Certificate = state.PeerCertificates[0]
 	}

@@ -97,6 +97,9 @@ const (
 	// KMSServiceCreateKMSPasswordProcedure is the fully-qualified name of the KMSService's
 	// CreateKMSPassword RPC.
 	KMSServiceCreateKMSPasswordProcedure = "/strongroom.v1.KMSService/CreateKMSPassword"
+	// KMSServiceCreateKMSAPIKeyProcedure is the fully-qualified name of the KMSService's
+	// CreateKMSAPIKey RPC.
+	KMSServiceCreateKMSAPIKeyProcedure = "/strongroom.v1.KMSService/CreateKMSAPIKey"
 	// KMSServiceAddKMSCertificateProcedure is the fully-qualified name of the KMSService's
 	// AddKMSCertificate RPC.
 	KMSServiceAddKMSCertificateProcedure = "/strongroom.v1.KMSService/AddKMSCertificate"
@@ -155,6 +158,10 @@ type KMSServiceClient interface {
 	// CreateKMSPassword gives an application a new password, which is in the
 	// answer and nowhere else. Earlier ones stay valid until they are revoked.
 	CreateKMSPassword(context.Context, *connect.Request[v1.CreateKMSPasswordRequest]) (*connect.Response[v1.CreateKMSPasswordResponse], error)
+	// CreateKMSAPIKey gives an application whose interface is REST a new API key,
+	// which is in the answer and nowhere else. Earlier ones stay valid until they are
+	// revoked.
+	CreateKMSAPIKey(context.Context, *connect.Request[v1.CreateKMSAPIKeyRequest]) (*connect.Response[v1.CreateKMSAPIKeyResponse], error)
 	// AddKMSCertificate has an application known by a client certificate,
 	// whoever issued it.
 	AddKMSCertificate(context.Context, *connect.Request[v1.AddKMSCertificateRequest]) (*connect.Response[v1.KMSCredential], error)
@@ -305,6 +312,12 @@ func NewKMSServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...
 			connect.WithSchema(kMSServiceMethods.ByName("CreateKMSPassword")),
 			connect.WithClientOptions(opts...),
 		),
+		createKMSAPIKey: connect.NewClient[v1.CreateKMSAPIKeyRequest, v1.CreateKMSAPIKeyResponse](
+			httpClient,
+			baseURL+KMSServiceCreateKMSAPIKeyProcedure,
+			connect.WithSchema(kMSServiceMethods.ByName("CreateKMSAPIKey")),
+			connect.WithClientOptions(opts...),
+		),
 		addKMSCertificate: connect.NewClient[v1.AddKMSCertificateRequest, v1.KMSCredential](
 			httpClient,
 			baseURL+KMSServiceAddKMSCertificateProcedure,
@@ -344,6 +357,7 @@ type kMSServiceClient struct {
 	setKMSApplicationQuota    *connect.Client[v1.SetKMSApplicationQuotaRequest, v1.KMSApplication]
 	deleteKMSApplication      *connect.Client[v1.DeleteKMSApplicationRequest, v1.DeleteKMSApplicationResponse]
 	createKMSPassword         *connect.Client[v1.CreateKMSPasswordRequest, v1.CreateKMSPasswordResponse]
+	createKMSAPIKey           *connect.Client[v1.CreateKMSAPIKeyRequest, v1.CreateKMSAPIKeyResponse]
 	addKMSCertificate         *connect.Client[v1.AddKMSCertificateRequest, v1.KMSCredential]
 	revokeKMSCredential       *connect.Client[v1.RevokeKMSCredentialRequest, v1.KMSApplication]
 }
@@ -458,6 +472,11 @@ func (c *kMSServiceClient) CreateKMSPassword(ctx context.Context, req *connect.R
 	return c.createKMSPassword.CallUnary(ctx, req)
 }
 
+// CreateKMSAPIKey calls strongroom.v1.KMSService.CreateKMSAPIKey.
+func (c *kMSServiceClient) CreateKMSAPIKey(ctx context.Context, req *connect.Request[v1.CreateKMSAPIKeyRequest]) (*connect.Response[v1.CreateKMSAPIKeyResponse], error) {
+	return c.createKMSAPIKey.CallUnary(ctx, req)
+}
+
 // AddKMSCertificate calls strongroom.v1.KMSService.AddKMSCertificate.
 func (c *kMSServiceClient) AddKMSCertificate(ctx context.Context, req *connect.Request[v1.AddKMSCertificateRequest]) (*connect.Response[v1.KMSCredential], error) {
 	return c.addKMSCertificate.CallUnary(ctx, req)
@@ -518,6 +537,10 @@ type KMSServiceHandler interface {
 	// CreateKMSPassword gives an application a new password, which is in the
 	// answer and nowhere else. Earlier ones stay valid until they are revoked.
 	CreateKMSPassword(context.Context, *connect.Request[v1.CreateKMSPasswordRequest]) (*connect.Response[v1.CreateKMSPasswordResponse], error)
+	// CreateKMSAPIKey gives an application whose interface is REST a new API key,
+	// which is in the answer and nowhere else. Earlier ones stay valid until they are
+	// revoked.
+	CreateKMSAPIKey(context.Context, *connect.Request[v1.CreateKMSAPIKeyRequest]) (*connect.Response[v1.CreateKMSAPIKeyResponse], error)
 	// AddKMSCertificate has an application known by a client certificate,
 	// whoever issued it.
 	AddKMSCertificate(context.Context, *connect.Request[v1.AddKMSCertificateRequest]) (*connect.Response[v1.KMSCredential], error)
@@ -664,6 +687,12 @@ func NewKMSServiceHandler(svc KMSServiceHandler, opts ...connect.HandlerOption) 
 		connect.WithSchema(kMSServiceMethods.ByName("CreateKMSPassword")),
 		connect.WithHandlerOptions(opts...),
 	)
+	kMSServiceCreateKMSAPIKeyHandler := connect.NewUnaryHandler(
+		KMSServiceCreateKMSAPIKeyProcedure,
+		svc.CreateKMSAPIKey,
+		connect.WithSchema(kMSServiceMethods.ByName("CreateKMSAPIKey")),
+		connect.WithHandlerOptions(opts...),
+	)
 	kMSServiceAddKMSCertificateHandler := connect.NewUnaryHandler(
 		KMSServiceAddKMSCertificateProcedure,
 		svc.AddKMSCertificate,
@@ -722,6 +751,8 @@ func NewKMSServiceHandler(svc KMSServiceHandler, opts ...connect.HandlerOption) 
 			kMSServiceDeleteKMSApplicationHandler.ServeHTTP(w, r)
 		case KMSServiceCreateKMSPasswordProcedure:
 			kMSServiceCreateKMSPasswordHandler.ServeHTTP(w, r)
+		case KMSServiceCreateKMSAPIKeyProcedure:
+			kMSServiceCreateKMSAPIKeyHandler.ServeHTTP(w, r)
 		case KMSServiceAddKMSCertificateProcedure:
 			kMSServiceAddKMSCertificateHandler.ServeHTTP(w, r)
 		case KMSServiceRevokeKMSCredentialProcedure:
@@ -821,6 +852,10 @@ func (UnimplementedKMSServiceHandler) DeleteKMSApplication(context.Context, *con
 
 func (UnimplementedKMSServiceHandler) CreateKMSPassword(context.Context, *connect.Request[v1.CreateKMSPasswordRequest]) (*connect.Response[v1.CreateKMSPasswordResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.KMSService.CreateKMSPassword is not implemented"))
+}
+
+func (UnimplementedKMSServiceHandler) CreateKMSAPIKey(context.Context, *connect.Request[v1.CreateKMSAPIKeyRequest]) (*connect.Response[v1.CreateKMSAPIKeyResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.KMSService.CreateKMSAPIKey is not implemented"))
 }
 
 func (UnimplementedKMSServiceHandler) AddKMSCertificate(context.Context, *connect.Request[v1.AddKMSCertificateRequest]) (*connect.Response[v1.KMSCredential], error) {
