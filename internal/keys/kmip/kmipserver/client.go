@@ -16,6 +16,8 @@ import (
 type Client struct {
 	Account string // whose objects it sees, and no others
 	Name    string // what it is called in records
+	// Interface is how it asks, for records: "" is KMIP.
+	Interface string
 	Policy  *Policy
 	// Admit is asked before an operation that the policy allows is carried out;
 	// its error refuses the operation. done is called once, when it has ended: with

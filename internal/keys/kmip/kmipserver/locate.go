@@ -2,6 +2,7 @@ package kmipserver
 
 import (
 	"crypto/sha256"
+	"slices"
 
 	"github.com/ovh/kmip-go"
 	"github.com/ovh/kmip-go/payloads"
@@ -19,28 +20,11 @@ func (r *request) locate(p *payloads.LocateRequestPayload) (kmip.OperationPayloa
 	if p.MaximumItems < 0 || p.OffsetItems < 0 {
 		return nil, refuse(kmip.ResultReasonInvalidField, "a negative number of items")
 	}
-	query := Query{}
-	wantsDestroyed := false
-	for _, a := range p.Attribute {
-		if _, ok := ruleOf(a.AttributeName, r.version); !ok {
-			return nil, refuse(kmip.ResultReasonInvalidField, "there is no attribute %.64q", a.AttributeName)
-		}
-		switch v := a.AttributeValue.(type) {
-		case kmip.Name:
-			query.Name = v.NameValue
-		case kmip.State:
-			wantsDestroyed = wantsDestroyed || v == kmip.StateDestroyed || v == kmip.StateDestroyedCompromised
-		}
-		if a.AttributeName == kmip.AttributeNameDestroyDate {
-			wantsDestroyed = true
-		}
-	}
-	storage := p.StorageStatusMask
-	if storage == 0 {
-		storage = kmip.StorageStatusOnlineStorage
+	query, err := r.queryOf(p)
+	if err != nil {
+		return nil, err
 	}
 	page := page{query: r.fingerprint(p), offset: int(p.OffsetItems)}
-	query.Newest = p.ObjectGroupMember == 0 // of a group, the oldest is the next to use
 	skip := page.offset
 	if page.offset > 0 && r.conn.next.query == page.query && r.conn.next.offset == page.offset {
 		query.After, skip = r.conn.next.after, 0
@@ -49,38 +33,7 @@ func (r *request) locate(p *payloads.LocateRequestPayload) (kmip.OperationPayloa
 	if p.MaximumItems > 0 {
 		limit = min(limit, int(p.MaximumItems))
 	}
-	var found []string
-	passed := 0
-	err := r.server.store.View(r.ctx, r.client.Account, func(v Reader) error {
-		found, passed = nil, 0
-		for o, err := range v.Find(query) {
-			if err != nil {
-				return err
-			}
-			if err := r.ctx.Err(); err != nil {
-				return err
-			}
-			o.advance(r.now)
-			where := kmip.StorageStatusOnlineStorage
-			if o.Archived {
-				where = kmip.StorageStatusArchivalStorage
-			}
-			fresh, _ := attribute[bool](o, kmip.AttributeNameFresh)
-			if storage&where == 0 || destroyed(o) && !wantsDestroyed || p.ObjectGroupMember == kmip.ObjectGroupMemberFresh && !fresh {
-				continue
-			}
-			if !matches(o, p.Attribute) {
-				continue
-			}
-			if passed++; passed <= skip {
-				continue
-			}
-			if found = append(found, o.ID); len(found) == limit {
-				break
-			}
-		}
-		return nil
-	})
+	found, passed, err := search(r, p, query, skip, limit, func(o *Object) string { return o.ID })
 	if err != nil {
 		return nil, err
 	}
@@ -97,6 +50,69 @@ func (r *request) locate(p *payloads.LocateRequestPayload) (kmip.OperationPayloa
 		r.placeholder = found[0]
 	}
 	return out, nil
+}
+
+// queryOf returns what the store is asked for to find what p asks for.
+func (r *request) queryOf(p *payloads.LocateRequestPayload) (Query, error) {
+	query := Query{Newest: p.ObjectGroupMember == 0} // of a group, the oldest is the next to use
+	for _, a := range p.Attribute {
+		if _, ok := ruleOf(a.AttributeName, r.version); !ok {
+			return Query{}, refuse(kmip.ResultReasonInvalidField, "there is no attribute %.64q", a.AttributeName)
+		}
+		if name, ok := a.AttributeValue.(kmip.Name); ok {
+			query.Name = name.NameValue
+		}
+	}
+	return query, nil
+}
+
+// wantsDestroyed reports whether p asks for destroyed objects, too.
+func wantsDestroyed(p *payloads.LocateRequestPayload) bool {
+	return slices.ContainsFunc(p.Attribute, func(a kmip.Attribute) bool {
+		state, _ := a.AttributeValue.(kmip.State)
+		return state == kmip.StateDestroyed || state == kmip.StateDestroyedCompromised || a.AttributeName == kmip.AttributeNameDestroyDate
+	})
+}
+
+// search picks from objects that p asks for, behind the first skip, up to limit. It
+// returns how many it has seen, those that it skipped included.
+func search[T any](r *request, p *payloads.LocateRequestPayload, query Query, skip, limit int, pick func(*Object) T) (found []T, passed int, err error) {
+	storage := p.StorageStatusMask
+	if storage == 0 {
+		storage = kmip.StorageStatusOnlineStorage
+	}
+	destroyedToo := wantsDestroyed(p)
+	err = r.server.store.View(r.ctx, r.client.Account, func(v Reader) error {
+		found, passed = nil, 0
+		for o, err := range v.Find(query) {
+			if err != nil {
+				return err
+			}
+			if err := r.ctx.Err(); err != nil {
+				return err
+			}
+			o.advance(r.now)
+			where := kmip.StorageStatusOnlineStorage
+			if o.Archived {
+				where = kmip.StorageStatusArchivalStorage
+			}
+			fresh, _ := attribute[bool](o, kmip.AttributeNameFresh)
+			if storage&where == 0 || destroyed(o) && !destroyedToo || p.ObjectGroupMember == kmip.ObjectGroupMemberFresh && !fresh {
+				continue
+			}
+			if !matches(o, p.Attribute) {
+				continue
+			}
+			if passed++; passed <= skip {
+				continue
+			}
+			if found = append(found, pick(o)); len(found) == limit {
+				break
+			}
+		}
+		return nil
+	})
+	return found, passed, err
 }
 
 // page is a place in what a Locate finds. A connection keeps the one at which its

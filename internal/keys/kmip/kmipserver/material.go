@@ -208,8 +208,19 @@ func fits(algorithm kmip.CryptographicAlgorithm, bits int32, size int) bool {
 
 func (r *request) get(p *payloads.GetRequestPayload) (kmip.OperationPayload, error) {
 	out := &payloads.GetResponsePayload{}
+	err := r.giveOut(p.UniqueIdentifier, func(v Reader, o *Object) (err error) {
+		out.ObjectType, out.UniqueIdentifier = o.Type, o.ID
+		out.Object, err = r.export(v, o, p)
+		return err
+	})
+	return out, err
+}
+
+// giveOut has read give out an object: with an approval, if that is needed, and
+// made stale for the first to get it.
+func (r *request) giveOut(given string, read func(Reader, *Object) error) error {
 	fresh, guarded := false, false
-	read := func(v Reader, o *Object) (err error) {
+	readable := func(v Reader, o *Object) error {
 		if destroyed(o) {
 			return refuse(kmip.ResultReasonItemNotFound, "the object is destroyed")
 		}
@@ -217,27 +228,28 @@ func (r *request) get(p *payloads.GetRequestPayload) (kmip.OperationPayload, err
 			return err
 		}
 		fresh, _ = attribute[bool](o, kmip.AttributeNameFresh)
-		out.ObjectType, out.UniqueIdentifier = o.Type, o.ID
-		out.Object, err = r.export(v, o, p)
-		return err
+		return read(v, o)
 	}
-	err := r.view(p.UniqueIdentifier, func(v Reader, o *Object) error {
+	id := ""
+	err := r.view(given, func(v Reader, o *Object) error {
+		id = o.ID
 		// Then nothing is read yet: the approval is used up with it.
 		if guarded = r.needsApproval(kmip.OperationGet) && guardsExport(o); guarded {
 			return nil
 		}
-		return read(v, o)
+		return readable(v, o)
 	})
-	if err != nil || !fresh && !guarded {
-		return out, err
+	switch {
+	case err != nil:
+		return err
+	case guarded:
+		return r.approved(kmip.OperationGet, given, func(id string, use func(Tx, *Object) error) error {
+			return r.stale(id, readable, use)
+		})
+	case fresh:
+		return r.stale(id, readable, nil)
 	}
-	if !guarded {
-		return out, r.stale(out.UniqueIdentifier, read, nil)
-	}
-	err = r.approved(kmip.OperationGet, p.UniqueIdentifier, func(id string, use func(Tx, *Object) error) error {
-		return r.stale(id, read, use)
-	})
-	return out, err
+	return nil
 }
 
 // stale reads an object and makes it stale, before the answer is sent, for the
@@ -269,14 +281,7 @@ func (r *request) export(v Reader, o *Object, p *payloads.GetRequestPayload) (km
 	if p.KeyCompressionType != 0 {
 		return nil, refuse(kmip.ResultReasonKeyCompressionTypeNotSupported, "key compression is not supported")
 	}
-	sensitive, _ := attribute[bool](o, kmip.AttributeNameSensitive)
-	if sensitive && p.KeyWrappingSpecification == nil && o.Layout.Wrapping == nil {
-		return nil, refuse(kmip.ResultReasonSensitive, "the object is sensitive: it can be had wrapped only")
-	}
-	if extractable, ok := attribute[bool](o, kmip.AttributeNameExtractable); ok && !extractable {
-		return nil, refuse(kmip.ResultReasonNotExtractable, "the object is not extractable")
-	}
-	if err := r.client.Policy.checkExport(o); err != nil {
+	if err := r.checkExport(o, p.KeyWrappingSpecification != nil); err != nil {
 		return nil, err
 	}
 	switch o.Type {
@@ -293,6 +298,18 @@ func (r *request) export(v Reader, o *Object, p *payloads.GetRequestPayload) (km
 		return &kmip.SecretData{SecretDataType: o.Layout.SecretType, KeyBlock: block}, nil
 	}
 	return &kmip.SymmetricKey{KeyBlock: block}, nil
+}
+
+// checkExport refuses to give out o's material, wrapped by another key or not.
+func (r *request) checkExport(o *Object, wrapped bool) error {
+	sensitive, _ := attribute[bool](o, kmip.AttributeNameSensitive)
+	if sensitive && !wrapped && o.Layout.Wrapping == nil {
+		return refuse(kmip.ResultReasonSensitive, "the object is sensitive: it can be had wrapped only")
+	}
+	if extractable, ok := attribute[bool](o, kmip.AttributeNameExtractable); ok && !extractable {
+		return refuse(kmip.ResultReasonNotExtractable, "the object is not extractable")
+	}
+	return r.client.Policy.checkExport(o)
 }
 
 func (r *request) block(v Reader, o *Object, p *payloads.GetRequestPayload) (kmip.KeyBlock, error) {

@@ -331,10 +331,11 @@ func (r *request) failed(op kmip.Operation, out *kmip.ResponseBatchItem, err err
 }
 
 func (r *request) perform(it *item) (payload kmip.OperationPayload, err error) {
+	if err := r.allowed(it.operation); err != nil {
+		return nil, err
+	}
 	op, ok := r.server.operations[it.operation]
 	switch {
-	case !r.client.Policy.allows(it.operation):
-		return nil, refuse(kmip.ResultReasonPermissionDenied, "operation %s is not allowed to you", ttlv.EnumStr(it.operation))
 	case !ok || !r.atLeast(op.since):
 		return nil, refuse(kmip.ResultReasonOperationNotSupported, "operation %s is not supported in KMIP %v", ttlv.EnumStr(it.operation), r.version)
 	case it.extension != nil && it.extension.CriticalityIndicator:
@@ -342,13 +343,30 @@ func (r *request) perform(it *item) (payload kmip.OperationPayload, err error) {
 	case it.err != nil:
 		return nil, refuse(kmip.ResultReasonInvalidMessage, "the payload of %s is not well formed", ttlv.EnumStr(it.operation))
 	}
+	err = r.admitted(it, func() (err error) {
+		payload, err = op.run(r, it.payload)
+		return err
+	})
+	return payload, err
+}
+
+// allowed refuses an operation that the client's policy does not allow.
+func (r *request) allowed(op kmip.Operation) error {
+	if r.client.Policy.allows(op) {
+		return nil
+	}
+	return refuse(kmip.ResultReasonPermissionDenied, "operation %s is not allowed to you", ttlv.EnumStr(op))
+}
+
+// admitted runs an item if it is admitted.
+func (r *request) admitted(it *item, run func() error) (err error) {
 	if err := r.admit(it); err != nil {
-		return nil, err
+		return err
 	}
 	err = errPanicked
 	defer func() { it.end(err) }()
-	payload, err = op.run(r, it.payload)
-	return payload, err
+	err = run()
+	return err
 }
 
 // admit asks, once, whether an item may be run.
