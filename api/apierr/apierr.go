@@ -29,6 +29,9 @@ const (
 	// logged in, or whose session or token has ended. One that is logged in but
 	// lacks a privilege has another reason or none.
 	ReasonUnauthenticated = "Unauthenticated"
+	// ReasonThrottled is that of an [errs.Unavailable] error for who asks, or fails to
+	// log in, too often: HTTP's 429.
+	ReasonThrottled = "Throttled"
 	// ReasonPasswordNeeded is that of the error of ImportProvider for a backup
 	// that has a password, if none was given.
 	ReasonPasswordNeeded = "PasswordNeeded"
@@ -126,6 +129,9 @@ func encode(kind errs.Kind, reason, hint, text string) *connect.Error {
 	code := codes[kind]
 	if kind == errs.Denied && reason == ReasonUnauthenticated {
 		code = connect.CodeUnauthenticated
+	}
+	if kind == errs.Unavailable && reason == ReasonThrottled {
+		code = connect.CodeResourceExhausted
 	}
 	ce := connect.NewError(code, errors.New(cut(text)))
 	d, err := connect.NewErrorDetail(&strongroomv1.ErrorDetail{Kind: kind.String(), Reason: cut(reason), Hint: cut(hint)})

@@ -20,11 +20,11 @@ func CanonicalHash(s string) (string, error) {
 // SplitToken parses a token's text.
 func SplitToken(text string) (id string, secret []byte, ok bool) { return parseToken(text) }
 
-// Throttled returns how many names are remembered.
-func (c *Control) Throttled() int { return len(c.throttle.names) }
+// Throttled returns how many counters are kept.
+func (c *Control) Throttled() int { return len(c.throttle.counters) }
 
 // BeginAttempt is what Login does before it looks at a password.
-func (c *Control) BeginAttempt(name string) error { return c.throttle.begin(name) }
+func (c *Control) BeginAttempt(name, peer string) error { return c.throttle.begin(name, peer) }
 
 // MaxThrottled is the bound of Throttled.
 const MaxThrottled = maxThrottled

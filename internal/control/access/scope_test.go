@@ -48,7 +48,7 @@ func TestHome(t *testing.T) {
 			t.Errorf("a user called %q", name)
 		}
 	}
-	if p, err := c.Login(ctx, "acme/ann", []byte(goodPassword)); err != nil || p != ann {
+	if p, err := c.Login(ctx, "acme/ann", []byte(goodPassword), peer); err != nil || p != ann {
 		t.Errorf("%v, %v", p, err)
 	}
 	wantKind(t, "a role on everything", c.Grant(ctx, access.Permission{Principal: ann.String(), Object: access.Root, Roles: []string{access.ReadOnly}, Propagate: true}), errs.Invalid)

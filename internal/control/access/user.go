@@ -255,15 +255,16 @@ func (c *Control) SetDisabled(ctx context.Context, name string, disabled bool) e
 }
 
 // ChangePassword changes a user's password, who proves to know the old one, and
-// ends all its sessions and tokens but keepToken. It wipes both passwords.
-func (c *Control) ChangePassword(ctx context.Context, name string, oldPassword, newPassword []byte, keepToken string) error {
+// ends all its sessions and tokens but keepToken. It wipes both passwords. Attempts
+// at the old one are bounded as those to log in are.
+func (c *Control) ChangePassword(ctx context.Context, name string, oldPassword, newPassword []byte, keepToken, peer string) error {
 	defer clear(oldPassword)
 	defer clear(newPassword)
 	err := func() error {
 		if err := checkPassword(newPassword); err != nil {
 			return err
 		}
-		if _, err := c.verify(ctx, name, oldPassword); err != nil {
+		if _, err := c.verify(ctx, name, oldPassword, peer); err != nil {
 			return err
 		}
 		hash, err := c.hash(ctx, newPassword)
@@ -287,18 +288,19 @@ func (c *Control) ChangePassword(ctx context.Context, name string, oldPassword, 
 
 // Login checks a user's password, which it wipes, and returns the principal. A
 // wrong password, an unknown and a disabled user give the same error after the
-// same work. After some failures a name has to wait: [errs.Unavailable].
-func (c *Control) Login(ctx context.Context, name string, password []byte) (Principal, error) {
+// same work. After some failures that name has to wait at the peer, "host:port",
+// and the peer with any name: [errs.Unavailable].
+func (c *Control) Login(ctx context.Context, name string, password []byte, peer string) (Principal, error) {
 	defer clear(password)
-	p, err := c.verify(ctx, name, password)
+	p, err := c.verify(ctx, name, password, peer)
 	return p, errs.Wrap(err, "cannot log in")
 }
 
-func (c *Control) verify(ctx context.Context, name string, password []byte) (Principal, error) {
+func (c *Control) verify(ctx context.Context, name string, password []byte, peer string) (Principal, error) {
 	if len(password) > MaxPassword || len(name) > maxName {
 		return Principal{}, errDenied("wrong user or password")
 	}
-	if err := c.throttle.begin(name); err != nil {
+	if err := c.throttle.begin(name, peer); err != nil {
 		return Principal{}, err
 	}
 	u, err := c.users.Get(ctx, name)
@@ -318,7 +320,7 @@ func (c *Control) verify(ctx context.Context, name string, password []byte) (Pri
 	if !match || !known {
 		return Principal{}, errDenied("wrong user or password")
 	}
-	c.throttle.succeeded(name)
+	c.throttle.succeeded(name, peer)
 	return Principal{Kind: UserPrincipal, Name: u.Name}, nil
 }
 

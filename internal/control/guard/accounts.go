@@ -120,7 +120,7 @@ func (a accounts) ChangePassword(ctx context.Context, req *connect.Request[stron
 	if err != nil {
 		return nil, err
 	}
-	if err := a.Access.ChangePassword(ctx, p.Name, req.Msg.GetOldPassword(), req.Msg.GetNewPassword(), p.Token); err != nil {
+	if err := a.Access.ChangePassword(ctx, p.Name, req.Msg.GetOldPassword(), req.Msg.GetNewPassword(), p.Token, AddressOf(ctx)); err != nil {
 		return nil, err
 	}
 	a.Post(ctx, event.New{Type: event.UserPasswordChanged, Target: "user/" + p.Name})

@@ -52,7 +52,7 @@ type sessions struct{ Users }
 
 func (s sessions) Login(ctx context.Context, req *connect.Request[strongroomv1.LoginRequest]) (*connect.Response[strongroomv1.LoginResponse], error) {
 	user := fmt.Sprintf("%.64s", req.Msg.GetUser()) // no name is longer
-	principal, err := s.Access.Login(ctx, req.Msg.GetUser(), req.Msg.GetPassword())
+	principal, err := s.Access.Login(ctx, req.Msg.GetUser(), req.Msg.GetPassword(), AddressOf(ctx))
 	if err != nil {
 		s.Post(ctx, event.New{Type: event.UserLoginFailed, Principal: CallerOf(ctx).Name(), Target: "user/" + user, Args: map[string]string{"address": AddressOf(ctx)}})
 		return nil, err

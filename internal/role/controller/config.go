@@ -29,6 +29,18 @@ type Config struct {
 	// DataDir. It may lie on another medium.
 	KeyFile string `toml:"key_file"`
 
+	// MaxConnections and MaxConnectionsPerAddress bound the connections to the API,
+	// those of hosts included, together and from one network address; an IPv6
+	// network (/64) has at most three quarters of all. From 1 to 65536. Default: 4096
+	// and 64.
+	MaxConnections           int `toml:"max_connections"`
+	MaxConnectionsPerAddress int `toml:"max_connections_per_address"`
+
+	// MaxRequestsPerSecond is how many requests of clients without a certificate
+	// from one network address, of IPv6 from one network (/64), are answered in a
+	// second; more are refused, as HTTP's 429. From 1 to 65536. Default: 100.
+	MaxRequestsPerSecond int `toml:"max_requests_per_second"`
+
 	KMS KMSConfig `toml:"kms"`
 }
 
@@ -82,6 +94,22 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	if !filepath.IsAbs(c.KeyFile) {
 		return Config{}, fmt.Errorf("key_file %q is not an absolute path", c.KeyFile)
+	}
+	for _, s := range []struct {
+		name  string
+		limit *int
+		usual int
+	}{
+		{"max_connections", &c.MaxConnections, 4096},
+		{"max_connections_per_address", &c.MaxConnectionsPerAddress, 64},
+		{"max_requests_per_second", &c.MaxRequestsPerSecond, 100},
+	} {
+		if *s.limit == 0 {
+			*s.limit = s.usual
+		}
+		if *s.limit < 1 || *s.limit > 65536 {
+			return Config{}, fmt.Errorf("%s %d is not 1 to 65536", s.name, *s.limit)
+		}
 	}
 	if c.KMS.RemediationInterval == 0 {
 		c.KMS.RemediationInterval = Duration(5 * time.Minute)

@@ -49,6 +49,7 @@ func TestParseConfig(t *testing.T) {
 	}
 	want := Config{
 		DataDir: "/var/lib/strongroom", Listen: "192.0.2.1:7443", Advertise: "192.0.2.1:7443", KeyFile: "/var/lib/strongroom/controller.key",
+		MaxConnections: 4096, MaxConnectionsPerAddress: 64, MaxRequestsPerSecond: 100,
 		KMS: KMSConfig{RemediationInterval: Duration(5 * time.Minute), StatusInterval: Duration(5 * time.Minute)},
 	}
 	got, err := ParseConfig([]byte(minimal))

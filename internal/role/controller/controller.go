@@ -205,7 +205,7 @@ func (c *Controller) run(ctx context.Context, listener net.Listener) error {
 		return errors.Join(err, listener.Close())
 	}
 	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error { return daemon.Serve(ctx, server, listener) })
+	group.Go(func() error { return server.Serve(ctx, listener) })
 	group.Go(func() error { return c.tasks.Run(ctx) })
 	group.Go(func() error { return c.remediate(ctx) })
 	group.Go(func() error { return c.supply(ctx) })

@@ -9,7 +9,6 @@ import (
 	"strongroom/api/strongroom/v1/strongroomv1connect"
 	"strongroom/internal/control/guard"
 	"strongroom/internal/control/pki"
-	"strongroom/internal/daemon"
 	"strongroom/internal/errs"
 )
 
@@ -19,7 +18,7 @@ const requestMax = 16 << 20
 
 // apiServer returns the server of users and hosts. It does not come to be if a
 // method does not declare who may call it.
-func (c *Controller) apiServer() (*http.Server, error) {
+func (c *Controller) apiServer() (*guard.Server, error) {
 	rules, err := rule.Of(
 		strongroomv1connect.SessionServiceName, strongroomv1connect.AccessServiceName, strongroomv1connect.ClusterServiceName,
 		strongroomv1connect.HostServiceName, strongroomv1connect.DatastoreServiceName, strongroomv1connect.ProviderServiceName,
@@ -49,8 +48,9 @@ func (c *Controller) apiServer() (*http.Server, error) {
 		}
 		return nil
 	}
-	return &http.Server{
-		Handler: guard.WithConnection(mux), TLSConfig: pki.ServerConfig(c.credential, c.ca.Certificate(), true, accept),
-		ReadHeaderTimeout: daemon.HeaderTimeout, MaxHeaderBytes: daemon.HeaderMax,
-	}, nil
+	server := guard.NewServer(mux, guard.Limits{
+		Connections: c.cfg.MaxConnections, PerAddress: c.cfg.MaxConnectionsPerAddress, RequestsPerSecond: c.cfg.MaxRequestsPerSecond,
+	}, c.log)
+	server.HTTP.TLSConfig = pki.ServerConfig(c.credential, c.ca.Certificate(), true, accept)
+	return server, nil
 }

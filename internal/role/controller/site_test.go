@@ -58,6 +58,8 @@ func newSite(t testing.TB) *site {
 	if err != nil {
 		t.Fatal(err)
 	}
+	// All clients of a test have one address.
+	cfg.MaxConnectionsPerAddress, cfg.MaxRequestsPerSecond = 4096, 10000
 	// Fake hosts send a heartbeat when they are told to, and a slow machine must
 	// not make them silent.
 	s := &site{t: t, cfg: cfg, beatLife: 10 * time.Minute}

@@ -41,8 +41,8 @@ type Config struct {
 	LocalSocket string `toml:"local_socket"`
 
 	// MaxConnections and MaxConnectionsPerAddress bound the connections of KMIP
-	// clients, together and from one network address. From 1 to 65536. Default:
-	// 512 and 256.
+	// clients, together and from one network address; an IPv6 network (/64) has at
+	// most three quarters of all. From 1 to 65536. Default: 512 and 256.
 	MaxConnections           int `toml:"max_connections"`
 	MaxConnectionsPerAddress int `toml:"max_connections_per_address"`
 
@@ -67,6 +67,17 @@ type Config struct {
 	// It stands in the certificate. Default: APIListen, which must then name an
 	// address.
 	APIAdvertise string `toml:"api_advertise"`
+
+	// APIMaxConnections and APIMaxConnectionsPerAddress bound the connections to the
+	// API, as MaxConnections and MaxConnectionsPerAddress do to the KMIP server. From
+	// 1 to 65536. Default: 512 and 64.
+	APIMaxConnections           int `toml:"api_max_connections"`
+	APIMaxConnectionsPerAddress int `toml:"api_max_connections_per_address"`
+
+	// APIMaxRequestsPerSecond is how many requests to the API from one network
+	// address, of IPv6 from one network (/64), are answered in a second; more are
+	// refused, as HTTP's 429. From 1 to 65536. Default: 100.
+	APIMaxRequestsPerSecond int `toml:"api_max_requests_per_second"`
 
 	// format replaces [formatKnown] in tests, if it is set.
 	format int
@@ -160,7 +171,11 @@ func (c Config) withDefaults() (Config, error) {
 		limit *int
 		usual int
 	}{
-		{"max_connections", &c.MaxConnections, 512}, {"max_connections_per_address", &c.MaxConnectionsPerAddress, 256},
+		{"max_connections", &c.MaxConnections, 512},
+		{"max_connections_per_address", &c.MaxConnectionsPerAddress, 256},
+		{"api_max_connections", &c.APIMaxConnections, 512},
+		{"api_max_connections_per_address", &c.APIMaxConnectionsPerAddress, 64},
+		{"api_max_requests_per_second", &c.APIMaxRequestsPerSecond, 100},
 	} {
 		if *s.limit == 0 {
 			*s.limit = s.usual

@@ -18,7 +18,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"net/http"
 	"os"
 	"path/filepath"
 	"time"
@@ -28,6 +27,7 @@ import (
 	"strongroom/internal/control/access"
 	"strongroom/internal/control/audit"
 	"strongroom/internal/control/directory"
+	"strongroom/internal/control/guard"
 	"strongroom/internal/control/pki"
 	"strongroom/internal/control/store"
 	"strongroom/internal/daemon"
@@ -305,7 +305,7 @@ func (k *KMS) run(ctx context.Context, ready func(*KMS) error) error {
 	if err != nil {
 		return err
 	}
-	var users *http.Server
+	var users *guard.Server
 	if k.credential != nil {
 		if users, err = k.apiServer(); err != nil {
 			return err
@@ -320,7 +320,7 @@ func (k *KMS) run(ctx context.Context, ready func(*KMS) error) error {
 	group.Go(func() error { return kmip.Serve(ctx, l.kmip) })
 	group.Go(func() error { return daemon.Serve(ctx, local, l.local) })
 	if users != nil {
-		group.Go(func() error { return daemon.Serve(ctx, users, l.api) })
+		group.Go(func() error { return users.Serve(ctx, l.api) })
 		group.Go(func() error { return k.keepCertificate(ctx) })
 	}
 	group.Go(func() error { return k.keepApprovals(ctx) })

@@ -60,6 +60,7 @@ func serviceRules() (rule.Rules, error) {
 	)
 }
 
+// newServer serves a local socket.
 func newServer(handler http.Handler) *http.Server {
 	return &http.Server{Handler: guard.WithConnection(handler), ReadHeaderTimeout: daemon.HeaderTimeout, MaxHeaderBytes: daemon.HeaderMax}
 }
@@ -79,7 +80,7 @@ func (k *KMS) localServer() (*http.Server, error) {
 
 // apiServer serves users on the network. What gives away the keys of a whole KMS,
 // its root key, its backups and a place among its nodes, stays on the local socket.
-func (k *KMS) apiServer() (*http.Server, error) {
+func (k *KMS) apiServer() (*guard.Server, error) {
 	g, err := k.newGuard(func(ctx context.Context, header http.Header) (guard.Caller, error) {
 		if who, ok, err := guard.ByToken(ctx, k.access, header); ok {
 			return who, err
@@ -95,9 +96,12 @@ func (k *KMS) apiServer() (*http.Server, error) {
 		root: strongroomv1connect.UnimplementedKMSRootServiceHandler{}, cluster: strongroomv1connect.UnimplementedKMSClusterServiceHandler{},
 		backup: strongroomv1connect.UnimplementedKMSBackupServiceHandler{},
 	}
-	server := newServer(s.handler(g, refuseUnknown("what concerns its root key, backups and nodes it does on its local socket only, the rest a controller does")))
-	server.TLSConfig = pki.ServerConfig(k.credential, k.ca.Certificate(), true, nil)
-	server.TLSConfig.ClientAuth = tls.NoClientCert // users come by password and token
+	handler := s.handler(g, refuseUnknown("what concerns its root key, backups and nodes it does on its local socket only, the rest a controller does"))
+	server := guard.NewServer(handler, guard.Limits{
+		Connections: k.cfg.APIMaxConnections, PerAddress: k.cfg.APIMaxConnectionsPerAddress, RequestsPerSecond: k.cfg.APIMaxRequestsPerSecond,
+	}, k.log)
+	server.HTTP.TLSConfig = pki.ServerConfig(k.credential, k.ca.Certificate(), true, nil)
+	server.HTTP.TLSConfig.ClientAuth = tls.NoClientCert // users come by password and token
 	return server, nil
 }
 

@@ -29,6 +29,7 @@ import (
 
 	"github.com/ovh/kmip-go"
 
+	"strongroom/internal/admission"
 	"strongroom/internal/crypto/keymem"
 	"strongroom/internal/keys/kmip/kmipwire"
 )
@@ -144,7 +145,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		stop()
 		l.Close()
 	}()
-	slots := admission{limits: s.limits, from: map[string]int{}}
+	slots := admission.NewSlots(s.limits.Connections, s.limits.PerAddress)
 	for {
 		raw, err := l.Accept()
 		if err != nil {
@@ -157,55 +158,17 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 			}
 			return fmt.Errorf("cannot accept KMIP connections: %w", err)
 		}
-		address := addressOf(raw)
-		if !slots.enter(address) {
+		leave, ok := slots.Enter(raw.RemoteAddr().String())
+		if !ok {
 			s.log.LogAttrs(ctx, slog.LevelWarn, "kmip connection refused: too many are open", slog.String("peer", raw.RemoteAddr().String()))
 			raw.Close()
 			continue
 		}
 		connections.Go(func() {
-			defer slots.leave(address)
+			defer leave()
 			s.serveConnection(ctx, raw)
 		})
 	}
-}
-
-// admission counts open connections.
-type admission struct {
-	limits Limits
-
-	mu   sync.Mutex
-	open int
-	from map[string]int // by network address
-}
-
-func (a *admission) enter(address string) bool {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if a.open >= a.limits.Connections || a.from[address] >= a.limits.PerAddress {
-		return false
-	}
-	a.open++
-	a.from[address]++
-	return true
-}
-
-func (a *admission) leave(address string) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.open--
-	if a.from[address]--; a.from[address] == 0 {
-		delete(a.from, address)
-	}
-}
-
-// addressOf returns a peer's address without its port.
-func addressOf(conn net.Conn) string {
-	peer := conn.RemoteAddr().String()
-	if host, _, err := net.SplitHostPort(peer); err == nil {
-		return host
-	}
-	return peer
 }
 
 // serveConnection does the handshake and answers requests one after another.

@@ -325,35 +325,6 @@ func TestDeadlinesAndConnectionLimit(t *testing.T) {
 
 func TestConnectionsPerAddress(t *testing.T) {
 	t.Parallel()
-	a := admission{limits: Limits{Connections: 3, PerAddress: 2}, from: map[string]int{}}
-	for i, c := range []struct {
-		address string
-		leaves  bool
-		want    bool
-	}{
-		{"a", false, true},
-		{"a", false, true},
-		{"a", false, false},
-		{"b", false, true},
-		{"c", false, false}, // three are open
-		{"a", true, true},
-		{"c", false, true},
-		{"a", false, false},
-		{"b", true, true},
-		{"a", false, true},
-	} {
-		if c.leaves {
-			a.leave(c.address)
-		} else if got := a.enter(c.address); got != c.want {
-			t.Errorf("%d: %s enters: %v", i, c.address, got)
-		}
-	}
-	for _, address := range []string{"a", "a", "c"} {
-		a.leave(address)
-	}
-	if len(a.from) != 0 || a.open != 0 {
-		t.Errorf("left over: %v", a.from)
-	}
 	b := newBench(t, Limits{PerAddress: 1})
 	first := b.dial(t, "one")
 	over, err := net.Dial("tcp", b.addr)
