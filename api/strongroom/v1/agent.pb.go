@@ -203,13 +203,18 @@ type HeartbeatRequest struct {
 	BootId       string          `protobuf:"bytes,3,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`
 	Capabilities map[string]bool `protobuf:"bytes,4,rep,name=capabilities,proto3" json:"capabilities,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
 	Providers    []*HeldProvider `protobuf:"bytes,5,rep,name=providers,proto3" json:"providers,omitempty"`
-	Vms          []*VM           `protobuf:"bytes,6,rep,name=vms,proto3" json:"vms,omitempty"`
+	// Of the VMs that the host has, those of which the controller said that it
+	// lacks them, and those that have changed since the heartbeat before: as many
+	// as fit into 1 MiB.
+	Vms []*VM `protobuf:"bytes,6,rep,name=vms,proto3" json:"vms,omitempty"`
 	// A random name of this start of the agent: what it had in memory only is
 	// gone when it changes.
 	Instance string `protobuf:"bytes,7,opt,name=instance,proto3" json:"instance,omitempty"`
 	// Of the heartbeats of an instance, the later one has the higher number; 0: not
 	// known.
-	Sequence      uint64 `protobuf:"varint,8,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	Sequence uint64 `protobuf:"varint,8,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	// All VMs that the host has. Without any, those of vms are all.
+	Digests       []*VMDigest `protobuf:"bytes,9,rep,name=digests,proto3" json:"digests,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -300,6 +305,68 @@ func (x *HeartbeatRequest) GetSequence() uint64 {
 	return 0
 }
 
+func (x *HeartbeatRequest) GetDigests() []*VMDigest {
+	if x != nil {
+		return x.Digests
+	}
+	return nil
+}
+
+// VMDigest tells whether a VM is as it was told before.
+type VMDigest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// Another one whenever a field of the VM but its description is another; at
+	// most 32 bytes.
+	Digest        []byte `protobuf:"bytes,2,opt,name=digest,proto3" json:"digest,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VMDigest) Reset() {
+	*x = VMDigest{}
+	mi := &file_strongroom_v1_agent_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VMDigest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VMDigest) ProtoMessage() {}
+
+func (x *VMDigest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_agent_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VMDigest.ProtoReflect.Descriptor instead.
+func (*VMDigest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *VMDigest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *VMDigest) GetDigest() []byte {
+	if x != nil {
+		return x.Digest
+	}
+	return nil
+}
+
 // HeldProvider names a provider whose keys a host holds.
 type HeldProvider struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -311,7 +378,7 @@ type HeldProvider struct {
 
 func (x *HeldProvider) Reset() {
 	*x = HeldProvider{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[3]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -323,7 +390,7 @@ func (x *HeldProvider) String() string {
 func (*HeldProvider) ProtoMessage() {}
 
 func (x *HeldProvider) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[3]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -336,7 +403,7 @@ func (x *HeldProvider) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldProvider.ProtoReflect.Descriptor instead.
 func (*HeldProvider) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{3}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *HeldProvider) GetName() string {
@@ -356,14 +423,17 @@ func (x *HeldProvider) GetKeyId() string {
 type HeartbeatResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// When to send the next one, in milliseconds.
-	IntervalMs    uint32 `protobuf:"varint,1,opt,name=interval_ms,json=intervalMs,proto3" json:"interval_ms,omitempty"`
+	IntervalMs uint32 `protobuf:"varint,1,opt,name=interval_ms,json=intervalMs,proto3" json:"interval_ms,omitempty"`
+	// Ids of VMs that the controller does not know as they are now, first those that
+	// it has waited for longest. Unless there are none, the next one is sent at once.
+	Lacking       []string `protobuf:"bytes,2,rep,name=lacking,proto3" json:"lacking,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *HeartbeatResponse) Reset() {
 	*x = HeartbeatResponse{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[4]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -375,7 +445,7 @@ func (x *HeartbeatResponse) String() string {
 func (*HeartbeatResponse) ProtoMessage() {}
 
 func (x *HeartbeatResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[4]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -388,7 +458,7 @@ func (x *HeartbeatResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeartbeatResponse.ProtoReflect.Descriptor instead.
 func (*HeartbeatResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{4}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *HeartbeatResponse) GetIntervalMs() uint32 {
@@ -396,6 +466,13 @@ func (x *HeartbeatResponse) GetIntervalMs() uint32 {
 		return x.IntervalMs
 	}
 	return 0
+}
+
+func (x *HeartbeatResponse) GetLacking() []string {
+	if x != nil {
+		return x.Lacking
+	}
+	return nil
 }
 
 type RenewCertificateRequest struct {
@@ -407,7 +484,7 @@ type RenewCertificateRequest struct {
 
 func (x *RenewCertificateRequest) Reset() {
 	*x = RenewCertificateRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[5]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -419,7 +496,7 @@ func (x *RenewCertificateRequest) String() string {
 func (*RenewCertificateRequest) ProtoMessage() {}
 
 func (x *RenewCertificateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[5]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -432,7 +509,7 @@ func (x *RenewCertificateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewCertificateRequest.ProtoReflect.Descriptor instead.
 func (*RenewCertificateRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{5}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *RenewCertificateRequest) GetCsr() []byte {
@@ -451,7 +528,7 @@ type RenewCertificateResponse struct {
 
 func (x *RenewCertificateResponse) Reset() {
 	*x = RenewCertificateResponse{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[6]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -463,7 +540,7 @@ func (x *RenewCertificateResponse) String() string {
 func (*RenewCertificateResponse) ProtoMessage() {}
 
 func (x *RenewCertificateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[6]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -476,7 +553,7 @@ func (x *RenewCertificateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewCertificateResponse.ProtoReflect.Descriptor instead.
 func (*RenewCertificateResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{6}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *RenewCertificateResponse) GetCertificate() []byte {
@@ -499,7 +576,7 @@ type SyncHostRequest struct {
 
 func (x *SyncHostRequest) Reset() {
 	*x = SyncHostRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[7]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -511,7 +588,7 @@ func (x *SyncHostRequest) String() string {
 func (*SyncHostRequest) ProtoMessage() {}
 
 func (x *SyncHostRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[7]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -524,7 +601,7 @@ func (x *SyncHostRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncHostRequest.ProtoReflect.Descriptor instead.
 func (*SyncHostRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{7}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *SyncHostRequest) GetProviders() []*WantedProvider {
@@ -561,7 +638,7 @@ type WantedKEK struct {
 
 func (x *WantedKEK) Reset() {
 	*x = WantedKEK{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[8]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -573,7 +650,7 @@ func (x *WantedKEK) String() string {
 func (*WantedKEK) ProtoMessage() {}
 
 func (x *WantedKEK) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[8]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -586,7 +663,7 @@ func (x *WantedKEK) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WantedKEK.ProtoReflect.Descriptor instead.
 func (*WantedKEK) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{8}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *WantedKEK) GetKey() *KeyRef {
@@ -622,7 +699,7 @@ type WantedProvider struct {
 
 func (x *WantedProvider) Reset() {
 	*x = WantedProvider{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[9]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -634,7 +711,7 @@ func (x *WantedProvider) String() string {
 func (*WantedProvider) ProtoMessage() {}
 
 func (x *WantedProvider) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[9]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -647,7 +724,7 @@ func (x *WantedProvider) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WantedProvider.ProtoReflect.Descriptor instead.
 func (*WantedProvider) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{9}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *WantedProvider) GetName() string {
@@ -723,7 +800,7 @@ type KeyServerAccess struct {
 
 func (x *KeyServerAccess) Reset() {
 	*x = KeyServerAccess{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[10]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -735,7 +812,7 @@ func (x *KeyServerAccess) String() string {
 func (*KeyServerAccess) ProtoMessage() {}
 
 func (x *KeyServerAccess) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[10]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -748,7 +825,7 @@ func (x *KeyServerAccess) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyServerAccess.ProtoReflect.Descriptor instead.
 func (*KeyServerAccess) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{10}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *KeyServerAccess) GetServers() []*TrustedServer {
@@ -811,7 +888,7 @@ type WantedDatastore struct {
 
 func (x *WantedDatastore) Reset() {
 	*x = WantedDatastore{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[11]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -823,7 +900,7 @@ func (x *WantedDatastore) String() string {
 func (*WantedDatastore) ProtoMessage() {}
 
 func (x *WantedDatastore) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[11]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -836,7 +913,7 @@ func (x *WantedDatastore) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WantedDatastore.ProtoReflect.Descriptor instead.
 func (*WantedDatastore) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{11}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *WantedDatastore) GetName() string {
@@ -872,7 +949,7 @@ type SyncHostResponse struct {
 
 func (x *SyncHostResponse) Reset() {
 	*x = SyncHostResponse{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[12]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -884,7 +961,7 @@ func (x *SyncHostResponse) String() string {
 func (*SyncHostResponse) ProtoMessage() {}
 
 func (x *SyncHostResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[12]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -897,7 +974,7 @@ func (x *SyncHostResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncHostResponse.ProtoReflect.Descriptor instead.
 func (*SyncHostResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{12}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *SyncHostResponse) GetProviders() []*HeldProvider {
@@ -934,7 +1011,7 @@ type DatastoreSpace struct {
 
 func (x *DatastoreSpace) Reset() {
 	*x = DatastoreSpace{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[13]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -946,7 +1023,7 @@ func (x *DatastoreSpace) String() string {
 func (*DatastoreSpace) ProtoMessage() {}
 
 func (x *DatastoreSpace) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[13]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -959,7 +1036,7 @@ func (x *DatastoreSpace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DatastoreSpace.ProtoReflect.Descriptor instead.
 func (*DatastoreSpace) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{13}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *DatastoreSpace) GetName() string {
@@ -1013,7 +1090,7 @@ type AgentProgress struct {
 
 func (x *AgentProgress) Reset() {
 	*x = AgentProgress{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[14]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1025,7 +1102,7 @@ func (x *AgentProgress) String() string {
 func (*AgentProgress) ProtoMessage() {}
 
 func (x *AgentProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[14]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1038,7 +1115,7 @@ func (x *AgentProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentProgress.ProtoReflect.Descriptor instead.
 func (*AgentProgress) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{14}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *AgentProgress) GetStep() string {
@@ -1095,7 +1172,7 @@ type AgentCreateVMRequest struct {
 
 func (x *AgentCreateVMRequest) Reset() {
 	*x = AgentCreateVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[15]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1107,7 +1184,7 @@ func (x *AgentCreateVMRequest) String() string {
 func (*AgentCreateVMRequest) ProtoMessage() {}
 
 func (x *AgentCreateVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[15]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1120,7 +1197,7 @@ func (x *AgentCreateVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentCreateVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentCreateVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{15}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *AgentCreateVMRequest) GetId() string {
@@ -1190,7 +1267,7 @@ type AgentCloneVMRequest struct {
 
 func (x *AgentCloneVMRequest) Reset() {
 	*x = AgentCloneVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[16]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1202,7 +1279,7 @@ func (x *AgentCloneVMRequest) String() string {
 func (*AgentCloneVMRequest) ProtoMessage() {}
 
 func (x *AgentCloneVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[16]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1215,7 +1292,7 @@ func (x *AgentCloneVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentCloneVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentCloneVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *AgentCloneVMRequest) GetId() string {
@@ -1273,7 +1350,7 @@ type AgentCreateSnapshotRequest struct {
 
 func (x *AgentCreateSnapshotRequest) Reset() {
 	*x = AgentCreateSnapshotRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[17]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1285,7 +1362,7 @@ func (x *AgentCreateSnapshotRequest) String() string {
 func (*AgentCreateSnapshotRequest) ProtoMessage() {}
 
 func (x *AgentCreateSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[17]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1298,7 +1375,7 @@ func (x *AgentCreateSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentCreateSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*AgentCreateSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *AgentCreateSnapshotRequest) GetId() string {
@@ -1341,7 +1418,7 @@ type AgentRevertToSnapshotRequest struct {
 
 func (x *AgentRevertToSnapshotRequest) Reset() {
 	*x = AgentRevertToSnapshotRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[18]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1353,7 +1430,7 @@ func (x *AgentRevertToSnapshotRequest) String() string {
 func (*AgentRevertToSnapshotRequest) ProtoMessage() {}
 
 func (x *AgentRevertToSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[18]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1366,7 +1443,7 @@ func (x *AgentRevertToSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentRevertToSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*AgentRevertToSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *AgentRevertToSnapshotRequest) GetId() string {
@@ -1403,7 +1480,7 @@ type AgentRenameSnapshotRequest struct {
 
 func (x *AgentRenameSnapshotRequest) Reset() {
 	*x = AgentRenameSnapshotRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[19]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1415,7 +1492,7 @@ func (x *AgentRenameSnapshotRequest) String() string {
 func (*AgentRenameSnapshotRequest) ProtoMessage() {}
 
 func (x *AgentRenameSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[19]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1428,7 +1505,7 @@ func (x *AgentRenameSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentRenameSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*AgentRenameSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *AgentRenameSnapshotRequest) GetId() string {
@@ -1470,7 +1547,7 @@ type AgentDeleteSnapshotRequest struct {
 
 func (x *AgentDeleteSnapshotRequest) Reset() {
 	*x = AgentDeleteSnapshotRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[20]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1482,7 +1559,7 @@ func (x *AgentDeleteSnapshotRequest) String() string {
 func (*AgentDeleteSnapshotRequest) ProtoMessage() {}
 
 func (x *AgentDeleteSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[20]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1495,7 +1572,7 @@ func (x *AgentDeleteSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentDeleteSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*AgentDeleteSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *AgentDeleteSnapshotRequest) GetId() string {
@@ -1521,7 +1598,7 @@ type AgentConsolidateSnapshotsRequest struct {
 
 func (x *AgentConsolidateSnapshotsRequest) Reset() {
 	*x = AgentConsolidateSnapshotsRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[21]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1533,7 +1610,7 @@ func (x *AgentConsolidateSnapshotsRequest) String() string {
 func (*AgentConsolidateSnapshotsRequest) ProtoMessage() {}
 
 func (x *AgentConsolidateSnapshotsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[21]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1546,7 +1623,7 @@ func (x *AgentConsolidateSnapshotsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentConsolidateSnapshotsRequest.ProtoReflect.Descriptor instead.
 func (*AgentConsolidateSnapshotsRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *AgentConsolidateSnapshotsRequest) GetId() string {
@@ -1574,7 +1651,7 @@ type AgentEncryptVMRequest struct {
 
 func (x *AgentEncryptVMRequest) Reset() {
 	*x = AgentEncryptVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[22]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1586,7 +1663,7 @@ func (x *AgentEncryptVMRequest) String() string {
 func (*AgentEncryptVMRequest) ProtoMessage() {}
 
 func (x *AgentEncryptVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[22]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1599,7 +1676,7 @@ func (x *AgentEncryptVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentEncryptVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentEncryptVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *AgentEncryptVMRequest) GetId() string {
@@ -1648,7 +1725,7 @@ type AgentDecryptVMRequest struct {
 
 func (x *AgentDecryptVMRequest) Reset() {
 	*x = AgentDecryptVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[23]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1660,7 +1737,7 @@ func (x *AgentDecryptVMRequest) String() string {
 func (*AgentDecryptVMRequest) ProtoMessage() {}
 
 func (x *AgentDecryptVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[23]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1673,7 +1750,7 @@ func (x *AgentDecryptVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentDecryptVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentDecryptVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *AgentDecryptVMRequest) GetId() string {
@@ -1718,7 +1795,7 @@ type AgentRekeyVMRequest struct {
 
 func (x *AgentRekeyVMRequest) Reset() {
 	*x = AgentRekeyVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[24]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1730,7 +1807,7 @@ func (x *AgentRekeyVMRequest) String() string {
 func (*AgentRekeyVMRequest) ProtoMessage() {}
 
 func (x *AgentRekeyVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[24]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1743,7 +1820,7 @@ func (x *AgentRekeyVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentRekeyVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentRekeyVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *AgentRekeyVMRequest) GetId() string {
@@ -1799,7 +1876,7 @@ type AgentSetRekeyRateRequest struct {
 
 func (x *AgentSetRekeyRateRequest) Reset() {
 	*x = AgentSetRekeyRateRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[25]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1811,7 +1888,7 @@ func (x *AgentSetRekeyRateRequest) String() string {
 func (*AgentSetRekeyRateRequest) ProtoMessage() {}
 
 func (x *AgentSetRekeyRateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[25]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1824,7 +1901,7 @@ func (x *AgentSetRekeyRateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentSetRekeyRateRequest.ProtoReflect.Descriptor instead.
 func (*AgentSetRekeyRateRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *AgentSetRekeyRateRequest) GetId() string {
@@ -1849,7 +1926,7 @@ type AgentSetRekeyRateResponse struct {
 
 func (x *AgentSetRekeyRateResponse) Reset() {
 	*x = AgentSetRekeyRateResponse{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[26]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1861,7 +1938,7 @@ func (x *AgentSetRekeyRateResponse) String() string {
 func (*AgentSetRekeyRateResponse) ProtoMessage() {}
 
 func (x *AgentSetRekeyRateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[26]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1874,7 +1951,7 @@ func (x *AgentSetRekeyRateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentSetRekeyRateResponse.ProtoReflect.Descriptor instead.
 func (*AgentSetRekeyRateResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 type AgentFillDisksRequest struct {
@@ -1887,7 +1964,7 @@ type AgentFillDisksRequest struct {
 
 func (x *AgentFillDisksRequest) Reset() {
 	*x = AgentFillDisksRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[27]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1899,7 +1976,7 @@ func (x *AgentFillDisksRequest) String() string {
 func (*AgentFillDisksRequest) ProtoMessage() {}
 
 func (x *AgentFillDisksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[27]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1912,7 +1989,7 @@ func (x *AgentFillDisksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentFillDisksRequest.ProtoReflect.Descriptor instead.
 func (*AgentFillDisksRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *AgentFillDisksRequest) GetId() string {
@@ -1940,7 +2017,7 @@ type AgentResizeDiskRequest struct {
 
 func (x *AgentResizeDiskRequest) Reset() {
 	*x = AgentResizeDiskRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[28]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1952,7 +2029,7 @@ func (x *AgentResizeDiskRequest) String() string {
 func (*AgentResizeDiskRequest) ProtoMessage() {}
 
 func (x *AgentResizeDiskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[28]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1965,7 +2042,7 @@ func (x *AgentResizeDiskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentResizeDiskRequest.ProtoReflect.Descriptor instead.
 func (*AgentResizeDiskRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *AgentResizeDiskRequest) GetId() string {
@@ -2001,7 +2078,7 @@ type AgentExportDiskKeyRequest struct {
 
 func (x *AgentExportDiskKeyRequest) Reset() {
 	*x = AgentExportDiskKeyRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[29]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2013,7 +2090,7 @@ func (x *AgentExportDiskKeyRequest) String() string {
 func (*AgentExportDiskKeyRequest) ProtoMessage() {}
 
 func (x *AgentExportDiskKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[29]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2026,7 +2103,7 @@ func (x *AgentExportDiskKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentExportDiskKeyRequest.ProtoReflect.Descriptor instead.
 func (*AgentExportDiskKeyRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *AgentExportDiskKeyRequest) GetId() string {
@@ -2059,7 +2136,7 @@ type AgentPowerOnVMRequest struct {
 
 func (x *AgentPowerOnVMRequest) Reset() {
 	*x = AgentPowerOnVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[30]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2071,7 +2148,7 @@ func (x *AgentPowerOnVMRequest) String() string {
 func (*AgentPowerOnVMRequest) ProtoMessage() {}
 
 func (x *AgentPowerOnVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[30]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2084,7 +2161,7 @@ func (x *AgentPowerOnVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentPowerOnVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentPowerOnVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{30}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *AgentPowerOnVMRequest) GetId() string {
@@ -2105,7 +2182,7 @@ type AgentPowerOffVMRequest struct {
 
 func (x *AgentPowerOffVMRequest) Reset() {
 	*x = AgentPowerOffVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[31]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2117,7 +2194,7 @@ func (x *AgentPowerOffVMRequest) String() string {
 func (*AgentPowerOffVMRequest) ProtoMessage() {}
 
 func (x *AgentPowerOffVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[31]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2130,7 +2207,7 @@ func (x *AgentPowerOffVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentPowerOffVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentPowerOffVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{31}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *AgentPowerOffVMRequest) GetId() string {
@@ -2165,7 +2242,7 @@ type AgentRegisterVMRequest struct {
 
 func (x *AgentRegisterVMRequest) Reset() {
 	*x = AgentRegisterVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[32]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2177,7 +2254,7 @@ func (x *AgentRegisterVMRequest) String() string {
 func (*AgentRegisterVMRequest) ProtoMessage() {}
 
 func (x *AgentRegisterVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[32]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2190,7 +2267,7 @@ func (x *AgentRegisterVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentRegisterVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentRegisterVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{32}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *AgentRegisterVMRequest) GetDatastore() string {
@@ -2223,7 +2300,7 @@ type AgentUnregisterVMRequest struct {
 
 func (x *AgentUnregisterVMRequest) Reset() {
 	*x = AgentUnregisterVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[33]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2235,7 +2312,7 @@ func (x *AgentUnregisterVMRequest) String() string {
 func (*AgentUnregisterVMRequest) ProtoMessage() {}
 
 func (x *AgentUnregisterVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[33]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2248,7 +2325,7 @@ func (x *AgentUnregisterVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentUnregisterVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentUnregisterVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{33}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *AgentUnregisterVMRequest) GetId() string {
@@ -2266,7 +2343,7 @@ type AgentUnregisterVMResponse struct {
 
 func (x *AgentUnregisterVMResponse) Reset() {
 	*x = AgentUnregisterVMResponse{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[34]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2278,7 +2355,7 @@ func (x *AgentUnregisterVMResponse) String() string {
 func (*AgentUnregisterVMResponse) ProtoMessage() {}
 
 func (x *AgentUnregisterVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[34]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2291,7 +2368,7 @@ func (x *AgentUnregisterVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentUnregisterVMResponse.ProtoReflect.Descriptor instead.
 func (*AgentUnregisterVMResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{34}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{35}
 }
 
 type AgentDeleteVMRequest struct {
@@ -2303,7 +2380,7 @@ type AgentDeleteVMRequest struct {
 
 func (x *AgentDeleteVMRequest) Reset() {
 	*x = AgentDeleteVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[35]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2315,7 +2392,7 @@ func (x *AgentDeleteVMRequest) String() string {
 func (*AgentDeleteVMRequest) ProtoMessage() {}
 
 func (x *AgentDeleteVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[35]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2328,7 +2405,7 @@ func (x *AgentDeleteVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentDeleteVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentDeleteVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{35}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *AgentDeleteVMRequest) GetId() string {
@@ -2346,7 +2423,7 @@ type AgentDeleteVMResponse struct {
 
 func (x *AgentDeleteVMResponse) Reset() {
 	*x = AgentDeleteVMResponse{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[36]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2358,7 +2435,7 @@ func (x *AgentDeleteVMResponse) String() string {
 func (*AgentDeleteVMResponse) ProtoMessage() {}
 
 func (x *AgentDeleteVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[36]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2371,7 +2448,7 @@ func (x *AgentDeleteVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentDeleteVMResponse.ProtoReflect.Descriptor instead.
 func (*AgentDeleteVMResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{36}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{37}
 }
 
 type AgentGetVMRequest struct {
@@ -2383,7 +2460,7 @@ type AgentGetVMRequest struct {
 
 func (x *AgentGetVMRequest) Reset() {
 	*x = AgentGetVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[37]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2395,7 +2472,7 @@ func (x *AgentGetVMRequest) String() string {
 func (*AgentGetVMRequest) ProtoMessage() {}
 
 func (x *AgentGetVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[37]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2408,7 +2485,7 @@ func (x *AgentGetVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentGetVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentGetVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{37}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *AgentGetVMRequest) GetId() string {
@@ -2430,7 +2507,7 @@ type AgentFindVMRequest struct {
 
 func (x *AgentFindVMRequest) Reset() {
 	*x = AgentFindVMRequest{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[38]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2442,7 +2519,7 @@ func (x *AgentFindVMRequest) String() string {
 func (*AgentFindVMRequest) ProtoMessage() {}
 
 func (x *AgentFindVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[38]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2455,7 +2532,7 @@ func (x *AgentFindVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentFindVMRequest.ProtoReflect.Descriptor instead.
 func (*AgentFindVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{38}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *AgentFindVMRequest) GetId() string {
@@ -2493,7 +2570,7 @@ type AgentFindVMResponse struct {
 
 func (x *AgentFindVMResponse) Reset() {
 	*x = AgentFindVMResponse{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[39]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2505,7 +2582,7 @@ func (x *AgentFindVMResponse) String() string {
 func (*AgentFindVMResponse) ProtoMessage() {}
 
 func (x *AgentFindVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[39]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2518,7 +2595,7 @@ func (x *AgentFindVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentFindVMResponse.ProtoReflect.Descriptor instead.
 func (*AgentFindVMResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{39}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *AgentFindVMResponse) GetFolders() []*FoundFolder {
@@ -2554,7 +2631,7 @@ type FoundFolder struct {
 
 func (x *FoundFolder) Reset() {
 	*x = FoundFolder{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[40]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2566,7 +2643,7 @@ func (x *FoundFolder) String() string {
 func (*FoundFolder) ProtoMessage() {}
 
 func (x *FoundFolder) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[40]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2579,7 +2656,7 @@ func (x *FoundFolder) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FoundFolder.ProtoReflect.Descriptor instead.
 func (*FoundFolder) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{40}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *FoundFolder) GetDatastore() string {
@@ -2612,7 +2689,7 @@ type AgentVMResponse struct {
 
 func (x *AgentVMResponse) Reset() {
 	*x = AgentVMResponse{}
-	mi := &file_strongroom_v1_agent_proto_msgTypes[41]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2624,7 +2701,7 @@ func (x *AgentVMResponse) String() string {
 func (*AgentVMResponse) ProtoMessage() {}
 
 func (x *AgentVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_agent_proto_msgTypes[41]
+	mi := &file_strongroom_v1_agent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2637,7 +2714,7 @@ func (x *AgentVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentVMResponse.ProtoReflect.Descriptor instead.
 func (*AgentVMResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{41}
+	return file_strongroom_v1_agent_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *AgentVMResponse) GetVm() *VM {
@@ -2669,7 +2746,7 @@ const file_strongroom_v1_agent_proto_rawDesc = "" +
 	"cluster_id\x18\x02 \x01(\tR\tclusterId\x12\x18\n" +
 	"\acluster\x18\x03 \x01(\tR\acluster\x12 \n" +
 	"\vcertificate\x18\x04 \x01(\fR\vcertificate\x12%\n" +
-	"\x0eca_certificate\x18\x05 \x01(\fR\rcaCertificate\"\x8f\x03\n" +
+	"\x0eca_certificate\x18\x05 \x01(\fR\rcaCertificate\"\xc2\x03\n" +
 	"\x10HeartbeatRequest\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\tR\aaddress\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12\x17\n" +
@@ -2678,16 +2755,21 @@ const file_strongroom_v1_agent_proto_rawDesc = "" +
 	"\tproviders\x18\x05 \x03(\v2\x1b.strongroom.v1.HeldProviderR\tproviders\x12#\n" +
 	"\x03vms\x18\x06 \x03(\v2\x11.strongroom.v1.VMR\x03vms\x12\x1a\n" +
 	"\binstance\x18\a \x01(\tR\binstance\x12\x1a\n" +
-	"\bsequence\x18\b \x01(\x04R\bsequence\x1a?\n" +
+	"\bsequence\x18\b \x01(\x04R\bsequence\x121\n" +
+	"\adigests\x18\t \x03(\v2\x17.strongroom.v1.VMDigestR\adigests\x1a?\n" +
 	"\x11CapabilitiesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\bR\x05value:\x028\x01\"9\n" +
+	"\x05value\x18\x02 \x01(\bR\x05value:\x028\x01\"2\n" +
+	"\bVMDigest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
+	"\x06digest\x18\x02 \x01(\fR\x06digest\"9\n" +
 	"\fHeldProvider\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x15\n" +
-	"\x06key_id\x18\x02 \x01(\tR\x05keyId\"4\n" +
+	"\x06key_id\x18\x02 \x01(\tR\x05keyId\"N\n" +
 	"\x11HeartbeatResponse\x12\x1f\n" +
 	"\vinterval_ms\x18\x01 \x01(\rR\n" +
-	"intervalMs\"+\n" +
+	"intervalMs\x12\x18\n" +
+	"\alacking\x18\x02 \x03(\tR\alacking\"+\n" +
 	"\x17RenewCertificateRequest\x12\x10\n" +
 	"\x03csr\x18\x01 \x01(\fR\x03csr\"<\n" +
 	"\x18RenewCertificateResponse\x12 \n" +
@@ -2915,141 +2997,143 @@ func file_strongroom_v1_agent_proto_rawDescGZIP() []byte {
 	return file_strongroom_v1_agent_proto_rawDescData
 }
 
-var file_strongroom_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 45)
+var file_strongroom_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 46)
 var file_strongroom_v1_agent_proto_goTypes = []any{
 	(*JoinRequest)(nil),                      // 0: strongroom.v1.JoinRequest
 	(*JoinResponse)(nil),                     // 1: strongroom.v1.JoinResponse
 	(*HeartbeatRequest)(nil),                 // 2: strongroom.v1.HeartbeatRequest
-	(*HeldProvider)(nil),                     // 3: strongroom.v1.HeldProvider
-	(*HeartbeatResponse)(nil),                // 4: strongroom.v1.HeartbeatResponse
-	(*RenewCertificateRequest)(nil),          // 5: strongroom.v1.RenewCertificateRequest
-	(*RenewCertificateResponse)(nil),         // 6: strongroom.v1.RenewCertificateResponse
-	(*SyncHostRequest)(nil),                  // 7: strongroom.v1.SyncHostRequest
-	(*WantedKEK)(nil),                        // 8: strongroom.v1.WantedKEK
-	(*WantedProvider)(nil),                   // 9: strongroom.v1.WantedProvider
-	(*KeyServerAccess)(nil),                  // 10: strongroom.v1.KeyServerAccess
-	(*WantedDatastore)(nil),                  // 11: strongroom.v1.WantedDatastore
-	(*SyncHostResponse)(nil),                 // 12: strongroom.v1.SyncHostResponse
-	(*DatastoreSpace)(nil),                   // 13: strongroom.v1.DatastoreSpace
-	(*AgentProgress)(nil),                    // 14: strongroom.v1.AgentProgress
-	(*AgentCreateVMRequest)(nil),             // 15: strongroom.v1.AgentCreateVMRequest
-	(*AgentCloneVMRequest)(nil),              // 16: strongroom.v1.AgentCloneVMRequest
-	(*AgentCreateSnapshotRequest)(nil),       // 17: strongroom.v1.AgentCreateSnapshotRequest
-	(*AgentRevertToSnapshotRequest)(nil),     // 18: strongroom.v1.AgentRevertToSnapshotRequest
-	(*AgentRenameSnapshotRequest)(nil),       // 19: strongroom.v1.AgentRenameSnapshotRequest
-	(*AgentDeleteSnapshotRequest)(nil),       // 20: strongroom.v1.AgentDeleteSnapshotRequest
-	(*AgentConsolidateSnapshotsRequest)(nil), // 21: strongroom.v1.AgentConsolidateSnapshotsRequest
-	(*AgentEncryptVMRequest)(nil),            // 22: strongroom.v1.AgentEncryptVMRequest
-	(*AgentDecryptVMRequest)(nil),            // 23: strongroom.v1.AgentDecryptVMRequest
-	(*AgentRekeyVMRequest)(nil),              // 24: strongroom.v1.AgentRekeyVMRequest
-	(*AgentSetRekeyRateRequest)(nil),         // 25: strongroom.v1.AgentSetRekeyRateRequest
-	(*AgentSetRekeyRateResponse)(nil),        // 26: strongroom.v1.AgentSetRekeyRateResponse
-	(*AgentFillDisksRequest)(nil),            // 27: strongroom.v1.AgentFillDisksRequest
-	(*AgentResizeDiskRequest)(nil),           // 28: strongroom.v1.AgentResizeDiskRequest
-	(*AgentExportDiskKeyRequest)(nil),        // 29: strongroom.v1.AgentExportDiskKeyRequest
-	(*AgentPowerOnVMRequest)(nil),            // 30: strongroom.v1.AgentPowerOnVMRequest
-	(*AgentPowerOffVMRequest)(nil),           // 31: strongroom.v1.AgentPowerOffVMRequest
-	(*AgentRegisterVMRequest)(nil),           // 32: strongroom.v1.AgentRegisterVMRequest
-	(*AgentUnregisterVMRequest)(nil),         // 33: strongroom.v1.AgentUnregisterVMRequest
-	(*AgentUnregisterVMResponse)(nil),        // 34: strongroom.v1.AgentUnregisterVMResponse
-	(*AgentDeleteVMRequest)(nil),             // 35: strongroom.v1.AgentDeleteVMRequest
-	(*AgentDeleteVMResponse)(nil),            // 36: strongroom.v1.AgentDeleteVMResponse
-	(*AgentGetVMRequest)(nil),                // 37: strongroom.v1.AgentGetVMRequest
-	(*AgentFindVMRequest)(nil),               // 38: strongroom.v1.AgentFindVMRequest
-	(*AgentFindVMResponse)(nil),              // 39: strongroom.v1.AgentFindVMResponse
-	(*FoundFolder)(nil),                      // 40: strongroom.v1.FoundFolder
-	(*AgentVMResponse)(nil),                  // 41: strongroom.v1.AgentVMResponse
-	nil,                                      // 42: strongroom.v1.JoinRequest.CapabilitiesEntry
-	nil,                                      // 43: strongroom.v1.HeartbeatRequest.CapabilitiesEntry
-	nil,                                      // 44: strongroom.v1.AgentCreateVMRequest.PassphrasesEntry
-	(*VM)(nil),                               // 45: strongroom.v1.VM
-	(*KeyRef)(nil),                           // 46: strongroom.v1.KeyRef
-	(*timestamppb.Timestamp)(nil),            // 47: google.protobuf.Timestamp
-	(*TrustedServer)(nil),                    // 48: strongroom.v1.TrustedServer
-	(*VMSettings)(nil),                       // 49: strongroom.v1.VMSettings
-	(*NewDisk)(nil),                          // 50: strongroom.v1.NewDisk
-	(*ExportDiskKeyResponse)(nil),            // 51: strongroom.v1.ExportDiskKeyResponse
+	(*VMDigest)(nil),                         // 3: strongroom.v1.VMDigest
+	(*HeldProvider)(nil),                     // 4: strongroom.v1.HeldProvider
+	(*HeartbeatResponse)(nil),                // 5: strongroom.v1.HeartbeatResponse
+	(*RenewCertificateRequest)(nil),          // 6: strongroom.v1.RenewCertificateRequest
+	(*RenewCertificateResponse)(nil),         // 7: strongroom.v1.RenewCertificateResponse
+	(*SyncHostRequest)(nil),                  // 8: strongroom.v1.SyncHostRequest
+	(*WantedKEK)(nil),                        // 9: strongroom.v1.WantedKEK
+	(*WantedProvider)(nil),                   // 10: strongroom.v1.WantedProvider
+	(*KeyServerAccess)(nil),                  // 11: strongroom.v1.KeyServerAccess
+	(*WantedDatastore)(nil),                  // 12: strongroom.v1.WantedDatastore
+	(*SyncHostResponse)(nil),                 // 13: strongroom.v1.SyncHostResponse
+	(*DatastoreSpace)(nil),                   // 14: strongroom.v1.DatastoreSpace
+	(*AgentProgress)(nil),                    // 15: strongroom.v1.AgentProgress
+	(*AgentCreateVMRequest)(nil),             // 16: strongroom.v1.AgentCreateVMRequest
+	(*AgentCloneVMRequest)(nil),              // 17: strongroom.v1.AgentCloneVMRequest
+	(*AgentCreateSnapshotRequest)(nil),       // 18: strongroom.v1.AgentCreateSnapshotRequest
+	(*AgentRevertToSnapshotRequest)(nil),     // 19: strongroom.v1.AgentRevertToSnapshotRequest
+	(*AgentRenameSnapshotRequest)(nil),       // 20: strongroom.v1.AgentRenameSnapshotRequest
+	(*AgentDeleteSnapshotRequest)(nil),       // 21: strongroom.v1.AgentDeleteSnapshotRequest
+	(*AgentConsolidateSnapshotsRequest)(nil), // 22: strongroom.v1.AgentConsolidateSnapshotsRequest
+	(*AgentEncryptVMRequest)(nil),            // 23: strongroom.v1.AgentEncryptVMRequest
+	(*AgentDecryptVMRequest)(nil),            // 24: strongroom.v1.AgentDecryptVMRequest
+	(*AgentRekeyVMRequest)(nil),              // 25: strongroom.v1.AgentRekeyVMRequest
+	(*AgentSetRekeyRateRequest)(nil),         // 26: strongroom.v1.AgentSetRekeyRateRequest
+	(*AgentSetRekeyRateResponse)(nil),        // 27: strongroom.v1.AgentSetRekeyRateResponse
+	(*AgentFillDisksRequest)(nil),            // 28: strongroom.v1.AgentFillDisksRequest
+	(*AgentResizeDiskRequest)(nil),           // 29: strongroom.v1.AgentResizeDiskRequest
+	(*AgentExportDiskKeyRequest)(nil),        // 30: strongroom.v1.AgentExportDiskKeyRequest
+	(*AgentPowerOnVMRequest)(nil),            // 31: strongroom.v1.AgentPowerOnVMRequest
+	(*AgentPowerOffVMRequest)(nil),           // 32: strongroom.v1.AgentPowerOffVMRequest
+	(*AgentRegisterVMRequest)(nil),           // 33: strongroom.v1.AgentRegisterVMRequest
+	(*AgentUnregisterVMRequest)(nil),         // 34: strongroom.v1.AgentUnregisterVMRequest
+	(*AgentUnregisterVMResponse)(nil),        // 35: strongroom.v1.AgentUnregisterVMResponse
+	(*AgentDeleteVMRequest)(nil),             // 36: strongroom.v1.AgentDeleteVMRequest
+	(*AgentDeleteVMResponse)(nil),            // 37: strongroom.v1.AgentDeleteVMResponse
+	(*AgentGetVMRequest)(nil),                // 38: strongroom.v1.AgentGetVMRequest
+	(*AgentFindVMRequest)(nil),               // 39: strongroom.v1.AgentFindVMRequest
+	(*AgentFindVMResponse)(nil),              // 40: strongroom.v1.AgentFindVMResponse
+	(*FoundFolder)(nil),                      // 41: strongroom.v1.FoundFolder
+	(*AgentVMResponse)(nil),                  // 42: strongroom.v1.AgentVMResponse
+	nil,                                      // 43: strongroom.v1.JoinRequest.CapabilitiesEntry
+	nil,                                      // 44: strongroom.v1.HeartbeatRequest.CapabilitiesEntry
+	nil,                                      // 45: strongroom.v1.AgentCreateVMRequest.PassphrasesEntry
+	(*VM)(nil),                               // 46: strongroom.v1.VM
+	(*KeyRef)(nil),                           // 47: strongroom.v1.KeyRef
+	(*timestamppb.Timestamp)(nil),            // 48: google.protobuf.Timestamp
+	(*TrustedServer)(nil),                    // 49: strongroom.v1.TrustedServer
+	(*VMSettings)(nil),                       // 50: strongroom.v1.VMSettings
+	(*NewDisk)(nil),                          // 51: strongroom.v1.NewDisk
+	(*ExportDiskKeyResponse)(nil),            // 52: strongroom.v1.ExportDiskKeyResponse
 }
 var file_strongroom_v1_agent_proto_depIdxs = []int32{
-	42, // 0: strongroom.v1.JoinRequest.capabilities:type_name -> strongroom.v1.JoinRequest.CapabilitiesEntry
-	43, // 1: strongroom.v1.HeartbeatRequest.capabilities:type_name -> strongroom.v1.HeartbeatRequest.CapabilitiesEntry
-	3,  // 2: strongroom.v1.HeartbeatRequest.providers:type_name -> strongroom.v1.HeldProvider
-	45, // 3: strongroom.v1.HeartbeatRequest.vms:type_name -> strongroom.v1.VM
-	9,  // 4: strongroom.v1.SyncHostRequest.providers:type_name -> strongroom.v1.WantedProvider
-	11, // 5: strongroom.v1.SyncHostRequest.datastores:type_name -> strongroom.v1.WantedDatastore
-	8,  // 6: strongroom.v1.SyncHostRequest.keks:type_name -> strongroom.v1.WantedKEK
-	46, // 7: strongroom.v1.WantedKEK.key:type_name -> strongroom.v1.KeyRef
-	47, // 8: strongroom.v1.WantedProvider.created:type_name -> google.protobuf.Timestamp
-	10, // 9: strongroom.v1.WantedProvider.key_servers:type_name -> strongroom.v1.KeyServerAccess
-	48, // 10: strongroom.v1.KeyServerAccess.servers:type_name -> strongroom.v1.TrustedServer
-	3,  // 11: strongroom.v1.SyncHostResponse.providers:type_name -> strongroom.v1.HeldProvider
-	13, // 12: strongroom.v1.SyncHostResponse.datastores:type_name -> strongroom.v1.DatastoreSpace
-	46, // 13: strongroom.v1.SyncHostResponse.missing_keks:type_name -> strongroom.v1.KeyRef
-	45, // 14: strongroom.v1.AgentProgress.result:type_name -> strongroom.v1.VM
-	49, // 15: strongroom.v1.AgentCreateVMRequest.settings:type_name -> strongroom.v1.VMSettings
-	50, // 16: strongroom.v1.AgentCreateVMRequest.disks:type_name -> strongroom.v1.NewDisk
-	46, // 17: strongroom.v1.AgentCreateVMRequest.key:type_name -> strongroom.v1.KeyRef
-	44, // 18: strongroom.v1.AgentCreateVMRequest.passphrases:type_name -> strongroom.v1.AgentCreateVMRequest.PassphrasesEntry
-	46, // 19: strongroom.v1.AgentCloneVMRequest.key:type_name -> strongroom.v1.KeyRef
-	46, // 20: strongroom.v1.AgentEncryptVMRequest.key:type_name -> strongroom.v1.KeyRef
-	46, // 21: strongroom.v1.AgentRekeyVMRequest.key:type_name -> strongroom.v1.KeyRef
-	40, // 22: strongroom.v1.AgentFindVMResponse.folders:type_name -> strongroom.v1.FoundFolder
-	45, // 23: strongroom.v1.AgentVMResponse.vm:type_name -> strongroom.v1.VM
-	0,  // 24: strongroom.v1.EnrollService.Join:input_type -> strongroom.v1.JoinRequest
-	2,  // 25: strongroom.v1.EnrollService.Heartbeat:input_type -> strongroom.v1.HeartbeatRequest
-	5,  // 26: strongroom.v1.EnrollService.RenewCertificate:input_type -> strongroom.v1.RenewCertificateRequest
-	7,  // 27: strongroom.v1.AgentService.SyncHost:input_type -> strongroom.v1.SyncHostRequest
-	15, // 28: strongroom.v1.AgentService.CreateVM:input_type -> strongroom.v1.AgentCreateVMRequest
-	16, // 29: strongroom.v1.AgentService.CloneVM:input_type -> strongroom.v1.AgentCloneVMRequest
-	17, // 30: strongroom.v1.AgentService.CreateSnapshot:input_type -> strongroom.v1.AgentCreateSnapshotRequest
-	18, // 31: strongroom.v1.AgentService.RevertToSnapshot:input_type -> strongroom.v1.AgentRevertToSnapshotRequest
-	19, // 32: strongroom.v1.AgentService.RenameSnapshot:input_type -> strongroom.v1.AgentRenameSnapshotRequest
-	20, // 33: strongroom.v1.AgentService.DeleteSnapshot:input_type -> strongroom.v1.AgentDeleteSnapshotRequest
-	21, // 34: strongroom.v1.AgentService.ConsolidateSnapshots:input_type -> strongroom.v1.AgentConsolidateSnapshotsRequest
-	22, // 35: strongroom.v1.AgentService.EncryptVM:input_type -> strongroom.v1.AgentEncryptVMRequest
-	23, // 36: strongroom.v1.AgentService.DecryptVM:input_type -> strongroom.v1.AgentDecryptVMRequest
-	24, // 37: strongroom.v1.AgentService.RekeyVM:input_type -> strongroom.v1.AgentRekeyVMRequest
-	25, // 38: strongroom.v1.AgentService.SetRekeyRate:input_type -> strongroom.v1.AgentSetRekeyRateRequest
-	27, // 39: strongroom.v1.AgentService.FillDisks:input_type -> strongroom.v1.AgentFillDisksRequest
-	28, // 40: strongroom.v1.AgentService.ResizeDisk:input_type -> strongroom.v1.AgentResizeDiskRequest
-	29, // 41: strongroom.v1.AgentService.ExportDiskKey:input_type -> strongroom.v1.AgentExportDiskKeyRequest
-	30, // 42: strongroom.v1.AgentService.PowerOnVM:input_type -> strongroom.v1.AgentPowerOnVMRequest
-	31, // 43: strongroom.v1.AgentService.PowerOffVM:input_type -> strongroom.v1.AgentPowerOffVMRequest
-	32, // 44: strongroom.v1.AgentService.RegisterVM:input_type -> strongroom.v1.AgentRegisterVMRequest
-	33, // 45: strongroom.v1.AgentService.UnregisterVM:input_type -> strongroom.v1.AgentUnregisterVMRequest
-	35, // 46: strongroom.v1.AgentService.DeleteVM:input_type -> strongroom.v1.AgentDeleteVMRequest
-	37, // 47: strongroom.v1.AgentService.GetVM:input_type -> strongroom.v1.AgentGetVMRequest
-	38, // 48: strongroom.v1.AgentService.FindVM:input_type -> strongroom.v1.AgentFindVMRequest
-	1,  // 49: strongroom.v1.EnrollService.Join:output_type -> strongroom.v1.JoinResponse
-	4,  // 50: strongroom.v1.EnrollService.Heartbeat:output_type -> strongroom.v1.HeartbeatResponse
-	6,  // 51: strongroom.v1.EnrollService.RenewCertificate:output_type -> strongroom.v1.RenewCertificateResponse
-	12, // 52: strongroom.v1.AgentService.SyncHost:output_type -> strongroom.v1.SyncHostResponse
-	14, // 53: strongroom.v1.AgentService.CreateVM:output_type -> strongroom.v1.AgentProgress
-	14, // 54: strongroom.v1.AgentService.CloneVM:output_type -> strongroom.v1.AgentProgress
-	14, // 55: strongroom.v1.AgentService.CreateSnapshot:output_type -> strongroom.v1.AgentProgress
-	14, // 56: strongroom.v1.AgentService.RevertToSnapshot:output_type -> strongroom.v1.AgentProgress
-	41, // 57: strongroom.v1.AgentService.RenameSnapshot:output_type -> strongroom.v1.AgentVMResponse
-	41, // 58: strongroom.v1.AgentService.DeleteSnapshot:output_type -> strongroom.v1.AgentVMResponse
-	41, // 59: strongroom.v1.AgentService.ConsolidateSnapshots:output_type -> strongroom.v1.AgentVMResponse
-	14, // 60: strongroom.v1.AgentService.EncryptVM:output_type -> strongroom.v1.AgentProgress
-	14, // 61: strongroom.v1.AgentService.DecryptVM:output_type -> strongroom.v1.AgentProgress
-	14, // 62: strongroom.v1.AgentService.RekeyVM:output_type -> strongroom.v1.AgentProgress
-	26, // 63: strongroom.v1.AgentService.SetRekeyRate:output_type -> strongroom.v1.AgentSetRekeyRateResponse
-	14, // 64: strongroom.v1.AgentService.FillDisks:output_type -> strongroom.v1.AgentProgress
-	41, // 65: strongroom.v1.AgentService.ResizeDisk:output_type -> strongroom.v1.AgentVMResponse
-	51, // 66: strongroom.v1.AgentService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
-	41, // 67: strongroom.v1.AgentService.PowerOnVM:output_type -> strongroom.v1.AgentVMResponse
-	41, // 68: strongroom.v1.AgentService.PowerOffVM:output_type -> strongroom.v1.AgentVMResponse
-	41, // 69: strongroom.v1.AgentService.RegisterVM:output_type -> strongroom.v1.AgentVMResponse
-	34, // 70: strongroom.v1.AgentService.UnregisterVM:output_type -> strongroom.v1.AgentUnregisterVMResponse
-	36, // 71: strongroom.v1.AgentService.DeleteVM:output_type -> strongroom.v1.AgentDeleteVMResponse
-	41, // 72: strongroom.v1.AgentService.GetVM:output_type -> strongroom.v1.AgentVMResponse
-	39, // 73: strongroom.v1.AgentService.FindVM:output_type -> strongroom.v1.AgentFindVMResponse
-	49, // [49:74] is the sub-list for method output_type
-	24, // [24:49] is the sub-list for method input_type
-	24, // [24:24] is the sub-list for extension type_name
-	24, // [24:24] is the sub-list for extension extendee
-	0,  // [0:24] is the sub-list for field type_name
+	43, // 0: strongroom.v1.JoinRequest.capabilities:type_name -> strongroom.v1.JoinRequest.CapabilitiesEntry
+	44, // 1: strongroom.v1.HeartbeatRequest.capabilities:type_name -> strongroom.v1.HeartbeatRequest.CapabilitiesEntry
+	4,  // 2: strongroom.v1.HeartbeatRequest.providers:type_name -> strongroom.v1.HeldProvider
+	46, // 3: strongroom.v1.HeartbeatRequest.vms:type_name -> strongroom.v1.VM
+	3,  // 4: strongroom.v1.HeartbeatRequest.digests:type_name -> strongroom.v1.VMDigest
+	10, // 5: strongroom.v1.SyncHostRequest.providers:type_name -> strongroom.v1.WantedProvider
+	12, // 6: strongroom.v1.SyncHostRequest.datastores:type_name -> strongroom.v1.WantedDatastore
+	9,  // 7: strongroom.v1.SyncHostRequest.keks:type_name -> strongroom.v1.WantedKEK
+	47, // 8: strongroom.v1.WantedKEK.key:type_name -> strongroom.v1.KeyRef
+	48, // 9: strongroom.v1.WantedProvider.created:type_name -> google.protobuf.Timestamp
+	11, // 10: strongroom.v1.WantedProvider.key_servers:type_name -> strongroom.v1.KeyServerAccess
+	49, // 11: strongroom.v1.KeyServerAccess.servers:type_name -> strongroom.v1.TrustedServer
+	4,  // 12: strongroom.v1.SyncHostResponse.providers:type_name -> strongroom.v1.HeldProvider
+	14, // 13: strongroom.v1.SyncHostResponse.datastores:type_name -> strongroom.v1.DatastoreSpace
+	47, // 14: strongroom.v1.SyncHostResponse.missing_keks:type_name -> strongroom.v1.KeyRef
+	46, // 15: strongroom.v1.AgentProgress.result:type_name -> strongroom.v1.VM
+	50, // 16: strongroom.v1.AgentCreateVMRequest.settings:type_name -> strongroom.v1.VMSettings
+	51, // 17: strongroom.v1.AgentCreateVMRequest.disks:type_name -> strongroom.v1.NewDisk
+	47, // 18: strongroom.v1.AgentCreateVMRequest.key:type_name -> strongroom.v1.KeyRef
+	45, // 19: strongroom.v1.AgentCreateVMRequest.passphrases:type_name -> strongroom.v1.AgentCreateVMRequest.PassphrasesEntry
+	47, // 20: strongroom.v1.AgentCloneVMRequest.key:type_name -> strongroom.v1.KeyRef
+	47, // 21: strongroom.v1.AgentEncryptVMRequest.key:type_name -> strongroom.v1.KeyRef
+	47, // 22: strongroom.v1.AgentRekeyVMRequest.key:type_name -> strongroom.v1.KeyRef
+	41, // 23: strongroom.v1.AgentFindVMResponse.folders:type_name -> strongroom.v1.FoundFolder
+	46, // 24: strongroom.v1.AgentVMResponse.vm:type_name -> strongroom.v1.VM
+	0,  // 25: strongroom.v1.EnrollService.Join:input_type -> strongroom.v1.JoinRequest
+	2,  // 26: strongroom.v1.EnrollService.Heartbeat:input_type -> strongroom.v1.HeartbeatRequest
+	6,  // 27: strongroom.v1.EnrollService.RenewCertificate:input_type -> strongroom.v1.RenewCertificateRequest
+	8,  // 28: strongroom.v1.AgentService.SyncHost:input_type -> strongroom.v1.SyncHostRequest
+	16, // 29: strongroom.v1.AgentService.CreateVM:input_type -> strongroom.v1.AgentCreateVMRequest
+	17, // 30: strongroom.v1.AgentService.CloneVM:input_type -> strongroom.v1.AgentCloneVMRequest
+	18, // 31: strongroom.v1.AgentService.CreateSnapshot:input_type -> strongroom.v1.AgentCreateSnapshotRequest
+	19, // 32: strongroom.v1.AgentService.RevertToSnapshot:input_type -> strongroom.v1.AgentRevertToSnapshotRequest
+	20, // 33: strongroom.v1.AgentService.RenameSnapshot:input_type -> strongroom.v1.AgentRenameSnapshotRequest
+	21, // 34: strongroom.v1.AgentService.DeleteSnapshot:input_type -> strongroom.v1.AgentDeleteSnapshotRequest
+	22, // 35: strongroom.v1.AgentService.ConsolidateSnapshots:input_type -> strongroom.v1.AgentConsolidateSnapshotsRequest
+	23, // 36: strongroom.v1.AgentService.EncryptVM:input_type -> strongroom.v1.AgentEncryptVMRequest
+	24, // 37: strongroom.v1.AgentService.DecryptVM:input_type -> strongroom.v1.AgentDecryptVMRequest
+	25, // 38: strongroom.v1.AgentService.RekeyVM:input_type -> strongroom.v1.AgentRekeyVMRequest
+	26, // 39: strongroom.v1.AgentService.SetRekeyRate:input_type -> strongroom.v1.AgentSetRekeyRateRequest
+	28, // 40: strongroom.v1.AgentService.FillDisks:input_type -> strongroom.v1.AgentFillDisksRequest
+	29, // 41: strongroom.v1.AgentService.ResizeDisk:input_type -> strongroom.v1.AgentResizeDiskRequest
+	30, // 42: strongroom.v1.AgentService.ExportDiskKey:input_type -> strongroom.v1.AgentExportDiskKeyRequest
+	31, // 43: strongroom.v1.AgentService.PowerOnVM:input_type -> strongroom.v1.AgentPowerOnVMRequest
+	32, // 44: strongroom.v1.AgentService.PowerOffVM:input_type -> strongroom.v1.AgentPowerOffVMRequest
+	33, // 45: strongroom.v1.AgentService.RegisterVM:input_type -> strongroom.v1.AgentRegisterVMRequest
+	34, // 46: strongroom.v1.AgentService.UnregisterVM:input_type -> strongroom.v1.AgentUnregisterVMRequest
+	36, // 47: strongroom.v1.AgentService.DeleteVM:input_type -> strongroom.v1.AgentDeleteVMRequest
+	38, // 48: strongroom.v1.AgentService.GetVM:input_type -> strongroom.v1.AgentGetVMRequest
+	39, // 49: strongroom.v1.AgentService.FindVM:input_type -> strongroom.v1.AgentFindVMRequest
+	1,  // 50: strongroom.v1.EnrollService.Join:output_type -> strongroom.v1.JoinResponse
+	5,  // 51: strongroom.v1.EnrollService.Heartbeat:output_type -> strongroom.v1.HeartbeatResponse
+	7,  // 52: strongroom.v1.EnrollService.RenewCertificate:output_type -> strongroom.v1.RenewCertificateResponse
+	13, // 53: strongroom.v1.AgentService.SyncHost:output_type -> strongroom.v1.SyncHostResponse
+	15, // 54: strongroom.v1.AgentService.CreateVM:output_type -> strongroom.v1.AgentProgress
+	15, // 55: strongroom.v1.AgentService.CloneVM:output_type -> strongroom.v1.AgentProgress
+	15, // 56: strongroom.v1.AgentService.CreateSnapshot:output_type -> strongroom.v1.AgentProgress
+	15, // 57: strongroom.v1.AgentService.RevertToSnapshot:output_type -> strongroom.v1.AgentProgress
+	42, // 58: strongroom.v1.AgentService.RenameSnapshot:output_type -> strongroom.v1.AgentVMResponse
+	42, // 59: strongroom.v1.AgentService.DeleteSnapshot:output_type -> strongroom.v1.AgentVMResponse
+	42, // 60: strongroom.v1.AgentService.ConsolidateSnapshots:output_type -> strongroom.v1.AgentVMResponse
+	15, // 61: strongroom.v1.AgentService.EncryptVM:output_type -> strongroom.v1.AgentProgress
+	15, // 62: strongroom.v1.AgentService.DecryptVM:output_type -> strongroom.v1.AgentProgress
+	15, // 63: strongroom.v1.AgentService.RekeyVM:output_type -> strongroom.v1.AgentProgress
+	27, // 64: strongroom.v1.AgentService.SetRekeyRate:output_type -> strongroom.v1.AgentSetRekeyRateResponse
+	15, // 65: strongroom.v1.AgentService.FillDisks:output_type -> strongroom.v1.AgentProgress
+	42, // 66: strongroom.v1.AgentService.ResizeDisk:output_type -> strongroom.v1.AgentVMResponse
+	52, // 67: strongroom.v1.AgentService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
+	42, // 68: strongroom.v1.AgentService.PowerOnVM:output_type -> strongroom.v1.AgentVMResponse
+	42, // 69: strongroom.v1.AgentService.PowerOffVM:output_type -> strongroom.v1.AgentVMResponse
+	42, // 70: strongroom.v1.AgentService.RegisterVM:output_type -> strongroom.v1.AgentVMResponse
+	35, // 71: strongroom.v1.AgentService.UnregisterVM:output_type -> strongroom.v1.AgentUnregisterVMResponse
+	37, // 72: strongroom.v1.AgentService.DeleteVM:output_type -> strongroom.v1.AgentDeleteVMResponse
+	42, // 73: strongroom.v1.AgentService.GetVM:output_type -> strongroom.v1.AgentVMResponse
+	40, // 74: strongroom.v1.AgentService.FindVM:output_type -> strongroom.v1.AgentFindVMResponse
+	50, // [50:75] is the sub-list for method output_type
+	25, // [25:50] is the sub-list for method input_type
+	25, // [25:25] is the sub-list for extension type_name
+	25, // [25:25] is the sub-list for extension extendee
+	0,  // [0:25] is the sub-list for field type_name
 }
 
 func init() { file_strongroom_v1_agent_proto_init() }
@@ -3066,7 +3150,7 @@ func file_strongroom_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_strongroom_v1_agent_proto_rawDesc), len(file_strongroom_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   45,
+			NumMessages:   46,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

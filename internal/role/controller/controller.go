@@ -118,7 +118,7 @@ func open(ctx context.Context, cfg Config, log *slog.Logger, hashing access.Hash
 	c := &Controller{
 		cfg: cfg, log: log, servers: &standard.Set{}, wake: make(chan struct{}, 1), starved: make(chan struct{}, 1), look: make(chan struct{}, 1),
 		due: make(chan struct{}, 1), stray: make(chan struct{}, 1), reluctant: reluctant{again: followAgainMin, vms: map[string]pause{}}, now: time.Now, beatLife: heartbeatLife,
-		said: said{keys: map[string]map[string][]inventory.KeyRef{}}, heard: heard{words: map[string]*word{}}, orphanAgeMin: orphanAgeMin,
+		said: said{hosts: map[string]map[string]told{}}, heard: heard{words: map[string]*word{}}, orphanAgeMin: orphanAgeMin,
 	}
 	defer func() {
 		if err != nil {

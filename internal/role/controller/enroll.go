@@ -25,6 +25,7 @@ const (
 	// heartbeatLife is how long a host counts as connected without a heartbeat.
 	heartbeatLife = 10 * time.Second
 	vmsMax        = 4096 // in one heartbeat
+	digestMax     = 32   // bytes
 	// capabilitiesMax and factMax bound what a host says of itself.
 	capabilitiesMax = 64
 	factMax         = 256 // bytes
@@ -104,8 +105,13 @@ func checkFacts(f facts) (host string, err error) {
 
 func (c enroll) Heartbeat(ctx context.Context, req *connect.Request[strongroomv1.HeartbeatRequest]) (*connect.Response[strongroomv1.HeartbeatResponse], error) {
 	m, id := req.Msg, guard.CallerOf(ctx).Host
-	if len(m.GetVms()) > vmsMax {
-		return nil, errs.New(errs.Invalid, "%d VMs are more than %d", len(m.GetVms()), vmsMax)
+	if n := max(len(m.GetVms()), len(m.GetDigests())); n > vmsMax {
+		return nil, errs.New(errs.Invalid, "%d VMs are more than %d", n, vmsMax)
+	}
+	for _, d := range m.GetDigests() {
+		if len(d.GetId()) > factMax || len(d.GetDigest()) > digestMax {
+			return nil, errs.New(errs.Invalid, "the digest or the id of VM %.64q is too long", d.GetId())
+		}
 	}
 	if len(m.GetProviders()) > inventory.MaxProviders || len(m.GetBootId()) > factMax || len(m.GetInstance()) > factMax {
 		return nil, errs.New(errs.Invalid, "the host's providers or boot id are too long")
@@ -147,9 +153,14 @@ func (c enroll) Heartbeat(ctx context.Context, req *connect.Request[strongroomv1
 	if err := c.inv.Beat(ctx, id, c.beatLife); err != nil {
 		return nil, err
 	}
-	c.said.note(id, m.GetVms())
+	digests := map[string][]byte{}
+	for _, d := range m.GetDigests() {
+		digests[d.GetId()] = d.GetDigest()
+	}
+	began := time.Now()
+	c.said.note(id, m.GetVms(), digests, began)
 	for _, vm := range m.GetVms() {
-		if err := c.noteVM(ctx, id, vm); errs.KindOf(err) == errs.Invalid {
+		if err := c.noteVMAs(ctx, id, vm, digests[vm.GetId()]); errs.KindOf(err) == errs.Invalid {
 			// One that makes no sense must not keep the others from being noted.
 			c.log.LogAttrs(ctx, slog.LevelWarn, "VM not noted", slog.String("host", before.Name), slog.String("vm", vm.GetId()), slog.Any("err", err))
 		} else if err != nil {
@@ -159,6 +170,7 @@ func (c enroll) Heartbeat(ctx context.Context, req *connect.Request[strongroomv1
 	if stale {
 		c.poke()
 	}
+	answer.Msg.Lacking = c.said.lacking(id, digests, began)
 	last.note(now)
 	return answer, nil
 }

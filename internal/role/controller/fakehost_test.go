@@ -2,6 +2,7 @@ package controller
 
 import (
 	"context"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"io"
@@ -170,6 +171,41 @@ func (h *fakeHost) beat() {
 	if _, err := h.enroll.Heartbeat(h.t.Context(), connect.NewRequest(h.heartbeat())); err != nil {
 		h.t.Fatal(err)
 	}
+}
+
+// brief is a heartbeat with all digests and, in full, the VMs of lacking that fit.
+func (h *fakeHost) brief(lacking []string) *strongroomv1.HeartbeatRequest {
+	h.t.Helper()
+	req := h.heartbeat()
+	full := map[string]*strongroomv1.VM{}
+	for _, vm := range req.GetVms() {
+		said := vm.GetDescription()
+		vm.Description = nil
+		text, err := proto.MarshalOptions{Deterministic: true}.Marshal(vm)
+		if err != nil {
+			h.t.Fatal(err)
+		}
+		vm.Description = said
+		digest := sha256.Sum256(text)
+		full[vm.GetId()], req.Digests = vm, append(req.Digests, &strongroomv1.VMDigest{Id: vm.GetId(), Digest: digest[:]})
+	}
+	req.Vms = nil
+	for _, id := range lacking {
+		if vm := full[id]; vm != nil && proto.Size(req)+proto.Size(vm) < 1<<20 {
+			req.Vms = append(req.Vms, vm)
+		}
+	}
+	return req
+}
+
+// lacks sends req and returns what the controller says that it lacks.
+func (h *fakeHost) lacks(req *strongroomv1.HeartbeatRequest) []string {
+	h.t.Helper()
+	res, err := h.enroll.Heartbeat(h.t.Context(), connect.NewRequest(req))
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	return res.Msg.GetLacking()
 }
 
 func (h *fakeHost) heartbeat() *strongroomv1.HeartbeatRequest {

@@ -55,7 +55,7 @@ func TestLateWords(t *testing.T) {
 	arrives(before)
 	arrives(none)
 	want("words in the wrong order", key)
-	if keys, ok := s.c.said.get(h.id); !ok || len(keys) != 1 {
+	if keys, ok := s.c.said.keys(h.id); !ok || len(keys) != 1 {
 		t.Errorf("the host told %v", keys)
 	}
 

@@ -55,37 +55,6 @@ type orphan struct {
 	since time.Time
 }
 
-// said is what the hosts last told of the keys that their VMs need, whether or
-// not the inventory knows those VMs. It is safe for concurrent use.
-type said struct {
-	mu   sync.Mutex
-	keys map[string]map[string][]inventory.KeyRef // by host id and VM id; nil: it has not told what the VM needs
-}
-
-func (s *said) note(hostID string, vms []*strongroomv1.VM) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	keys := map[string][]inventory.KeyRef{}
-	for _, vm := range vms {
-		if unread(vm) {
-			keys[vm.GetId()] = s.keys[hostID][vm.GetId()] // it could be read once, perhaps
-			continue
-		}
-		var v inventory.VM
-		apply(&v, vm)
-		keys[vm.GetId()] = append([]inventory.KeyRef{}, v.Keys()...)
-	}
-	s.keys[hostID] = keys
-}
-
-// get returns what a host told, which must not be changed.
-func (s *said) get(hostID string) (keys map[string][]inventory.KeyRef, ok bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	keys, ok = s.keys[hostID]
-	return keys, ok
-}
-
 // need is all that is known to need keys of a provider.
 type need struct {
 	registered map[string]bool // key ids that registered VMs need
@@ -123,7 +92,7 @@ func (c *Controller) needed(ctx context.Context, provider string) (need, error) 
 		return n, err
 	}
 	for _, h := range hosts {
-		vms, told := c.said.get(h.ID)
+		vms, told := c.said.keys(h.ID)
 		for id, keys := range vms {
 			if keys == nil {
 				// What the inventory knows of it counts; of another, nothing is known.

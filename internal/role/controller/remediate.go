@@ -80,6 +80,7 @@ func (c *Controller) doubt(ctx context.Context, hosts []inventory.Host) error {
 		if err != nil && errs.KindOf(err) != errs.NotFound {
 			return err
 		}
+		c.said.doubt(vm.HostID, vm.ID)
 	}
 	return nil
 }
@@ -273,8 +274,14 @@ func (c *Controller) post(ctx context.Context, n event.New) {
 // One that the inventory does not know is not taken in: somebody unregistered it,
 // or must register it.
 func (c *Controller) noteVM(ctx context.Context, hostID string, said *strongroomv1.VM) error {
+	return c.noteVMAs(ctx, hostID, said, nil)
+}
+
+// noteVMAs is noteVM of a heartbeat, for which the VM has that digest.
+func (c *Controller) noteVMAs(ctx context.Context, hostID string, said *strongroomv1.VM, digest []byte) error {
 	old, err := c.inv.VMByID(ctx, said.GetId())
 	if errs.KindOf(err) == errs.NotFound || err == nil && old.HostID != hostID {
+		c.said.noted(hostID, said.GetId(), digest)
 		return nil
 	}
 	if err != nil {
@@ -292,6 +299,7 @@ func (c *Controller) noteVM(ctx context.Context, hostID string, said *strongroom
 		return err
 	}
 	last.note(said.GetDescription())
+	c.said.noted(hostID, said.GetId(), digest)
 	return nil
 }
 

@@ -369,6 +369,7 @@ func (c *Controller) addToInventory(ctx context.Context, h inventory.Host, id st
 		return err
 	}
 	last.note(said.GetDescription())
+	c.said.doubt(h.ID, id)
 	return c.events.Evaluate(ctx, c.inv)
 }
 

@@ -3,12 +3,15 @@ package host
 import (
 	"context"
 	"crypto"
+	"crypto/sha256"
 	"crypto/x509"
 	"log/slog"
 	"net/http"
+	"slices"
 	"time"
 
 	"connectrpc.com/connect"
+	"google.golang.org/protobuf/proto"
 
 	strongroomv1 "strongroom/api/strongroom/v1"
 	"strongroom/api/strongroom/v1/strongroomv1connect"
@@ -19,7 +22,9 @@ import (
 const (
 	heartbeatInterval = 5 * time.Second // until the controller says otherwise
 	heartbeatTimeout  = 10 * time.Second
+	intervalMin       = 100 * time.Millisecond
 	intervalMax       = time.Minute
+	tellMax           = 1 << 20 // bytes of VMs in one heartbeat: each is a transaction of the controller
 )
 
 // enrollClient returns the client of the controller's side of the agent API.
@@ -39,8 +44,9 @@ func (h *Host) enrollClient() (strongroomv1connect.EnrollServiceClient, error) {
 // a change, until ctx ends. A controller that is away changes nothing here.
 func (h *Host) heartbeats(ctx context.Context) error {
 	interval, reachable := heartbeatInterval, true
+	var news news
 	for {
-		next, err := h.heartbeat(ctx)
+		next, err := h.heartbeat(ctx, &news)
 		if ctx.Err() != nil {
 			return nil
 		}
@@ -71,19 +77,78 @@ func (h *Host) heartbeats(ctx context.Context) error {
 	}
 }
 
-func (h *Host) heartbeat(ctx context.Context) (time.Duration, error) {
+func (h *Host) heartbeat(ctx context.Context, news *news) (time.Duration, error) {
 	ctx, cancel := context.WithTimeout(ctx, heartbeatTimeout)
 	defer cancel()
 	sequence := h.told.Add(1) // heartbeats are made one after the other
+	vms, digests, err := news.of(h.describeAll(ctx))
+	if err != nil {
+		return 0, err
+	}
 	res, err := h.enroll.Heartbeat(ctx, connect.NewRequest(&strongroomv1.HeartbeatRequest{
 		Address: h.cfg.Advertise, Version: Version, BootId: h.bootID, Capabilities: capabilities(),
-		Providers: h.held(), Vms: h.describeAll(ctx), Instance: h.instance, Sequence: sequence,
+		Providers: h.held(), Vms: vms, Digests: digests, Instance: h.instance, Sequence: sequence,
 	}))
 	if err != nil {
 		return 0, err
 	}
+	news.lacking = res.Msg.GetLacking()
+	if len(news.lacking) > 0 {
+		return intervalMin, nil
+	}
 	next := time.Duration(res.Msg.GetIntervalMs()) * time.Millisecond
-	return min(max(next, 100*time.Millisecond), intervalMax), nil
+	return min(max(next, intervalMin), intervalMax), nil
+}
+
+// news chooses what of the VMs a heartbeat tells in full. Whatever is lost, the
+// controller says what it lacks.
+type news struct {
+	lacking []string          // ids of VMs, as the controller said
+	last    map[string]string // digests in the heartbeat before, by id
+}
+
+// of returns those of all that are to be told in full, and the digests of all.
+func (n *news) of(all []*strongroomv1.VM) (full []*strongroomv1.VM, digests []*strongroomv1.VMDigest, err error) {
+	byID, changed, now := map[string]*strongroomv1.VM{}, []string{}, map[string]string{}
+	for _, vm := range all {
+		id := vm.GetId()
+		digest, err := digestOf(vm)
+		if err != nil {
+			return nil, nil, err
+		}
+		byID[id], now[id] = vm, string(digest)
+		digests = append(digests, &strongroomv1.VMDigest{Id: id, Digest: digest})
+		if n.last[id] != now[id] {
+			changed = append(changed, id)
+		}
+	}
+	size := 0
+	for _, id := range slices.Concat(n.lacking, changed) {
+		vm := byID[id]
+		if vm == nil {
+			continue // told already, or gone
+		}
+		if size += proto.Size(vm); size > tellMax && len(full) > 0 {
+			break
+		}
+		full = append(full, vm)
+		delete(byID, id)
+	}
+	n.last = now
+	return full, digests, nil
+}
+
+// digestOf returns a hash of all that is said of a VM but of when it is said.
+func digestOf(vm *strongroomv1.VM) ([]byte, error) {
+	description := vm.GetDescription()
+	vm.Description = nil
+	text, err := proto.MarshalOptions{Deterministic: true}.Marshal(vm)
+	vm.Description = description
+	if err != nil {
+		return nil, err
+	}
+	sum := sha256.Sum256(text)
+	return sum[:], nil
 }
 
 // parsePair reads a certificate (DER) and its private key (PKCS #8).
