@@ -8,7 +8,7 @@ import (
 )
 
 // pykmip is what PyKMIP's client library does with a KMS: the life of a key, a
-// key of its own, and that errors are told as it expects.
+// key of its own, a key pair, and that errors are told as it expects.
 const pykmip = `
 import sys
 from kmip.pie.client import ProxyKmipClient
@@ -44,6 +44,14 @@ with c:
     assert c.get(c.register(own)).value == b'\x07'*16
     secret = objects.SecretData(b'correct horse', enums.SecretDataType.PASSWORD)
     assert c.get(c.register(secret)).value == b'correct horse'
+    public, private = c.create_key_pair(enums.CryptographicAlgorithm.RSA, 2048, public_usage_mask=[enums.CryptographicUsageMask.VERIFY], private_usage_mask=[enums.CryptographicUsageMask.SIGN])
+    assert c.get(public).key_format_type == enums.KeyFormatType.PKCS_1 and c.get(private).cryptographic_length == 2048
+    c.activate(public)
+    c.activate(private)
+    how = {'digital_signature_algorithm': enums.DigitalSignatureAlgorithm.SHA256_WITH_RSA_ENCRYPTION}
+    signature = c.sign(b'a message', uid=private, cryptographic_parameters=how)
+    assert c.signature_verify(b'a message', signature, uid=public, cryptographic_parameters=how) == enums.ValidityIndicator.VALID
+    assert c.signature_verify(b'another', signature, uid=public, cryptographic_parameters=how) == enums.ValidityIndicator.INVALID
 print('fine')
 `
 

@@ -42,11 +42,11 @@ func (r *request) needsApproval(op kmip.Operation) bool {
 }
 
 // guardsExport tells the objects whose material must not get out without
-// approval: not templates, which have none, nor what a client registered wrapped
+// approval: not templates, which have none, nor public keys, nor what a client registered wrapped
 // and gets back as it was. Material that the server wraps is guarded, for the
 // client may know the wrapping key.
 func guardsExport(o *Object) bool {
-	return o.Type != kmip.ObjectTypeTemplate && o.Layout.Wrapping == nil
+	return o.Type != kmip.ObjectTypeTemplate && o.Type != kmip.ObjectTypePublicKey && o.Layout.Wrapping == nil
 }
 
 // approved has do carry out op on an object with an approval, if it needs one. do

@@ -202,12 +202,13 @@ func TestEveryOperationIsDecided(t *testing.T) {
 	harmless := []kmip.Operation{
 		// They neither give out material nor make it unrecoverable: a replacement is
 		// the same account's, and a key that is revoked or archived can still be had.
-		kmip.OperationCreate, kmip.OperationRegister, kmip.OperationReKey, kmip.OperationLocate, kmip.OperationCheck, kmip.OperationGetAttributes,
+		kmip.OperationCreate, kmip.OperationCreateKeyPair, kmip.OperationRegister, kmip.OperationReKey, kmip.OperationLocate, kmip.OperationCheck, kmip.OperationGetAttributes,
 		kmip.OperationGetAttributeList, kmip.OperationAddAttribute, kmip.OperationModifyAttribute, kmip.OperationDeleteAttribute, kmip.OperationObtainLease,
 		kmip.OperationGetUsageAllocation, kmip.OperationActivate, kmip.OperationRevoke, kmip.OperationArchive, kmip.OperationRecover, kmip.OperationQuery,
 		kmip.OperationDiscoverVersions,
 		// They use keys, which is what NoExport and approvals of exports are for.
 		kmip.OperationEncrypt, kmip.OperationDecrypt, kmip.OperationMAC, kmip.OperationMACVerify, kmip.OperationHash, kmip.OperationRNGRetrieve, kmip.OperationRNGSeed,
+		kmip.OperationSign, kmip.OperationSignatureVerify,
 	}
 	for _, op := range Operations() {
 		if slices.Contains(harmless, op) == slices.Contains(ApprovableOperations(), op) {

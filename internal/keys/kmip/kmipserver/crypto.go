@@ -28,11 +28,16 @@ var errCrypto = refuse(kmip.ResultReasonCryptographicFailure, "the data cannot b
 // section 3.22): protecting needs an active key within its dates, processing
 // what was protected also goes on after its deactivation or compromise.
 func (r *request) keyFor(o *Object, use kmip.CryptographicUsageMask, protect bool) error {
+	return r.keyOf(kmip.ObjectTypeSymmetricKey, o, use, protect)
+}
+
+// keyOf is keyFor of a type of key.
+func (r *request) keyOf(t kmip.ObjectType, o *Object, use kmip.CryptographicUsageMask, protect bool) error {
 	if err := usable(o); err != nil {
 		return err
 	}
-	if o.Type != kmip.ObjectTypeSymmetricKey || o.Layout.Wrapping != nil {
-		return refuse(kmip.ResultReasonInvalidField, "the object is not a symmetric key in the clear")
+	if o.Type != t || o.Layout.Wrapping != nil {
+		return refuse(kmip.ResultReasonInvalidField, "the object is not a key in the clear of the type that this needs")
 	}
 	if o.usage()&use == 0 {
 		return refuse(kmip.ResultReasonPermissionDenied, "the key's usage mask does not allow this")
@@ -88,7 +93,7 @@ func (r *request) encrypt(p *payloads.EncryptRequestPayload) (kmip.OperationPayl
 	if err := whole(p.CorrelationValue, p.InitIndicator, p.FinalIndicator); err != nil {
 		return nil, err
 	}
-	seal := func(o *Object) (err error) {
+	err := r.spend(p.UniqueIdentifier, p.Data, func(o *Object) (err error) {
 		if err := r.keyFor(o, kmip.CryptographicUsageEncrypt, true); err != nil {
 			return err
 		}
@@ -123,27 +128,33 @@ func (r *request) encrypt(p *payloads.EncryptRequestPayload) (kmip.OperationPayl
 		}
 		out.Data, err = encryptBlocks(b, params, iv, p.Data)
 		return err
-	}
-	id, err := r.id(p.UniqueIdentifier)
+	})
+	return out, err
+}
+
+// spend protects data with the key that an item is about, by use, at the cost of
+// the key's usage limits if it has any.
+func (r *request) spend(given string, data []byte, use func(*Object) error) error {
+	id, err := r.id(given)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	limited := false
 	err = r.view(id, func(_ Reader, o *Object) error {
 		if _, limited = attribute[kmip.UsageLimits](o, kmip.AttributeNameUsageLimits); limited {
 			return nil
 		}
-		return seal(o)
+		return use(o)
 	})
-	if err == nil && limited {
-		err = r.update(id, func(_ Tx, o *Object) error {
-			if err := seal(o); err != nil {
-				return err
-			}
-			return allocate(o, uses(o, p.Data))
-		})
+	if err != nil || !limited {
+		return err
 	}
-	return out, err
+	return r.update(id, func(_ Tx, o *Object) error {
+		if err := use(o); err != nil {
+			return err
+		}
+		return allocate(o, uses(o, data))
+	})
 }
 
 // uses counts data in the unit of o's usage limits.

@@ -59,6 +59,10 @@ func seeds() [][]byte {
 			{newKey(), &payloads.RevokeRequestPayload{RevocationReason: kmip.RevocationReason{RevocationReasonCode: 2}}, &payloads.DestroyRequestPayload{}},
 			{&payloads.QueryRequestPayload{QueryFunction: []kmip.QueryFunction{1, 2, 3}}, &payloads.DiscoverVersionsRequestPayload{}},
 			{newKey(), &payloads.EncryptRequestPayload{Data: make([]byte, 16), CryptographicParameters: &kmip.AES_GCM}},
+			{
+				newPair(kmip.CryptographicAlgorithmECDSA, 256), &payloads.ActivateRequestPayload{}, &payloads.GetRequestPayload{KeyFormatType: kmip.KeyFormatTypePKCS_8},
+				&payloads.SignRequestPayload{Data: make([]byte, 16), CryptographicParameters: &kmip.CryptographicParameters{HashingAlgorithm: kmip.HashingAlgorithmSHA_256}},
+			},
 			{newKey(), &payloads.GetAttributesRequestPayload{UniqueIdentifier: id}, &payloads.AddAttributeRequestPayload{Attribute: kmip.Attribute{AttributeName: "x-a", AttributeValue: "b"}}},
 		} {
 			m := kmip.NewRequestMessage(v, p...)

@@ -21,6 +21,10 @@ func keyBlock(o kmip.Object) *kmip.KeyBlock {
 		return &o.KeyBlock
 	case *kmip.SecretData:
 		return &o.KeyBlock
+	case *kmip.PrivateKey:
+		return &o.KeyBlock
+	case *kmip.PublicKey:
+		return &o.KeyBlock
 	}
 	return nil
 }
@@ -149,22 +153,32 @@ func layout(object kmip.Object) (Layout, error) {
 	if l.Wrapping != nil && l.Wrapping.EncryptionKeyInformation == nil && l.Wrapping.MACSignatureKeyInformation == nil {
 		return Layout{}, refuse(kmip.ResultReasonInvalidField, "Key Wrapping Data names no key")
 	}
-	switch l.Format {
-	case kmip.KeyFormatTypeRaw, kmip.KeyFormatTypeOpaque, kmip.KeyFormatTypeTransparentSymmetricKey:
+	if slices.Contains(formats(object.ObjectType()), l.Format) {
 		return l, nil
 	}
 	return Layout{}, refuse(kmip.ResultReasonKeyFormatTypeNotSupported, "the key format is not supported for this type of object")
 }
 
+// formats returns the key formats in which keys of a type are kept.
+func formats(t kmip.ObjectType) []kmip.KeyFormatType {
+	switch t {
+	case kmip.ObjectTypePrivateKey:
+		return []kmip.KeyFormatType{kmip.KeyFormatTypePKCS_1, kmip.KeyFormatTypePKCS_8, kmip.KeyFormatTypeECPrivateKey}
+	case kmip.ObjectTypePublicKey:
+		return []kmip.KeyFormatType{kmip.KeyFormatTypePKCS_1, kmip.KeyFormatTypeX_509}
+	}
+	return []kmip.KeyFormatType{kmip.KeyFormatTypeRaw, kmip.KeyFormatTypeOpaque, kmip.KeyFormatTypeTransparentSymmetricKey}
+}
+
 // describe brings attributes and key block of a registered key in line: what
 // one tells and the other does not is copied, contradictions are refused.
 func describe(o *Object) error {
-	if o.Type == kmip.ObjectTypeSymmetricKey {
+	if isKey(o.Type) {
 		if _, ok := attribute[kmip.CryptographicUsageMask](o, kmip.AttributeNameCryptographicUsageMask); !ok {
 			return refuse(kmip.ResultReasonInvalidField, "Cryptographic Usage Mask is missing")
 		}
 	}
-	if o.Type != kmip.ObjectTypeSymmetricKey {
+	if !isKey(o.Type) {
 		if o.Layout.Algorithm != 0 {
 			o.set(kmip.AttributeNameCryptographicAlgorithm, o.Layout.Algorithm)
 		}
@@ -182,13 +196,19 @@ func describe(o *Object) error {
 	if l.Length == 0 {
 		l.Length = bits
 	}
-	if l.Length == 0 && l.Wrapping == nil {
+	switch {
+	case l.Wrapping != nil:
+	case o.Type != kmip.ObjectTypeSymmetricKey:
+		if err := describePair(o); err != nil {
+			return err
+		}
+	case l.Length == 0:
 		l.Length = int32(8 * o.Material.Len())
 	}
 	if l.Algorithm == 0 || told && algorithm != l.Algorithm || sized && bits != l.Length {
 		return refuse(kmip.ResultReasonInvalidField, "algorithm or length is missing, or differs between attributes and key block")
 	}
-	if l.Wrapping == nil && !fits(l.Algorithm, l.Length, o.Material.Len()) {
+	if l.Wrapping == nil && o.Type == kmip.ObjectTypeSymmetricKey && !fits(l.Algorithm, l.Length, o.Material.Len()) {
 		return refuse(kmip.ResultReasonInvalidField, "a key of %d bits has %d bytes", l.Length, o.Material.Len())
 	}
 	o.set(kmip.AttributeNameCryptographicAlgorithm, l.Algorithm)
@@ -294,8 +314,13 @@ func (r *request) export(v Reader, o *Object, p *payloads.GetRequestPayload) (km
 	if err != nil {
 		return nil, err
 	}
-	if o.Type == kmip.ObjectTypeSecretData {
+	switch o.Type {
+	case kmip.ObjectTypeSecretData:
 		return &kmip.SecretData{SecretDataType: o.Layout.SecretType, KeyBlock: block}, nil
+	case kmip.ObjectTypePrivateKey:
+		return &kmip.PrivateKey{KeyBlock: block}, nil
+	case kmip.ObjectTypePublicKey:
+		return &kmip.PublicKey{KeyBlock: block}, nil
 	}
 	return &kmip.SymmetricKey{KeyBlock: block}, nil
 }
@@ -326,7 +351,16 @@ func (r *request) block(v Reader, o *Object, p *payloads.GetRequestPayload) (kmi
 		block.KeyValue = &kmip.KeyValue{Wrapped: &wrapped}
 		return block, nil
 	}
-	if p.KeyFormatType != 0 && p.KeyFormatType != l.Format {
+	bytes := r.reveal(o.Material)
+	if p.KeyFormatType != 0 && p.KeyFormatType != l.Format && o.pair() {
+		var err error
+		if bytes, err = reformat(o, p.KeyFormatType); err != nil {
+			return kmip.KeyBlock{}, err
+		}
+		r.conceal(bytes)
+		r.secretSize += len(bytes)
+		block.KeyFormatType = p.KeyFormatType
+	} else if p.KeyFormatType != 0 && p.KeyFormatType != l.Format {
 		raw := l.Format == kmip.KeyFormatTypeRaw || l.Format == kmip.KeyFormatTypeTransparentSymmetricKey
 		if !raw || o.Type != kmip.ObjectTypeSymmetricKey || p.KeyFormatType != kmip.KeyFormatTypeRaw && p.KeyFormatType != kmip.KeyFormatTypeTransparentSymmetricKey {
 			return kmip.KeyBlock{}, refuse(kmip.ResultReasonKeyFormatTypeNotSupported, "the object cannot be had in this key format")
@@ -334,7 +368,6 @@ func (r *request) block(v Reader, o *Object, p *payloads.GetRequestPayload) (kmi
 		block.KeyFormatType = p.KeyFormatType
 	}
 	value := &kmip.PlainKeyValue{}
-	bytes := r.reveal(o.Material)
 	if block.KeyFormatType == kmip.KeyFormatTypeTransparentSymmetricKey {
 		value.KeyMaterial.TransparentSymmetricKey = &kmip.TransparentSymmetricKey{Key: bytes}
 	} else {
@@ -348,7 +381,7 @@ func (r *request) block(v Reader, o *Object, p *payloads.GetRequestPayload) (kmi
 }
 
 // wrap replaces the key value of block by itself, encrypted by AES key wrap
-// (RFC 3394) as spec wants (KMIP 1.4 sections 2.1.5 and 2.1.6).
+// (RFC 3394, with padding RFC 5649) as spec wants (KMIP 1.4 sections 2.1.5 and 2.1.6).
 func (r *request) wrap(v Reader, o *Object, block *kmip.KeyBlock, spec *kmip.KeyWrappingSpecification) error {
 	info := spec.EncryptionKeyInformation
 	if spec.WrappingMethod != kmip.WrappingMethodEncrypt || info == nil || spec.MACSignatureKeyInformation != nil {
@@ -373,8 +406,8 @@ func (r *request) wrap(v Reader, o *Object, block *kmip.KeyBlock, spec *kmip.Key
 			params = &own
 		}
 	}
-	if params == nil || params.BlockCipherMode != kmip.BlockCipherModeNISTKeyWrap {
-		return refuse(kmip.ResultReasonFeatureNotSupported, "the wrapping mode must be NIST Key Wrap")
+	if params == nil || params.BlockCipherMode != kmip.BlockCipherModeNISTKeyWrap && params.BlockCipherMode != kmip.BlockCipherModeAESKeyWrapPadding {
+		return refuse(kmip.ResultReasonFeatureNotSupported, "the wrapping mode must be NIST Key Wrap or AES Key Wrap Padding")
 	}
 	value := block.KeyValue.Plain
 	for _, a := range r.visible(o) {
@@ -397,10 +430,14 @@ func (r *request) wrap(v Reader, o *Object, block *kmip.KeyBlock, spec *kmip.Key
 		clear = enc.Bytes()
 		r.conceal(clear)
 	}
-	if len(clear)%8 != 0 || len(clear) < 16 {
+	var wrapped []byte
+	if params.BlockCipherMode == kmip.BlockCipherModeAESKeyWrapPadding {
+		wrapped, err = wrapPadded(kek.Material, clear)
+	} else if len(clear)%8 != 0 || len(clear) < 16 {
 		return refuse(kmip.ResultReasonCryptographicFailure, "%d bytes cannot be wrapped by NIST Key Wrap", len(clear))
+	} else {
+		wrapped, err = wrapAES(kek.Material, keyWrapIV, clear)
 	}
-	wrapped, err := wrapAES(kek.Material, clear)
 	if err != nil {
 		return err
 	}
@@ -412,9 +449,28 @@ func (r *request) wrap(v Reader, o *Object, block *kmip.KeyBlock, spec *kmip.Key
 // keyWrapIV is the initial value of RFC 3394 section 2.2.3.1.
 const keyWrapIV = 0xa6a6a6a6a6a6a6a6
 
+// wrapPadded is the key wrap with padding of RFC 5649 section 4.1, of one or more
+// bytes.
+func wrapPadded(kek *keymem.Key, clear []byte) ([]byte, error) {
+	iv := 0xa65959a6<<32 | uint64(len(clear))
+	padded := make([]byte, (len(clear)+7)/8*8)
+	defer keymem.Wipe(padded)
+	copy(padded, clear)
+	if len(padded) > 8 {
+		return wrapAES(kek, iv, padded)
+	}
+	c, err := aes.NewCipher(kek.Bytes())
+	if err != nil {
+		return nil, err
+	}
+	out := append(binary.BigEndian.AppendUint64(make([]byte, 0, 16), iv), padded...)
+	c.Encrypt(out, out)
+	return out, nil
+}
+
 // wrapAES is the key wrap of RFC 3394 section 2.2.1. clear is two or more
 // blocks of 8 bytes.
-func wrapAES(kek *keymem.Key, clear []byte) ([]byte, error) {
+func wrapAES(kek *keymem.Key, iv uint64, clear []byte) ([]byte, error) {
 	c, err := aes.NewCipher(kek.Bytes())
 	if err != nil {
 		return nil, err
@@ -424,7 +480,7 @@ func wrapAES(kek *keymem.Key, clear []byte) ([]byte, error) {
 	n := len(clear) / 8
 	var b [16]byte
 	defer keymem.Wipe(b[:])
-	binary.BigEndian.PutUint64(b[:8], keyWrapIV)
+	binary.BigEndian.PutUint64(b[:8], iv)
 	for j := range 6 {
 		for i := 1; i <= n; i++ {
 			copy(b[8:], out[8*i:8*i+8])

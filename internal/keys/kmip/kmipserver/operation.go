@@ -39,6 +39,7 @@ func on[T any, P interface {
 func operations() map[kmip.Operation]operation {
 	return map[kmip.Operation]operation{
 		kmip.OperationCreate:             on(kmip.V1_0, (*request).create),
+		kmip.OperationCreateKeyPair:      on(kmip.V1_0, (*request).createKeyPair),
 		kmip.OperationRegister:           on(kmip.V1_0, (*request).register),
 		kmip.OperationReKey:              on(kmip.V1_0, (*request).rekey),
 		kmip.OperationLocate:             on(kmip.V1_0, (*request).locate),
@@ -60,6 +61,8 @@ func operations() map[kmip.Operation]operation {
 		kmip.OperationDiscoverVersions:   on(kmip.V1_1, (*request).discoverVersions),
 		kmip.OperationEncrypt:            on(kmip.V1_2, (*request).encrypt),
 		kmip.OperationDecrypt:            on(kmip.V1_2, (*request).decrypt),
+		kmip.OperationSign:               on(kmip.V1_2, (*request).sign),
+		kmip.OperationSignatureVerify:    on(kmip.V1_2, (*request).signatureVerify),
 		kmip.OperationMAC:                on(kmip.V1_2, (*request).mac),
 		kmip.OperationMACVerify:          on(kmip.V1_2, (*request).macVerify),
 		kmip.OperationHash:               on(kmip.V1_2, (*request).hash),
@@ -175,7 +178,9 @@ func (r *request) query(p *payloads.QueryRequestPayload) (kmip.OperationPayload,
 				}
 			}
 		case kmip.QueryFunctionObjects:
-			out.ObjectType = []kmip.ObjectType{kmip.ObjectTypeSymmetricKey, kmip.ObjectTypeSecretData, kmip.ObjectTypeOpaqueObject, kmip.ObjectTypeTemplate}
+			out.ObjectType = []kmip.ObjectType{
+				kmip.ObjectTypeSymmetricKey, kmip.ObjectTypePublicKey, kmip.ObjectTypePrivateKey, kmip.ObjectTypeTemplate, kmip.ObjectTypeSecretData, kmip.ObjectTypeOpaqueObject,
+			}
 		case kmip.QueryFunctionServerInformation:
 			out.VendorIdentification = r.server.vendor
 		}

@@ -16,7 +16,9 @@ import (
 	"github.com/ovh/kmip-go"
 	"github.com/ovh/kmip-go/payloads"
 	"github.com/ovh/kmip-go/ttlv"
+
 	"go.uber.org/goleak"
+	"strongroom/internal/crypto/keymem"
 
 	"strongroom/internal/keys/kmip/testca"
 )
@@ -383,9 +385,24 @@ func TestKeyWrapVectors(t *testing.T) {
 	for _, v := range wrapVectors {
 		kek, clear := v.key(t), v.clear
 		defer kek.Close()
-		wrapped, err := wrapAES(kek, clear)
+		wrapped, err := wrapAES(kek, keyWrapIV, clear)
 		if err != nil || !bytes.Equal(wrapped, v.wrapped) {
 			t.Errorf("wrap: got %x, %v; want %x", wrapped, err, v.wrapped)
+		}
+	}
+	// RFC 5649 section 6.
+	for clear, want := range map[string]string{
+		"c37b7e6492584340bed12207808941155068f738": "138bdeaa9b8fa7fc61f97742e72248ee5ae6ae5360d1ae6a5f54f373fa543b6a",
+		"466f7250617369": "afbeb0f07dfbf5419200f2ccb50bb24f",
+	} {
+		kek, err := keymem.Take(unhex("5840df6e29b02af1ab493b705bf16ea1ae8338f4dcc176a8"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		wrapped, err := wrapPadded(kek, unhex(clear))
+		kek.Close()
+		if err != nil || !bytes.Equal(wrapped, unhex(want)) {
+			t.Errorf("wrap with padding: got %x, %v; want %s", wrapped, err, want)
 		}
 	}
 }
