@@ -208,7 +208,7 @@ func TestEveryOperationIsDecided(t *testing.T) {
 		kmip.OperationDiscoverVersions,
 		// They use keys, which is what NoExport and approvals of exports are for.
 		kmip.OperationEncrypt, kmip.OperationDecrypt, kmip.OperationMAC, kmip.OperationMACVerify, kmip.OperationHash, kmip.OperationRNGRetrieve, kmip.OperationRNGSeed,
-		kmip.OperationSign, kmip.OperationSignatureVerify,
+		kmip.OperationSign, kmip.OperationSignatureVerify, kmip.OperationDeriveKey,
 	}
 	for _, op := range Operations() {
 		if slices.Contains(harmless, op) == slices.Contains(ApprovableOperations(), op) {

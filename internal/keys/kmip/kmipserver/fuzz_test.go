@@ -63,6 +63,7 @@ func seeds() [][]byte {
 				newPair(kmip.CryptographicAlgorithmECDSA, 256), &payloads.ActivateRequestPayload{}, &payloads.GetRequestPayload{KeyFormatType: kmip.KeyFormatTypePKCS_8},
 				&payloads.SignRequestPayload{Data: make([]byte, 16), CryptographicParameters: &kmip.CryptographicParameters{HashingAlgorithm: kmip.HashingAlgorithmSHA_256}},
 			},
+			{newKey(usage(kmip.CryptographicUsageDeriveKey)), &deriveRequest{ObjectType: kmip.ObjectTypeSecretData, DerivationMethod: byHMAC, DerivationParameters: derivationParameters{Salt: []byte("salt"), IterationCount: 1}}},
 			{newKey(), &payloads.GetAttributesRequestPayload{UniqueIdentifier: id}, &payloads.AddAttributeRequestPayload{Attribute: kmip.Attribute{AttributeName: "x-a", AttributeValue: "b"}}},
 		} {
 			m := kmip.NewRequestMessage(v, p...)

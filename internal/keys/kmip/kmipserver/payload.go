@@ -88,6 +88,8 @@ func (r *request) concealPayload(p kmip.OperationPayload) {
 		r.conceal(p.Data)
 	case *macRequest:
 		r.conceal(p.Data)
+	case *deriveRequest:
+		r.conceal(p.DerivationParameters.DerivationData)
 	case *rngSeedRequest:
 		r.conceal(p.Data)
 	}
