@@ -30,7 +30,9 @@ type User struct {
 	Created  *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=created,proto3" json:"created,omitempty"`
 	Disabled bool                   `protobuf:"varint,4,opt,name=disabled,proto3" json:"disabled,omitempty"`
 	// The objects on which the user has roles, such as "/" or "/account/acme".
-	Objects       []string `protobuf:"bytes,5,rep,name=objects,proto3" json:"objects,omitempty"`
+	Objects []string `protobuf:"bytes,5,rep,name=objects,proto3" json:"objects,omitempty"`
+	// Which roles the user has on which object.
+	Permissions   []*Permission `protobuf:"bytes,6,rep,name=permissions,proto3" json:"permissions,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -100,6 +102,234 @@ func (x *User) GetObjects() []string {
 	return nil
 }
 
+func (x *User) GetPermissions() []*Permission {
+	if x != nil {
+		return x.Permissions
+	}
+	return nil
+}
+
+// Permission is the roles of a user on an object, and below it.
+type Permission struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Object        string                 `protobuf:"bytes,1,opt,name=object,proto3" json:"object,omitempty"`
+	Roles         []string               `protobuf:"bytes,2,rep,name=roles,proto3" json:"roles,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Permission) Reset() {
+	*x = Permission{}
+	mi := &file_strongroom_v1_access_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Permission) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Permission) ProtoMessage() {}
+
+func (x *Permission) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_access_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Permission.ProtoReflect.Descriptor instead.
+func (*Permission) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *Permission) GetObject() string {
+	if x != nil {
+		return x.Object
+	}
+	return ""
+}
+
+func (x *Permission) GetRoles() []string {
+	if x != nil {
+		return x.Roles
+	}
+	return nil
+}
+
+type GetUserRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetUserRequest) Reset() {
+	*x = GetUserRequest{}
+	mi := &file_strongroom_v1_access_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetUserRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetUserRequest) ProtoMessage() {}
+
+func (x *GetUserRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_access_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetUserRequest.ProtoReflect.Descriptor instead.
+func (*GetUserRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *GetUserRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type GrantRolesRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// At least one.
+	Roles []string `protobuf:"bytes,2,rep,name=roles,proto3" json:"roles,omitempty"`
+	// Default: "/", or the user's account.
+	Object        string `protobuf:"bytes,3,opt,name=object,proto3" json:"object,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GrantRolesRequest) Reset() {
+	*x = GrantRolesRequest{}
+	mi := &file_strongroom_v1_access_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GrantRolesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GrantRolesRequest) ProtoMessage() {}
+
+func (x *GrantRolesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_access_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GrantRolesRequest.ProtoReflect.Descriptor instead.
+func (*GrantRolesRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *GrantRolesRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *GrantRolesRequest) GetRoles() []string {
+	if x != nil {
+		return x.Roles
+	}
+	return nil
+}
+
+func (x *GrantRolesRequest) GetObject() string {
+	if x != nil {
+		return x.Object
+	}
+	return ""
+}
+
+type RevokeRolesRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// None: all that the user has there.
+	Roles []string `protobuf:"bytes,2,rep,name=roles,proto3" json:"roles,omitempty"`
+	// Default: "/", or the user's account.
+	Object        string `protobuf:"bytes,3,opt,name=object,proto3" json:"object,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevokeRolesRequest) Reset() {
+	*x = RevokeRolesRequest{}
+	mi := &file_strongroom_v1_access_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevokeRolesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevokeRolesRequest) ProtoMessage() {}
+
+func (x *RevokeRolesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_access_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevokeRolesRequest.ProtoReflect.Descriptor instead.
+func (*RevokeRolesRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *RevokeRolesRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *RevokeRolesRequest) GetRoles() []string {
+	if x != nil {
+		return x.Roles
+	}
+	return nil
+}
+
+func (x *RevokeRolesRequest) GetObject() string {
+	if x != nil {
+		return x.Object
+	}
+	return ""
+}
+
 type CreateUserRequest struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	Name     string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -114,7 +344,7 @@ type CreateUserRequest struct {
 
 func (x *CreateUserRequest) Reset() {
 	*x = CreateUserRequest{}
-	mi := &file_strongroom_v1_access_proto_msgTypes[1]
+	mi := &file_strongroom_v1_access_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -126,7 +356,7 @@ func (x *CreateUserRequest) String() string {
 func (*CreateUserRequest) ProtoMessage() {}
 
 func (x *CreateUserRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_access_proto_msgTypes[1]
+	mi := &file_strongroom_v1_access_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -139,7 +369,7 @@ func (x *CreateUserRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateUserRequest.ProtoReflect.Descriptor instead.
 func (*CreateUserRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{1}
+	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *CreateUserRequest) GetName() string {
@@ -180,7 +410,7 @@ type SetUserDisabledRequest struct {
 
 func (x *SetUserDisabledRequest) Reset() {
 	*x = SetUserDisabledRequest{}
-	mi := &file_strongroom_v1_access_proto_msgTypes[2]
+	mi := &file_strongroom_v1_access_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -192,7 +422,7 @@ func (x *SetUserDisabledRequest) String() string {
 func (*SetUserDisabledRequest) ProtoMessage() {}
 
 func (x *SetUserDisabledRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_access_proto_msgTypes[2]
+	mi := &file_strongroom_v1_access_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -205,7 +435,7 @@ func (x *SetUserDisabledRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetUserDisabledRequest.ProtoReflect.Descriptor instead.
 func (*SetUserDisabledRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{2}
+	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *SetUserDisabledRequest) GetName() string {
@@ -230,7 +460,7 @@ type ListUsersRequest struct {
 
 func (x *ListUsersRequest) Reset() {
 	*x = ListUsersRequest{}
-	mi := &file_strongroom_v1_access_proto_msgTypes[3]
+	mi := &file_strongroom_v1_access_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -242,7 +472,7 @@ func (x *ListUsersRequest) String() string {
 func (*ListUsersRequest) ProtoMessage() {}
 
 func (x *ListUsersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_access_proto_msgTypes[3]
+	mi := &file_strongroom_v1_access_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -255,7 +485,7 @@ func (x *ListUsersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListUsersRequest.ProtoReflect.Descriptor instead.
 func (*ListUsersRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{3}
+	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{7}
 }
 
 type ListUsersResponse struct {
@@ -267,7 +497,7 @@ type ListUsersResponse struct {
 
 func (x *ListUsersResponse) Reset() {
 	*x = ListUsersResponse{}
-	mi := &file_strongroom_v1_access_proto_msgTypes[4]
+	mi := &file_strongroom_v1_access_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -279,7 +509,7 @@ func (x *ListUsersResponse) String() string {
 func (*ListUsersResponse) ProtoMessage() {}
 
 func (x *ListUsersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_access_proto_msgTypes[4]
+	mi := &file_strongroom_v1_access_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -292,7 +522,7 @@ func (x *ListUsersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListUsersResponse.ProtoReflect.Descriptor instead.
 func (*ListUsersResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{4}
+	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ListUsersResponse) GetUsers() []*User {
@@ -311,7 +541,7 @@ type DeleteUserRequest struct {
 
 func (x *DeleteUserRequest) Reset() {
 	*x = DeleteUserRequest{}
-	mi := &file_strongroom_v1_access_proto_msgTypes[5]
+	mi := &file_strongroom_v1_access_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -323,7 +553,7 @@ func (x *DeleteUserRequest) String() string {
 func (*DeleteUserRequest) ProtoMessage() {}
 
 func (x *DeleteUserRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_access_proto_msgTypes[5]
+	mi := &file_strongroom_v1_access_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -336,7 +566,7 @@ func (x *DeleteUserRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteUserRequest.ProtoReflect.Descriptor instead.
 func (*DeleteUserRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{5}
+	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *DeleteUserRequest) GetName() string {
@@ -354,7 +584,7 @@ type DeleteUserResponse struct {
 
 func (x *DeleteUserResponse) Reset() {
 	*x = DeleteUserResponse{}
-	mi := &file_strongroom_v1_access_proto_msgTypes[6]
+	mi := &file_strongroom_v1_access_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -366,7 +596,7 @@ func (x *DeleteUserResponse) String() string {
 func (*DeleteUserResponse) ProtoMessage() {}
 
 func (x *DeleteUserResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_access_proto_msgTypes[6]
+	mi := &file_strongroom_v1_access_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -379,7 +609,7 @@ func (x *DeleteUserResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteUserResponse.ProtoReflect.Descriptor instead.
 func (*DeleteUserResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{6}
+	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{10}
 }
 
 type ChangePasswordRequest struct {
@@ -392,7 +622,7 @@ type ChangePasswordRequest struct {
 
 func (x *ChangePasswordRequest) Reset() {
 	*x = ChangePasswordRequest{}
-	mi := &file_strongroom_v1_access_proto_msgTypes[7]
+	mi := &file_strongroom_v1_access_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -404,7 +634,7 @@ func (x *ChangePasswordRequest) String() string {
 func (*ChangePasswordRequest) ProtoMessage() {}
 
 func (x *ChangePasswordRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_access_proto_msgTypes[7]
+	mi := &file_strongroom_v1_access_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -417,7 +647,7 @@ func (x *ChangePasswordRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangePasswordRequest.ProtoReflect.Descriptor instead.
 func (*ChangePasswordRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{7}
+	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ChangePasswordRequest) GetOldPassword() []byte {
@@ -442,7 +672,7 @@ type ChangePasswordResponse struct {
 
 func (x *ChangePasswordResponse) Reset() {
 	*x = ChangePasswordResponse{}
-	mi := &file_strongroom_v1_access_proto_msgTypes[8]
+	mi := &file_strongroom_v1_access_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -454,7 +684,7 @@ func (x *ChangePasswordResponse) String() string {
 func (*ChangePasswordResponse) ProtoMessage() {}
 
 func (x *ChangePasswordResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_access_proto_msgTypes[8]
+	mi := &file_strongroom_v1_access_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -467,7 +697,7 @@ func (x *ChangePasswordResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangePasswordResponse.ProtoReflect.Descriptor instead.
 func (*ChangePasswordResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{8}
+	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{12}
 }
 
 type Role struct {
@@ -481,7 +711,7 @@ type Role struct {
 
 func (x *Role) Reset() {
 	*x = Role{}
-	mi := &file_strongroom_v1_access_proto_msgTypes[9]
+	mi := &file_strongroom_v1_access_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -493,7 +723,7 @@ func (x *Role) String() string {
 func (*Role) ProtoMessage() {}
 
 func (x *Role) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_access_proto_msgTypes[9]
+	mi := &file_strongroom_v1_access_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -506,7 +736,7 @@ func (x *Role) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Role.ProtoReflect.Descriptor instead.
 func (*Role) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{9}
+	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Role) GetName() string {
@@ -538,7 +768,7 @@ type ListRolesRequest struct {
 
 func (x *ListRolesRequest) Reset() {
 	*x = ListRolesRequest{}
-	mi := &file_strongroom_v1_access_proto_msgTypes[10]
+	mi := &file_strongroom_v1_access_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -550,7 +780,7 @@ func (x *ListRolesRequest) String() string {
 func (*ListRolesRequest) ProtoMessage() {}
 
 func (x *ListRolesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_access_proto_msgTypes[10]
+	mi := &file_strongroom_v1_access_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -563,7 +793,7 @@ func (x *ListRolesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRolesRequest.ProtoReflect.Descriptor instead.
 func (*ListRolesRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{10}
+	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{14}
 }
 
 type ListRolesResponse struct {
@@ -575,7 +805,7 @@ type ListRolesResponse struct {
 
 func (x *ListRolesResponse) Reset() {
 	*x = ListRolesResponse{}
-	mi := &file_strongroom_v1_access_proto_msgTypes[11]
+	mi := &file_strongroom_v1_access_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -587,7 +817,7 @@ func (x *ListRolesResponse) String() string {
 func (*ListRolesResponse) ProtoMessage() {}
 
 func (x *ListRolesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_access_proto_msgTypes[11]
+	mi := &file_strongroom_v1_access_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -600,7 +830,7 @@ func (x *ListRolesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRolesResponse.ProtoReflect.Descriptor instead.
 func (*ListRolesResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{11}
+	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ListRolesResponse) GetRoles() []*Role {
@@ -621,7 +851,7 @@ type CreateTokenRequest struct {
 
 func (x *CreateTokenRequest) Reset() {
 	*x = CreateTokenRequest{}
-	mi := &file_strongroom_v1_access_proto_msgTypes[12]
+	mi := &file_strongroom_v1_access_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -633,7 +863,7 @@ func (x *CreateTokenRequest) String() string {
 func (*CreateTokenRequest) ProtoMessage() {}
 
 func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_access_proto_msgTypes[12]
+	mi := &file_strongroom_v1_access_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -646,7 +876,7 @@ func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenRequest.ProtoReflect.Descriptor instead.
 func (*CreateTokenRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{12}
+	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *CreateTokenRequest) GetDescription() string {
@@ -673,7 +903,7 @@ type CreateTokenResponse struct {
 
 func (x *CreateTokenResponse) Reset() {
 	*x = CreateTokenResponse{}
-	mi := &file_strongroom_v1_access_proto_msgTypes[13]
+	mi := &file_strongroom_v1_access_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -685,7 +915,7 @@ func (x *CreateTokenResponse) String() string {
 func (*CreateTokenResponse) ProtoMessage() {}
 
 func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_access_proto_msgTypes[13]
+	mi := &file_strongroom_v1_access_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -698,7 +928,7 @@ func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenResponse.ProtoReflect.Descriptor instead.
 func (*CreateTokenResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{13}
+	return file_strongroom_v1_access_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *CreateTokenResponse) GetToken() string {
@@ -719,13 +949,28 @@ var File_strongroom_v1_access_proto protoreflect.FileDescriptor
 
 const file_strongroom_v1_access_proto_rawDesc = "" +
 	"\n" +
-	"\x1astrongroom/v1/access.proto\x12\rstrongroom.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bstrongroom/v1/options.proto\"\x9c\x01\n" +
+	"\x1astrongroom/v1/access.proto\x12\rstrongroom.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bstrongroom/v1/options.proto\"\xd9\x01\n" +
 	"\x04User\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05roles\x18\x02 \x03(\tR\x05roles\x124\n" +
 	"\acreated\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x12\x1a\n" +
 	"\bdisabled\x18\x04 \x01(\bR\bdisabled\x12\x18\n" +
-	"\aobjects\x18\x05 \x03(\tR\aobjects\"q\n" +
+	"\aobjects\x18\x05 \x03(\tR\aobjects\x12;\n" +
+	"\vpermissions\x18\x06 \x03(\v2\x19.strongroom.v1.PermissionR\vpermissions\":\n" +
+	"\n" +
+	"Permission\x12\x16\n" +
+	"\x06object\x18\x01 \x01(\tR\x06object\x12\x14\n" +
+	"\x05roles\x18\x02 \x03(\tR\x05roles\"$\n" +
+	"\x0eGetUserRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"U\n" +
+	"\x11GrantRolesRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
+	"\x05roles\x18\x02 \x03(\tR\x05roles\x12\x16\n" +
+	"\x06object\x18\x03 \x01(\tR\x06object\"V\n" +
+	"\x12RevokeRolesRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
+	"\x05roles\x18\x02 \x03(\tR\x05roles\x12\x16\n" +
+	"\x06object\x18\x03 \x01(\tR\x06object\"q\n" +
 	"\x11CreateUserRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\bpassword\x18\x02 \x01(\fR\bpassword\x12\x14\n" +
@@ -758,11 +1003,15 @@ const file_strongroom_v1_access_proto_rawDesc = "" +
 	"\x10lifetime_seconds\x18\x02 \x01(\x03R\x0flifetimeSeconds\"a\n" +
 	"\x13CreateTokenResponse\x12\x14\n" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x124\n" +
-	"\aexpires\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires2\xe2\x05\n" +
+	"\aexpires\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires2\x94\b\n" +
 	"\rAccessService\x12b\n" +
 	"\n" +
 	"CreateUser\x12 .strongroom.v1.CreateUserRequest\x1a\x13.strongroom.v1.User\"\x1d\x8a\xb5\x18\x19Authorization.ModifyUsers\x12k\n" +
-	"\tListUsers\x12\x1f.strongroom.v1.ListUsersRequest\x1a .strongroom.v1.ListUsersResponse\"\x1b\x8a\xb5\x18\x17Authorization.ReadUsers\x12p\n" +
+	"\tListUsers\x12\x1f.strongroom.v1.ListUsersRequest\x1a .strongroom.v1.ListUsersResponse\"\x1b\x8a\xb5\x18\x17Authorization.ReadUsers\x12Z\n" +
+	"\aGetUser\x12\x1d.strongroom.v1.GetUserRequest\x1a\x13.strongroom.v1.User\"\x1b\x8a\xb5\x18\x17Authorization.ReadUsers\x12h\n" +
+	"\n" +
+	"GrantRoles\x12 .strongroom.v1.GrantRolesRequest\x1a\x13.strongroom.v1.User\"#\x8a\xb5\x18\x1fAuthorization.ModifyPermissions\x12j\n" +
+	"\vRevokeRoles\x12!.strongroom.v1.RevokeRolesRequest\x1a\x13.strongroom.v1.User\"#\x8a\xb5\x18\x1fAuthorization.ModifyPermissions\x12p\n" +
 	"\n" +
 	"DeleteUser\x12 .strongroom.v1.DeleteUserRequest\x1a!.strongroom.v1.DeleteUserResponse\"\x1d\x8a\xb5\x18\x19Authorization.ModifyUsers\x12l\n" +
 	"\x0fSetUserDisabled\x12%.strongroom.v1.SetUserDisabledRequest\x1a\x13.strongroom.v1.User\"\x1d\x8a\xb5\x18\x19Authorization.ModifyUsers\x12c\n" +
@@ -782,48 +1031,59 @@ func file_strongroom_v1_access_proto_rawDescGZIP() []byte {
 	return file_strongroom_v1_access_proto_rawDescData
 }
 
-var file_strongroom_v1_access_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
+var file_strongroom_v1_access_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
 var file_strongroom_v1_access_proto_goTypes = []any{
 	(*User)(nil),                   // 0: strongroom.v1.User
-	(*CreateUserRequest)(nil),      // 1: strongroom.v1.CreateUserRequest
-	(*SetUserDisabledRequest)(nil), // 2: strongroom.v1.SetUserDisabledRequest
-	(*ListUsersRequest)(nil),       // 3: strongroom.v1.ListUsersRequest
-	(*ListUsersResponse)(nil),      // 4: strongroom.v1.ListUsersResponse
-	(*DeleteUserRequest)(nil),      // 5: strongroom.v1.DeleteUserRequest
-	(*DeleteUserResponse)(nil),     // 6: strongroom.v1.DeleteUserResponse
-	(*ChangePasswordRequest)(nil),  // 7: strongroom.v1.ChangePasswordRequest
-	(*ChangePasswordResponse)(nil), // 8: strongroom.v1.ChangePasswordResponse
-	(*Role)(nil),                   // 9: strongroom.v1.Role
-	(*ListRolesRequest)(nil),       // 10: strongroom.v1.ListRolesRequest
-	(*ListRolesResponse)(nil),      // 11: strongroom.v1.ListRolesResponse
-	(*CreateTokenRequest)(nil),     // 12: strongroom.v1.CreateTokenRequest
-	(*CreateTokenResponse)(nil),    // 13: strongroom.v1.CreateTokenResponse
-	(*timestamppb.Timestamp)(nil),  // 14: google.protobuf.Timestamp
+	(*Permission)(nil),             // 1: strongroom.v1.Permission
+	(*GetUserRequest)(nil),         // 2: strongroom.v1.GetUserRequest
+	(*GrantRolesRequest)(nil),      // 3: strongroom.v1.GrantRolesRequest
+	(*RevokeRolesRequest)(nil),     // 4: strongroom.v1.RevokeRolesRequest
+	(*CreateUserRequest)(nil),      // 5: strongroom.v1.CreateUserRequest
+	(*SetUserDisabledRequest)(nil), // 6: strongroom.v1.SetUserDisabledRequest
+	(*ListUsersRequest)(nil),       // 7: strongroom.v1.ListUsersRequest
+	(*ListUsersResponse)(nil),      // 8: strongroom.v1.ListUsersResponse
+	(*DeleteUserRequest)(nil),      // 9: strongroom.v1.DeleteUserRequest
+	(*DeleteUserResponse)(nil),     // 10: strongroom.v1.DeleteUserResponse
+	(*ChangePasswordRequest)(nil),  // 11: strongroom.v1.ChangePasswordRequest
+	(*ChangePasswordResponse)(nil), // 12: strongroom.v1.ChangePasswordResponse
+	(*Role)(nil),                   // 13: strongroom.v1.Role
+	(*ListRolesRequest)(nil),       // 14: strongroom.v1.ListRolesRequest
+	(*ListRolesResponse)(nil),      // 15: strongroom.v1.ListRolesResponse
+	(*CreateTokenRequest)(nil),     // 16: strongroom.v1.CreateTokenRequest
+	(*CreateTokenResponse)(nil),    // 17: strongroom.v1.CreateTokenResponse
+	(*timestamppb.Timestamp)(nil),  // 18: google.protobuf.Timestamp
 }
 var file_strongroom_v1_access_proto_depIdxs = []int32{
-	14, // 0: strongroom.v1.User.created:type_name -> google.protobuf.Timestamp
-	0,  // 1: strongroom.v1.ListUsersResponse.users:type_name -> strongroom.v1.User
-	9,  // 2: strongroom.v1.ListRolesResponse.roles:type_name -> strongroom.v1.Role
-	14, // 3: strongroom.v1.CreateTokenResponse.expires:type_name -> google.protobuf.Timestamp
-	1,  // 4: strongroom.v1.AccessService.CreateUser:input_type -> strongroom.v1.CreateUserRequest
-	3,  // 5: strongroom.v1.AccessService.ListUsers:input_type -> strongroom.v1.ListUsersRequest
-	5,  // 6: strongroom.v1.AccessService.DeleteUser:input_type -> strongroom.v1.DeleteUserRequest
-	2,  // 7: strongroom.v1.AccessService.SetUserDisabled:input_type -> strongroom.v1.SetUserDisabledRequest
-	7,  // 8: strongroom.v1.AccessService.ChangePassword:input_type -> strongroom.v1.ChangePasswordRequest
-	10, // 9: strongroom.v1.AccessService.ListRoles:input_type -> strongroom.v1.ListRolesRequest
-	12, // 10: strongroom.v1.AccessService.CreateToken:input_type -> strongroom.v1.CreateTokenRequest
-	0,  // 11: strongroom.v1.AccessService.CreateUser:output_type -> strongroom.v1.User
-	4,  // 12: strongroom.v1.AccessService.ListUsers:output_type -> strongroom.v1.ListUsersResponse
-	6,  // 13: strongroom.v1.AccessService.DeleteUser:output_type -> strongroom.v1.DeleteUserResponse
-	0,  // 14: strongroom.v1.AccessService.SetUserDisabled:output_type -> strongroom.v1.User
-	8,  // 15: strongroom.v1.AccessService.ChangePassword:output_type -> strongroom.v1.ChangePasswordResponse
-	11, // 16: strongroom.v1.AccessService.ListRoles:output_type -> strongroom.v1.ListRolesResponse
-	13, // 17: strongroom.v1.AccessService.CreateToken:output_type -> strongroom.v1.CreateTokenResponse
-	11, // [11:18] is the sub-list for method output_type
-	4,  // [4:11] is the sub-list for method input_type
-	4,  // [4:4] is the sub-list for extension type_name
-	4,  // [4:4] is the sub-list for extension extendee
-	0,  // [0:4] is the sub-list for field type_name
+	18, // 0: strongroom.v1.User.created:type_name -> google.protobuf.Timestamp
+	1,  // 1: strongroom.v1.User.permissions:type_name -> strongroom.v1.Permission
+	0,  // 2: strongroom.v1.ListUsersResponse.users:type_name -> strongroom.v1.User
+	13, // 3: strongroom.v1.ListRolesResponse.roles:type_name -> strongroom.v1.Role
+	18, // 4: strongroom.v1.CreateTokenResponse.expires:type_name -> google.protobuf.Timestamp
+	5,  // 5: strongroom.v1.AccessService.CreateUser:input_type -> strongroom.v1.CreateUserRequest
+	7,  // 6: strongroom.v1.AccessService.ListUsers:input_type -> strongroom.v1.ListUsersRequest
+	2,  // 7: strongroom.v1.AccessService.GetUser:input_type -> strongroom.v1.GetUserRequest
+	3,  // 8: strongroom.v1.AccessService.GrantRoles:input_type -> strongroom.v1.GrantRolesRequest
+	4,  // 9: strongroom.v1.AccessService.RevokeRoles:input_type -> strongroom.v1.RevokeRolesRequest
+	9,  // 10: strongroom.v1.AccessService.DeleteUser:input_type -> strongroom.v1.DeleteUserRequest
+	6,  // 11: strongroom.v1.AccessService.SetUserDisabled:input_type -> strongroom.v1.SetUserDisabledRequest
+	11, // 12: strongroom.v1.AccessService.ChangePassword:input_type -> strongroom.v1.ChangePasswordRequest
+	14, // 13: strongroom.v1.AccessService.ListRoles:input_type -> strongroom.v1.ListRolesRequest
+	16, // 14: strongroom.v1.AccessService.CreateToken:input_type -> strongroom.v1.CreateTokenRequest
+	0,  // 15: strongroom.v1.AccessService.CreateUser:output_type -> strongroom.v1.User
+	8,  // 16: strongroom.v1.AccessService.ListUsers:output_type -> strongroom.v1.ListUsersResponse
+	0,  // 17: strongroom.v1.AccessService.GetUser:output_type -> strongroom.v1.User
+	0,  // 18: strongroom.v1.AccessService.GrantRoles:output_type -> strongroom.v1.User
+	0,  // 19: strongroom.v1.AccessService.RevokeRoles:output_type -> strongroom.v1.User
+	10, // 20: strongroom.v1.AccessService.DeleteUser:output_type -> strongroom.v1.DeleteUserResponse
+	0,  // 21: strongroom.v1.AccessService.SetUserDisabled:output_type -> strongroom.v1.User
+	12, // 22: strongroom.v1.AccessService.ChangePassword:output_type -> strongroom.v1.ChangePasswordResponse
+	15, // 23: strongroom.v1.AccessService.ListRoles:output_type -> strongroom.v1.ListRolesResponse
+	17, // 24: strongroom.v1.AccessService.CreateToken:output_type -> strongroom.v1.CreateTokenResponse
+	15, // [15:25] is the sub-list for method output_type
+	5,  // [5:15] is the sub-list for method input_type
+	5,  // [5:5] is the sub-list for extension type_name
+	5,  // [5:5] is the sub-list for extension extendee
+	0,  // [0:5] is the sub-list for field type_name
 }
 
 func init() { file_strongroom_v1_access_proto_init() }
@@ -838,7 +1098,7 @@ func file_strongroom_v1_access_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_strongroom_v1_access_proto_rawDesc), len(file_strongroom_v1_access_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   14,
+			NumMessages:   18,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

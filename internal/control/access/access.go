@@ -319,38 +319,44 @@ func (c *Control) PrivilegesOn(ctx context.Context, p Principal, on Object) ([]P
 		return nil, nil
 	}
 	var privs []Privilege
-	err := c.db.View(ctx, func(tx *store.Tx) error {
-		privs = nil
-		if p.Kind == UserPrincipal {
-			u, err := c.users.In(tx).Get(ctx, p.Name)
-			if errors.Is(err, store.ErrNotFound) || err == nil && u.Disabled {
-				return nil
-			}
-			if err != nil {
-				return err
-			}
-		}
-		for o, ok := on, true; ok; o, ok = o.parent() {
-			perm, err := c.perms.In(tx).Get(ctx, permKey(p.String(), o))
-			if errors.Is(err, store.ErrNotFound) || err == nil && o != on && !perm.Propagate {
-				continue
-			}
-			if err != nil {
-				return err
-			}
-			for _, name := range perm.Roles {
-				role, err := c.role(ctx, tx, name)
-				if err != nil {
-					return err
-				}
-				privs = append(privs, role.Privileges...)
-			}
-			return nil
-		}
-		return nil
+	err := c.db.View(ctx, func(tx *store.Tx) (err error) {
+		privs, err = c.privilegesIn(ctx, tx, p, on)
+		return err
 	})
 	slices.Sort(privs)
 	return slices.Compact(privs), err
+}
+
+// privilegesIn is [Control.PrivilegesOn] in tx, not sorted, of a user or a
+// certificate.
+func (c *Control) privilegesIn(ctx context.Context, tx *store.Tx, p Principal, on Object) (privs []Privilege, err error) {
+	if p.Kind == UserPrincipal {
+		u, err := c.users.In(tx).Get(ctx, p.Name)
+		if errors.Is(err, store.ErrNotFound) || err == nil && u.Disabled {
+			return nil, nil
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	for o, ok := on, true; ok; o, ok = o.parent() {
+		perm, err := c.perms.In(tx).Get(ctx, permKey(p.String(), o))
+		if errors.Is(err, store.ErrNotFound) || err == nil && o != on && !perm.Propagate {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		for _, name := range perm.Roles {
+			role, err := c.role(ctx, tx, name)
+			if err != nil {
+				return nil, err
+			}
+			privs = append(privs, role.Privileges...)
+		}
+		return privs, nil
+	}
+	return nil, nil
 }
 
 func permKey(principal string, o Object) string { return principal + "@" + string(o) }
@@ -478,6 +484,76 @@ func (c *Control) grant(ctx context.Context, tx *store.Tx, p Permission) error {
 		}
 	}
 	return c.perms.In(tx).Put(ctx, permKey(p.Principal, p.Object), p)
+}
+
+// GrantRoles gives a user roles on an object and below it, beside those that the
+// user has there.
+func (c *Control) GrantRoles(ctx context.Context, user string, roles []string, on Object) error {
+	err := c.changeRoles(ctx, user, on, func(have []string) ([]string, error) {
+		if len(roles) == 0 {
+			return nil, errs.New(errs.Invalid, "no role is named")
+		}
+		for _, r := range roles {
+			if !slices.Contains(have, r) {
+				have = append(have, r)
+			}
+		}
+		return have, nil
+	})
+	return errs.Wrap(err, "cannot give %.64s %s on %s", user, strings.Join(roles, ", "), on)
+}
+
+// RevokeRoles takes roles on exactly that object from a user, or if none are named
+// all. It holds from the moment on that it returns. The last administrator is
+// refused.
+func (c *Control) RevokeRoles(ctx context.Context, user string, roles []string, on Object) error {
+	err := c.changeRoles(ctx, user, on, func(have []string) ([]string, error) {
+		if len(have) == 0 {
+			return nil, errs.New(errs.NotFound, "it has no role there").WithHint("strongroom user show %s", user)
+		}
+		for _, r := range roles {
+			if !slices.Contains(have, r) {
+				return nil, errs.New(errs.NotFound, "it does not have the role %.64s there", r).WithHint("strongroom user show %s", user)
+			}
+		}
+		if len(roles) == 0 {
+			return nil, nil
+		}
+		return slices.DeleteFunc(have, func(r string) bool { return slices.Contains(roles, r) }), nil
+	})
+	return errs.Wrap(err, "cannot take roles of %.64s on %s", user, on)
+}
+
+// changeRoles replaces the roles of a user on an object.
+func (c *Control) changeRoles(ctx context.Context, user string, on Object, f func(have []string) ([]string, error)) error {
+	principal := string(UserPrincipal) + ":" + user
+	return c.db.Txn(ctx, func(tx *store.Tx) error {
+		if _, err := c.users.In(tx).Get(ctx, user); err != nil {
+			return missing(err, "user", user)
+		}
+		if err := on.check(); err != nil {
+			return err
+		}
+		perm, err := c.perms.In(tx).Get(ctx, permKey(principal, on))
+		if errors.Is(err, store.ErrNotFound) {
+			perm, err = Permission{Principal: principal, Object: on, Propagate: true}, nil
+		}
+		if err != nil {
+			return err
+		}
+		if perm.Roles, err = f(perm.Roles); err != nil {
+			return err
+		}
+		if len(perm.Roles) == 0 {
+			err = c.perms.In(tx).Delete(ctx, permKey(principal, on))
+		} else {
+			err = c.grant(ctx, tx, perm)
+		}
+		if err != nil {
+			return err
+		}
+		return c.keepAdministrator(ctx, tx)
+	})
 }
 
 // Revoke takes back the permission that the principal has on exactly that

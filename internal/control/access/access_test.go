@@ -484,6 +484,58 @@ func TestThrottle(t *testing.T) {
 	}
 }
 
+// TestRolesOnObjects gives one user roles on several objects and takes them.
+func TestRolesOnObjects(t *testing.T) {
+	t.Parallel()
+	ctx := t.Context()
+	c, _ := withObjects(t)
+	ann := create(t, c, "acme/ann", access.ReadOnly)
+	may := func(what string, on access.Object, want bool) {
+		t.Helper()
+		if err := c.Check(ctx, ann, "Cryptographer.ManageKeyServers", on); (err == nil) != want {
+			t.Errorf("%s: on %s: %v", what, on, err)
+		}
+	}
+	const account, group = access.Object("/account/acme"), access.Object("/account/acme/group/g")
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	must(c.GrantRoles(ctx, "acme/ann", []string{access.Administrator}, group))
+	may("given on a group", group, true)
+	may("given on a group", account, false)
+	must(c.GrantRoles(ctx, "acme/ann", []string{access.ReadOnly, access.Administrator}, group)) // again, and another
+	users, err := c.Users(ctx)
+	must(err)
+	for _, u := range users {
+		if u.Name == "acme/ann" && (len(u.Permissions) != 2 || fmt.Sprint(u.Permissions[1].Roles) != "[Administrator ReadOnly]") {
+			t.Errorf("permissions: %+v", u.Permissions)
+		}
+	}
+	must(c.RevokeRoles(ctx, "acme/ann", []string{access.Administrator}, group))
+	may("taken", group, false)
+	must(c.GrantRoles(ctx, "acme/ann", []string{access.Administrator}, account))
+	may("the nearer object counts", group, false)
+	must(c.RevokeRoles(ctx, "acme/ann", nil, group))
+	may("none left on the group", group, true)
+
+	wantKind(t, "a role that it does not have", c.RevokeRoles(ctx, "acme/ann", []string{access.NoCryptoAdmin}, account), errs.NotFound)
+	wantKind(t, "no role at all", c.RevokeRoles(ctx, "acme/ann", nil, group), errs.NotFound)
+	wantKind(t, "nothing given", c.GrantRoles(ctx, "acme/ann", nil, group), errs.Invalid)
+	wantKind(t, "no such role", c.GrantRoles(ctx, "acme/ann", []string{"Owner"}, group), errs.NotFound)
+	wantKind(t, "no such user", c.GrantRoles(ctx, "acme/eve", []string{access.ReadOnly}, group), errs.NotFound)
+	wantKind(t, "no such object", c.GrantRoles(ctx, "acme/ann", []string{access.ReadOnly}, "/account/acme/group/none"), errs.NotFound)
+	wantKind(t, "everything", c.GrantRoles(ctx, "acme/ann", []string{access.ReadOnly}, access.Root), errs.Invalid)
+	wantKind(t, "no path", c.RevokeRoles(ctx, "acme/ann", nil, "//"), errs.Invalid)
+	wantKind(t, "the last administrator", c.RevokeRoles(ctx, access.FirstUser, []string{access.Administrator}, access.Root), errs.InvalidState)
+	must(c.GrantRoles(ctx, access.FirstUser, []string{access.ReadOnly}, access.Root)) // beside
+	wantKind(t, "the last administrator, with another role", c.RevokeRoles(ctx, access.FirstUser, []string{access.Administrator}, access.Root), errs.InvalidState)
+	create(t, c, "second", access.Administrator)
+	must(c.RevokeRoles(ctx, access.FirstUser, []string{access.Administrator}, access.Root))
+}
+
 // TestStrangersLockNobodyOut: who guesses has to wait, wherever he is and whatever
 // name he tries, and those whose names they are do not.
 func TestStrangersLockNobodyOut(t *testing.T) {

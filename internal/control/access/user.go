@@ -36,6 +36,8 @@ type User struct {
 	Created  time.Time
 	Roles    []string // that it has anywhere
 	Objects  []Object // on which it has them
+	// Permissions are the roles by object.
+	Permissions []Permission
 }
 
 // token is an API token or session as it is stored, under its id.
@@ -166,6 +168,7 @@ func (c *Control) Users(ctx context.Context) ([]User, error) {
 				if p.Principal == string(UserPrincipal)+":"+u.Name {
 					x.Roles = append(x.Roles, p.Roles...)
 					x.Objects = append(x.Objects, p.Object)
+					x.Permissions = append(x.Permissions, p)
 				}
 			}
 			slices.Sort(x.Roles)
@@ -229,6 +232,16 @@ func (c *Control) CredentialOf(ctx context.Context, tx *store.Tx, name string) (
 		return "", nil
 	}
 	return u.Changed.UTC().Format(time.RFC3339Nano), err
+}
+
+// ApproverCredential is [Control.CredentialOf] of a user who has a privilege on an
+// object; "" for one who does not. It is part of tx.
+func (c *Control) ApproverCredential(ctx context.Context, tx *store.Tx, name string, priv Privilege, on Object) (string, error) {
+	have, err := c.privilegesIn(ctx, tx, Principal{Kind: UserPrincipal, Name: name}, on)
+	if err != nil || !slices.Contains(have, priv) {
+		return "", err
+	}
+	return c.CredentialOf(ctx, tx, name)
 }
 
 // SetDisabled locks a user out, with all its tokens, or lets it in again. The

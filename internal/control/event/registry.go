@@ -103,6 +103,8 @@ const (
 	UserDeleted         = "strongroom.user.Deleted"
 	UserDisabled        = "strongroom.user.Disabled"
 	UserEnabled         = "strongroom.user.Enabled"
+	UserRolesGranted    = "strongroom.user.RolesGranted"
+	UserRolesRevoked    = "strongroom.user.RolesRevoked"
 	UserLoggedIn        = "strongroom.user.LoggedIn"
 	UserLoginFailed     = "strongroom.user.LoginFailed"
 	UserPasswordChanged = "strongroom.user.PasswordChanged"
@@ -182,6 +184,8 @@ func Types() []Type {
 		{UserDeleted, Info, "{principal} deleted {target}"},
 		{UserDisabled, Info, "{principal} disabled {target}"},
 		{UserEnabled, Info, "{principal} enabled {target}"},
+		{UserRolesGranted, Info, "{principal} gave {target} {roles} on {object}"},
+		{UserRolesRevoked, Info, "{principal} took {roles} on {object} from {target}"},
 		{UserLoggedIn, Info, "{principal} logged in from {address}"},
 		{UserLoginFailed, Warning, "Somebody failed to log in as {target} from {address}"},
 		{UserPasswordChanged, Info, "{principal} changed the password of {target}"},

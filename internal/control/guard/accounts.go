@@ -3,6 +3,7 @@ package guard
 import (
 	"context"
 	"slices"
+	"strings"
 	"time"
 
 	"connectrpc.com/connect"
@@ -30,7 +31,8 @@ func (a accounts) CreateUser(ctx context.Context, req *connect.Request[strongroo
 		return nil, err
 	}
 	a.Post(ctx, event.New{Type: event.UserCreated, Target: "user/" + m.GetName()})
-	return connect.NewResponse(&strongroomv1.User{Name: m.GetName(), Roles: m.GetRoles(), Objects: []string{string(on)}, Created: timestamppb.New(time.Now().Truncate(time.Second))}), nil
+	return connect.NewResponse(&strongroomv1.User{Name: m.GetName(), Roles: m.GetRoles(), Objects: []string{string(on)},
+		Permissions: []*strongroomv1.Permission{{Object: string(on), Roles: m.GetRoles()}}, Created: timestamppb.New(time.Now().Truncate(time.Second))}), nil
 }
 
 // mayGive refuses to give a role that allows more on an object than the caller may
@@ -77,8 +79,9 @@ func (a accounts) ListUsers(ctx context.Context, _ *connect.Request[strongroomv1
 
 func userOf(u access.User) *strongroomv1.User {
 	out := &strongroomv1.User{Name: u.Name, Roles: u.Roles, Disabled: u.Disabled, Created: timestamppb.New(u.Created)}
-	for _, on := range u.Objects {
-		out.Objects = append(out.Objects, string(on))
+	for _, p := range u.Permissions {
+		out.Objects = append(out.Objects, string(p.Object))
+		out.Permissions = append(out.Permissions, &strongroomv1.Permission{Object: string(p.Object), Roles: p.Roles})
 	}
 	return out
 }
@@ -93,6 +96,11 @@ func (a accounts) SetUserDisabled(ctx context.Context, req *connect.Request[stro
 		what = event.UserDisabled
 	}
 	a.Post(ctx, event.New{Type: what, Target: "user/" + name})
+	return a.user(ctx, name)
+}
+
+// user returns one user.
+func (a accounts) user(ctx context.Context, name string) (*connect.Response[strongroomv1.User], error) {
 	users, err := a.Access.Users(ctx)
 	if err != nil {
 		return nil, err
@@ -102,7 +110,66 @@ func (a accounts) SetUserDisabled(ctx context.Context, req *connect.Request[stro
 			return connect.NewResponse(userOf(u)), nil
 		}
 	}
-	return nil, errs.New(errs.NotFound, "no user %.64s", name)
+	return nil, errs.New(errs.NotFound, "no user %.64s", name).WithHint("strongroom user ls")
+}
+
+func (a accounts) GetUser(ctx context.Context, req *connect.Request[strongroomv1.GetUserRequest]) (*connect.Response[strongroomv1.User], error) {
+	return a.user(ctx, req.Msg.GetName())
+}
+
+func (a accounts) GrantRoles(ctx context.Context, req *connect.Request[strongroomv1.GrantRolesRequest]) (*connect.Response[strongroomv1.User], error) {
+	m := req.Msg
+	on, err := a.objectFor(ctx, m.GetName(), m.GetObject())
+	if err != nil {
+		return nil, err
+	}
+	if err := a.mayGive(ctx, m.GetRoles(), on); err != nil {
+		return nil, err
+	}
+	if err := a.Access.GrantRoles(ctx, m.GetName(), m.GetRoles(), on); err != nil {
+		return nil, err
+	}
+	a.postRoles(ctx, event.UserRolesGranted, m.GetName(), m.GetRoles(), on)
+	return a.user(ctx, m.GetName())
+}
+
+func (a accounts) RevokeRoles(ctx context.Context, req *connect.Request[strongroomv1.RevokeRolesRequest]) (*connect.Response[strongroomv1.User], error) {
+	m := req.Msg
+	on, err := a.objectFor(ctx, m.GetName(), m.GetObject())
+	if err != nil {
+		return nil, err
+	}
+	if err := a.Access.RevokeRoles(ctx, m.GetName(), m.GetRoles(), on); err != nil {
+		return nil, err
+	}
+	a.postRoles(ctx, event.UserRolesRevoked, m.GetName(), m.GetRoles(), on)
+	return a.user(ctx, m.GetName())
+}
+
+func (a accounts) postRoles(ctx context.Context, what, name string, roles []string, on access.Object) {
+	text := strings.Join(roles, ", ")
+	if text == "" {
+		text = "all roles"
+	}
+	a.Post(ctx, event.New{Type: what, Target: "user/" + name, Args: map[string]string{"roles": text, "object": string(on)}})
+}
+
+// objectFor returns the object that a change of a user's permissions is about. The
+// guard has seen that the caller may change those of this user; it must be so for the
+// object, too.
+func (a accounts) objectFor(ctx context.Context, name, object string) (access.Object, error) {
+	on := access.Object(object)
+	if on == "" {
+		on = access.Home(name)
+	}
+	where, err := a.May(ctx, "Authorization.ModifyPermissions")
+	if err != nil {
+		return "", err
+	}
+	if !where.Has(on) {
+		return "", errs.New(errs.Denied, "%s lacks the privilege Authorization.ModifyPermissions on %.400s", CallerOf(ctx).Name(), on).WithReason("NoPermission")
+	}
+	return on, nil
 }
 
 func (a accounts) DeleteUser(ctx context.Context, req *connect.Request[strongroomv1.DeleteUserRequest]) (*connect.Response[strongroomv1.DeleteUserResponse], error) {

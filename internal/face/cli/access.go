@@ -13,7 +13,7 @@ import (
 func newUserCmd(env *Env) *cobra.Command {
 	return newGroup("user", "Local users",
 		"Local users log in with a password, and may do what their roles allow.",
-		newUserCreateCmd(env), newUserLsCmd(env),
+		newUserCreateCmd(env), newUserLsCmd(env), newUserShowCmd(env), newUserGrantCmd(env), newUserRevokeCmd(env),
 		newUserStateCmd(env, "disable", "Lock a user out", true), newUserStateCmd(env, "enable", "Let a user in again", false), newUserDeleteCmd(env), newUserPasswordCmd(env))
 }
 
@@ -103,6 +103,104 @@ It changes nothing. Needs the privilege Authorization.ReadUsers.`,
 			})
 		}),
 	}
+}
+
+func newUserShowCmd(env *Env) *cobra.Command {
+	return &cobra.Command{
+		Use:   "show NAME",
+		Short: "Show a local user, and its roles on each object",
+		Long: `Show a local user and which roles it has on which objects. The nearest object
+counts: roles on a group replace, there, those on its account.
+
+It changes nothing. Needs the privilege Authorization.ReadUsers.`,
+		Example:           "  strongroom user show acme/bob",
+		Args:              exactArgs("the user's name"),
+		ValidArgsFunction: env.completeFirst(userNames),
+		RunE: env.withClient("show the user", func(cmd *cobra.Command, c *client.Client, args []string) error {
+			u, err := client.Call(cmd.Context(), c.Access().GetUser, &strongroomv1.GetUserRequest{Name: args[0]})
+			if err != nil {
+				return err
+			}
+			fields := []field{{"Name", u.GetName()}, {"Disabled", yesNo(u.GetDisabled())}, {"Created", env.when(u.GetCreated())}}
+			for _, p := range u.GetPermissions() {
+				fields = append(fields, field{"On " + p.GetObject(), strings.Join(p.GetRoles(), ", ")})
+			}
+			return env.printOne(u, fields)
+		}),
+	}
+}
+
+func newUserGrantCmd(env *Env) *cobra.Command {
+	req := &strongroomv1.GrantRolesRequest{}
+	cmd := &cobra.Command{
+		Use:   "grant NAME",
+		Short: "Give a user roles on an object",
+		Long: `Give a local user roles on an object, and below it, beside those that it has there.
+The nearest object counts: at a key management server, roles on a group replace,
+there, those on its account. A user of an account can have roles in it only.
+
+Needs the privilege Authorization.ModifyPermissions on the user's account, and on
+the object every privilege that the roles give.`,
+		Example: `  strongroom user grant acme/bob --role Administrator --on /account/acme/group/test
+  strongroom user grant carol --role ReadOnly --on /account/acme`,
+		Args:              exactArgs("the user's name"),
+		ValidArgsFunction: env.completeFirst(userNames),
+		RunE: env.withClient("give the user roles", func(cmd *cobra.Command, c *client.Client, args []string) error {
+			req.Name = args[0]
+			u, err := client.Call(cmd.Context(), c.Access().GrantRoles, req)
+			if err != nil {
+				return err
+			}
+			return env.printDone(u, "user %s has %s now%s", u.GetName(), strings.Join(req.GetRoles(), ", "), onObject(req.GetObject()))
+		}),
+	}
+	cmd.Flags().StringArrayVar(&req.Roles, "role", nil, "a role; may be repeated")
+	cmd.Flags().StringVar(&req.Object, "on", "", "the `object` on which the roles hold (default: everything, or the user's account)")
+	_ = cmd.MarkFlagRequired("role")
+	return cmd
+}
+
+func newUserRevokeCmd(env *Env) *cobra.Command {
+	req := &strongroomv1.RevokeRolesRequest{}
+	cmd := &cobra.Command{
+		Use:   "revoke NAME",
+		Short: "Take a user's roles on an object",
+		Long: `Take roles on an object from a local user, at once, also in sessions that are open.
+Without --role all that it has on exactly that object. If none are left there, the
+roles on the object above hold there again. The last administrator keeps its role.
+
+Needs the privilege Authorization.ModifyPermissions on the user's account and on the
+object.`,
+		Example: `  strongroom user revoke acme/bob --role Administrator --on /account/acme/group/test
+  strongroom user revoke carol --on /account/acme`,
+		Args:              exactArgs("the user's name"),
+		ValidArgsFunction: env.completeFirst(userNames),
+		RunE: env.withClient("take the user's roles", func(cmd *cobra.Command, c *client.Client, args []string) error {
+			req.Name = args[0]
+			u, err := client.Call(cmd.Context(), c.Access().RevokeRoles, req)
+			if err != nil {
+				return err
+			}
+			what := strings.Join(req.GetRoles(), ", ")
+			if what == "" {
+				what = "no role"
+			} else {
+				what += " no more"
+			}
+			return env.printDone(u, "user %s has %s%s", u.GetName(), what, onObject(req.GetObject()))
+		}),
+	}
+	cmd.Flags().StringArrayVar(&req.Roles, "role", nil, "a role; may be repeated (default: all)")
+	cmd.Flags().StringVar(&req.Object, "on", "", "the `object` on which the roles held (default: everything, or the user's account)")
+	return cmd
+}
+
+// onObject is the end of a sentence about roles.
+func onObject(object string) string {
+	if object == "" {
+		return ""
+	}
+	return " on " + object
 }
 
 func newUserDeleteCmd(env *Env) *cobra.Command {

@@ -176,7 +176,7 @@ func open(ctx context.Context, cfg Config, u *unlocked, log *slog.Logger) (_ *KM
 	if err := k.openUsers(ctx); err != nil {
 		return nil, err
 	}
-	k.approvals = approval.Open(k.db, k.directory, k.access.CredentialOf)
+	k.approvals = approval.Open(k.db, k.directory, k.approverCredential)
 	if k.usage, err = usage.Open(ctx, k.db, k.objects.Keys, log); err != nil {
 		return nil, err
 	}

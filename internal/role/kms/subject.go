@@ -1,6 +1,7 @@
 package kms
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"strings"
@@ -34,6 +35,11 @@ func (k *KMS) subject(ctx context.Context, procedure string, message any) guard.
 	case *strongroomv1.CreateKMSApplicationRequest:
 		return of(directory.AccountOf(m.GetGroup()), groupObject(m.GetGroup()), "application/"+short(m.GetName()))
 
+	case *strongroomv1.GrantRolesRequest:
+		return ofRoles(m.GetName(), m.GetRoles(), m.GetObject())
+	case *strongroomv1.RevokeRolesRequest:
+		return ofRoles(m.GetName(), m.GetRoles(), m.GetObject())
+
 	case interface{ GetApplication() string }:
 		return k.ofApplication(m.GetApplication())
 	case interface{ GetName() string }:
@@ -56,6 +62,14 @@ func (k *KMS) subject(ctx context.Context, procedure string, message any) guard.
 		}
 	}
 	return guard.Subject{On: access.Root, Name: "kms"}
+}
+
+// ofRoles is the subject of a change of a user's roles: the user. The handler looks
+// at the object.
+func ofRoles(name string, roles []string, object string) guard.Subject {
+	s := of(directory.AccountOf(name), access.Home(name), "user/"+short(name))
+	s.Details["roles"], s.Details["on"] = strings.Join(roles, ","), cmp.Or(object, string(access.Home(name)))
+	return s
 }
 
 // of is a subject that belongs to an account.

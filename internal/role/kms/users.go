@@ -15,6 +15,7 @@ import (
 	"strongroom/internal/control/event"
 	"strongroom/internal/control/guard"
 	"strongroom/internal/control/pki"
+	"strongroom/internal/control/store"
 	"strongroom/internal/errs"
 )
 
@@ -90,4 +91,9 @@ func (k *KMS) checkApprovers(ctx context.Context, group string, names []string) 
 		}
 	}
 	return nil
+}
+
+// approverCredential implements [approval.Credential].
+func (k *KMS) approverCredential(ctx context.Context, tx *store.Tx, group, user string) (string, error) {
+	return k.access.ApproverCredential(ctx, tx, user, "KeyServer.ApproveOperations", groupObject(group))
 }

@@ -38,6 +38,14 @@ const (
 	AccessServiceCreateUserProcedure = "/strongroom.v1.AccessService/CreateUser"
 	// AccessServiceListUsersProcedure is the fully-qualified name of the AccessService's ListUsers RPC.
 	AccessServiceListUsersProcedure = "/strongroom.v1.AccessService/ListUsers"
+	// AccessServiceGetUserProcedure is the fully-qualified name of the AccessService's GetUser RPC.
+	AccessServiceGetUserProcedure = "/strongroom.v1.AccessService/GetUser"
+	// AccessServiceGrantRolesProcedure is the fully-qualified name of the AccessService's GrantRoles
+	// RPC.
+	AccessServiceGrantRolesProcedure = "/strongroom.v1.AccessService/GrantRoles"
+	// AccessServiceRevokeRolesProcedure is the fully-qualified name of the AccessService's RevokeRoles
+	// RPC.
+	AccessServiceRevokeRolesProcedure = "/strongroom.v1.AccessService/RevokeRoles"
 	// AccessServiceDeleteUserProcedure is the fully-qualified name of the AccessService's DeleteUser
 	// RPC.
 	AccessServiceDeleteUserProcedure = "/strongroom.v1.AccessService/DeleteUser"
@@ -58,6 +66,16 @@ const (
 type AccessServiceClient interface {
 	CreateUser(context.Context, *connect.Request[v1.CreateUserRequest]) (*connect.Response[v1.User], error)
 	ListUsers(context.Context, *connect.Request[v1.ListUsersRequest]) (*connect.Response[v1.ListUsersResponse], error)
+	GetUser(context.Context, *connect.Request[v1.GetUserRequest]) (*connect.Response[v1.User], error)
+	// GrantRoles gives a user roles on an object and below it, beside those that the
+	// user has there. The nearest object counts: roles on a group replace, there,
+	// those on its account. The privilege is needed on the object, too, and each
+	// privilege that the roles give.
+	GrantRoles(context.Context, *connect.Request[v1.GrantRolesRequest]) (*connect.Response[v1.User], error)
+	// RevokeRoles takes roles on an object from a user, at once. There the user has
+	// what roles are left, or, if none are, those of the object above. The privilege is
+	// needed on the object, too. The last administrator keeps its role.
+	RevokeRoles(context.Context, *connect.Request[v1.RevokeRolesRequest]) (*connect.Response[v1.User], error)
 	// DeleteUser also ends the user's sessions and tokens. The last
 	// administrator cannot be deleted.
 	DeleteUser(context.Context, *connect.Request[v1.DeleteUserRequest]) (*connect.Response[v1.DeleteUserResponse], error)
@@ -92,6 +110,24 @@ func NewAccessServiceClient(httpClient connect.HTTPClient, baseURL string, opts 
 			httpClient,
 			baseURL+AccessServiceListUsersProcedure,
 			connect.WithSchema(accessServiceMethods.ByName("ListUsers")),
+			connect.WithClientOptions(opts...),
+		),
+		getUser: connect.NewClient[v1.GetUserRequest, v1.User](
+			httpClient,
+			baseURL+AccessServiceGetUserProcedure,
+			connect.WithSchema(accessServiceMethods.ByName("GetUser")),
+			connect.WithClientOptions(opts...),
+		),
+		grantRoles: connect.NewClient[v1.GrantRolesRequest, v1.User](
+			httpClient,
+			baseURL+AccessServiceGrantRolesProcedure,
+			connect.WithSchema(accessServiceMethods.ByName("GrantRoles")),
+			connect.WithClientOptions(opts...),
+		),
+		revokeRoles: connect.NewClient[v1.RevokeRolesRequest, v1.User](
+			httpClient,
+			baseURL+AccessServiceRevokeRolesProcedure,
+			connect.WithSchema(accessServiceMethods.ByName("RevokeRoles")),
 			connect.WithClientOptions(opts...),
 		),
 		deleteUser: connect.NewClient[v1.DeleteUserRequest, v1.DeleteUserResponse](
@@ -131,6 +167,9 @@ func NewAccessServiceClient(httpClient connect.HTTPClient, baseURL string, opts 
 type accessServiceClient struct {
 	createUser      *connect.Client[v1.CreateUserRequest, v1.User]
 	listUsers       *connect.Client[v1.ListUsersRequest, v1.ListUsersResponse]
+	getUser         *connect.Client[v1.GetUserRequest, v1.User]
+	grantRoles      *connect.Client[v1.GrantRolesRequest, v1.User]
+	revokeRoles     *connect.Client[v1.RevokeRolesRequest, v1.User]
 	deleteUser      *connect.Client[v1.DeleteUserRequest, v1.DeleteUserResponse]
 	setUserDisabled *connect.Client[v1.SetUserDisabledRequest, v1.User]
 	changePassword  *connect.Client[v1.ChangePasswordRequest, v1.ChangePasswordResponse]
@@ -146,6 +185,21 @@ func (c *accessServiceClient) CreateUser(ctx context.Context, req *connect.Reque
 // ListUsers calls strongroom.v1.AccessService.ListUsers.
 func (c *accessServiceClient) ListUsers(ctx context.Context, req *connect.Request[v1.ListUsersRequest]) (*connect.Response[v1.ListUsersResponse], error) {
 	return c.listUsers.CallUnary(ctx, req)
+}
+
+// GetUser calls strongroom.v1.AccessService.GetUser.
+func (c *accessServiceClient) GetUser(ctx context.Context, req *connect.Request[v1.GetUserRequest]) (*connect.Response[v1.User], error) {
+	return c.getUser.CallUnary(ctx, req)
+}
+
+// GrantRoles calls strongroom.v1.AccessService.GrantRoles.
+func (c *accessServiceClient) GrantRoles(ctx context.Context, req *connect.Request[v1.GrantRolesRequest]) (*connect.Response[v1.User], error) {
+	return c.grantRoles.CallUnary(ctx, req)
+}
+
+// RevokeRoles calls strongroom.v1.AccessService.RevokeRoles.
+func (c *accessServiceClient) RevokeRoles(ctx context.Context, req *connect.Request[v1.RevokeRolesRequest]) (*connect.Response[v1.User], error) {
+	return c.revokeRoles.CallUnary(ctx, req)
 }
 
 // DeleteUser calls strongroom.v1.AccessService.DeleteUser.
@@ -177,6 +231,16 @@ func (c *accessServiceClient) CreateToken(ctx context.Context, req *connect.Requ
 type AccessServiceHandler interface {
 	CreateUser(context.Context, *connect.Request[v1.CreateUserRequest]) (*connect.Response[v1.User], error)
 	ListUsers(context.Context, *connect.Request[v1.ListUsersRequest]) (*connect.Response[v1.ListUsersResponse], error)
+	GetUser(context.Context, *connect.Request[v1.GetUserRequest]) (*connect.Response[v1.User], error)
+	// GrantRoles gives a user roles on an object and below it, beside those that the
+	// user has there. The nearest object counts: roles on a group replace, there,
+	// those on its account. The privilege is needed on the object, too, and each
+	// privilege that the roles give.
+	GrantRoles(context.Context, *connect.Request[v1.GrantRolesRequest]) (*connect.Response[v1.User], error)
+	// RevokeRoles takes roles on an object from a user, at once. There the user has
+	// what roles are left, or, if none are, those of the object above. The privilege is
+	// needed on the object, too. The last administrator keeps its role.
+	RevokeRoles(context.Context, *connect.Request[v1.RevokeRolesRequest]) (*connect.Response[v1.User], error)
 	// DeleteUser also ends the user's sessions and tokens. The last
 	// administrator cannot be deleted.
 	DeleteUser(context.Context, *connect.Request[v1.DeleteUserRequest]) (*connect.Response[v1.DeleteUserResponse], error)
@@ -207,6 +271,24 @@ func NewAccessServiceHandler(svc AccessServiceHandler, opts ...connect.HandlerOp
 		AccessServiceListUsersProcedure,
 		svc.ListUsers,
 		connect.WithSchema(accessServiceMethods.ByName("ListUsers")),
+		connect.WithHandlerOptions(opts...),
+	)
+	accessServiceGetUserHandler := connect.NewUnaryHandler(
+		AccessServiceGetUserProcedure,
+		svc.GetUser,
+		connect.WithSchema(accessServiceMethods.ByName("GetUser")),
+		connect.WithHandlerOptions(opts...),
+	)
+	accessServiceGrantRolesHandler := connect.NewUnaryHandler(
+		AccessServiceGrantRolesProcedure,
+		svc.GrantRoles,
+		connect.WithSchema(accessServiceMethods.ByName("GrantRoles")),
+		connect.WithHandlerOptions(opts...),
+	)
+	accessServiceRevokeRolesHandler := connect.NewUnaryHandler(
+		AccessServiceRevokeRolesProcedure,
+		svc.RevokeRoles,
+		connect.WithSchema(accessServiceMethods.ByName("RevokeRoles")),
 		connect.WithHandlerOptions(opts...),
 	)
 	accessServiceDeleteUserHandler := connect.NewUnaryHandler(
@@ -245,6 +327,12 @@ func NewAccessServiceHandler(svc AccessServiceHandler, opts ...connect.HandlerOp
 			accessServiceCreateUserHandler.ServeHTTP(w, r)
 		case AccessServiceListUsersProcedure:
 			accessServiceListUsersHandler.ServeHTTP(w, r)
+		case AccessServiceGetUserProcedure:
+			accessServiceGetUserHandler.ServeHTTP(w, r)
+		case AccessServiceGrantRolesProcedure:
+			accessServiceGrantRolesHandler.ServeHTTP(w, r)
+		case AccessServiceRevokeRolesProcedure:
+			accessServiceRevokeRolesHandler.ServeHTTP(w, r)
 		case AccessServiceDeleteUserProcedure:
 			accessServiceDeleteUserHandler.ServeHTTP(w, r)
 		case AccessServiceSetUserDisabledProcedure:
@@ -270,6 +358,18 @@ func (UnimplementedAccessServiceHandler) CreateUser(context.Context, *connect.Re
 
 func (UnimplementedAccessServiceHandler) ListUsers(context.Context, *connect.Request[v1.ListUsersRequest]) (*connect.Response[v1.ListUsersResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.AccessService.ListUsers is not implemented"))
+}
+
+func (UnimplementedAccessServiceHandler) GetUser(context.Context, *connect.Request[v1.GetUserRequest]) (*connect.Response[v1.User], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.AccessService.GetUser is not implemented"))
+}
+
+func (UnimplementedAccessServiceHandler) GrantRoles(context.Context, *connect.Request[v1.GrantRolesRequest]) (*connect.Response[v1.User], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.AccessService.GrantRoles is not implemented"))
+}
+
+func (UnimplementedAccessServiceHandler) RevokeRoles(context.Context, *connect.Request[v1.RevokeRolesRequest]) (*connect.Response[v1.User], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.AccessService.RevokeRoles is not implemented"))
 }
 
 func (UnimplementedAccessServiceHandler) DeleteUser(context.Context, *connect.Request[v1.DeleteUserRequest]) (*connect.Response[v1.DeleteUserResponse], error) {

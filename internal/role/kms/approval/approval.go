@@ -92,8 +92,9 @@ type Decision struct {
 }
 
 // Credential returns, in tx, what tells a user's present credential from former
-// ones; "" for a user who may not log in now. It is no secret.
-type Credential func(ctx context.Context, tx *store.Tx, user string) (string, error)
+// ones; "" for a user who may not log in, or not approve for that group, now. It is
+// no secret.
+type Credential func(ctx context.Context, tx *store.Tx, group, user string) (string, error)
 
 // State is the state of a request.
 type State string
@@ -307,12 +308,12 @@ func (b *Book) Decide(ctx context.Context, id, user string, approve bool, reason
 		case r.Requester == userPrefix+user:
 			return errs.New(errs.Denied, "%s has asked for it: others decide", user)
 		}
-		credential, err := b.credential(ctx, tx, user)
+		credential, err := b.credential(ctx, tx, r.Group, user)
 		if err != nil {
 			return err
 		}
 		if credential == "" {
-			return errs.New(errs.Denied, "%s may not log in now", user)
+			return errs.New(errs.Denied, "%s may not log in, or not approve for group %s, now", user, r.Group)
 		}
 		d := Decision{User: user, Approved: approve, Reason: reason, Time: now, Credential: credential}
 		same := func(o Decision) bool { return o.User == user && o.Approved == approve }
@@ -344,7 +345,7 @@ func (b *Book) request(ctx context.Context, tx *store.Tx, id string) (stored, co
 	counting.Decisions = nil
 	for _, d := range stored.Decisions {
 		if d.Approved {
-			now, err := b.credential(ctx, tx, d.User)
+			now, err := b.credential(ctx, tx, stored.Group, d.User)
 			if err != nil {
 				return Request{}, Request{}, err
 			}

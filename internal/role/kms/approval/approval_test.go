@@ -44,7 +44,7 @@ func newBench(t *testing.T) *bench {
 		t.Fatal(err)
 	}
 	b := &bench{t: t, now: time.Now().UTC(), users: map[string]string{}}
-	b.Book = Open(db, dir, func(_ context.Context, _ *store.Tx, user string) (string, error) {
+	b.Book = Open(db, dir, func(_ context.Context, _ *store.Tx, _, user string) (string, error) {
 		if c, ok := b.users[user]; ok {
 			return c, nil
 		}
