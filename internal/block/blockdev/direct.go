@@ -3,6 +3,7 @@ package blockdev
 import (
 	"fmt"
 	"os"
+	"runtime"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -15,6 +16,9 @@ const (
 	bounceCount = 8
 	// alignMax is an alignment, in bytes, that suits where the kernel tells none.
 	alignMax = 4096
+	// processorsMin is how many of Go's processors (GOMAXPROCS) a program has at
+	// least that does direct I/O.
+	processorsMin = 8
 )
 
 // direct is what a File with direct I/O needs to keep to the alignment that the
@@ -45,11 +49,23 @@ func newDirect(f *os.File, fd, blockSize int, size int64, isBlock bool) (*direct
 	if _, err := unix.FcntlInt(uintptr(fd), unix.F_SETFL, flags|unix.O_DIRECT); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrNoDirect, err)
 	}
+	raiseProcessors()
 	d := &direct{f: f, unit: int64(unit), memory: memory, bounce: make(chan []byte, bounceCount)}
 	for range bounceCount {
 		d.bounce <- nil
 	}
 	return d, nil
+}
+
+// raiseProcessors lets as many requests wait for a device as there are goroutines
+// that ask. A thread in a system call keeps its processor until the runtime takes
+// it away, 20 µs later at the earliest: with two of them, two threads that wait
+// for the device keep all others from working. What is served from the page
+// cache does not wait, and is left as it is; so is what a user has set.
+func raiseProcessors() {
+	if os.Getenv("GOMAXPROCS") == "" && runtime.GOMAXPROCS(0) < processorsMin {
+		runtime.GOMAXPROCS(processorsMin)
+	}
 }
 
 // directAlignment returns what offsets and lengths, and what buffers must be

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"testing"
 	"unsafe"
 
@@ -13,6 +14,57 @@ import (
 
 	"strongroom/internal/block/blockdev"
 )
+
+// TestDirectProcessors runs programs of their own, because the number is one of
+// the whole process.
+func TestDirectProcessors(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		name, env string
+		direct    bool
+		want      string
+	}{
+		{"cached", "", false, "as before"},
+		{"direct", "", true, "at least 8"},
+		{"set by the user", "GOMAXPROCS=3", true, "as before"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestProcessorsOfProgram$", "-test.v")
+			cmd.Env = append(os.Environ(), fmt.Sprintf("PROCESSORS_OF=%v %s", c.direct, newFile(t, 1<<20)))
+			if cmd.Env = append(cmd.Env, "GOMAXPROCS="); c.env != "" {
+				cmd.Env = append(cmd.Env, c.env)
+			}
+			out, err := cmd.CombinedOutput()
+			check(t, err)
+			if !bytes.Contains(out, []byte("processors: "+c.want)) {
+				t.Errorf("want %s:\n%s", c.want, out)
+			}
+		})
+	}
+}
+
+// TestProcessorsOfProgram is the program of [TestDirectProcessors].
+func TestProcessorsOfProgram(t *testing.T) {
+	var direct bool
+	var path string
+	if n, _ := fmt.Sscan(os.Getenv("PROCESSORS_OF"), &direct, &path); n != 2 {
+		t.Skip("not started by another test")
+	}
+	before := runtime.GOMAXPROCS(0)
+	if os.Getenv("GOMAXPROCS") == "" {
+		// So the test means the same on a machine that has more.
+		before = 2
+		runtime.GOMAXPROCS(before)
+	}
+	open(t, path, blockdev.FileOptions{Direct: direct})
+	switch now := runtime.GOMAXPROCS(0); {
+	case now == before:
+		fmt.Println("processors: as before")
+	case now >= 8:
+		fmt.Println("processors: at least 8")
+	}
+}
 
 // TestDirect looks at the descriptor and at the page cache: what was written is
 // in the file, and nothing of it in the cache.

@@ -29,7 +29,8 @@ type FileOptions struct {
 	// Direct goes past the page cache (O_DIRECT): the host keeps no second copy of
 	// what a guest caches itself. It returns [ErrNoDirect] where the file system or
 	// the size of the file does not allow it. A descriptor that is open for it
-	// already stays so.
+	// already stays so. The program gets at least 8 of Go's processors (GOMAXPROCS),
+	// because more threads wait for a device than a small machine has.
 	Direct bool
 	// NoFollow refuses a symbolic link in place of the file, for a folder that
 	// may have come from elsewhere.
