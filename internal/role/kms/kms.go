@@ -335,7 +335,9 @@ func (k *KMS) run(ctx context.Context, ready func(*KMS) error) error {
 	}
 	group.Go(func() error { return k.objects.Run(ctx) })
 	group.Go(func() error { return k.objects.RunIndex(ctx) })
-	group.Go(func() error { return keepHeap(ctx) })
+	group.Go(func() error {
+		return keepHeap(ctx, func(ctx context.Context) error { _, err := k.objects.Keys(ctx, ""); return err })
+	})
 	group.Go(func() error { return k.objects.RunCounts(ctx) })
 	group.Go(func() error { return k.usage.Run(ctx) })
 	group.Go(func() error { return k.keepDates(ctx, kmip) })

@@ -15,7 +15,7 @@ const (
 	// cost time.
 	largeHeap    = 128 << 20 // bytes in use
 	largeFile    = 256 << 20 // bytes of the database, which make a large heap
-	collectLarge = 50        // per cent of what is in use, of garbage until it is collected
+	collectLarge = 33        // per cent of what is in use, of garbage until it is collected
 	collectSmall = 100
 
 	heapEvery = time.Minute
@@ -40,8 +40,12 @@ func collectAtStart(cfg Config) {
 	collectFor(err == nil && info.Size() > largeFile)
 }
 
-// keepHeap does so for the heap as it grows and shrinks, until ctx ends.
-func keepHeap(ctx context.Context) error {
+// keepHeap does so for the heap as it grows and shrinks, until ctx ends. First it
+// gives back what a start with many keys left: started returns when that is over.
+func keepHeap(ctx context.Context, started func(context.Context) error) error {
+	if err := started(ctx); err == nil && liveHeap() > largeHeap {
+		debug.FreeOSMemory()
+	}
 	tick := time.NewTicker(heapEvery)
 	defer tick.Stop()
 	for {
