@@ -214,19 +214,22 @@ func (l *Lab) StartController(ctx context.Context, name string) (*Controller, er
 	if err := l.makeDir(c.dir); err != nil {
 		return nil, err
 	}
-	config := fmt.Sprintf("data_dir = %q\nlisten = %q\n\n[kms]\nremediation_interval = \"2s\"\nstatus_interval = \"1s\"\n", filepath.Join(c.dir, "data"), c.Address)
+	config := fmt.Sprintf("data_dir = %q\nlisten = %q\n\n[kms]\nremediation_interval = \"2s\"\nstatus_interval = \"1s\"\n", c.DataDir(), c.Address)
 	if err := l.writeFile(c.configPath(), config); err != nil {
 		return nil, err
 	}
 	if err := c.Start(); err != nil {
 		return nil, err
 	}
-	_, err = c.Must(ctx, "login", "--server", "https://"+c.Address, "--ca", filepath.Join(c.dir, "data", "ca.pem"),
-		"--user", "administrator", "--password-file", filepath.Join(c.dir, "data", "initial-admin-password"))
+	_, err = c.Must(ctx, "login", "--server", "https://"+c.Address, "--ca", filepath.Join(c.DataDir(), "ca.pem"),
+		"--user", "administrator", "--password-file", filepath.Join(c.DataDir(), "initial-admin-password"))
 	return c, err
 }
 
 func (c *Controller) configPath() string { return filepath.Join(c.dir, "controller.toml") }
+
+// DataDir is where the controller keeps everything.
+func (c *Controller) DataDir() string { return filepath.Join(c.dir, "data") }
 
 // Start starts the controller again after it was stopped or killed.
 func (c *Controller) Start() error {

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"slices"
+	"syscall"
 	"testing"
 	"time"
 
@@ -74,6 +75,7 @@ func newKillable(s *site, h *fakeHost, server *kms.Server, f *faulty) *killable 
 func (k *killable) start() {
 	k.t.Helper()
 	k.cmd = exec.Command("/proc/self/exe")
+	k.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL} // it ends with the test, whatever ends that
 	k.cmd.Env = append(os.Environ(), childVariable+"="+k.cfg.DataDir, childVariable+"_LISTEN="+k.cfg.Listen)
 	k.cmd.Stderr = os.Stderr
 	out, err := k.cmd.StdoutPipe()

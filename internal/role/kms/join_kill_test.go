@@ -81,7 +81,7 @@ func killBehind(t *testing.T, cmd *exec.Cmd, input []byte, stop func(steps []str
 // child is a process that is the site's node, or has it join, and pauses behind
 // each step.
 func (s *site) child(env ...string) *exec.Cmd {
-	cmd := exec.Command("/proc/self/exe")
+	cmd := self()
 	cmd.Env = append(append(os.Environ(), childVariable+"="+s.config, childVariable+"_STEPS=1"), env...)
 	cmd.Stderr = s.out
 	return cmd

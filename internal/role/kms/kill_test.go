@@ -17,6 +17,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -64,9 +65,16 @@ type process struct {
 	addr string
 }
 
+// self is the command of this program, which ends with the test, whatever ends that.
+func self() *exec.Cmd {
+	cmd := exec.Command("/proc/self/exe")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	return cmd
+}
+
 func startProcess(t *testing.T, dir, socket string) *process {
 	t.Helper()
-	p := &process{cmd: exec.Command("/proc/self/exe")}
+	p := &process{cmd: self()}
 	p.cmd.Env = append(os.Environ(), childVariable+"="+dir, childVariable+"_SOCKET="+socket)
 	p.cmd.Stderr = os.Stderr
 	out, err := p.cmd.StdoutPipe()

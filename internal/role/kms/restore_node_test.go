@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"maps"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"testing"
 
@@ -97,7 +96,7 @@ func TestRollingUpgrade(t *testing.T) {
 	}
 	old := n.sites[2]
 	old.stop()
-	cmd := exec.Command("/proc/self/exe")
+	cmd := self()
 	cmd.Env = append(os.Environ(), childVariable+"="+old.config)
 	if text, err := cmd.CombinedOutput(); err == nil || !bytes.Contains(text, fmt.Appendf(nil, "the database has format %d", formatKnown+1)) {
 		t.Errorf("a release that is too old: %v\n%s", err, text)

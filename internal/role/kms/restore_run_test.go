@@ -3,7 +3,6 @@ package kms
 import (
 	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"testing"
 	"testing/fstest"
@@ -15,7 +14,7 @@ import (
 // step. It returns the steps, and whether it came to its end.
 func runRestore(t *testing.T, dir, file string, secret *keymem.Key, n int) (steps []string, ended bool) {
 	t.Helper()
-	cmd := exec.Command("/proc/self/exe")
+	cmd := self()
 	cmd.Env = append(os.Environ(), childVariable+"="+dir, childVariable+"_RESTORE="+file)
 	cmd.Stderr = os.Stderr
 	return killBehind(t, cmd, secret.Bytes(), func(steps []string) bool { return len(steps) == n })

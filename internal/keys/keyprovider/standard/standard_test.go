@@ -19,6 +19,7 @@ import (
 	"strongroom/internal/crypto/keysafe"
 	"strongroom/internal/keys/keyprovider"
 	"strongroom/internal/keys/keyprovider/providertest"
+	"strongroom/internal/keys/kmip/kmipserver"
 	"strongroom/internal/keys/kmip/testca"
 	"strongroom/test/kms"
 )
@@ -111,9 +112,31 @@ func TestProbeAndLabel(t *testing.T) {
 			t.Errorf("%s is %q, %v; want %q", name, got, err, value)
 		}
 	}
-	found, err := p.Status(t.Context())
-	if err != nil || len(found) != 1 || found[0].Problem != "" {
-		t.Errorf("status %+v, %v", found, err)
+	// To look costs no key: some key servers have them charged.
+	made := func() (n int) {
+		t.Helper()
+		if err := server.Store.View(t.Context(), "controller", func(r kmipserver.Reader) error {
+			for _, err := range r.Find(kmipserver.Query{}) {
+				if err != nil {
+					return err
+				}
+				n++
+			}
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	before := made()
+	for range 3 {
+		found, err := p.Status(t.Context())
+		if err != nil || len(found) != 1 || found[0].Problem != "" {
+			t.Errorf("status %+v, %v", found, err)
+		}
+	}
+	if n := made(); n != before || n != 2 { // the trial key, destroyed, and the KEK
+		t.Errorf("%d keys were made, %d before three looks at the server", n, before)
 	}
 }
 
