@@ -89,6 +89,8 @@ func measureKMS(ctx context.Context, o options, binary string) (_ []kmsSpeed, er
 		}
 	}
 	ours, peers, all := servers[:1], servers[:2], servers
+	// PyKMIP cannot parse a message of these two operations (InvalidMessage).
+	batches := []*kmsServer{servers[0], servers[2]}
 	quota := func(s *kmsServer, on bool) error { return limitOperations(ctx, binary, dir, on) }
 	loads := []struct {
 		name        string
@@ -105,8 +107,8 @@ func measureKMS(ctx context.Context, o options, binary string) (_ []kmsSpeed, er
 		{"Create, then Activate", all, 8, (*kmsServer).createActivate, true, nil},
 		{"Create, then Activate", ours, 32, (*kmsServer).createActivate, true, nil},
 		{"Create, then Activate", ours, 64, (*kmsServer).createActivate, true, nil},
-		{"Create and Activate in one batch", peers, 1, (*kmsServer).createActivateBatch, true, nil},
-		{"Create and Activate in one batch", all, 8, (*kmsServer).createActivateBatch, true, nil},
+		{"Create and Activate in one batch", ours, 1, (*kmsServer).createActivateBatch, true, nil},
+		{"Create and Activate in one batch", batches, 8, (*kmsServer).createActivateBatch, true, nil},
 		{"Create and Activate in one batch", ours, 32, (*kmsServer).createActivateBatch, true, nil},
 		{"Create and Activate in one batch", ours, 64, (*kmsServer).createActivateBatch, true, nil},
 		{"connect, Get, close", peers, 1, (*kmsServer).connectGet, false, nil},

@@ -285,13 +285,13 @@ func exchange(conn net.Conn, m *kmip.RequestMessage) ([]kmip.ResponseBatchItem, 
 	if err := ttlv.UnmarshalTTLV(append(head[:], body...), &r); err != nil {
 		return nil, err
 	}
-	if len(r.BatchItem) != len(m.BatchItem) {
-		return nil, fmt.Errorf("an answer of %d items", len(r.BatchItem))
-	}
 	for _, item := range r.BatchItem {
 		if err := item.Err(); err != nil {
 			return nil, err
 		}
+	}
+	if len(r.BatchItem) != len(m.BatchItem) {
+		return nil, fmt.Errorf("an answer of %d items", len(r.BatchItem))
 	}
 	return r.BatchItem, nil
 }
