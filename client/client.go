@@ -172,6 +172,11 @@ func (c *Client) KMSApproval() strongroomv1connect.KMSApprovalServiceClient {
 	return strongroomv1connect.NewKMSApprovalServiceClient(c.http, c.base, c.options...)
 }
 
+// KMSAudit returns the client of a key management server's audit log.
+func (c *Client) KMSAudit() strongroomv1connect.KMSAuditServiceClient {
+	return strongroomv1connect.NewKMSAuditServiceClient(c.http, c.base, c.options...)
+}
+
 // KMSRoot returns the client of a key management server's root key.
 func (c *Client) KMSRoot() strongroomv1connect.KMSRootServiceClient {
 	return strongroomv1connect.NewKMSRootServiceClient(c.http, c.base, c.options...)

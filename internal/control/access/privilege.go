@@ -108,6 +108,7 @@ const (
 	NoCryptoAdmin = "NoCryptoAdmin"
 	ReadOnly      = "ReadOnly"
 	KeyCustodian  = "KeyCustodian" // of a key management server only
+	Auditor       = "Auditor"      // likewise
 )
 
 // withoutCrypto is what vSphere's "No cryptography administrator" lacks beside
@@ -152,6 +153,10 @@ func KMSRoles() []Role {
 		{
 			Name: KeyCustodian, Description: "Approve or deny what a group's quorum is asked for; see everything but secrets.", BuiltIn: true,
 			Privileges: append([]Privilege{"KeyServer.ApproveOperations"}, readOnly().Privileges...),
+		},
+		{
+			Name: Auditor, Description: "Read and verify the audit log; see everything but secrets.", BuiltIn: true,
+			Privileges: append([]Privilege{"Audit.Read"}, readOnly().Privileges...),
 		},
 		readOnly(),
 	}

@@ -31,8 +31,10 @@ func (a accounts) CreateUser(ctx context.Context, req *connect.Request[strongroo
 		return nil, err
 	}
 	a.Post(ctx, event.New{Type: event.UserCreated, Target: "user/" + m.GetName()})
-	return connect.NewResponse(&strongroomv1.User{Name: m.GetName(), Roles: m.GetRoles(), Objects: []string{string(on)},
-		Permissions: []*strongroomv1.Permission{{Object: string(on), Roles: m.GetRoles()}}, Created: timestamppb.New(time.Now().Truncate(time.Second))}), nil
+	return connect.NewResponse(&strongroomv1.User{
+		Name: m.GetName(), Roles: m.GetRoles(), Objects: []string{string(on)},
+		Permissions: []*strongroomv1.Permission{{Object: string(on), Roles: m.GetRoles()}}, Created: timestamppb.New(time.Now().Truncate(time.Second)),
+	}), nil
 }
 
 // mayGive refuses to give a role that allows more on an object than the caller may

@@ -20,7 +20,7 @@ Its administration is on a local socket, for root and the user that it runs as:
 --server unix:/PATH, by default kms.sock in its data folder. With api_listen in its
 configuration it has users, as a controller has: "strongroom login --server
 https://HOST:PORT", then "strongroom user", "strongroom role", "strongroom token".`,
-		newKMSRunCmd(roles), newKMSJoinCmd(env, roles), newKMSMemberCmd(env), newKMSDevCmd(roles), newKMSBackupCmd(env, roles), newKMSRestoreCmd(env, roles), newKMSShowCmd(env), newKMSUnsealCmd(env), newKMSRootCmd(env), newKMSAccountCmd(env), newKMSGroupCmd(env), newKMSAppCmd(env), newKMSCredentialCmd(env), newKMSApprovalCmd(env))
+		newKMSRunCmd(roles), newKMSJoinCmd(env, roles), newKMSMemberCmd(env), newKMSDevCmd(roles), newKMSBackupCmd(env, roles), newKMSRestoreCmd(env, roles), newKMSShowCmd(env), newKMSUnsealCmd(env), newKMSRootCmd(env), newKMSAccountCmd(env), newKMSGroupCmd(env), newKMSAppCmd(env), newKMSCredentialCmd(env), newKMSApprovalCmd(env), newKMSAuditCmd(env))
 }
 
 func newKMSRunCmd(roles Roles) *cobra.Command {

@@ -146,7 +146,7 @@ func TestAccountsApart(t *testing.T) {
 	for procedure, r := range rules {
 		service, method, _ := strings.Cut(procedure[1:], "/")
 		switch service {
-		case "strongroom.v1.KMSService", "strongroom.v1.KMSApprovalService", "strongroom.v1.AccessService":
+		case "strongroom.v1.KMSService", "strongroom.v1.KMSApprovalService", "strongroom.v1.KMSAuditService", "strongroom.v1.AccessService":
 		default:
 			continue // not on this port, or the caller's own session
 		}

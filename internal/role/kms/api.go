@@ -32,6 +32,7 @@ const (
 type api struct {
 	strongroomv1connect.UnimplementedKMSServiceHandler
 	strongroomv1connect.UnimplementedKMSApprovalServiceHandler
+	strongroomv1connect.UnimplementedKMSAuditServiceHandler
 	strongroomv1connect.UnimplementedKMSClusterServiceHandler
 	strongroomv1connect.UnimplementedKMSRootServiceHandler
 	strongroomv1connect.UnimplementedKMSBackupServiceHandler

@@ -11,6 +11,7 @@ package kms
 import (
 	"cmp"
 	"context"
+	"crypto/ed25519"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
@@ -20,6 +21,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -68,6 +70,8 @@ type KMS struct {
 	db          *store.DB
 	secrets     *secrets
 	audit       *audit.Log
+	auditKey    ed25519.PublicKey // of its signer
+	verifying   sync.Mutex        // held while the API verifies it
 	ca          *pki.CA
 	certificate tls.Certificate
 	directory   *directory.Directory
@@ -206,7 +210,8 @@ func (k *KMS) openAudit() error {
 	if err != nil {
 		return err
 	}
-	der, err := x509.MarshalPKIXPublicKey(signer.Public())
+	k.auditKey = signer.Public().(ed25519.PublicKey)
+	der, err := x509.MarshalPKIXPublicKey(k.auditKey)
 	if err != nil {
 		return err
 	}
@@ -215,7 +220,7 @@ func (k *KMS) openAudit() error {
 		return err
 	}
 	k.audit, err = audit.Open(audit.Config{
-		Dir: filepath.Join(k.cfg.DataDir, auditName), Signer: signer, Sync: audit.SyncCheckpoint, CheckpointRecords: checkpointRecords,
+		Dir: k.auditDir(), Signer: signer, Sync: audit.SyncCheckpoint, CheckpointRecords: checkpointRecords,
 	})
 	return err
 }

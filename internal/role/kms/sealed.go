@@ -37,6 +37,7 @@ const (
 type sealedAPI struct {
 	strongroomv1connect.UnimplementedKMSServiceHandler
 	strongroomv1connect.UnimplementedKMSApprovalServiceHandler
+	strongroomv1connect.UnimplementedKMSAuditServiceHandler
 	strongroomv1connect.UnimplementedKMSClusterServiceHandler
 	strongroomv1connect.UnimplementedKMSRootServiceHandler
 	strongroomv1connect.UnimplementedKMSBackupServiceHandler
@@ -73,7 +74,7 @@ func (u *unlocked) serveSealed(ctx context.Context, cfg Config, log *slog.Logger
 	a := &sealedAPI{lock: u.lock, log: log, done: done, problem: problem}
 	group, serving := errgroup.WithContext(serving)
 	group.Go(func() error {
-		s := services{kms: a, approval: a, root: a, cluster: a, backup: a, session: a, access: strongroomv1connect.UnimplementedAccessServiceHandler{}}
+		s := services{kms: a, approval: a, audit: a, root: a, cluster: a, backup: a, session: a, access: strongroomv1connect.UnimplementedAccessServiceHandler{}}
 		return daemon.Serve(serving, newServer(s.handler(connect.UnaryInterceptorFunc(a.only))), l.local)
 	})
 	if l.metrics != nil {

@@ -26,6 +26,7 @@ const localAdministrator = "local administrator"
 type services struct {
 	kms      strongroomv1connect.KMSServiceHandler
 	approval strongroomv1connect.KMSApprovalServiceHandler
+	audit    strongroomv1connect.KMSAuditServiceHandler
 	root     strongroomv1connect.KMSRootServiceHandler
 	cluster  strongroomv1connect.KMSClusterServiceHandler
 	backup   strongroomv1connect.KMSBackupServiceHandler
@@ -39,6 +40,7 @@ func (s services) handler(interceptors ...connect.Interceptor) http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle(strongroomv1connect.NewKMSServiceHandler(s.kms, options...))
 	mux.Handle(strongroomv1connect.NewKMSApprovalServiceHandler(s.approval, options...))
+	mux.Handle(strongroomv1connect.NewKMSAuditServiceHandler(s.audit, options...))
 	mux.Handle(strongroomv1connect.NewKMSRootServiceHandler(s.root, options...))
 	mux.Handle(strongroomv1connect.NewKMSClusterServiceHandler(s.cluster, options...))
 	mux.Handle(strongroomv1connect.NewKMSBackupServiceHandler(s.backup, options...))
@@ -54,7 +56,7 @@ func (s services) handler(interceptors ...connect.Interceptor) http.Handler {
 // serviceRules returns the rules of all methods of [services].
 func serviceRules() (rule.Rules, error) {
 	return rule.Of(
-		strongroomv1connect.KMSServiceName, strongroomv1connect.KMSApprovalServiceName, strongroomv1connect.KMSRootServiceName, strongroomv1connect.KMSClusterServiceName,
+		strongroomv1connect.KMSServiceName, strongroomv1connect.KMSApprovalServiceName, strongroomv1connect.KMSAuditServiceName, strongroomv1connect.KMSRootServiceName, strongroomv1connect.KMSClusterServiceName,
 		strongroomv1connect.KMSBackupServiceName, strongroomv1connect.SessionServiceName, strongroomv1connect.AccessServiceName,
 		strongroomv1connect.ProviderServiceName, strongroomv1connect.VMServiceName, strongroomv1connect.HostServiceName, strongroomv1connect.ClusterServiceName,
 	)
@@ -74,7 +76,7 @@ func (k *KMS) localServer() (*http.Server, error) {
 		return nil, err
 	}
 	a := &api{k: k}
-	s := services{kms: a, approval: a, root: a, cluster: a, backup: a, session: a, access: k.users().Accounts()}
+	s := services{kms: a, approval: a, audit: a, root: a, cluster: a, backup: a, session: a, access: k.users().Accounts()}
 	return newServer(s.handler(g, refuseUnknown("ask the controller: leave out --server, or name it there"))), nil
 }
 
@@ -92,7 +94,7 @@ func (k *KMS) apiServer() (*guard.Server, error) {
 	}
 	a := &api{k: k}
 	s := services{
-		kms: a, approval: a, session: k.users().Sessions(), access: k.users().Accounts(),
+		kms: a, approval: a, audit: a, session: k.users().Sessions(), access: k.users().Accounts(),
 		root: strongroomv1connect.UnimplementedKMSRootServiceHandler{}, cluster: strongroomv1connect.UnimplementedKMSClusterServiceHandler{},
 		backup: strongroomv1connect.UnimplementedKMSBackupServiceHandler{},
 	}

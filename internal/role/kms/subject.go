@@ -17,7 +17,7 @@ import (
 func (k *KMS) subject(ctx context.Context, procedure string, message any) guard.Subject {
 	switch m := message.(type) {
 	case *strongroomv1.GetKMSRequest, *strongroomv1.ListKMSAccountsRequest, *strongroomv1.ListKMSGroupsRequest, *strongroomv1.ListKMSApplicationsRequest,
-		*strongroomv1.ListKMSApprovalsRequest, *strongroomv1.ListUsersRequest, *strongroomv1.ListRolesRequest:
+		*strongroomv1.ListKMSApprovalsRequest, *strongroomv1.ListKMSAuditRequest, *strongroomv1.ListUsersRequest, *strongroomv1.ListRolesRequest:
 		return guard.Subject{On: guard.Anywhere, Name: "kms"}
 
 	// An account's limits are not its own to change.
