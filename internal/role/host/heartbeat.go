@@ -24,7 +24,8 @@ const (
 	heartbeatTimeout  = 10 * time.Second
 	intervalMin       = 100 * time.Millisecond
 	intervalMax       = time.Minute
-	tellMax           = 1 << 20 // bytes of VMs in one heartbeat: each is a transaction of the controller
+	lookPatience      = 2 * time.Second // for a look at all VMs, before the host says that it is there
+	tellMax           = 1 << 20         // bytes of VMs in one heartbeat: each is a transaction of the controller
 )
 
 // enrollClient returns the client of the controller's side of the agent API.
@@ -45,8 +46,10 @@ func (h *Host) enrollClient() (strongroomv1connect.EnrollServiceClient, error) {
 func (h *Host) heartbeats(ctx context.Context) error {
 	interval, reachable := heartbeatInterval, true
 	var news news
+	view := view{look: func() []*strongroomv1.VM { return h.describeAll(ctx) }}
+	defer view.close()
 	for {
-		next, err := h.heartbeat(ctx, &news)
+		next, err := h.heartbeat(ctx, view.now(ctx, lookPatience), &news)
 		if ctx.Err() != nil {
 			return nil
 		}
@@ -77,17 +80,59 @@ func (h *Host) heartbeats(ctx context.Context) error {
 	}
 }
 
-func (h *Host) heartbeat(ctx context.Context, news *news) (time.Duration, error) {
+// view is what a host knows of its VMs. To look at thousands of disks takes a while,
+// and at a datastore that hangs for ever: the host is there nevertheless.
+type view struct {
+	look    func() []*strongroomv1.VM
+	looking chan []*strongroomv1.VM // what comes of a look that is under way; nil: none is
+	last    []*strongroomv1.VM
+	seen    bool // last is what was seen last
+}
+
+// now returns what is seen now or, after a time, what was seen last. It waits for
+// the first look: before that the host does not know what it has.
+func (v *view) now(ctx context.Context, patience time.Duration) []*strongroomv1.VM {
+	if v.looking == nil {
+		looking := make(chan []*strongroomv1.VM, 1)
+		v.looking = looking
+		go func() { looking <- v.look() }()
+	}
+	var late <-chan time.Time
+	if v.seen {
+		timer := time.NewTimer(patience)
+		defer timer.Stop()
+		late = timer.C
+	}
+	select {
+	case v.last = <-v.looking:
+		v.looking, v.seen = nil, true
+	case <-late:
+	case <-ctx.Done():
+	}
+	return v.last
+}
+
+// close waits for a look that is under way.
+func (v *view) close() {
+	if v.looking != nil {
+		<-v.looking
+	}
+}
+
+func (h *Host) heartbeat(ctx context.Context, vms []*strongroomv1.VM, news *news) (time.Duration, error) {
+	if ctx.Err() != nil {
+		return 0, context.Cause(ctx)
+	}
 	ctx, cancel := context.WithTimeout(ctx, heartbeatTimeout)
 	defer cancel()
 	sequence := h.told.Add(1) // heartbeats are made one after the other
-	vms, digests, err := news.of(h.describeAll(ctx))
+	full, digests, err := news.of(vms)
 	if err != nil {
 		return 0, err
 	}
 	res, err := h.enroll.Heartbeat(ctx, connect.NewRequest(&strongroomv1.HeartbeatRequest{
 		Address: h.cfg.Advertise, Version: Version, BootId: h.bootID, Capabilities: capabilities(),
-		Providers: h.held(), Vms: vms, Digests: digests, Instance: h.instance, Sequence: sequence,
+		Providers: h.held(), Vms: full, Digests: digests, Instance: h.instance, Sequence: sequence,
 	}))
 	if err != nil {
 		return 0, err

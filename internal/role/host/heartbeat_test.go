@@ -1,10 +1,13 @@
 package host
 
 import (
+	"context"
 	"fmt"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"google.golang.org/protobuf/proto"
 
@@ -75,4 +78,38 @@ func TestNews(t *testing.T) {
 	if full, _, err := n.of(all); err != nil || len(full) != 1 || full[0] != all[9] {
 		t.Errorf("told %d VMs, %v", len(full), err)
 	}
+}
+
+// TestSlowLook: a host that looks at its VMs for long, or for ever, tells what it saw
+// last, and later what it sees; but nothing before it has seen anything.
+func TestSlowLook(t *testing.T) {
+	t.Parallel()
+	seen := make(chan []*strongroomv1.VM)
+	var looks atomic.Int32
+	v := view{look: func() []*strongroomv1.VM { looks.Add(1); return <-seen }}
+	web := []*strongroomv1.VM{{Id: "web"}}
+	go func() {
+		time.Sleep(50 * time.Millisecond) // longer than it is waited for afterwards
+		seen <- web
+	}()
+	if got := v.now(t.Context(), time.Nanosecond); len(got) != 1 {
+		t.Errorf("first seen: %v", got)
+	}
+	for range 3 {
+		if got := v.now(t.Context(), time.Nanosecond); len(got) != 1 || got[0] != web[0] {
+			t.Errorf("while it looks: %v", got)
+		}
+	}
+	if n := looks.Load(); n > 2 {
+		t.Errorf("%d looks, one behind the other", n)
+	}
+	seen <- append(web, &strongroomv1.VM{Id: "db"})
+	if got := v.now(t.Context(), time.Minute); len(got) != 2 {
+		t.Errorf("in the end: %v", got)
+	}
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	v.now(ended, time.Minute)
+	go func() { seen <- nil }()
+	v.close()
 }

@@ -274,6 +274,68 @@ func TestLostAnswers(t *testing.T) {
 	}
 }
 
+// distant is a listener of a server that is far away: an answer takes a while, and
+// comes in pieces.
+type distant struct {
+	net.Listener
+	answers *atomic.Int32
+}
+
+func (l distant) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return distantConn{c, l.answers}, nil
+}
+
+type distantConn struct {
+	net.Conn
+	answers *atomic.Int32
+}
+
+func (c distantConn) Write(b []byte) (n int, err error) {
+	c.answers.Add(1)
+	time.Sleep(100 * time.Millisecond)
+	for piece := range slices.Chunk(b, 50) {
+		m, err := c.Conn.Write(piece)
+		n += m
+		if err != nil {
+			return n, err
+		}
+	}
+	return n, nil
+}
+
+// TestDistant: nothing depends on a KMS that is near, and what a power-on asks for
+// comes in two answers.
+func TestDistant(t *testing.T) {
+	t.Parallel()
+	ca := testca.New(t)
+	var answers atomic.Int32
+	server := kms.NewServer(t, ca)
+	server.Listener = func(l net.Listener) net.Listener { return distant{l, &answers} }
+	server.Start(t)
+	p := open(t, ca, ca.Client(t, "controller"), server.Addr)
+	if err := p.Probe(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	ref, kek, err := p.NewKEK(t.Context(), uuid.New())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer kek.Close()
+	answers.Store(0)
+	again, err := p.KEK(t.Context(), ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer again.Close()
+	if !kek.Equal(again) || answers.Load() > 2 {
+		t.Errorf("after %d answers the key is the one that was made: %v", answers.Load(), kek.Equal(again))
+	}
+}
+
 // TestUnavailable: a KMS that is away, and one that does not know us, are no
 // statement about a key.
 func TestUnavailable(t *testing.T) {
