@@ -20,6 +20,7 @@ type Rule struct {
 	Authenticated   bool   // whoever is logged in, about itself
 	Unauthenticated bool   // anybody: the method checks a credential itself
 	PeerRole        string // the holder of that role's certificate: "host", "controller"
+	Application     bool   // applications of a KMS, under their group's policy
 }
 
 // Rules maps a procedure, such as "/strongroom.v1.VMService/GetVM", to its rule.
@@ -58,15 +59,16 @@ func of(method protoreflect.MethodDescriptor) (Rule, error) {
 		Authenticated:   proto.GetExtension(options, strongroomv1.E_Authenticated).(bool),
 		Unauthenticated: proto.GetExtension(options, strongroomv1.E_Unauthenticated).(bool),
 		PeerRole:        proto.GetExtension(options, strongroomv1.E_PeerRole).(string),
+		Application:     proto.GetExtension(options, strongroomv1.E_Application).(bool),
 	}
 	declared := 0
-	for _, set := range []bool{r.Privilege != "", r.Authenticated, r.Unauthenticated, r.PeerRole != ""} {
+	for _, set := range []bool{r.Privilege != "", r.Authenticated, r.Unauthenticated, r.PeerRole != "", r.Application} {
 		if set {
 			declared++
 		}
 	}
 	if declared != 1 {
-		return Rule{}, fmt.Errorf("method %s declares %d of privilege, authenticated, unauthenticated and peer_role: it must declare one", method.FullName(), declared)
+		return Rule{}, fmt.Errorf("method %s declares %d of privilege, authenticated, unauthenticated, peer_role and application: it must declare one", method.FullName(), declared)
 	}
 	return r, nil
 }

@@ -100,6 +100,8 @@ func needs(m protoreflect.MethodDescriptor) string {
 		return "a session"
 	case proto.GetExtension(o, strongroomv1.E_PeerRole).(string) != "":
 		return "the certificate of a " + proto.GetExtension(o, strongroomv1.E_PeerRole).(string)
+	case proto.GetExtension(o, strongroomv1.E_Application).(bool):
+		return "a credential of an application"
 	}
 	return "[" + privilege(m) + "](privileges.md)"
 }

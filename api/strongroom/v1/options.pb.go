@@ -119,6 +119,14 @@ var file_strongroom_v1_options_proto_extTypes = []protoimpl.ExtensionInfo{
 		Tag:           "bytes,50004,opt,name=peer_role",
 		Filename:      "strongroom/v1/options.proto",
 	},
+	{
+		ExtendedType:  (*descriptorpb.MethodOptions)(nil),
+		ExtensionType: (*bool)(nil),
+		Field:         50005,
+		Name:          "strongroom.v1.application",
+		Tag:           "varint,50005,opt,name=application",
+		Filename:      "strongroom/v1/options.proto",
+	},
 }
 
 // Extension fields to descriptorpb.MethodOptions.
@@ -142,6 +150,11 @@ var (
 	//
 	// optional string peer_role = 50004;
 	E_PeerRole = &file_strongroom_v1_options_proto_extTypes[3]
+	// Only applications of a key management server may call it, which have no
+	// privileges: their group's policy says what they may do.
+	//
+	// optional bool application = 50005;
+	E_Application = &file_strongroom_v1_options_proto_extTypes[4]
 )
 
 var File_strongroom_v1_options_proto protoreflect.FileDescriptor
@@ -156,7 +169,8 @@ const file_strongroom_v1_options_proto_rawDesc = "" +
 	"\tprivilege\x12\x1e.google.protobuf.MethodOptions\x18ц\x03 \x01(\tR\tprivilege:J\n" +
 	"\x0funauthenticated\x12\x1e.google.protobuf.MethodOptions\x18҆\x03 \x01(\bR\x0funauthenticated:F\n" +
 	"\rauthenticated\x12\x1e.google.protobuf.MethodOptions\x18ӆ\x03 \x01(\bR\rauthenticated:=\n" +
-	"\tpeer_role\x12\x1e.google.protobuf.MethodOptions\x18Ԇ\x03 \x01(\tR\bpeerRoleB+Z)strongroom/api/strongroom/v1;strongroomv1b\x06proto3"
+	"\tpeer_role\x12\x1e.google.protobuf.MethodOptions\x18Ԇ\x03 \x01(\tR\bpeerRole:B\n" +
+	"\vapplication\x12\x1e.google.protobuf.MethodOptions\x18Ն\x03 \x01(\bR\vapplicationB+Z)strongroom/api/strongroom/v1;strongroomv1b\x06proto3"
 
 var (
 	file_strongroom_v1_options_proto_rawDescOnce sync.Once
@@ -180,10 +194,11 @@ var file_strongroom_v1_options_proto_depIdxs = []int32{
 	1, // 1: strongroom.v1.unauthenticated:extendee -> google.protobuf.MethodOptions
 	1, // 2: strongroom.v1.authenticated:extendee -> google.protobuf.MethodOptions
 	1, // 3: strongroom.v1.peer_role:extendee -> google.protobuf.MethodOptions
-	4, // [4:4] is the sub-list for method output_type
-	4, // [4:4] is the sub-list for method input_type
-	4, // [4:4] is the sub-list for extension type_name
-	0, // [0:4] is the sub-list for extension extendee
+	1, // 4: strongroom.v1.application:extendee -> google.protobuf.MethodOptions
+	5, // [5:5] is the sub-list for method output_type
+	5, // [5:5] is the sub-list for method input_type
+	5, // [5:5] is the sub-list for extension type_name
+	0, // [0:5] is the sub-list for extension extendee
 	0, // [0:0] is the sub-list for field type_name
 }
 
@@ -199,7 +214,7 @@ func file_strongroom_v1_options_proto_init() {
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_strongroom_v1_options_proto_rawDesc), len(file_strongroom_v1_options_proto_rawDesc)),
 			NumEnums:      0,
 			NumMessages:   1,
-			NumExtensions: 4,
+			NumExtensions: 5,
 			NumServices:   0,
 		},
 		GoTypes:           file_strongroom_v1_options_proto_goTypes,

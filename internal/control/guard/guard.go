@@ -114,6 +114,9 @@ func (g *Guard) admit(ctx context.Context, procedure string, header http.Header,
 	if !ok {
 		return ctx, errs.New(errs.Denied, "nobody may call %s", procedure)
 	}
+	if r.Application {
+		return ctx, errs.New(errs.Denied, "only applications of a key management server may do this")
+	}
 	if r.Unauthenticated {
 		return ctx, nil
 	}

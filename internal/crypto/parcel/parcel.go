@@ -97,6 +97,19 @@ func (c ImageContext) String() string {
 	return fmt.Sprintf("sender=\"controller\" recipient=%q vm=%q image=%d", c.Recipient, c.VM, c.Disk)
 }
 
+// ApplicationContext is that of a parcel with a key of a KMS, to an application
+// with REST.
+type ApplicationContext struct {
+	Application string // its name, with its account
+	KeyID       string // the key's identifier
+}
+
+// String returns a form from which all fields can be told apart, and which no
+// other context has.
+func (c ApplicationContext) String() string {
+	return fmt.Sprintf("sender=\"kms\" application=%q key_id=%q", c.Application, c.KeyID)
+}
+
 // Recipient is a role's key pair. It must be closed.
 type Recipient struct {
 	public []byte
@@ -187,6 +200,15 @@ func Seal(recipientPublic []byte, context string, key *keymem.Key) ([]byte, erro
 	parcel = binary.BigEndian.AppendUint32(parcel, Version)
 	parcel = append(parcel, encap...)
 	return append(parcel, sealed...), nil
+}
+
+// CheckPublicKey returns an error wrapping [ErrInvalid] for what [Seal] would refuse
+// as a recipient's public key.
+func CheckPublicKey(public []byte) error {
+	if _, err := hpke.MLKEM768X25519().NewPublicKey(public); err != nil {
+		return fmt.Errorf("%w: public key: %w", ErrInvalid, err)
+	}
+	return nil
 }
 
 // Open returns the key in parcel, which the caller must close. It does not

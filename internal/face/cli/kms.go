@@ -13,14 +13,15 @@ import (
 func newKMSCmd(env *Env, roles Roles) *cobra.Command {
 	return newGroup("kms", "A key management server (KMIP)",
 		`A key management server keeps keys for KMIP clients: vCenter, Strongroom's
-standard key providers, storage arrays, databases. A client is an application with
-credentials; applications of one group share keys.
+standard key providers, storage arrays, databases; and for programs that ask by
+HTTP. A client is an application with credentials; applications of one group share
+keys.
 
 Its administration is on a local socket, for root and the user that it runs as:
 --server unix:/PATH, by default kms.sock in its data folder. With api_listen in its
 configuration it has users, as a controller has: "strongroom login --server
 https://HOST:PORT", then "strongroom user", "strongroom role", "strongroom token".`,
-		newKMSRunCmd(roles), newKMSJoinCmd(env, roles), newKMSMemberCmd(env), newKMSDevCmd(roles), newKMSBackupCmd(env, roles), newKMSRestoreCmd(env, roles), newKMSShowCmd(env), newKMSUnsealCmd(env), newKMSRootCmd(env), newKMSAccountCmd(env), newKMSGroupCmd(env), newKMSAppCmd(env), newKMSCredentialCmd(env), newKMSApprovalCmd(env), newKMSAuditCmd(env))
+		newKMSRunCmd(roles), newKMSJoinCmd(env, roles), newKMSMemberCmd(env), newKMSDevCmd(roles), newKMSBackupCmd(env, roles), newKMSRestoreCmd(env, roles), newKMSShowCmd(env), newKMSUnsealCmd(env), newKMSRootCmd(env), newKMSAccountCmd(env), newKMSGroupCmd(env), newKMSAppCmd(env), newKMSCredentialCmd(env), newKMSParcelCmd(env), newKMSApprovalCmd(env), newKMSAuditCmd(env))
 }
 
 func newKMSRunCmd(roles Roles) *cobra.Command {

@@ -72,12 +72,12 @@ func (a *approvals) Use(ctx context.Context, tx kmipserver.Tx, op kmip.Operation
 func (a *approvals) Ask(ctx context.Context, op kmip.Operation, o *kmipserver.Object) error {
 	asked, err := a.k.ask(ctx, a.want(op, o), approval.About{Name: nameOf(o)})
 	if told := (*errs.Error)(nil); errors.As(err, &told) && told.Kind == errs.InvalidState {
-		return &kmipserver.Refusal{Reason: kmip.ResultReasonPermissionDenied, Message: err.Error(), Cause: "approval: too many requests"}
+		return &kmipserver.Refusal{Reason: kmip.ResultReasonPermissionDenied, Message: err.Error(), Cause: causeApproval + "too many requests"}
 	}
 	if err != nil || asked.State == approval.Approved {
 		return err
 	}
-	return &kmipserver.Refusal{Reason: kmip.ResultReasonPermissionDenied, Message: refusal(asked), Cause: "approval: " + asked.ID}
+	return &kmipserver.Refusal{Reason: kmip.ResultReasonPermissionDenied, Message: refusal(asked), Cause: causeApproval + asked.ID}
 }
 
 // nameOf returns the first Name of an object, for people.

@@ -34,16 +34,21 @@ func (k *KMS) authenticate(ctx context.Context, state tls.ConnectionState, crede
 		p.User, p.Password = v.Username, []byte(v.Password)
 	}
 	defer clear(p.Password)
+	return k.clientOf(ctx, p)
+}
+
+// clientOf returns the client that a proof is of, when its next request is due.
+func (k *KMS) clientOf(ctx context.Context, p directory.Proof) (kmipserver.Client, error) {
 	if k.cluster != nil {
 		if err := k.directory.Refresh(ctx); err != nil {
 			return kmipserver.Client{}, errs.New(errs.Unavailable, "this node does not reach a majority of the nodes: %w", err)
 		}
 	}
 	app, group, err := k.directory.Authenticate(p)
-	client := kmipserver.Client{Account: group.Name, Name: "application:" + app.Name}
+	client := kmipserver.Client{Account: group.Name, Name: "application:" + app.Name, Interface: string(p.Interface)}
 	if errors.Is(err, directory.ErrAccountDisabled) {
 		// KMIP 1.4 has no reason of its own for that.
-		return client, &kmipserver.Refusal{Reason: kmip.ResultReasonPermissionDenied, Message: "your account is disabled", Cause: "account: disabled"}
+		return client, &kmipserver.Refusal{Reason: kmip.ResultReasonPermissionDenied, Message: "your account is disabled", Cause: causeDisabled}
 	}
 	if err != nil {
 		return kmipserver.Client{}, err
@@ -63,6 +68,13 @@ func (k *KMS) authenticate(ctx context.Context, state tls.ConnectionState, crede
 	client.Admit = k.admit(usage.Client{Application: app, Group: group, Account: account, Groups: func() []string { return k.groupNamesOf(account.Name) }})
 	return client, nil
 }
+
+// The causes of refusals, for records, begin so.
+const (
+	causeDisabled = "account: disabled"
+	causeQuota    = "quota: "
+	causeApproval = "approval: "
+)
 
 // pace makes applications that ask too often wait. The zero value is ready.
 type pace struct {
@@ -122,18 +134,21 @@ func operationOf(name string) (kmip.Operation, error) {
 	return 0, errs.New(errs.Invalid, "there is no operation %.64q here", name)
 }
 
+// keyAlgorithms are those of keys that can be made, by the names that people use. It
+// is read only.
+var keyAlgorithms = map[string]kmip.CryptographicAlgorithm{
+	"AES": kmip.CryptographicAlgorithmAES, "3DES": kmip.CryptographicAlgorithm3DES,
+	"HMAC-SHA256": kmip.CryptographicAlgorithmHMACSHA256, "HMAC-SHA384": kmip.CryptographicAlgorithmHMACSHA384, "HMAC-SHA512": kmip.CryptographicAlgorithmHMACSHA512,
+}
+
 // keyTypeOf reads "AES-256", "AES" or "HMAC-SHA256".
 func keyTypeOf(name string) (kmipserver.KeyType, error) {
-	algorithms := map[string]kmip.CryptographicAlgorithm{
-		"AES": kmip.CryptographicAlgorithmAES, "3DES": kmip.CryptographicAlgorithm3DES,
-		"HMAC-SHA256": kmip.CryptographicAlgorithmHMACSHA256, "HMAC-SHA384": kmip.CryptographicAlgorithmHMACSHA384, "HMAC-SHA512": kmip.CryptographicAlgorithmHMACSHA512,
-	}
 	upper := strings.ToUpper(name)
-	if a, ok := algorithms[upper]; ok {
+	if a, ok := keyAlgorithms[upper]; ok {
 		return kmipserver.KeyType{Algorithm: a}, nil
 	}
 	if at := strings.LastIndexByte(upper, '-'); at > 0 {
-		a, ok := algorithms[upper[:at]]
+		a, ok := keyAlgorithms[upper[:at]]
 		bits, err := strconv.ParseUint(upper[at+1:], 10, 16)
 		if ok && err == nil && bits > 0 {
 			return kmipserver.KeyType{Algorithm: a, Bits: int32(bits)}, nil

@@ -312,7 +312,7 @@ func (k *KMS) run(ctx context.Context, ready func(*KMS) error) error {
 	}
 	var users *guard.Server
 	if k.credential != nil {
-		if users, err = k.apiServer(); err != nil {
+		if users, err = k.apiServer(kmip); err != nil {
 			return err
 		}
 	}

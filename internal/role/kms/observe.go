@@ -1,6 +1,7 @@
 package kms
 
 import (
+	"cmp"
 	"context"
 	"log/slog"
 	"net/http"
@@ -45,10 +46,10 @@ func newMetrics() *metrics {
 	m := &metrics{
 		registry: prometheus.NewRegistry(),
 		operations: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "strongroom_kms_operations_total", Help: "KMIP operations answered.",
+			Name: "strongroom_kms_operations_total", Help: "Operations of applications answered.",
 		}, []string{"operation", "outcome"}),
 		seconds: prometheus.NewHistogramVec(prometheus.HistogramOpts{
-			Name: "strongroom_kms_operation_seconds", Help: "Time from a KMIP operation's start to its result.",
+			Name: "strongroom_kms_operation_seconds", Help: "Time from an operation's start to its result.",
 			Buckets: []float64{.0001, .0005, .001, .005, .01, .05, .1, .5, 1, 5},
 		}, []string{"operation"}),
 		refused: prometheus.NewCounter(prometheus.CounterOpts{
@@ -110,12 +111,13 @@ func (k *KMS) entryOf(e kmipserver.Event) (audit.Entry, bool) {
 			return audit.Entry{}, false
 		}
 	}
+	by := cmp.Or(e.Client.Interface, "kmip") + "."
 	entry := audit.Entry{
-		Actor: e.Client.Name, Action: "kmip." + operationName(e.Operation), Object: "group/" + e.Client.Account, Outcome: outcome(e.Reason),
+		Actor: e.Client.Name, Action: by + operationName(e.Operation), Object: "group/" + e.Client.Account, Outcome: outcome(e.Reason),
 		Details: map[string]string{"peer": e.Peer},
 	}
 	if e.Operation == 0 {
-		entry.Action = "kmip.connect"
+		entry.Action = by + "connect"
 	}
 	if e.Client.Name == "" {
 		entry.Actor, entry.Object = guard.Anonymous, "kms"

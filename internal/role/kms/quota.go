@@ -29,7 +29,7 @@ func (k *KMS) admit(c usage.Client) func(context.Context, kmip.Operation) (func(
 		}
 		done, err := k.usage.Admit(ctx, c, makesKey(op))
 		if exceeded := (*usage.Exceeded)(nil); errors.As(err, &exceeded) {
-			return nil, &kmipserver.Refusal{Reason: kmip.ResultReasonPermissionDenied, Message: exceeded.Error(), Cause: "quota: " + exceeded.What + " of " + string(exceeded.Subject)}
+			return nil, &kmipserver.Refusal{Reason: kmip.ResultReasonPermissionDenied, Message: exceeded.Error(), Cause: causeQuota + exceeded.What + " of " + string(exceeded.Subject)}
 		}
 		if err != nil {
 			return nil, err
@@ -94,9 +94,9 @@ type usageMetrics struct{ k *KMS }
 // They are read only. Groups and applications have their names in their account.
 var (
 	applicationLabels     = []string{"account", "group", "application"}
-	applicationOperations = prometheus.NewDesc("strongroom_kms_application_operations_total", "KMIP operations of an application that were carried out.", applicationLabels, nil)
+	applicationOperations = prometheus.NewDesc("strongroom_kms_application_operations_total", "Operations of an application that were carried out.", applicationLabels, nil)
 	applicationMade       = prometheus.NewDesc("strongroom_kms_application_keys_made_total", "Keys that an application has made.", applicationLabels, nil)
-	applicationRefused    = prometheus.NewDesc("strongroom_kms_application_quota_refusals_total", "KMIP operations of an application refused because of a quota.", applicationLabels, nil)
+	applicationRefused    = prometheus.NewDesc("strongroom_kms_application_quota_refusals_total", "Operations of an application refused because of a quota.", applicationLabels, nil)
 	applicationLastUse    = prometheus.NewDesc("strongroom_kms_application_last_use_timestamp_seconds", "When an application was used last, since 1970.", applicationLabels, nil)
 	groupKeys             = prometheus.NewDesc("strongroom_kms_group_keys", "Keys of a group that are not destroyed.", []string{"account", "group"}, nil)
 	groupKeysLimit        = prometheus.NewDesc("strongroom_kms_group_keys_limit", "Quota of keys of a group that has one.", []string{"account", "group"}, nil)

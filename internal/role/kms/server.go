@@ -15,6 +15,7 @@ import (
 	"strongroom/internal/control/pki"
 	"strongroom/internal/daemon"
 	"strongroom/internal/errs"
+	"strongroom/internal/keys/kmip/kmipserver"
 )
 
 // localAdministrator is who calls on the local socket: root, or the KMS's own
@@ -80,9 +81,10 @@ func (k *KMS) localServer() (*http.Server, error) {
 	return newServer(s.handler(g, refuseUnknown("ask the controller: leave out --server, or name it there"))), nil
 }
 
-// apiServer serves users on the network. What gives away the keys of a whole KMS,
+// apiServer serves users on the network, and applications whose interface is REST,
+// with the operations of o. What gives away the keys of a whole KMS,
 // its root key, its backups and a place among its nodes, stays on the local socket.
-func (k *KMS) apiServer() (*guard.Server, error) {
+func (k *KMS) apiServer(o *kmipserver.Server) (*guard.Server, error) {
 	g, err := k.newGuard(func(ctx context.Context, header http.Header) (guard.Caller, error) {
 		if who, ok, err := guard.ByToken(ctx, k.access, header); ok {
 			return who, err
@@ -98,12 +100,20 @@ func (k *KMS) apiServer() (*guard.Server, error) {
 		root: strongroomv1connect.UnimplementedKMSRootServiceHandler{}, cluster: strongroomv1connect.UnimplementedKMSClusterServiceHandler{},
 		backup: strongroomv1connect.UnimplementedKMSBackupServiceHandler{},
 	}
-	handler := s.handler(g, refuseUnknown("what concerns its root key, backups and nodes it does on its local socket only, the rest a controller does"))
-	server := guard.NewServer(handler, guard.Limits{
+	path, keys, err := (&keyAPI{k: k, operations: o}).handler()
+	if err != nil {
+		return nil, err
+	}
+	mux := http.NewServeMux()
+	mux.Handle(path, keys)
+	mux.Handle("/", s.handler(g, refuseUnknown("what concerns its root key, backups and nodes it does on its local socket only, the rest a controller does")))
+	server := guard.NewServer(mux, guard.Limits{
 		Connections: k.cfg.APIMaxConnections, PerAddress: k.cfg.APIMaxConnectionsPerAddress, RequestsPerSecond: k.cfg.APIMaxRequestsPerSecond,
 	}, k.log)
 	server.HTTP.TLSConfig = pki.ServerConfig(k.credential, k.ca.Certificate(), true, nil)
-	server.HTTP.TLSConfig.ClientAuth = tls.NoClientCert // users come by password and token
+	// Users come by password and token; the certificates of applications are known by
+	// themselves, whoever issued them.
+	server.HTTP.TLSConfig.ClientAuth, server.HTTP.TLSConfig.ClientCAs, server.HTTP.TLSConfig.VerifyConnection = tls.RequestClientCert, nil, nil
 	return server, nil
 }
 

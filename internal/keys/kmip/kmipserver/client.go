@@ -18,7 +18,7 @@ type Client struct {
 	Name    string // what it is called in records
 	// Interface is how it asks, for records: "" is KMIP.
 	Interface string
-	Policy  *Policy
+	Policy    *Policy
 	// Admit is asked before an operation that the policy allows is carried out;
 	// its error refuses the operation. done is called once, when it has ended: with
 	// nil if it succeeded. Nil admits everything.

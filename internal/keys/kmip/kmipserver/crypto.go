@@ -374,8 +374,8 @@ func hmacOf(o *Object, given *kmip.CryptographicParameters, data []byte) ([]byte
 	return m.Sum(nil), nil
 }
 
-func (r *request) mac(p *macRequest) (kmip.OperationPayload, error) {
-	out := &macResponse{}
+func (r *request) mac(p *MACRequest) (kmip.OperationPayload, error) {
+	out := &MACResponse{}
 	if err := whole(p.CorrelationValue, p.InitIndicator, p.FinalIndicator); err != nil {
 		return nil, err
 	}
@@ -390,8 +390,8 @@ func (r *request) mac(p *macRequest) (kmip.OperationPayload, error) {
 	return out, err
 }
 
-func (r *request) macVerify(p *macVerifyRequest) (kmip.OperationPayload, error) {
-	out := &macVerifyResponse{ValidityIndicator: kmip.ValidityIndicatorInvalid}
+func (r *request) macVerify(p *MACVerifyRequest) (kmip.OperationPayload, error) {
+	out := &MACVerifyResponse{ValidityIndicator: kmip.ValidityIndicatorInvalid}
 	if err := whole(p.CorrelationValue, p.InitIndicator, p.FinalIndicator); err != nil {
 		return nil, err
 	}

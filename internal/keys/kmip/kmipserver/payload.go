@@ -20,8 +20,8 @@ type checkPayload struct {
 
 func (*checkPayload) Operation() kmip.Operation { return kmip.OperationCheck }
 
-// macRequest is the request of MAC (section 4.33).
-type macRequest struct {
+// MACRequest is the request of MAC (section 4.33).
+type MACRequest struct {
 	UniqueIdentifier        string `ttlv:",omitempty"`
 	CryptographicParameters *kmip.CryptographicParameters
 	Data                    []byte `ttlv:",omitempty"`
@@ -30,17 +30,20 @@ type macRequest struct {
 	FinalIndicator          *bool  `ttlv:",version=v1.3.."`
 }
 
-func (*macRequest) Operation() kmip.Operation { return kmip.OperationMAC }
+// Operation implements [kmip.OperationPayload].
+func (*MACRequest) Operation() kmip.Operation { return kmip.OperationMAC }
 
-type macResponse struct {
+// MACResponse is the response of MAC (section 4.33).
+type MACResponse struct {
 	UniqueIdentifier string
 	MACData          []byte `ttlv:",omitempty"`
 }
 
-func (*macResponse) Operation() kmip.Operation { return kmip.OperationMAC }
+// Operation implements [kmip.OperationPayload].
+func (*MACResponse) Operation() kmip.Operation { return kmip.OperationMAC }
 
-// macVerifyRequest is the request of MAC Verify (section 4.34).
-type macVerifyRequest struct {
+// MACVerifyRequest is the request of MAC Verify (section 4.34).
+type MACVerifyRequest struct {
 	UniqueIdentifier        string `ttlv:",omitempty"`
 	CryptographicParameters *kmip.CryptographicParameters
 	Data                    []byte `ttlv:",omitempty"`
@@ -50,14 +53,17 @@ type macVerifyRequest struct {
 	FinalIndicator          *bool  `ttlv:",version=v1.3.."`
 }
 
-func (*macVerifyRequest) Operation() kmip.Operation { return kmip.OperationMACVerify }
+// Operation implements [kmip.OperationPayload].
+func (*MACVerifyRequest) Operation() kmip.Operation { return kmip.OperationMACVerify }
 
-type macVerifyResponse struct {
+// MACVerifyResponse is the response of MAC Verify (section 4.34).
+type MACVerifyResponse struct {
 	UniqueIdentifier  string
 	ValidityIndicator kmip.ValidityIndicator
 }
 
-func (*macVerifyResponse) Operation() kmip.Operation { return kmip.OperationMACVerify }
+// Operation implements [kmip.OperationPayload].
+func (*MACVerifyResponse) Operation() kmip.Operation { return kmip.OperationMACVerify }
 
 // rngRetrieveRequest is the request of RNG Retrieve (section 4.35).
 type rngRetrieveRequest struct{ DataLength int32 }
@@ -86,7 +92,7 @@ func (r *request) concealPayload(p kmip.OperationPayload) {
 		}
 	case *payloads.EncryptRequestPayload:
 		r.conceal(p.Data)
-	case *macRequest:
+	case *MACRequest:
 		r.conceal(p.Data)
 	case *deriveRequest:
 		r.conceal(p.DerivationParameters.DerivationData)
