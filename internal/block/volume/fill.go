@@ -17,8 +17,6 @@ import (
 // bytes to do. The header of a volume that is being rekeyed stays thin
 // ([ErrRekeying]).
 func (v *Volume) Fill(ctx context.Context, progress func(done, total int64)) error {
-	buf := v.buffers.get()
-	defer v.buffers.put(buf)
 	for off, size := int64(0), v.Size(); off < size; {
 		if err := context.Cause(ctx); err != nil {
 			return fmt.Errorf("cannot fill volume %s: %w", v.uuid, err)
@@ -28,7 +26,7 @@ func (v *Volume) Fill(ctx context.Context, progress func(done, total int64)) err
 		if err != nil {
 			return err
 		}
-		err = v.fill(buf[:n], off)
+		err = v.fill(off, n)
 		v.guard.Leave(pass)
 		if err != nil {
 			return v.fail("fill", off, n, err)
@@ -68,9 +66,12 @@ func (v *Volume) noteFilled() error {
 	})
 }
 
-// fill does so for the sectors at off, using buf, which has their length. The
-// range is held.
-func (v *Volume) fill(buf []byte, off int64) error {
+// fill does so for the n bytes of sectors at off, at most bufferSize. The range is
+// held.
+func (v *Volume) fill(off, n int64) error {
+	space := v.buffers.get(bufferSize)
+	defer v.buffers.put(space)
+	buf := space[:n]
 	if _, err := v.dev.ReadAt(buf, v.segment.Offset+off); err != nil {
 		return err
 	}

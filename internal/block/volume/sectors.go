@@ -27,7 +27,7 @@ func (v *Volume) read(p []byte, off int64) error {
 
 // readPart fills p from the sector at off, starting at the byte into.
 func (v *Volume) readPart(p []byte, off, into int64) error {
-	buf := v.buffers.get()
+	buf := v.buffers.get(int64(v.segment.SectorSize))
 	defer v.buffers.put(buf)
 	whole := buf[:v.segment.SectorSize]
 	if err := v.readSectors(whole, off); err != nil {
@@ -58,11 +58,11 @@ func (v *Volume) readSectors(p []byte, off int64) error {
 // write writes n bytes of p, or zeros if p is nil, at off. The range is inside
 // the volume and held.
 func (v *Volume) write(p []byte, off, n int64) error {
-	buf := v.buffers.get()
+	buf := v.buffers.get(n)
 	defer v.buffers.put(buf)
 	for n > 0 {
 		start := off &^ int64(v.segment.SectorSize-1)
-		k := min(n, start+bufferSize-off)
+		k := min(n, start+int64(len(buf))-off)
 		var part []byte
 		if p != nil {
 			part, p = p[:k], p[k:]
