@@ -114,7 +114,11 @@ func newVolume(t *testing.T) (path string, dek *keymem.Key, kek *keymem.Key, saf
 
 // add opens a disk as a host does and passes it on.
 func add(ctx context.Context, p *volumeproc.Process, d volumectl.Disk, path string, dek *keymem.Key) error {
-	dev, err := blockdev.OpenFile(path, blockdev.FileOptions{ReadOnly: d.ReadOnly})
+	return addOpened(ctx, p, d, path, blockdev.FileOptions{ReadOnly: d.ReadOnly}, dek)
+}
+
+func addOpened(ctx context.Context, p *volumeproc.Process, d volumectl.Disk, path string, opts blockdev.FileOptions, dek *keymem.Key) error {
+	dev, err := blockdev.OpenFile(path, opts)
 	if err != nil {
 		return err
 	}
