@@ -1839,6 +1839,86 @@ func (x *SetKMSGroupQuorumRequest) GetQuorum() *KMSQuorum {
 	return nil
 }
 
+type DeleteKMSGroupRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteKMSGroupRequest) Reset() {
+	*x = DeleteKMSGroupRequest{}
+	mi := &file_strongroom_v1_kms_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteKMSGroupRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteKMSGroupRequest) ProtoMessage() {}
+
+func (x *DeleteKMSGroupRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_kms_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteKMSGroupRequest.ProtoReflect.Descriptor instead.
+func (*DeleteKMSGroupRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *DeleteKMSGroupRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type DeleteKMSGroupResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteKMSGroupResponse) Reset() {
+	*x = DeleteKMSGroupResponse{}
+	mi := &file_strongroom_v1_kms_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteKMSGroupResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteKMSGroupResponse) ProtoMessage() {}
+
+func (x *DeleteKMSGroupResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_kms_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteKMSGroupResponse.ProtoReflect.Descriptor instead.
+func (*DeleteKMSGroupResponse) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{30}
+}
+
 type CreateKMSApplicationRequest struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
 	Name        string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -1854,7 +1934,7 @@ type CreateKMSApplicationRequest struct {
 
 func (x *CreateKMSApplicationRequest) Reset() {
 	*x = CreateKMSApplicationRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[29]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1866,7 +1946,7 @@ func (x *CreateKMSApplicationRequest) String() string {
 func (*CreateKMSApplicationRequest) ProtoMessage() {}
 
 func (x *CreateKMSApplicationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[29]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1879,7 +1959,7 @@ func (x *CreateKMSApplicationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateKMSApplicationRequest.ProtoReflect.Descriptor instead.
 func (*CreateKMSApplicationRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{29}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *CreateKMSApplicationRequest) GetName() string {
@@ -1927,7 +2007,7 @@ type ListKMSApplicationsRequest struct {
 
 func (x *ListKMSApplicationsRequest) Reset() {
 	*x = ListKMSApplicationsRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[30]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1939,7 +2019,7 @@ func (x *ListKMSApplicationsRequest) String() string {
 func (*ListKMSApplicationsRequest) ProtoMessage() {}
 
 func (x *ListKMSApplicationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[30]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1952,7 +2032,7 @@ func (x *ListKMSApplicationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKMSApplicationsRequest.ProtoReflect.Descriptor instead.
 func (*ListKMSApplicationsRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{30}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ListKMSApplicationsRequest) GetAccount() string {
@@ -1972,7 +2052,7 @@ type ListKMSApplicationsResponse struct {
 
 func (x *ListKMSApplicationsResponse) Reset() {
 	*x = ListKMSApplicationsResponse{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[31]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1984,7 +2064,7 @@ func (x *ListKMSApplicationsResponse) String() string {
 func (*ListKMSApplicationsResponse) ProtoMessage() {}
 
 func (x *ListKMSApplicationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[31]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1997,7 +2077,7 @@ func (x *ListKMSApplicationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKMSApplicationsResponse.ProtoReflect.Descriptor instead.
 func (*ListKMSApplicationsResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{31}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ListKMSApplicationsResponse) GetApplications() []*KMSApplication {
@@ -2016,7 +2096,7 @@ type GetKMSApplicationRequest struct {
 
 func (x *GetKMSApplicationRequest) Reset() {
 	*x = GetKMSApplicationRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[32]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2028,7 +2108,7 @@ func (x *GetKMSApplicationRequest) String() string {
 func (*GetKMSApplicationRequest) ProtoMessage() {}
 
 func (x *GetKMSApplicationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[32]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2041,7 +2121,7 @@ func (x *GetKMSApplicationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetKMSApplicationRequest.ProtoReflect.Descriptor instead.
 func (*GetKMSApplicationRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{32}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *GetKMSApplicationRequest) GetName() string {
@@ -2061,7 +2141,7 @@ type SetKMSApplicationDisabledRequest struct {
 
 func (x *SetKMSApplicationDisabledRequest) Reset() {
 	*x = SetKMSApplicationDisabledRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[33]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2073,7 +2153,7 @@ func (x *SetKMSApplicationDisabledRequest) String() string {
 func (*SetKMSApplicationDisabledRequest) ProtoMessage() {}
 
 func (x *SetKMSApplicationDisabledRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[33]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2086,7 +2166,7 @@ func (x *SetKMSApplicationDisabledRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetKMSApplicationDisabledRequest.ProtoReflect.Descriptor instead.
 func (*SetKMSApplicationDisabledRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{33}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *SetKMSApplicationDisabledRequest) GetName() string {
@@ -2112,7 +2192,7 @@ type DeleteKMSApplicationRequest struct {
 
 func (x *DeleteKMSApplicationRequest) Reset() {
 	*x = DeleteKMSApplicationRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[34]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2124,7 +2204,7 @@ func (x *DeleteKMSApplicationRequest) String() string {
 func (*DeleteKMSApplicationRequest) ProtoMessage() {}
 
 func (x *DeleteKMSApplicationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[34]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2137,7 +2217,7 @@ func (x *DeleteKMSApplicationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteKMSApplicationRequest.ProtoReflect.Descriptor instead.
 func (*DeleteKMSApplicationRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{34}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *DeleteKMSApplicationRequest) GetName() string {
@@ -2155,7 +2235,7 @@ type DeleteKMSApplicationResponse struct {
 
 func (x *DeleteKMSApplicationResponse) Reset() {
 	*x = DeleteKMSApplicationResponse{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[35]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2167,7 +2247,7 @@ func (x *DeleteKMSApplicationResponse) String() string {
 func (*DeleteKMSApplicationResponse) ProtoMessage() {}
 
 func (x *DeleteKMSApplicationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[35]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2180,7 +2260,7 @@ func (x *DeleteKMSApplicationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteKMSApplicationResponse.ProtoReflect.Descriptor instead.
 func (*DeleteKMSApplicationResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{35}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{37}
 }
 
 type CreateKMSPasswordRequest struct {
@@ -2194,7 +2274,7 @@ type CreateKMSPasswordRequest struct {
 
 func (x *CreateKMSPasswordRequest) Reset() {
 	*x = CreateKMSPasswordRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[36]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2206,7 +2286,7 @@ func (x *CreateKMSPasswordRequest) String() string {
 func (*CreateKMSPasswordRequest) ProtoMessage() {}
 
 func (x *CreateKMSPasswordRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[36]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2219,7 +2299,7 @@ func (x *CreateKMSPasswordRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateKMSPasswordRequest.ProtoReflect.Descriptor instead.
 func (*CreateKMSPasswordRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{36}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *CreateKMSPasswordRequest) GetApplication() string {
@@ -2247,7 +2327,7 @@ type CreateKMSPasswordResponse struct {
 
 func (x *CreateKMSPasswordResponse) Reset() {
 	*x = CreateKMSPasswordResponse{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[37]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2259,7 +2339,7 @@ func (x *CreateKMSPasswordResponse) String() string {
 func (*CreateKMSPasswordResponse) ProtoMessage() {}
 
 func (x *CreateKMSPasswordResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[37]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2272,7 +2352,7 @@ func (x *CreateKMSPasswordResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateKMSPasswordResponse.ProtoReflect.Descriptor instead.
 func (*CreateKMSPasswordResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{37}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *CreateKMSPasswordResponse) GetCredential() *KMSCredential {
@@ -2300,7 +2380,7 @@ type CreateKMSAPIKeyRequest struct {
 
 func (x *CreateKMSAPIKeyRequest) Reset() {
 	*x = CreateKMSAPIKeyRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[38]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2312,7 +2392,7 @@ func (x *CreateKMSAPIKeyRequest) String() string {
 func (*CreateKMSAPIKeyRequest) ProtoMessage() {}
 
 func (x *CreateKMSAPIKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[38]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2325,7 +2405,7 @@ func (x *CreateKMSAPIKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateKMSAPIKeyRequest.ProtoReflect.Descriptor instead.
 func (*CreateKMSAPIKeyRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{38}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *CreateKMSAPIKeyRequest) GetApplication() string {
@@ -2353,7 +2433,7 @@ type CreateKMSAPIKeyResponse struct {
 
 func (x *CreateKMSAPIKeyResponse) Reset() {
 	*x = CreateKMSAPIKeyResponse{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[39]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2365,7 +2445,7 @@ func (x *CreateKMSAPIKeyResponse) String() string {
 func (*CreateKMSAPIKeyResponse) ProtoMessage() {}
 
 func (x *CreateKMSAPIKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[39]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2378,7 +2458,7 @@ func (x *CreateKMSAPIKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateKMSAPIKeyResponse.ProtoReflect.Descriptor instead.
 func (*CreateKMSAPIKeyResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{39}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *CreateKMSAPIKeyResponse) GetCredential() *KMSCredential {
@@ -2406,7 +2486,7 @@ type AddKMSCertificateRequest struct {
 
 func (x *AddKMSCertificateRequest) Reset() {
 	*x = AddKMSCertificateRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[40]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2418,7 +2498,7 @@ func (x *AddKMSCertificateRequest) String() string {
 func (*AddKMSCertificateRequest) ProtoMessage() {}
 
 func (x *AddKMSCertificateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[40]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2431,7 +2511,7 @@ func (x *AddKMSCertificateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddKMSCertificateRequest.ProtoReflect.Descriptor instead.
 func (*AddKMSCertificateRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{40}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *AddKMSCertificateRequest) GetApplication() string {
@@ -2458,7 +2538,7 @@ type RevokeKMSCredentialRequest struct {
 
 func (x *RevokeKMSCredentialRequest) Reset() {
 	*x = RevokeKMSCredentialRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[41]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2470,7 +2550,7 @@ func (x *RevokeKMSCredentialRequest) String() string {
 func (*RevokeKMSCredentialRequest) ProtoMessage() {}
 
 func (x *RevokeKMSCredentialRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[41]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2483,7 +2563,7 @@ func (x *RevokeKMSCredentialRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeKMSCredentialRequest.ProtoReflect.Descriptor instead.
 func (*RevokeKMSCredentialRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{41}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *RevokeKMSCredentialRequest) GetApplication() string {
@@ -2634,7 +2714,10 @@ const file_strongroom_v1_kms_proto_rawDesc = "" +
 	"\brotation\x18\x02 \x01(\v2\x1a.strongroom.v1.KMSRotationR\brotation\"`\n" +
 	"\x18SetKMSGroupQuorumRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x120\n" +
-	"\x06quorum\x18\x02 \x01(\v2\x18.strongroom.v1.KMSQuorumR\x06quorum\"\x9d\x01\n" +
+	"\x06quorum\x18\x02 \x01(\v2\x18.strongroom.v1.KMSQuorumR\x06quorum\"+\n" +
+	"\x15DeleteKMSGroupRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\x18\n" +
+	"\x16DeleteKMSGroupResponse\"\x9d\x01\n" +
 	"\x1bCreateKMSApplicationRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05title\x18\x02 \x01(\tR\x05title\x12 \n" +
@@ -2674,7 +2757,7 @@ const file_strongroom_v1_kms_proto_rawDesc = "" +
 	"\vcertificate\x18\x02 \x01(\fR\vcertificate\"N\n" +
 	"\x1aRevokeKMSCredentialRequest\x12 \n" +
 	"\vapplication\x18\x01 \x01(\tR\vapplication\x12\x0e\n" +
-	"\x02id\x18\x02 \x01(\tR\x02id2\xbd\x19\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id2\xc1\x1a\n" +
 	"\n" +
 	"KMSService\x12`\n" +
 	"\x06GetKMS\x12\x1c.strongroom.v1.GetKMSRequest\x1a\x12.strongroom.v1.KMS\"$\x8a\xb5\x18 Cryptographer.ReadKeyServersInfo\x12y\n" +
@@ -2691,7 +2774,8 @@ const file_strongroom_v1_kms_proto_rawDesc = "" +
 	"\x11SetKMSGroupPolicy\x12'.strongroom.v1.SetKMSGroupPolicyRequest\x1a\x17.strongroom.v1.KMSGroup\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12w\n" +
 	"\x10SetKMSGroupQuota\x12&.strongroom.v1.SetKMSGroupQuotaRequest\x1a\x17.strongroom.v1.KMSGroup\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12}\n" +
 	"\x13SetKMSGroupRotation\x12).strongroom.v1.SetKMSGroupRotationRequest\x1a\x17.strongroom.v1.KMSGroup\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12y\n" +
-	"\x11SetKMSGroupQuorum\x12'.strongroom.v1.SetKMSGroupQuorumRequest\x1a\x17.strongroom.v1.KMSGroup\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x85\x01\n" +
+	"\x11SetKMSGroupQuorum\x12'.strongroom.v1.SetKMSGroupQuorumRequest\x1a\x17.strongroom.v1.KMSGroup\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x81\x01\n" +
+	"\x0eDeleteKMSGroup\x12$.strongroom.v1.DeleteKMSGroupRequest\x1a%.strongroom.v1.DeleteKMSGroupResponse\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x85\x01\n" +
 	"\x14CreateKMSApplication\x12*.strongroom.v1.CreateKMSApplicationRequest\x1a\x1d.strongroom.v1.KMSApplication\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x92\x01\n" +
 	"\x13ListKMSApplications\x12).strongroom.v1.ListKMSApplicationsRequest\x1a*.strongroom.v1.ListKMSApplicationsResponse\"$\x8a\xb5\x18 Cryptographer.ReadKeyServersInfo\x12\x81\x01\n" +
 	"\x11GetKMSApplication\x12'.strongroom.v1.GetKMSApplicationRequest\x1a\x1d.strongroom.v1.KMSApplication\"$\x8a\xb5\x18 Cryptographer.ReadKeyServersInfo\x12\x8f\x01\n" +
@@ -2715,7 +2799,7 @@ func file_strongroom_v1_kms_proto_rawDescGZIP() []byte {
 	return file_strongroom_v1_kms_proto_rawDescData
 }
 
-var file_strongroom_v1_kms_proto_msgTypes = make([]protoimpl.MessageInfo, 42)
+var file_strongroom_v1_kms_proto_msgTypes = make([]protoimpl.MessageInfo, 44)
 var file_strongroom_v1_kms_proto_goTypes = []any{
 	(*GetKMSRequest)(nil),                    // 0: strongroom.v1.GetKMSRequest
 	(*KMS)(nil),                              // 1: strongroom.v1.KMS
@@ -2746,42 +2830,44 @@ var file_strongroom_v1_kms_proto_goTypes = []any{
 	(*SetKMSApplicationQuotaRequest)(nil),    // 26: strongroom.v1.SetKMSApplicationQuotaRequest
 	(*SetKMSGroupRotationRequest)(nil),       // 27: strongroom.v1.SetKMSGroupRotationRequest
 	(*SetKMSGroupQuorumRequest)(nil),         // 28: strongroom.v1.SetKMSGroupQuorumRequest
-	(*CreateKMSApplicationRequest)(nil),      // 29: strongroom.v1.CreateKMSApplicationRequest
-	(*ListKMSApplicationsRequest)(nil),       // 30: strongroom.v1.ListKMSApplicationsRequest
-	(*ListKMSApplicationsResponse)(nil),      // 31: strongroom.v1.ListKMSApplicationsResponse
-	(*GetKMSApplicationRequest)(nil),         // 32: strongroom.v1.GetKMSApplicationRequest
-	(*SetKMSApplicationDisabledRequest)(nil), // 33: strongroom.v1.SetKMSApplicationDisabledRequest
-	(*DeleteKMSApplicationRequest)(nil),      // 34: strongroom.v1.DeleteKMSApplicationRequest
-	(*DeleteKMSApplicationResponse)(nil),     // 35: strongroom.v1.DeleteKMSApplicationResponse
-	(*CreateKMSPasswordRequest)(nil),         // 36: strongroom.v1.CreateKMSPasswordRequest
-	(*CreateKMSPasswordResponse)(nil),        // 37: strongroom.v1.CreateKMSPasswordResponse
-	(*CreateKMSAPIKeyRequest)(nil),           // 38: strongroom.v1.CreateKMSAPIKeyRequest
-	(*CreateKMSAPIKeyResponse)(nil),          // 39: strongroom.v1.CreateKMSAPIKeyResponse
-	(*AddKMSCertificateRequest)(nil),         // 40: strongroom.v1.AddKMSCertificateRequest
-	(*RevokeKMSCredentialRequest)(nil),       // 41: strongroom.v1.RevokeKMSCredentialRequest
-	(*timestamppb.Timestamp)(nil),            // 42: google.protobuf.Timestamp
+	(*DeleteKMSGroupRequest)(nil),            // 29: strongroom.v1.DeleteKMSGroupRequest
+	(*DeleteKMSGroupResponse)(nil),           // 30: strongroom.v1.DeleteKMSGroupResponse
+	(*CreateKMSApplicationRequest)(nil),      // 31: strongroom.v1.CreateKMSApplicationRequest
+	(*ListKMSApplicationsRequest)(nil),       // 32: strongroom.v1.ListKMSApplicationsRequest
+	(*ListKMSApplicationsResponse)(nil),      // 33: strongroom.v1.ListKMSApplicationsResponse
+	(*GetKMSApplicationRequest)(nil),         // 34: strongroom.v1.GetKMSApplicationRequest
+	(*SetKMSApplicationDisabledRequest)(nil), // 35: strongroom.v1.SetKMSApplicationDisabledRequest
+	(*DeleteKMSApplicationRequest)(nil),      // 36: strongroom.v1.DeleteKMSApplicationRequest
+	(*DeleteKMSApplicationResponse)(nil),     // 37: strongroom.v1.DeleteKMSApplicationResponse
+	(*CreateKMSPasswordRequest)(nil),         // 38: strongroom.v1.CreateKMSPasswordRequest
+	(*CreateKMSPasswordResponse)(nil),        // 39: strongroom.v1.CreateKMSPasswordResponse
+	(*CreateKMSAPIKeyRequest)(nil),           // 40: strongroom.v1.CreateKMSAPIKeyRequest
+	(*CreateKMSAPIKeyResponse)(nil),          // 41: strongroom.v1.CreateKMSAPIKeyResponse
+	(*AddKMSCertificateRequest)(nil),         // 42: strongroom.v1.AddKMSCertificateRequest
+	(*RevokeKMSCredentialRequest)(nil),       // 43: strongroom.v1.RevokeKMSCredentialRequest
+	(*timestamppb.Timestamp)(nil),            // 44: google.protobuf.Timestamp
 }
 var file_strongroom_v1_kms_proto_depIdxs = []int32{
-	42, // 0: strongroom.v1.KMS.certificate_expires:type_name -> google.protobuf.Timestamp
-	42, // 1: strongroom.v1.KMSUsage.last_use:type_name -> google.protobuf.Timestamp
-	42, // 2: strongroom.v1.KMSUsage.period_ends:type_name -> google.protobuf.Timestamp
-	42, // 3: strongroom.v1.KMSAccount.created:type_name -> google.protobuf.Timestamp
+	44, // 0: strongroom.v1.KMS.certificate_expires:type_name -> google.protobuf.Timestamp
+	44, // 1: strongroom.v1.KMSUsage.last_use:type_name -> google.protobuf.Timestamp
+	44, // 2: strongroom.v1.KMSUsage.period_ends:type_name -> google.protobuf.Timestamp
+	44, // 3: strongroom.v1.KMSAccount.created:type_name -> google.protobuf.Timestamp
 	3,  // 4: strongroom.v1.KMSAccount.quota:type_name -> strongroom.v1.KMSQuota
 	5,  // 5: strongroom.v1.KMSAccount.usage:type_name -> strongroom.v1.KMSUsage
 	6,  // 6: strongroom.v1.ListKMSAccountsResponse.accounts:type_name -> strongroom.v1.KMSAccount
 	3,  // 7: strongroom.v1.SetKMSAccountQuotaRequest.quota:type_name -> strongroom.v1.KMSQuota
 	2,  // 8: strongroom.v1.KMSGroup.policy:type_name -> strongroom.v1.KMSPolicy
-	42, // 9: strongroom.v1.KMSGroup.created:type_name -> google.protobuf.Timestamp
+	44, // 9: strongroom.v1.KMSGroup.created:type_name -> google.protobuf.Timestamp
 	3,  // 10: strongroom.v1.KMSGroup.quota:type_name -> strongroom.v1.KMSQuota
 	5,  // 11: strongroom.v1.KMSGroup.usage:type_name -> strongroom.v1.KMSUsage
 	4,  // 12: strongroom.v1.KMSGroup.rotation:type_name -> strongroom.v1.KMSRotation
 	17, // 13: strongroom.v1.KMSGroup.quorum:type_name -> strongroom.v1.KMSQuorum
 	19, // 14: strongroom.v1.KMSApplication.credentials:type_name -> strongroom.v1.KMSCredential
-	42, // 15: strongroom.v1.KMSApplication.created:type_name -> google.protobuf.Timestamp
+	44, // 15: strongroom.v1.KMSApplication.created:type_name -> google.protobuf.Timestamp
 	3,  // 16: strongroom.v1.KMSApplication.quota:type_name -> strongroom.v1.KMSQuota
 	5,  // 17: strongroom.v1.KMSApplication.usage:type_name -> strongroom.v1.KMSUsage
-	42, // 18: strongroom.v1.KMSCredential.expires:type_name -> google.protobuf.Timestamp
-	42, // 19: strongroom.v1.KMSCredential.created:type_name -> google.protobuf.Timestamp
+	44, // 18: strongroom.v1.KMSCredential.expires:type_name -> google.protobuf.Timestamp
+	44, // 19: strongroom.v1.KMSCredential.created:type_name -> google.protobuf.Timestamp
 	2,  // 20: strongroom.v1.CreateKMSGroupRequest.policy:type_name -> strongroom.v1.KMSPolicy
 	16, // 21: strongroom.v1.ListKMSGroupsResponse.groups:type_name -> strongroom.v1.KMSGroup
 	2,  // 22: strongroom.v1.SetKMSGroupPolicyRequest.policy:type_name -> strongroom.v1.KMSPolicy
@@ -2807,43 +2893,45 @@ var file_strongroom_v1_kms_proto_depIdxs = []int32{
 	25, // 42: strongroom.v1.KMSService.SetKMSGroupQuota:input_type -> strongroom.v1.SetKMSGroupQuotaRequest
 	27, // 43: strongroom.v1.KMSService.SetKMSGroupRotation:input_type -> strongroom.v1.SetKMSGroupRotationRequest
 	28, // 44: strongroom.v1.KMSService.SetKMSGroupQuorum:input_type -> strongroom.v1.SetKMSGroupQuorumRequest
-	29, // 45: strongroom.v1.KMSService.CreateKMSApplication:input_type -> strongroom.v1.CreateKMSApplicationRequest
-	30, // 46: strongroom.v1.KMSService.ListKMSApplications:input_type -> strongroom.v1.ListKMSApplicationsRequest
-	32, // 47: strongroom.v1.KMSService.GetKMSApplication:input_type -> strongroom.v1.GetKMSApplicationRequest
-	33, // 48: strongroom.v1.KMSService.SetKMSApplicationDisabled:input_type -> strongroom.v1.SetKMSApplicationDisabledRequest
-	26, // 49: strongroom.v1.KMSService.SetKMSApplicationQuota:input_type -> strongroom.v1.SetKMSApplicationQuotaRequest
-	34, // 50: strongroom.v1.KMSService.DeleteKMSApplication:input_type -> strongroom.v1.DeleteKMSApplicationRequest
-	36, // 51: strongroom.v1.KMSService.CreateKMSPassword:input_type -> strongroom.v1.CreateKMSPasswordRequest
-	38, // 52: strongroom.v1.KMSService.CreateKMSAPIKey:input_type -> strongroom.v1.CreateKMSAPIKeyRequest
-	40, // 53: strongroom.v1.KMSService.AddKMSCertificate:input_type -> strongroom.v1.AddKMSCertificateRequest
-	41, // 54: strongroom.v1.KMSService.RevokeKMSCredential:input_type -> strongroom.v1.RevokeKMSCredentialRequest
-	1,  // 55: strongroom.v1.KMSService.GetKMS:output_type -> strongroom.v1.KMS
-	6,  // 56: strongroom.v1.KMSService.CreateKMSAccount:output_type -> strongroom.v1.KMSAccount
-	9,  // 57: strongroom.v1.KMSService.ListKMSAccounts:output_type -> strongroom.v1.ListKMSAccountsResponse
-	6,  // 58: strongroom.v1.KMSService.GetKMSAccount:output_type -> strongroom.v1.KMSAccount
-	6,  // 59: strongroom.v1.KMSService.DescribeKMSAccount:output_type -> strongroom.v1.KMSAccount
-	6,  // 60: strongroom.v1.KMSService.SetKMSAccountQuota:output_type -> strongroom.v1.KMSAccount
-	6,  // 61: strongroom.v1.KMSService.SetKMSAccountDisabled:output_type -> strongroom.v1.KMSAccount
-	15, // 62: strongroom.v1.KMSService.DeleteKMSAccount:output_type -> strongroom.v1.DeleteKMSAccountResponse
-	16, // 63: strongroom.v1.KMSService.CreateKMSGroup:output_type -> strongroom.v1.KMSGroup
-	16, // 64: strongroom.v1.KMSService.GetKMSGroup:output_type -> strongroom.v1.KMSGroup
-	23, // 65: strongroom.v1.KMSService.ListKMSGroups:output_type -> strongroom.v1.ListKMSGroupsResponse
-	16, // 66: strongroom.v1.KMSService.SetKMSGroupPolicy:output_type -> strongroom.v1.KMSGroup
-	16, // 67: strongroom.v1.KMSService.SetKMSGroupQuota:output_type -> strongroom.v1.KMSGroup
-	16, // 68: strongroom.v1.KMSService.SetKMSGroupRotation:output_type -> strongroom.v1.KMSGroup
-	16, // 69: strongroom.v1.KMSService.SetKMSGroupQuorum:output_type -> strongroom.v1.KMSGroup
-	18, // 70: strongroom.v1.KMSService.CreateKMSApplication:output_type -> strongroom.v1.KMSApplication
-	31, // 71: strongroom.v1.KMSService.ListKMSApplications:output_type -> strongroom.v1.ListKMSApplicationsResponse
-	18, // 72: strongroom.v1.KMSService.GetKMSApplication:output_type -> strongroom.v1.KMSApplication
-	18, // 73: strongroom.v1.KMSService.SetKMSApplicationDisabled:output_type -> strongroom.v1.KMSApplication
-	18, // 74: strongroom.v1.KMSService.SetKMSApplicationQuota:output_type -> strongroom.v1.KMSApplication
-	35, // 75: strongroom.v1.KMSService.DeleteKMSApplication:output_type -> strongroom.v1.DeleteKMSApplicationResponse
-	37, // 76: strongroom.v1.KMSService.CreateKMSPassword:output_type -> strongroom.v1.CreateKMSPasswordResponse
-	39, // 77: strongroom.v1.KMSService.CreateKMSAPIKey:output_type -> strongroom.v1.CreateKMSAPIKeyResponse
-	19, // 78: strongroom.v1.KMSService.AddKMSCertificate:output_type -> strongroom.v1.KMSCredential
-	18, // 79: strongroom.v1.KMSService.RevokeKMSCredential:output_type -> strongroom.v1.KMSApplication
-	55, // [55:80] is the sub-list for method output_type
-	30, // [30:55] is the sub-list for method input_type
+	29, // 45: strongroom.v1.KMSService.DeleteKMSGroup:input_type -> strongroom.v1.DeleteKMSGroupRequest
+	31, // 46: strongroom.v1.KMSService.CreateKMSApplication:input_type -> strongroom.v1.CreateKMSApplicationRequest
+	32, // 47: strongroom.v1.KMSService.ListKMSApplications:input_type -> strongroom.v1.ListKMSApplicationsRequest
+	34, // 48: strongroom.v1.KMSService.GetKMSApplication:input_type -> strongroom.v1.GetKMSApplicationRequest
+	35, // 49: strongroom.v1.KMSService.SetKMSApplicationDisabled:input_type -> strongroom.v1.SetKMSApplicationDisabledRequest
+	26, // 50: strongroom.v1.KMSService.SetKMSApplicationQuota:input_type -> strongroom.v1.SetKMSApplicationQuotaRequest
+	36, // 51: strongroom.v1.KMSService.DeleteKMSApplication:input_type -> strongroom.v1.DeleteKMSApplicationRequest
+	38, // 52: strongroom.v1.KMSService.CreateKMSPassword:input_type -> strongroom.v1.CreateKMSPasswordRequest
+	40, // 53: strongroom.v1.KMSService.CreateKMSAPIKey:input_type -> strongroom.v1.CreateKMSAPIKeyRequest
+	42, // 54: strongroom.v1.KMSService.AddKMSCertificate:input_type -> strongroom.v1.AddKMSCertificateRequest
+	43, // 55: strongroom.v1.KMSService.RevokeKMSCredential:input_type -> strongroom.v1.RevokeKMSCredentialRequest
+	1,  // 56: strongroom.v1.KMSService.GetKMS:output_type -> strongroom.v1.KMS
+	6,  // 57: strongroom.v1.KMSService.CreateKMSAccount:output_type -> strongroom.v1.KMSAccount
+	9,  // 58: strongroom.v1.KMSService.ListKMSAccounts:output_type -> strongroom.v1.ListKMSAccountsResponse
+	6,  // 59: strongroom.v1.KMSService.GetKMSAccount:output_type -> strongroom.v1.KMSAccount
+	6,  // 60: strongroom.v1.KMSService.DescribeKMSAccount:output_type -> strongroom.v1.KMSAccount
+	6,  // 61: strongroom.v1.KMSService.SetKMSAccountQuota:output_type -> strongroom.v1.KMSAccount
+	6,  // 62: strongroom.v1.KMSService.SetKMSAccountDisabled:output_type -> strongroom.v1.KMSAccount
+	15, // 63: strongroom.v1.KMSService.DeleteKMSAccount:output_type -> strongroom.v1.DeleteKMSAccountResponse
+	16, // 64: strongroom.v1.KMSService.CreateKMSGroup:output_type -> strongroom.v1.KMSGroup
+	16, // 65: strongroom.v1.KMSService.GetKMSGroup:output_type -> strongroom.v1.KMSGroup
+	23, // 66: strongroom.v1.KMSService.ListKMSGroups:output_type -> strongroom.v1.ListKMSGroupsResponse
+	16, // 67: strongroom.v1.KMSService.SetKMSGroupPolicy:output_type -> strongroom.v1.KMSGroup
+	16, // 68: strongroom.v1.KMSService.SetKMSGroupQuota:output_type -> strongroom.v1.KMSGroup
+	16, // 69: strongroom.v1.KMSService.SetKMSGroupRotation:output_type -> strongroom.v1.KMSGroup
+	16, // 70: strongroom.v1.KMSService.SetKMSGroupQuorum:output_type -> strongroom.v1.KMSGroup
+	30, // 71: strongroom.v1.KMSService.DeleteKMSGroup:output_type -> strongroom.v1.DeleteKMSGroupResponse
+	18, // 72: strongroom.v1.KMSService.CreateKMSApplication:output_type -> strongroom.v1.KMSApplication
+	33, // 73: strongroom.v1.KMSService.ListKMSApplications:output_type -> strongroom.v1.ListKMSApplicationsResponse
+	18, // 74: strongroom.v1.KMSService.GetKMSApplication:output_type -> strongroom.v1.KMSApplication
+	18, // 75: strongroom.v1.KMSService.SetKMSApplicationDisabled:output_type -> strongroom.v1.KMSApplication
+	18, // 76: strongroom.v1.KMSService.SetKMSApplicationQuota:output_type -> strongroom.v1.KMSApplication
+	37, // 77: strongroom.v1.KMSService.DeleteKMSApplication:output_type -> strongroom.v1.DeleteKMSApplicationResponse
+	39, // 78: strongroom.v1.KMSService.CreateKMSPassword:output_type -> strongroom.v1.CreateKMSPasswordResponse
+	41, // 79: strongroom.v1.KMSService.CreateKMSAPIKey:output_type -> strongroom.v1.CreateKMSAPIKeyResponse
+	19, // 80: strongroom.v1.KMSService.AddKMSCertificate:output_type -> strongroom.v1.KMSCredential
+	18, // 81: strongroom.v1.KMSService.RevokeKMSCredential:output_type -> strongroom.v1.KMSApplication
+	56, // [56:82] is the sub-list for method output_type
+	30, // [30:56] is the sub-list for method input_type
 	30, // [30:30] is the sub-list for extension type_name
 	30, // [30:30] is the sub-list for extension extendee
 	0,  // [0:30] is the sub-list for field type_name
@@ -2861,7 +2949,7 @@ func file_strongroom_v1_kms_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_strongroom_v1_kms_proto_rawDesc), len(file_strongroom_v1_kms_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   42,
+			NumMessages:   44,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

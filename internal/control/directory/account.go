@@ -178,8 +178,7 @@ func (d *Directory) changeAccount(ctx context.Context, name string, f func(*Acco
 }
 
 // DeleteAccount removes an account that has no groups, if allow, which is called
-// in the transaction, lets it. Groups are never deleted, because keys belong to
-// them: so neither is an account that ever had one.
+// in the transaction, lets it.
 func (d *Directory) DeleteAccount(ctx context.Context, name string, allow func(context.Context, *store.Tx) error) error {
 	err := d.alter(ctx, func(tx *store.Tx) error {
 		if name == DefaultAccount {
@@ -193,8 +192,8 @@ func (d *Directory) DeleteAccount(ctx context.Context, name string, allow func(c
 			return err
 		}
 		if len(groups) > 0 {
-			return errs.New(errs.InvalidState, "it has groups, with their keys: %s and %d more", groups[0].Name, len(groups)-1).WithReason("ResourceInUse").
-				WithHint("have its applications refused: strongroom kms account disable %s", name)
+			return errs.New(errs.InvalidState, "it has %d groups, %s among them", len(groups), groups[0].Name).WithReason("ResourceInUse").
+				WithHint("strongroom kms group delete %s; or have its applications refused: strongroom kms account disable %s", groups[0].Name, name)
 		}
 		if err := allow(ctx, tx); err != nil {
 			return err

@@ -26,12 +26,64 @@ func (d *Directory) CreateGroup(ctx context.Context, g Group) error {
 		if err := d.CheckAccount(ctx, tx, AccountOf(g.Name)); err != nil {
 			return err
 		}
+		if d.clear != nil {
+			if err := d.clear(ctx, tx, g.Name); err != nil {
+				return errs.Wrap(err, "of an earlier group of that name")
+			}
+		}
 		return d.groups.In(tx).Create(ctx, g.Name, g)
 	})
 	if errors.Is(err, store.ErrExists) {
 		err = errs.New(errs.Exists, "it exists already")
 	}
 	return errs.Wrap(err, "cannot create group %s", g.Name)
+}
+
+// DeleteGroup removes a group that has no applications, if allow lets it: what else
+// belongs to a group is allow's to look for, in the transaction.
+func (d *Directory) DeleteGroup(ctx context.Context, name string, allow Allow) error {
+	err := d.alter(ctx, func(tx *store.Tx) error {
+		g, err := d.groups.In(tx).Get(ctx, name)
+		if store.IsNotFound(err) || errors.Is(err, store.ErrInvalidKey) {
+			return noGroup(name)
+		}
+		if err != nil {
+			return err
+		}
+		if err := d.checkNoApplications(ctx, tx, name); err != nil {
+			return err
+		}
+		if err := allow(ctx, tx, g); err != nil {
+			return err
+		}
+		return d.groups.In(tx).Delete(ctx, name)
+	})
+	return errs.Wrap(err, "cannot delete group %.100s", name)
+}
+
+func (d *Directory) checkNoApplications(ctx context.Context, tx *store.Tx, group string) error {
+	apps, err := d.apps.In(tx).List(ctx, "")
+	if err != nil {
+		return err
+	}
+	apps = slices.DeleteFunc(apps, func(a Application) bool { return a.Group != group })
+	if len(apps) > 0 {
+		return errs.New(errs.InvalidState, "it has %d applications, %s among them", len(apps), apps[0].Name).WithReason("ResourceInUse").
+			WithHint("strongroom kms app delete %s", apps[0].Name)
+	}
+	return nil
+}
+
+// CheckDeletable refuses a group that there is not, or that has applications. It is a
+// look ahead: [Directory.DeleteGroup] looks again.
+func (d *Directory) CheckDeletable(ctx context.Context, name string) error {
+	err := d.db.View(ctx, func(tx *store.Tx) error {
+		if err := d.CheckGroup(ctx, tx, name); err != nil {
+			return err
+		}
+		return d.checkNoApplications(ctx, tx, name)
+	})
+	return errs.Wrap(err, "cannot delete group %.100s", name)
 }
 
 func checkGroup(g Group) error {

@@ -179,6 +179,7 @@ type Directory struct {
 	kmipApps *store.Table[Application] // to write those that older releases know
 	latest   *store.Table[latest]
 	now      func() time.Time
+	clear    func(ctx context.Context, tx *store.Tx, group string) error // [Directory.RequireClear]
 
 	change sync.Mutex // one change at a time, so that memory follows the database
 	mu     sync.RWMutex
@@ -256,6 +257,13 @@ func (d *Directory) reload(ctx context.Context) error {
 	d.index = next
 	d.mu.Unlock()
 	return nil
+}
+
+// RequireClear has check asked, in the transaction, before a group is made: its error,
+// for what is left of an earlier group of that name, refuses it. It is called before
+// the directory is used.
+func (d *Directory) RequireClear(check func(ctx context.Context, tx *store.Tx, group string) error) {
+	d.clear = check
 }
 
 // revision returns that of the latest change.

@@ -101,7 +101,7 @@ func newKMSGroupCmd(env *Env) *cobra.Command {
 	return newGroup("group", "Groups of applications that share keys",
 		`A group's applications see the same keys, and no other's. Its policy says what they
 may do.`,
-		newKMSGroupCreateCmd(env), newKMSGroupLsCmd(env), newKMSGroupShowCmd(env), newKMSGroupPolicyCmd(env), newKMSGroupQuotaCmd(env), newKMSGroupRotationCmd(env), newKMSGroupQuorumCmd(env))
+		newKMSGroupCreateCmd(env), newKMSGroupLsCmd(env), newKMSGroupShowCmd(env), newKMSGroupPolicyCmd(env), newKMSGroupQuotaCmd(env), newKMSGroupRotationCmd(env), newKMSGroupQuorumCmd(env), newKMSGroupDeleteCmd(env))
 }
 
 // addPolicy adds the flags of a group's policy.

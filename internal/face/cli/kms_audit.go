@@ -138,4 +138,3 @@ It changes nothing. Needs the privilege Audit.Read on everything.`,
 	cmd.Flags().BoolVar(&req.AllowPruned, "allow-pruned", false, "accept that old files were removed from the front")
 	return cmd
 }
-

@@ -130,6 +130,12 @@ func (a *api) account(ctx context.Context, name string) (*connect.Response[stron
 
 func (a *api) CreateKMSAccount(ctx context.Context, req *connect.Request[strongroomv1.CreateKMSAccountRequest]) (*connect.Response[strongroomv1.KMSAccount], error) {
 	m := req.Msg
+	if _, err := a.k.directory.Account(m.GetName()); err != nil {
+		// Of an earlier one whose deletion was broken off.
+		if err := a.k.usage.Forget(ctx, usage.Account(short(m.GetName()))); err != nil {
+			return nil, err
+		}
+	}
 	if err := a.k.directory.CreateAccount(ctx, directory.Account{Name: m.GetName(), Title: m.GetTitle(), Description: m.GetDescription()}); err != nil {
 		return nil, err
 	}
@@ -190,6 +196,9 @@ func (a *api) DeleteKMSAccount(ctx context.Context, req *connect.Request[strongr
 		return a.k.access.CheckNone(ctx, tx, accountObject(name))
 	})
 	if err != nil {
+		return nil, err
+	}
+	if err := a.k.usage.Forget(ctx, usage.Account(name)); err != nil {
 		return nil, err
 	}
 	return connect.NewResponse(&strongroomv1.DeleteKMSAccountResponse{}), nil

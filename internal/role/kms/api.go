@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"strings"
 	"time"
@@ -67,6 +68,12 @@ func (a *api) CreateKMSGroup(ctx context.Context, req *connect.Request[strongroo
 	if err != nil {
 		return nil, errs.Wrap(err, "cannot create group %.100s", m.GetName())
 	}
+	if _, err := a.k.directory.Group(m.GetName()); err != nil {
+		// Of an earlier one whose deletion was broken off.
+		if err := a.k.forgetGroup(ctx, m.GetName()); err != nil {
+			return nil, err
+		}
+	}
 	if err := a.k.directory.CreateGroup(ctx, directory.Group{Name: m.GetName(), Title: m.GetTitle(), Description: m.GetDescription(), Policy: policy}); err != nil {
 		return nil, err
 	}
@@ -126,6 +133,13 @@ func (a *api) CreateKMSApplication(ctx context.Context, req *connect.Request[str
 	i, err := interfaceOf(m.GetInterface())
 	if err != nil {
 		return nil, errs.Wrap(err, "cannot create application %.100s", m.GetName())
+	}
+	if _, err := a.k.directory.Application(m.GetName()); err != nil {
+		// Of an earlier one whose deletion was broken off.
+		err := errors.Join(a.k.approvals.Forget(ctx, m.GetGroup(), "application:"+m.GetName()), a.k.usage.Forget(ctx, usage.Application(short(m.GetName()))))
+		if err != nil {
+			return nil, err
+		}
 	}
 	app := directory.Application{Name: m.GetName(), Title: m.GetTitle(), Description: m.GetDescription(), Group: m.GetGroup(), Interface: i}
 	if err := a.k.directory.CreateApplication(ctx, app); err != nil {
@@ -200,7 +214,15 @@ func (a *api) SetKMSApplicationDisabled(ctx context.Context, req *connect.Reques
 }
 
 func (a *api) DeleteKMSApplication(ctx context.Context, req *connect.Request[strongroomv1.DeleteKMSApplicationRequest]) (*connect.Response[strongroomv1.DeleteKMSApplicationResponse], error) {
-	if err := a.k.directory.DeleteApplication(ctx, req.Msg.GetName()); err != nil {
+	app, err := a.k.directory.Application(req.Msg.GetName())
+	if err != nil {
+		return nil, errs.Wrap(err, "cannot delete application %.100s", req.Msg.GetName())
+	}
+	if err := a.k.directory.DeleteApplication(ctx, app.Name); err != nil {
+		return nil, err
+	}
+	// Another one of that name has nothing approved.
+	if err := a.k.approvals.Forget(ctx, app.Group, "application:"+app.Name); err != nil {
 		return nil, err
 	}
 	if err := a.k.usage.Forget(ctx, usage.Application(req.Msg.GetName())); err != nil {

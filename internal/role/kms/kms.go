@@ -181,6 +181,7 @@ func open(ctx context.Context, cfg Config, u *unlocked, log *slog.Logger) (_ *KM
 		return nil, err
 	}
 	k.approvals = approval.Open(k.db, k.directory, k.approverCredential)
+	k.directory.RequireClear(k.checkClear)
 	if k.usage, err = usage.Open(ctx, k.db, k.objects.Keys, log); err != nil {
 		return nil, err
 	}

@@ -76,6 +76,9 @@ const (
 	// KMSServiceSetKMSGroupQuorumProcedure is the fully-qualified name of the KMSService's
 	// SetKMSGroupQuorum RPC.
 	KMSServiceSetKMSGroupQuorumProcedure = "/strongroom.v1.KMSService/SetKMSGroupQuorum"
+	// KMSServiceDeleteKMSGroupProcedure is the fully-qualified name of the KMSService's DeleteKMSGroup
+	// RPC.
+	KMSServiceDeleteKMSGroupProcedure = "/strongroom.v1.KMSService/DeleteKMSGroup"
 	// KMSServiceCreateKMSApplicationProcedure is the fully-qualified name of the KMSService's
 	// CreateKMSApplication RPC.
 	KMSServiceCreateKMSApplicationProcedure = "/strongroom.v1.KMSService/CreateKMSApplication"
@@ -145,6 +148,10 @@ type KMSServiceClient interface {
 	// What it refuses becomes a request of KMSApprovalService. Once a group has a
 	// quorum, this and SetKMSGroupPolicy need its approval too.
 	SetKMSGroupQuorum(context.Context, *connect.Request[v1.SetKMSGroupQuorumRequest]) (*connect.Response[v1.KMSGroup], error)
+	// DeleteKMSGroup removes a group that has no applications and no objects but
+	// destroyed ones, whose records go with it, and on which nobody has roles. The name
+	// can be used again; nothing of this group comes back with it.
+	DeleteKMSGroup(context.Context, *connect.Request[v1.DeleteKMSGroupRequest]) (*connect.Response[v1.DeleteKMSGroupResponse], error)
 	CreateKMSApplication(context.Context, *connect.Request[v1.CreateKMSApplicationRequest]) (*connect.Response[v1.KMSApplication], error)
 	ListKMSApplications(context.Context, *connect.Request[v1.ListKMSApplicationsRequest]) (*connect.Response[v1.ListKMSApplicationsResponse], error)
 	GetKMSApplication(context.Context, *connect.Request[v1.GetKMSApplicationRequest]) (*connect.Response[v1.KMSApplication], error)
@@ -270,6 +277,12 @@ func NewKMSServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...
 			connect.WithSchema(kMSServiceMethods.ByName("SetKMSGroupQuorum")),
 			connect.WithClientOptions(opts...),
 		),
+		deleteKMSGroup: connect.NewClient[v1.DeleteKMSGroupRequest, v1.DeleteKMSGroupResponse](
+			httpClient,
+			baseURL+KMSServiceDeleteKMSGroupProcedure,
+			connect.WithSchema(kMSServiceMethods.ByName("DeleteKMSGroup")),
+			connect.WithClientOptions(opts...),
+		),
 		createKMSApplication: connect.NewClient[v1.CreateKMSApplicationRequest, v1.KMSApplication](
 			httpClient,
 			baseURL+KMSServiceCreateKMSApplicationProcedure,
@@ -350,6 +363,7 @@ type kMSServiceClient struct {
 	setKMSGroupQuota          *connect.Client[v1.SetKMSGroupQuotaRequest, v1.KMSGroup]
 	setKMSGroupRotation       *connect.Client[v1.SetKMSGroupRotationRequest, v1.KMSGroup]
 	setKMSGroupQuorum         *connect.Client[v1.SetKMSGroupQuorumRequest, v1.KMSGroup]
+	deleteKMSGroup            *connect.Client[v1.DeleteKMSGroupRequest, v1.DeleteKMSGroupResponse]
 	createKMSApplication      *connect.Client[v1.CreateKMSApplicationRequest, v1.KMSApplication]
 	listKMSApplications       *connect.Client[v1.ListKMSApplicationsRequest, v1.ListKMSApplicationsResponse]
 	getKMSApplication         *connect.Client[v1.GetKMSApplicationRequest, v1.KMSApplication]
@@ -435,6 +449,11 @@ func (c *kMSServiceClient) SetKMSGroupRotation(ctx context.Context, req *connect
 // SetKMSGroupQuorum calls strongroom.v1.KMSService.SetKMSGroupQuorum.
 func (c *kMSServiceClient) SetKMSGroupQuorum(ctx context.Context, req *connect.Request[v1.SetKMSGroupQuorumRequest]) (*connect.Response[v1.KMSGroup], error) {
 	return c.setKMSGroupQuorum.CallUnary(ctx, req)
+}
+
+// DeleteKMSGroup calls strongroom.v1.KMSService.DeleteKMSGroup.
+func (c *kMSServiceClient) DeleteKMSGroup(ctx context.Context, req *connect.Request[v1.DeleteKMSGroupRequest]) (*connect.Response[v1.DeleteKMSGroupResponse], error) {
+	return c.deleteKMSGroup.CallUnary(ctx, req)
 }
 
 // CreateKMSApplication calls strongroom.v1.KMSService.CreateKMSApplication.
@@ -524,6 +543,10 @@ type KMSServiceHandler interface {
 	// What it refuses becomes a request of KMSApprovalService. Once a group has a
 	// quorum, this and SetKMSGroupPolicy need its approval too.
 	SetKMSGroupQuorum(context.Context, *connect.Request[v1.SetKMSGroupQuorumRequest]) (*connect.Response[v1.KMSGroup], error)
+	// DeleteKMSGroup removes a group that has no applications and no objects but
+	// destroyed ones, whose records go with it, and on which nobody has roles. The name
+	// can be used again; nothing of this group comes back with it.
+	DeleteKMSGroup(context.Context, *connect.Request[v1.DeleteKMSGroupRequest]) (*connect.Response[v1.DeleteKMSGroupResponse], error)
 	CreateKMSApplication(context.Context, *connect.Request[v1.CreateKMSApplicationRequest]) (*connect.Response[v1.KMSApplication], error)
 	ListKMSApplications(context.Context, *connect.Request[v1.ListKMSApplicationsRequest]) (*connect.Response[v1.ListKMSApplicationsResponse], error)
 	GetKMSApplication(context.Context, *connect.Request[v1.GetKMSApplicationRequest]) (*connect.Response[v1.KMSApplication], error)
@@ -645,6 +668,12 @@ func NewKMSServiceHandler(svc KMSServiceHandler, opts ...connect.HandlerOption) 
 		connect.WithSchema(kMSServiceMethods.ByName("SetKMSGroupQuorum")),
 		connect.WithHandlerOptions(opts...),
 	)
+	kMSServiceDeleteKMSGroupHandler := connect.NewUnaryHandler(
+		KMSServiceDeleteKMSGroupProcedure,
+		svc.DeleteKMSGroup,
+		connect.WithSchema(kMSServiceMethods.ByName("DeleteKMSGroup")),
+		connect.WithHandlerOptions(opts...),
+	)
 	kMSServiceCreateKMSApplicationHandler := connect.NewUnaryHandler(
 		KMSServiceCreateKMSApplicationProcedure,
 		svc.CreateKMSApplication,
@@ -737,6 +766,8 @@ func NewKMSServiceHandler(svc KMSServiceHandler, opts ...connect.HandlerOption) 
 			kMSServiceSetKMSGroupRotationHandler.ServeHTTP(w, r)
 		case KMSServiceSetKMSGroupQuorumProcedure:
 			kMSServiceSetKMSGroupQuorumHandler.ServeHTTP(w, r)
+		case KMSServiceDeleteKMSGroupProcedure:
+			kMSServiceDeleteKMSGroupHandler.ServeHTTP(w, r)
 		case KMSServiceCreateKMSApplicationProcedure:
 			kMSServiceCreateKMSApplicationHandler.ServeHTTP(w, r)
 		case KMSServiceListKMSApplicationsProcedure:
@@ -824,6 +855,10 @@ func (UnimplementedKMSServiceHandler) SetKMSGroupRotation(context.Context, *conn
 
 func (UnimplementedKMSServiceHandler) SetKMSGroupQuorum(context.Context, *connect.Request[v1.SetKMSGroupQuorumRequest]) (*connect.Response[v1.KMSGroup], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.KMSService.SetKMSGroupQuorum is not implemented"))
+}
+
+func (UnimplementedKMSServiceHandler) DeleteKMSGroup(context.Context, *connect.Request[v1.DeleteKMSGroupRequest]) (*connect.Response[v1.DeleteKMSGroupResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.KMSService.DeleteKMSGroup is not implemented"))
 }
 
 func (UnimplementedKMSServiceHandler) CreateKMSApplication(context.Context, *connect.Request[v1.CreateKMSApplicationRequest]) (*connect.Response[v1.KMSApplication], error) {

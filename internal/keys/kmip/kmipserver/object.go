@@ -217,3 +217,7 @@ func (o *Object) advance(now time.Time) {
 		o.set(kmip.AttributeNameState, kmip.StateDeactivated)
 	}
 }
+
+// Destroyed reports whether the object was destroyed: its material is gone, and its
+// attributes are what is left.
+func (o *Object) Destroyed() bool { return destroyed(o) }

@@ -400,7 +400,11 @@ func (b *Book) List(ctx context.Context, all bool) ([]Asked, error) {
 			}
 			q, ok := quorums[r.Group]
 			if !ok {
-				if q, err = b.directory.QuorumIn(ctx, tx, r.Group); err != nil {
+				q, err = b.directory.QuorumIn(ctx, tx, r.Group)
+				if errs.KindOf(err) == errs.NotFound {
+					continue // it was deleted a moment ago
+				}
+				if err != nil {
 					return err
 				}
 				quorums[r.Group] = q
@@ -458,6 +462,60 @@ func (b *Book) Tidy(ctx context.Context) error {
 			return errs.Wrap(err, "cannot tidy up requests for approval")
 		}
 	}
+}
+
+// Forget drops the requests of a group that was deleted, and those that an
+// application which was had open. An empty requester is any. What became of them is in
+// the audit log.
+func (b *Book) Forget(ctx context.Context, group, requester string) error {
+	for {
+		more := false
+		err := b.db.Txn(ctx, func(tx *store.Tx) error {
+			more = false
+			dropped := 0
+			prefix := url.PathEscape(group) + "/"
+			if requester != "" {
+				prefix = requesterPrefix(Want{Group: group, Requester: requester})
+			}
+			entries, err := b.open.In(tx).Entries(ctx, prefix)
+			if err != nil {
+				return err
+			}
+			for _, e := range entries[:min(len(entries), tidyAtOnce)] {
+				dropped++
+				if err := b.open.In(tx).Delete(ctx, e.Key); err != nil {
+					return err
+				}
+			}
+			requests, err := b.requests.In(tx).List(ctx, "")
+			if err != nil {
+				return err
+			}
+			for _, r := range requests {
+				if r.Group != group || requester != "" || dropped == tidyAtOnce {
+					continue
+				}
+				dropped++
+				if err := b.requests.In(tx).Delete(ctx, r.ID); err != nil {
+					return err
+				}
+			}
+			more = dropped == tidyAtOnce
+			return nil
+		})
+		if err != nil || !more {
+			return errs.Wrap(err, "cannot drop requests for approval")
+		}
+	}
+}
+
+// CheckNone refuses a group that has requests, in tx.
+func (b *Book) CheckNone(ctx context.Context, tx *store.Tx, group string) error {
+	requests, err := b.requests.In(tx).List(ctx, "")
+	if err == nil && slices.ContainsFunc(requests, func(r Request) bool { return r.Group == group }) {
+		err = errs.New(errs.InvalidState, "it has requests for approval")
+	}
+	return err
 }
 
 // cut makes s valid UTF-8 of at most limit bytes.

@@ -406,6 +406,9 @@ func (m *Meter) refresh(ctx context.Context) error {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	for _, c := range m.subjects {
+		c.total = c.pending // nothing is left of one that another node has forgotten
+	}
 	for _, e := range stored {
 		c := m.subject(Subject(e.Key))
 		c.total = e.Value
