@@ -46,7 +46,7 @@ func (r *request) needsApproval(op kmip.Operation) bool {
 // and gets back as it was. Material that the server wraps is guarded, for the
 // client may know the wrapping key.
 func guardsExport(o *Object) bool {
-	return o.Type != kmip.ObjectTypeTemplate && o.Type != kmip.ObjectTypePublicKey && o.Layout.Wrapping == nil
+	return o.Type != kmip.ObjectTypeTemplate && !o.isPublic() && o.Layout.Wrapping == nil
 }
 
 // approved has do carry out op on an object with an approval, if it needs one. do

@@ -35,7 +35,8 @@ type Policy struct {
 	Operations []kmip.Operation
 	// NoExport keeps key material in the server: it is used there and does not
 	// leave, not even wrapped, for the client may know the wrapping key. What
-	// a client registered wrapped it gets back, and public keys are public.
+	// a client registered wrapped it gets back; public keys and certificates are
+	// public.
 	NoExport bool
 	// KeyTypes are the keys that may be made or registered; nil means all.
 	KeyTypes []KeyType
@@ -66,7 +67,7 @@ func (p *Policy) checkType(o *Object) error {
 
 // checkExport refuses to give out material.
 func (p *Policy) checkExport(o *Object) error {
-	if p == nil || !p.NoExport || o.Type == kmip.ObjectTypeTemplate || o.Type == kmip.ObjectTypePublicKey || o.Layout.Wrapping != nil {
+	if p == nil || !p.NoExport || o.Type == kmip.ObjectTypeTemplate || o.isPublic() || o.Layout.Wrapping != nil {
 		return nil
 	}
 	return refuse(kmip.ResultReasonPermissionDenied, "key material is not given out to you")

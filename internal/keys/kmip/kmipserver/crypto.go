@@ -39,6 +39,9 @@ func (r *request) keyOf(t kmip.ObjectType, o *Object, use kmip.CryptographicUsag
 	if o.Type != t || o.Layout.Wrapping != nil {
 		return refuse(kmip.ResultReasonInvalidField, "the object is not a key in the clear of the type that this needs")
 	}
+	if o.Material == nil {
+		return errElsewhere
+	}
 	if o.usage()&use == 0 {
 		return refuse(kmip.ResultReasonPermissionDenied, "the key's usage mask does not allow this")
 	}

@@ -113,7 +113,7 @@ func (r *request) deriveKey(p *deriveRequest) (kmip.OperationPayload, error) {
 		if err := r.client.Policy.checkType(o); err != nil {
 			return err
 		}
-		r.born(o)
+		r.created(o)
 		if err := uniqueName(tx, o.ID, namesOf(o)...); err != nil {
 			return err
 		}

@@ -44,6 +44,14 @@ func (r *request) template(v Reader, t kmip.TemplateAttribute) ([]kmip.Attribute
 	return append(list, t.Attribute...), nil
 }
 
+// created is born for an object that the server made, not its client.
+func (r *request) created(o *Object) {
+	if _, ok := o.date(kmip.AttributeNameOriginalCreationDate); !ok {
+		o.set(kmip.AttributeNameOriginalCreationDate, r.now)
+	}
+	r.born(o)
+}
+
 // born completes a new object: it has its attributes, layout and material.
 func (r *request) born(o *Object) {
 	o.set(kmip.AttributeNameInitialDate, r.now)
@@ -61,9 +69,6 @@ func (r *request) born(o *Object) {
 	}
 	if _, ok := attribute[bool](o, kmip.AttributeNameFresh); !ok {
 		o.set(kmip.AttributeNameFresh, true)
-	}
-	if _, ok := o.date(kmip.AttributeNameOriginalCreationDate); !ok {
-		o.set(kmip.AttributeNameOriginalCreationDate, r.now)
 	}
 	o.startUsage()
 }
@@ -118,7 +123,7 @@ func (r *request) create(p *payloads.CreateRequestPayload) (kmip.OperationPayloa
 		if err := r.client.Policy.checkType(o); err != nil {
 			return err
 		}
-		r.born(o)
+		r.created(o)
 		if err := uniqueName(tx, o.ID, namesOf(o)...); err != nil {
 			return err
 		}

@@ -157,7 +157,7 @@ func (r *request) dueTo(o *Object, rot Rotation) (Step, bool) {
 	case now != kmip.StateActive:
 	case replaced && !hasDeactivation && rot.DeactivateAfter > 0:
 		return Step{Kind: StepSchedule, Object: o.ID, Replacement: replacement}, true
-	case !replaced && hasActivation && rot.Every > 0 && !activated.Add(rot.Every).After(r.now) && o.Type == kmip.ObjectTypeSymmetricKey && o.Layout.Wrapping == nil:
+	case !replaced && hasActivation && rot.Every > 0 && !activated.Add(rot.Every).After(r.now) && o.Type == kmip.ObjectTypeSymmetricKey && o.Layout.Wrapping == nil && !o.elsewhere():
 		return Step{Kind: StepRekey, Object: o.ID, Date: activated.Add(rot.Every)}, true
 	}
 	return Step{}, false

@@ -25,16 +25,21 @@ func keyBlock(o kmip.Object) *kmip.KeyBlock {
 		return &o.KeyBlock
 	case *kmip.PublicKey:
 		return &o.KeyBlock
+	case *kmip.PGPKey:
+		return &o.KeyBlock
 	}
 	return nil
 }
 
 // material returns the bytes of an object as a client sent them. They are the
-// object's own, not a copy; nil for a template.
+// object's own, not a copy; nil for a template, and for a key whose value is
+// elsewhere (KMIP 1.4 section 2.1.3: its Key Block has no Key Value).
 func material(o kmip.Object) ([]byte, error) {
 	switch o := o.(type) {
 	case *kmip.OpaqueObject:
 		return o.OpaqueDataValue, nil
+	case *kmip.Certificate:
+		return o.CertificateValue, nil
 	case *kmip.Template:
 		return nil, nil
 	}
@@ -43,7 +48,7 @@ func material(o kmip.Object) ([]byte, error) {
 	case block == nil:
 		return nil, refuse(kmip.ResultReasonInvalidField, "objects of this type cannot be kept here")
 	case block.KeyValue == nil:
-		return nil, refuse(kmip.ResultReasonInvalidField, "Key Value is missing")
+		return nil, nil
 	case block.KeyValue.Wrapped != nil:
 		return *block.KeyValue.Wrapped, nil
 	case block.KeyValue.Plain == nil:
@@ -70,7 +75,7 @@ func (r *request) register(p *payloads.RegisterRequestPayload) (kmip.OperationPa
 		if o.Material, err = keymem.Take(bytes); err != nil {
 			return nil, err
 		}
-	} else if o.Type != kmip.ObjectTypeTemplate {
+	} else if o.Type != kmip.ObjectTypeTemplate && !r.valueless(p.Object) {
 		return nil, refuse(kmip.ResultReasonInvalidField, "the object is empty")
 	}
 	if o.Layout, err = layout(p.Object); err != nil {
@@ -100,6 +105,9 @@ func (r *request) register(p *payloads.RegisterRequestPayload) (kmip.OperationPa
 			return err
 		}
 		r.born(o)
+		if o.Material == nil && o.Type != kmip.ObjectTypeTemplate {
+			o.set(kmip.AttributeNameKeyValuePresent, false)
+		}
 		if err := uniqueName(tx, o.ID, namesOf(o)...); err != nil {
 			return err
 		}
@@ -113,6 +121,13 @@ func (r *request) register(p *payloads.RegisterRequestPayload) (kmip.OperationPa
 	r.give(o)
 	o = nil
 	return &payloads.RegisterResponsePayload{UniqueIdentifier: id}, nil
+}
+
+// valueless reports whether a client registers a key whose value is elsewhere: only
+// what describes it is to be kept here.
+func (r *request) valueless(o kmip.Object) bool {
+	block := keyBlock(o)
+	return block != nil && block.KeyValue == nil && block.KeyWrappingData == nil && r.atLeast(kmip.V1_2)
 }
 
 // fillTemplate sets what template o gives to other objects. A Name in it is the
@@ -140,6 +155,12 @@ func layout(object kmip.Object) (Layout, error) {
 		l.OpaqueType = o.OpaqueDataType
 	case *kmip.SecretData:
 		l.SecretType = o.SecretDataType
+	case *kmip.PGPKey:
+		l.PGPVersion = o.PGPKeyVersion
+	case *kmip.Certificate:
+		if o.CertificateType != kmip.CertificateTypeX_509 {
+			return l, refuse(kmip.ResultReasonInvalidField, "certificates are kept of the type X.509 only")
+		}
 	}
 	block := keyBlock(object)
 	if block == nil {
@@ -147,7 +168,7 @@ func layout(object kmip.Object) (Layout, error) {
 	}
 	l.Format, l.Compression, l.Wrapping = block.KeyFormatType, block.KeyCompressionType, block.KeyWrappingData
 	l.Algorithm, l.Length = block.CryptographicAlgorithm, block.CryptographicLength
-	if l.Wrapping == nil && block.KeyValue.Wrapped != nil {
+	if l.Wrapping == nil && block.KeyValue != nil && block.KeyValue.Wrapped != nil {
 		return Layout{}, refuse(kmip.ResultReasonInvalidField, "a wrapped key needs Key Wrapping Data")
 	}
 	if l.Wrapping != nil && l.Wrapping.EncryptionKeyInformation == nil && l.Wrapping.MACSignatureKeyInformation == nil {
@@ -178,6 +199,9 @@ func describe(o *Object) error {
 			return refuse(kmip.ResultReasonInvalidField, "Cryptographic Usage Mask is missing")
 		}
 	}
+	if o.Type == kmip.ObjectTypeCertificate {
+		return describeCertificate(o)
+	}
 	if !isKey(o.Type) {
 		if o.Layout.Algorithm != 0 {
 			o.set(kmip.AttributeNameCryptographicAlgorithm, o.Layout.Algorithm)
@@ -198,6 +222,10 @@ func describe(o *Object) error {
 	}
 	switch {
 	case l.Wrapping != nil:
+	case o.Material == nil:
+		if l.Length == 0 {
+			return refuse(kmip.ResultReasonInvalidField, "Cryptographic Length is missing, and there is no Key Value that tells it")
+		}
 	case o.Type != kmip.ObjectTypeSymmetricKey:
 		if err := describePair(o); err != nil {
 			return err
@@ -208,7 +236,7 @@ func describe(o *Object) error {
 	if l.Algorithm == 0 || told && algorithm != l.Algorithm || sized && bits != l.Length {
 		return refuse(kmip.ResultReasonInvalidField, "algorithm or length is missing, or differs between attributes and key block")
 	}
-	if l.Wrapping == nil && o.Type == kmip.ObjectTypeSymmetricKey && !fits(l.Algorithm, l.Length, o.Material.Len()) {
+	if l.Wrapping == nil && o.Material != nil && o.Type == kmip.ObjectTypeSymmetricKey && !fits(l.Algorithm, l.Length, o.Material.Len()) {
 		return refuse(kmip.ResultReasonInvalidField, "a key of %d bits has %d bytes", l.Length, o.Material.Len())
 	}
 	o.set(kmip.AttributeNameCryptographicAlgorithm, l.Algorithm)
@@ -309,6 +337,8 @@ func (r *request) export(v Reader, o *Object, p *payloads.GetRequestPayload) (km
 		return &kmip.Template{Attribute: o.Template}, nil
 	case kmip.ObjectTypeOpaqueObject:
 		return &kmip.OpaqueObject{OpaqueDataType: o.Layout.OpaqueType, OpaqueDataValue: r.reveal(o.Material)}, nil
+	case kmip.ObjectTypeCertificate:
+		return &kmip.Certificate{CertificateType: kmip.CertificateTypeX_509, CertificateValue: r.reveal(o.Material)}, nil
 	}
 	block, err := r.block(v, o, p)
 	if err != nil {
@@ -321,6 +351,8 @@ func (r *request) export(v Reader, o *Object, p *payloads.GetRequestPayload) (km
 		return &kmip.PrivateKey{KeyBlock: block}, nil
 	case kmip.ObjectTypePublicKey:
 		return &kmip.PublicKey{KeyBlock: block}, nil
+	case kmip.ObjectTypePGPKey:
+		return &kmip.PGPKey{PGPKeyVersion: o.Layout.PGPVersion, KeyBlock: block}, nil
 	}
 	return &kmip.SymmetricKey{KeyBlock: block}, nil
 }
@@ -349,6 +381,12 @@ func (r *request) block(v Reader, o *Object, p *payloads.GetRequestPayload) (kmi
 		}
 		wrapped := r.reveal(o.Material)
 		block.KeyValue = &kmip.KeyValue{Wrapped: &wrapped}
+		return block, nil
+	}
+	if o.Material == nil {
+		if p.KeyFormatType != 0 && p.KeyFormatType != l.Format || p.KeyWrappingSpecification != nil {
+			return kmip.KeyBlock{}, errElsewhere
+		}
 		return block, nil
 	}
 	bytes := r.reveal(o.Material)
@@ -380,6 +418,9 @@ func (r *request) block(v Reader, o *Object, p *payloads.GetRequestPayload) (kmi
 	return block, r.wrap(v, o, &block, p.KeyWrappingSpecification)
 }
 
+// errElsewhere refuses to use a key whose value this server does not have.
+var errElsewhere = refuse(kmip.ResultReasonKeyValueNotPresent, "the key's value is not here: only what describes it was registered")
+
 // wrap replaces the key value of block by itself, encrypted by AES key wrap
 // (RFC 3394, with padding RFC 5649) as spec wants (KMIP 1.4 sections 2.1.5 and 2.1.6).
 func (r *request) wrap(v Reader, o *Object, block *kmip.KeyBlock, spec *kmip.KeyWrappingSpecification) error {
@@ -396,6 +437,9 @@ func (r *request) wrap(v Reader, o *Object, block *kmip.KeyBlock, spec *kmip.Key
 	}
 	if kek.Type != kmip.ObjectTypeSymmetricKey || kek.Layout.Algorithm != kmip.CryptographicAlgorithmAES || kek.Layout.Wrapping != nil {
 		return refuse(kmip.ResultReasonInvalidField, "the wrapping key is not an AES key")
+	}
+	if kek.Material == nil {
+		return errElsewhere
 	}
 	if kek.usage()&kmip.CryptographicUsageWrapKey == 0 || kek.state() != kmip.StateActive {
 		return refuse(kmip.ResultReasonPermissionDenied, "the wrapping key must be active and meant for wrapping")

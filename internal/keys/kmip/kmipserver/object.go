@@ -29,7 +29,8 @@ type Object struct {
 	// Template is what a template gives to objects made from it.
 	Template []kmip.Attribute
 	// Material is the key or data, in the clear or as it was wrapped by the
-	// client; nil once destroyed, and for a template. The store owns it.
+	// client; nil once destroyed, for a template, and for a key whose value is
+	// elsewhere. The store owns it.
 	Material *keymem.Key
 	Archived bool
 }
@@ -42,6 +43,7 @@ type Layout struct {
 	Length      int32                       // bits; 0 if not told
 	SecretType  kmip.SecretDataType         // of Secret Data
 	OpaqueType  kmip.OpaqueDataType         // of Opaque Objects
+	PGPVersion  int32                       // of PGP Keys
 	Wrapping    *kmip.KeyWrappingData       // how a client wrapped it; nil in the clear
 }
 
@@ -190,6 +192,13 @@ func (o *Object) usage() kmip.CryptographicUsageMask {
 
 func (o *Object) date(name kmip.AttributeName) (time.Time, bool) {
 	return attribute[time.Time](o, name)
+}
+
+// elsewhere reports whether the value of o, a key, was never here (KMIP 1.4 section
+// 3.39).
+func (o *Object) elsewhere() bool {
+	present, ok := attribute[bool](o, kmip.AttributeNameKeyValuePresent)
+	return ok && !present
 }
 
 // clone returns a copy whose attribute list may be changed.

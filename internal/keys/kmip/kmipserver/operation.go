@@ -180,7 +180,10 @@ func (r *request) query(p *payloads.QueryRequestPayload) (kmip.OperationPayload,
 			}
 		case kmip.QueryFunctionObjects:
 			out.ObjectType = []kmip.ObjectType{
-				kmip.ObjectTypeSymmetricKey, kmip.ObjectTypePublicKey, kmip.ObjectTypePrivateKey, kmip.ObjectTypeTemplate, kmip.ObjectTypeSecretData, kmip.ObjectTypeOpaqueObject,
+				kmip.ObjectTypeCertificate, kmip.ObjectTypeSymmetricKey, kmip.ObjectTypePublicKey, kmip.ObjectTypePrivateKey, kmip.ObjectTypeTemplate, kmip.ObjectTypeSecretData, kmip.ObjectTypeOpaqueObject,
+			}
+			if r.atLeast(kmip.V1_2) {
+				out.ObjectType = append(out.ObjectType, kmip.ObjectTypePGPKey)
 			}
 		case kmip.QueryFunctionServerInformation:
 			out.VendorIdentification = r.server.vendor

@@ -35,6 +35,11 @@ func (o *Object) pair() bool {
 	return o.Type == kmip.ObjectTypePrivateKey || o.Type == kmip.ObjectTypePublicKey
 }
 
+// isPublic tells the objects that hold no secret by what they are.
+func (o *Object) isPublic() bool {
+	return o.Type == kmip.ObjectTypePublicKey || o.Type == kmip.ObjectTypeCertificate
+}
+
 // private parses the material of a private key, which must be in the clear.
 func (o *Object) private() (crypto.Signer, error) {
 	var key any
@@ -295,7 +300,7 @@ func (r *request) createKeyPair(p *payloads.CreateKeyPairRequestPayload) (kmip.O
 			if err := r.client.Policy.checkType(o); err != nil {
 				return err
 			}
-			r.born(o)
+			r.created(o)
 			if err := uniqueName(tx, o.ID, namesOf(o)...); err != nil {
 				return err
 			}

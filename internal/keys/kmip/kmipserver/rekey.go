@@ -33,6 +33,9 @@ func (r *request) replace(p *payloads.RekeyRequestPayload, allow func(*Object) e
 		if old.Type != kmip.ObjectTypeSymmetricKey || old.Layout.Wrapping != nil {
 			return refuse(kmip.ResultReasonInvalidField, "only a symmetric key in the clear can be re-keyed")
 		}
+		if old.elsewhere() {
+			return errElsewhere
+		}
 		if _, ok := linkTo(old, kmip.LinkTypeReplacementObjectLink); ok {
 			return refuse(kmip.ResultReasonPermissionDenied, "the key has been re-keyed already")
 		}
@@ -43,7 +46,7 @@ func (r *request) replace(p *payloads.RekeyRequestPayload, allow func(*Object) e
 		if err := generate(n); err != nil {
 			return err
 		}
-		r.born(n)
+		r.created(n)
 		if err := uniqueName(tx, old.ID, namesOf(n)...); err != nil {
 			return err
 		}

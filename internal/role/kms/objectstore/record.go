@@ -53,9 +53,13 @@ func clearPart(o *kmipserver.Object, epoch uint64) ([]byte, error) {
 	b = binary.BigEndian.AppendUint32(b, recordVersion)
 	b = binary.BigEndian.AppendUint64(b, epoch)
 	l := o.Layout
+	kind := uint32(l.SecretType)
+	if o.Type == kmip.ObjectTypePGPKey {
+		kind = uint32(l.PGPVersion)
+	}
 	for _, v := range []uint32{
 		uint32(o.Type), flags, uint32(l.Format), uint32(l.Compression), uint32(l.Algorithm), uint32(l.Length),
-		uint32(l.SecretType), uint32(l.OpaqueType), uint32(len(attributes)), uint32(len(template)), uint32(len(wrapping)),
+		kind, uint32(l.OpaqueType), uint32(len(attributes)), uint32(len(template)), uint32(len(wrapping)),
 	} {
 		b = binary.BigEndian.AppendUint32(b, v)
 	}
@@ -99,8 +103,13 @@ func parseClear(b []byte) (*kmipserver.Object, error) {
 		Layout: kmipserver.Layout{
 			Format: kmip.KeyFormatType(word(24)), Compression: kmip.KeyCompressionType(word(28)),
 			Algorithm: kmip.CryptographicAlgorithm(word(32)), Length: int32(word(36)),
-			SecretType: kmip.SecretDataType(word(40)), OpaqueType: kmip.OpaqueDataType(word(44)),
+			OpaqueType: kmip.OpaqueDataType(word(44)),
 		},
+	}
+	if o.Type == kmip.ObjectTypePGPKey {
+		o.Layout.PGPVersion = int32(word(40))
+	} else {
+		o.Layout.SecretType = kmip.SecretDataType(word(40))
 	}
 	attributes, rest := b[recordHeader:][:word(48)], b[recordHeader:][word(48):]
 	template, wrapping := rest[:word(52)], rest[word(52):]

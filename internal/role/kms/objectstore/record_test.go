@@ -16,6 +16,7 @@ import (
 
 	"strongroom/internal/crypto/keymem"
 	"strongroom/internal/keys/keyring"
+	"strongroom/internal/keys/kmip/kmipserver"
 )
 
 const (
@@ -142,6 +143,19 @@ func TestAttributes(t *testing.T) {
 		if list, err := parseAttributes(b); !errors.Is(err, errCorrupt) {
 			t.Errorf("%s: %v, %v", bad, list, err)
 		}
+	}
+}
+
+// TestPGPKey has the version of a PGP key come back.
+func TestPGPKey(t *testing.T) {
+	t.Parallel()
+	want := kmipserver.Layout{Format: kmip.KeyFormatTypeRaw, Algorithm: kmip.CryptographicAlgorithmRSA, Length: 2048, PGPVersion: 4}
+	clear, err := clearPart(&kmipserver.Object{Type: kmip.ObjectTypePGPKey, Layout: want}, 5)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if o, err := parseClear(clear); err != nil || o.Type != kmip.ObjectTypePGPKey || o.Layout != want {
+		t.Errorf("%+v, %v", o, err)
 	}
 }
 
