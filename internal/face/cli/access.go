@@ -169,8 +169,8 @@ func newUserRevokeCmd(env *Env) *cobra.Command {
 Without --role all that it has on exactly that object. If none are left there, the
 roles on the object above hold there again. The last administrator keeps its role.
 
-Needs the privilege Authorization.ModifyPermissions on the user's account and on the
-object.`,
+Needs the privilege Authorization.ModifyPermissions on the user's account and on
+the object.`,
 		Example: `  strongroom user revoke acme/bob --role Administrator --on /account/acme/group/test
   strongroom user revoke carol --on /account/acme`,
 		Args:              exactArgs("the user's name"),

@@ -18,8 +18,9 @@ const auditPage = 1000
 func newKMSAuditCmd(env *Env) *cobra.Command {
 	return newGroup("audit", "The audit log of a key management server: who did what",
 		`Each node of a key management server has a hash-chained, signed log of what it was
-asked. Whoever has the privilege Audit.Read on everything, as the roles Administrator
-and Auditor give it, sees all; on an account, what concerns that account.
+asked. Whoever has the privilege Audit.Read on everything, as the roles
+Administrator and Auditor give it, sees all; on an account, what concerns that
+account.
 
 "strongroom audit verify" checks a copy of a log offline.`,
 		newKMSAuditLsCmd(env), newKMSAuditVerifyCmd(env))
@@ -34,9 +35,9 @@ func newKMSAuditLsCmd(env *Env) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "ls",
 		Short: "List records of the audit log",
-		Long: `List records of the audit log that you may see, the newest first. --since and --until
-take a time, such as 2026-11-27T09:00:00Z or 2026-11-27, or how long ago: 90m, 7d.
---subject, --operation and --object take a part of who, what and with what.
+		Long: `List records of the audit log that you may see, the newest first. --since and
+--until take a time, such as 2026-11-27T09:00:00Z or 2026-11-27, or how long ago:
+90m, 7d. --subject, --operation and --object take a part of who, what and with what.
 
 That you looked is on record. Needs the privilege Audit.Read.`,
 		Example: `  strongroom kms audit ls --since 24h
@@ -110,8 +111,8 @@ func newKMSAuditVerifyCmd(env *Env) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "verify",
 		Short: "Verify the audit log of a key management server",
-		Long: `Have the server follow the chain of its whole audit log and check the signatures. If
-it is broken, the error says in which file, and after which record.
+		Long: `Have the server follow the chain of its whole audit log and check the signatures.
+If it is broken, the error says in which file, and after which record.
 
 A server that was broken into can say what it likes: note the head that this prints
 elsewhere, and verify a copy of the log offline, with "strongroom audit verify".

@@ -12,9 +12,10 @@ func newKMSGroupDeleteCmd(env *Env) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "delete NAME",
 		Short: "Delete a group that has nothing in it",
-		Long: `Delete a group that has no applications, no keys or other objects but destroyed ones,
-and on which nobody has roles. What is known of destroyed keys goes with it, but for
-the audit log. The name can be used again; nothing of this group comes back with it.
+		Long: `Delete a group that has no applications, no keys or other objects but destroyed
+ones, and on which nobody has roles. What is known of destroyed keys goes with it,
+but for the audit log. The name can be used again; nothing of this group comes back
+with it.
 
 Needs the privilege Cryptographer.ManageKeyServers on the group.`,
 		Example: "  strongroom kms group delete acme/test",
