@@ -37,7 +37,8 @@ func newKMSAuditLsCmd(env *Env) *cobra.Command {
 		Short: "List records of the audit log",
 		Long: `List records of the audit log that you may see, the newest first. --since and
 --until take a time, such as 2026-11-27T09:00:00Z or 2026-11-27, or how long ago:
-90m, 7d. --subject, --operation and --object take a part of who, what and with what.
+90m, 7d. --subject, --operation and --object take a part of who, what and with
+what.
 
 That you looked is on record. Needs the privilege Audit.Read.`,
 		Example: `  strongroom kms audit ls --since 24h
