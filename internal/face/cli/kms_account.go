@@ -219,8 +219,8 @@ func newKMSAccountDeleteCmd(env *Env) *cobra.Command {
 		Short: "Delete an account that has nothing in it",
 		Long: `Delete an account that has no groups and no users. Groups are deleted with
 "strongroom kms group delete", once their keys are destroyed; until then an account
-can be disabled. The name can be used again; nothing of this account comes back with
-it.
+can be disabled. The name can be used again; nothing of this account comes back
+with it.
 
 Needs the privilege Cryptographer.ManageKeyServers on everything.`,
 		Example: "  strongroom kms account delete acme",
