@@ -202,7 +202,7 @@ func TestEveryOperationIsDecided(t *testing.T) {
 	harmless := []kmip.Operation{
 		// They neither give out material nor make it unrecoverable: a replacement is
 		// the same account's, and a key that is revoked or archived can still be had.
-		kmip.OperationCreate, kmip.OperationCreateKeyPair, kmip.OperationRegister, kmip.OperationReKey, kmip.OperationLocate, kmip.OperationCheck, kmip.OperationGetAttributes,
+		kmip.OperationCreate, kmip.OperationCreateKeyPair, kmip.OperationRegister, kmip.OperationReKey, kmip.OperationReKeyKeyPair, kmip.OperationLocate, kmip.OperationCheck, kmip.OperationGetAttributes,
 		kmip.OperationGetAttributeList, kmip.OperationAddAttribute, kmip.OperationModifyAttribute, kmip.OperationDeleteAttribute, kmip.OperationObtainLease,
 		kmip.OperationGetUsageAllocation, kmip.OperationActivate, kmip.OperationRevoke, kmip.OperationArchive, kmip.OperationRecover, kmip.OperationQuery,
 		kmip.OperationDiscoverVersions,

@@ -64,6 +64,7 @@ func material(o kmip.Object) ([]byte, error) {
 func (r *request) register(p *payloads.RegisterRequestPayload) (kmip.OperationPayload, error) {
 	o := &Object{ID: newID(), Type: p.ObjectType}
 	defer func() { r.discard(o) }()
+	flatten(p.Object)
 	bytes, err := material(p.Object)
 	if err != nil {
 		return nil, err
@@ -121,6 +122,19 @@ func (r *request) register(p *payloads.RegisterRequestPayload) (kmip.OperationPa
 	r.give(o)
 	o = nil
 	return &payloads.RegisterResponsePayload{UniqueIdentifier: id}, nil
+}
+
+// flatten makes key material that is a structure its encoding.
+func flatten(o kmip.Object) {
+	block := keyBlock(o)
+	if block == nil || block.KeyValue == nil || block.KeyValue.Plain == nil {
+		return
+	}
+	m := &block.KeyValue.Plain.KeyMaterial
+	if encoded := encodeTransparent(m); encoded != nil {
+		forget(m)
+		*m = kmip.KeyMaterial{Bytes: &encoded}
+	}
 }
 
 // valueless reports whether a client registers a key whose value is elsewhere: only
@@ -184,9 +198,9 @@ func layout(object kmip.Object) (Layout, error) {
 func formats(t kmip.ObjectType) []kmip.KeyFormatType {
 	switch t {
 	case kmip.ObjectTypePrivateKey:
-		return []kmip.KeyFormatType{kmip.KeyFormatTypePKCS_1, kmip.KeyFormatTypePKCS_8, kmip.KeyFormatTypeECPrivateKey}
+		return []kmip.KeyFormatType{kmip.KeyFormatTypePKCS_1, kmip.KeyFormatTypePKCS_8, kmip.KeyFormatTypeECPrivateKey, kmip.KeyFormatTypeTransparentRSAPrivateKey}
 	case kmip.ObjectTypePublicKey:
-		return []kmip.KeyFormatType{kmip.KeyFormatTypePKCS_1, kmip.KeyFormatTypeX_509}
+		return []kmip.KeyFormatType{kmip.KeyFormatTypePKCS_1, kmip.KeyFormatTypeX_509, kmip.KeyFormatTypeTransparentRSAPublicKey}
 	}
 	return []kmip.KeyFormatType{kmip.KeyFormatTypeRaw, kmip.KeyFormatTypeOpaque, kmip.KeyFormatTypeTransparentSymmetricKey}
 }
@@ -406,7 +420,13 @@ func (r *request) block(v Reader, o *Object, p *payloads.GetRequestPayload) (kmi
 		block.KeyFormatType = p.KeyFormatType
 	}
 	value := &kmip.PlainKeyValue{}
-	if block.KeyFormatType == kmip.KeyFormatTypeTransparentSymmetricKey {
+	if transparent(block.KeyFormatType) {
+		var err error
+		if value.KeyMaterial, err = decodeTransparent(block.KeyFormatType, bytes); err != nil {
+			return kmip.KeyBlock{}, err
+		}
+		r.forget = append(r.forget, &value.KeyMaterial)
+	} else if block.KeyFormatType == kmip.KeyFormatTypeTransparentSymmetricKey {
 		value.KeyMaterial.TransparentSymmetricKey = &kmip.TransparentSymmetricKey{Key: bytes}
 	} else {
 		value.KeyMaterial.Bytes = &bytes

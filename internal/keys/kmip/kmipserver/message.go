@@ -44,13 +44,14 @@ type request struct {
 	// placeholder is the ID Placeholder (KMIP 1.4 section 4): what the batch's
 	// items before this one made or found, or "".
 	placeholder string
-	object      string        // what the item under way is about, for the record
-	approval    string        // that the item under way used up, for the record
-	wipe        [][]byte      // ordinary memory with key material in it
-	secretSize  int           // bytes of key material in the answer
-	unavailable bool          // what the last item needs cannot be had now
-	tx          Tx            // that items of the batch share, while they do; else nil
-	made        []*keymem.Key // of objects that are in tx and in no store yet
+	object      string              // what the item under way is about, for the record
+	approval    string              // that the item under way used up, for the record
+	wipe        [][]byte            // ordinary memory with key material in it
+	forget      []*kmip.KeyMaterial // numbers in ordinary memory, wiped with it
+	secretSize  int                 // bytes of key material in the answer
+	unavailable bool                // what the last item needs cannot be had now
+	tx          Tx                  // that items of the batch share, while they do; else nil
+	made        []*keymem.Key       // of objects that are in tx and in no store yet
 }
 
 func (r *request) atLeast(v kmip.ProtocolVersion) bool {
@@ -198,6 +199,9 @@ func (s *Server) answer(ctx context.Context, c *connection, message []byte) []by
 	defer func() {
 		for _, b := range r.wipe {
 			keymem.Wipe(b)
+		}
+		for _, m := range r.forget {
+			forget(m)
 		}
 	}()
 	for _, it := range e.items {

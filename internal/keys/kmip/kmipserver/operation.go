@@ -42,6 +42,7 @@ func operations() map[kmip.Operation]operation {
 		kmip.OperationCreateKeyPair:      on(kmip.V1_0, (*request).createKeyPair),
 		kmip.OperationRegister:           on(kmip.V1_0, (*request).register),
 		kmip.OperationReKey:              on(kmip.V1_0, (*request).rekey),
+		kmip.OperationReKeyKeyPair:       on(kmip.V1_1, (*request).rekeyKeyPair),
 		kmip.OperationDeriveKey:          on(kmip.V1_0, (*request).deriveKey),
 		kmip.OperationLocate:             on(kmip.V1_0, (*request).locate),
 		kmip.OperationCheck:              on(kmip.V1_0, (*request).check),

@@ -18,7 +18,8 @@ import (
 	"strongroom/internal/crypto/keymem"
 )
 
-// The halves of a key pair are objects whose material is a DER encoding. Go's
+// The halves of a key pair are objects whose material is an encoding in DER, or of
+// TTLV in a transparent format. Go's
 // crypto packages compute with copies of their own, which live as long as one
 // request and are not in locked memory.
 
@@ -49,6 +50,8 @@ func (o *Object) private() (crypto.Signer, error) {
 		key, err = x509.ParsePKCS1PrivateKey(der)
 	case kmip.KeyFormatTypeECPrivateKey:
 		key, err = x509.ParseECPrivateKey(der)
+	case kmip.KeyFormatTypeTransparentRSAPrivateKey:
+		key, err = transparentPrivate(der)
 	default:
 		key, err = x509.ParsePKCS8PrivateKey(der)
 	}
@@ -68,9 +71,12 @@ func (o *Object) private() (crypto.Signer, error) {
 func (o *Object) public() (crypto.PublicKey, error) {
 	var key any
 	var err error
-	if der := o.Material.Bytes(); o.Layout.Format == kmip.KeyFormatTypePKCS_1 {
+	switch der := o.Material.Bytes(); o.Layout.Format {
+	case kmip.KeyFormatTypePKCS_1:
 		key, err = x509.ParsePKCS1PublicKey(der)
-	} else {
+	case kmip.KeyFormatTypeTransparentRSAPublicKey:
+		key, err = transparentPublic(der)
+	default:
 		key, err = x509.ParsePKIXPublicKey(der)
 	}
 	if err != nil {
@@ -148,13 +154,15 @@ func reformat(o *Object, format kmip.KeyFormatType) (der []byte, err error) {
 
 var errFormat = errors.New("the format is not for this kind of key")
 
-// encodeKey returns the DER encoding of half a key pair in a format.
+// encodeKey returns the encoding of half a key pair in a format.
 func encodeKey(key any, format kmip.KeyFormatType) ([]byte, error) {
 	switch key := key.(type) {
 	case *rsa.PrivateKey:
 		switch format {
 		case kmip.KeyFormatTypePKCS_1:
 			return x509.MarshalPKCS1PrivateKey(key), nil
+		case kmip.KeyFormatTypeTransparentRSAPrivateKey:
+			return showPrivate(key)
 		case kmip.KeyFormatTypePKCS_8:
 			return x509.MarshalPKCS8PrivateKey(key)
 		}
@@ -169,6 +177,8 @@ func encodeKey(key any, format kmip.KeyFormatType) ([]byte, error) {
 		switch format {
 		case kmip.KeyFormatTypePKCS_1:
 			return x509.MarshalPKCS1PublicKey(key), nil
+		case kmip.KeyFormatTypeTransparentRSAPublicKey:
+			return showPublic(key), nil
 		case kmip.KeyFormatTypeX_509:
 			return x509.MarshalPKIXPublicKey(key)
 		}

@@ -126,7 +126,7 @@ func shiftDate(n, old *Object, name kmip.AttributeName, by time.Duration) {
 func inherited(name kmip.AttributeName) bool {
 	switch name {
 	case kmip.AttributeNameName, kmip.AttributeNameCryptographicAlgorithm, kmip.AttributeNameCryptographicLength,
-		kmip.AttributeNameCryptographicParameters, kmip.AttributeNameCryptographicUsageMask, kmip.AttributeNameOperationPolicyName,
+		kmip.AttributeNameCryptographicParameters, kmip.AttributeNameCryptographicDomainParameters, kmip.AttributeNameCryptographicUsageMask, kmip.AttributeNameOperationPolicyName,
 		kmip.AttributeNameUsageLimits, kmip.AttributeNameObjectGroup, kmip.AttributeNameApplicationSpecificInformation,
 		kmip.AttributeNameContactInformation, kmip.AttributeNameAlternativeName, kmip.AttributeNameDescription,
 		kmip.AttributeNameSensitive, kmip.AttributeNameExtractable:

@@ -131,11 +131,17 @@ func (p *play) same(want *node, value, got any) bool {
 			p.references[strings.ToLower(want.value)] = text(got)
 			return len(value) == len(got.([]byte))
 		}
+		if free && chosen && p.operations["CreateKeyPair"] {
+			return max(len(value), len(got.([]byte)))-min(len(value), len(got.([]byte))) <= 8 // numbers in DER begin with no zeros
+		}
 		if free && chosen && generated || want.tag == kmip.TagDigestValue && generated {
 			return len(value) == len(got.([]byte))
 		}
 		return bytes.Equal(value, got.([]byte))
 	case *big.Int:
+		if free && generated && want.tag != kmip.TagPublicExponent {
+			return got.(*big.Int).Sign() > 0 // of a key that the server made
+		}
 		return value.Cmp(got.(*big.Int)) == 0
 	}
 	return value == got
