@@ -3,12 +3,14 @@ package store
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
 	"slices"
 
+	etcderrors "go.etcd.io/etcd/server/v3/etcdserver/errors"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 
@@ -56,7 +58,7 @@ func (c *slogCore) Check(e zapcore.Entry, ce *zapcore.CheckedEntry) *zapcore.Che
 func (c *slogCore) Write(e zapcore.Entry, fields []zapcore.Field) error {
 	level := slog.LevelWarn
 	switch {
-	case isNoise(e.Message), isClosing(fields):
+	case isNoise(e.Message), isClosing(fields), isEarly(e.Message, fields):
 		level = slog.LevelDebug
 	case e.Level >= zapcore.ErrorLevel:
 		level = slog.LevelError
@@ -91,12 +93,29 @@ func isClosing(fields []zapcore.Field) bool {
 	})
 }
 
+// isEarly reports whether a message tells that a member could not make itself known
+// yet, because it is still reading its log. It tries again without a pause, hundreds
+// of times.
+func isEarly(msg string, fields []zapcore.Field) bool {
+	return msg == "failed to publish local member to cluster through raft" && slices.ContainsFunc(fields, func(f zapcore.Field) bool {
+		err, ok := f.Interface.(error)
+		return ok && errors.Is(err, etcderrors.ErrTooManyRequests)
+	})
+}
+
+// textMax bounds a text in the log, in bytes: a slow request is told with all keys
+// of all transactions that were committed together.
+const textMax = 512
+
 func attrsOf(fields []zapcore.Field) []slog.Attr {
 	attrs := make([]slog.Attr, 0, len(fields))
 	for _, f := range fields {
 		enc := zapcore.NewMapObjectEncoder()
 		f.AddTo(enc)
 		for k, v := range enc.Fields {
+			if text, ok := v.(string); ok && len(text) > textMax {
+				v = fmt.Sprintf("%s... (%d bytes)", text[:textMax], len(text))
+			}
 			attrs = append(attrs, slog.Any(k, v))
 		}
 	}

@@ -76,7 +76,8 @@ type Config struct {
 
 	// APIMaxRequestsPerSecond is how many requests to the API from one network
 	// address, of IPv6 from one network (/64), are answered in a second; more are
-	// refused, as HTTP's 429. From 1 to 65536. Default: 100.
+	// refused, as HTTP's 429. Applications with REST come this way, too. From 1 to
+	// 65536. Default: 1000.
 	APIMaxRequestsPerSecond int `toml:"api_max_requests_per_second"`
 
 	// format replaces [formatKnown] in tests, if it is set.
@@ -175,7 +176,7 @@ func (c Config) withDefaults() (Config, error) {
 		{"max_connections_per_address", &c.MaxConnectionsPerAddress, 256},
 		{"api_max_connections", &c.APIMaxConnections, 512},
 		{"api_max_connections_per_address", &c.APIMaxConnectionsPerAddress, 64},
-		{"api_max_requests_per_second", &c.APIMaxRequestsPerSecond, 100},
+		{"api_max_requests_per_second", &c.APIMaxRequestsPerSecond, 1000},
 	} {
 		if *s.limit == 0 {
 			*s.limit = s.usual

@@ -16,7 +16,7 @@ func TestParseConfig(t *testing.T) {
 	want := Config{
 		DataDir: "/d", Listen: "0.0.0.0:5696", Advertise: "kms.example:5696", KeyFile: "/d/kms.key", LocalSocket: "/d/kms.sock",
 		MaxConnections: 512, MaxConnectionsPerAddress: 256, BackupMaxAgeHours: 168,
-		APIMaxConnections: 512, APIMaxConnectionsPerAddress: 64, APIMaxRequestsPerSecond: 100,
+		APIMaxConnections: 512, APIMaxConnectionsPerAddress: 64, APIMaxRequestsPerSecond: 1000,
 	}
 	if c != want {
 		t.Errorf("%+v, want %+v", c, want)

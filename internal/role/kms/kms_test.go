@@ -47,7 +47,6 @@ func configOf(t testing.TB, dir string) Config {
 		t.Fatal(err)
 	}
 	cfg.hashing = access.Hashing{Time: 1, MemoryKiB: 64, Threads: 1}
-	cfg.APIMaxRequestsPerSecond = 1000 // tests call every method
 	cfg.LocalSocket = filepath.Join(socketDir(t), "s")
 	return cfg
 }
