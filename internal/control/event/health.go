@@ -36,6 +36,7 @@ type world struct {
 	hosts     []inventory.Host
 	vms       []inventory.VM
 	providers []inventory.Provider
+	site      inventory.Site
 	now       time.Time
 }
 
@@ -48,6 +49,7 @@ func (l *Log) look(ctx context.Context, inv *inventory.Inventory) (w world, err 
 		return w, err
 	}
 	w.providers, err = inv.Providers(ctx)
+	w.site = inv.Site(w.providers, w.vms)
 	return w, err
 }
 
@@ -90,6 +92,12 @@ func (w world) conditions(alarmID string) []Condition {
 		for _, v := range w.vms {
 			if v.CryptoState == inventory.Locked {
 				out = append(out, Condition{"vm/" + v.Name, map[string]string{"vm": v.Name, "reason": v.LockReason}})
+			}
+		}
+	case AlarmCircular:
+		for _, v := range w.vms {
+			if circle := w.site.Circle(v); circle != "" {
+				out = append(out, Condition{"vm/" + v.Name, map[string]string{"vm": v.Name, "circle": circle}})
 			}
 		}
 	case AlarmHostNotResponding:

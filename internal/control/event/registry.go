@@ -95,6 +95,10 @@ const (
 	VMSnapshotRenamed  = "strongroom.vm.SnapshotRenamed"
 	VMConsolidated     = "strongroom.vm.Consolidated"
 
+	VMMarked        = "strongroom.vm.Marked"
+	VMCircular      = "strongroom.vm.crypto.CircularDependency"
+	VMCircularEnded = "strongroom.vm.crypto.CircularDependencyEnded"
+
 	DiskKeyExported = "strongroom.vm.crypto.DiskKeyExported"
 	VMLocked        = "strongroom.vm.Crypto.VMLocked.KeyMissingOnHost"
 	VMUnlocked      = "strongroom.vm.Crypto.VMUnlocked"
@@ -177,6 +181,9 @@ func Types() []Type {
 		{VMConsolidated, Info, "{principal} had files of {target} deleted that none of its snapshots has"},
 		{VMDiskResized, Info, "A disk of {target} was made larger"},
 		{DiskKeyExported, Warning, "{principal} exported the key of {disk} of {target}; whoever has it reads every copy of the disk"},
+		{VMMarked, Info, "{principal} noted what of this site {target} runs: {parts}"},
+		{VMCircular, Warning, "{target} cannot be started after its host was: it needs {circle}"},
+		{VMCircularEnded, Info, "{target} does not wait for itself any more"},
 		{VMLocked, Error, "{target} is locked: {reason}"},
 		{VMUnlocked, Info, "{target} is unlocked"},
 
@@ -217,6 +224,7 @@ const (
 	AlarmProviderNotOnHosts  = "provider-not-on-all-hosts"
 	AlarmProviderMissing     = "provider-missing"
 	AlarmVMLocked            = "vm-locked"
+	AlarmCircular            = "circular-dependency"
 	AlarmHostNotResponding   = "host-not-responding"
 
 	AlarmProviderNotEstablished = "provider-not-established"
@@ -278,6 +286,11 @@ func AlarmTypes() []AlarmType {
 			ID: AlarmVMLocked, Name: "Virtual Machine Locked", Check: "All VMs are unlocked",
 			Raised: VMLocked, Cleared: VMUnlocked,
 			Hint: "strongroom vm unlock {vm}",
+		},
+		{
+			ID: AlarmCircular, Name: "Circular Dependency", Check: "No VM needs itself to be started",
+			Raised: VMCircular, Cleared: VMCircularEnded,
+			Hint: "strongroom vm decrypt {vm}", RepeatHours: 24,
 		},
 		{
 			ID: AlarmHostNotResponding, Name: "Host Connection", Check: "All hosts answer",

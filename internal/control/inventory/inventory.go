@@ -44,6 +44,7 @@ type Inventory struct {
 	kept       *store.Table[KeptVM]       // by folderKey
 	alive      *store.Table[presence]     // by host id, bound to a lease
 	now        func() time.Time
+	controller []string // see [Inventory.NameController]
 
 	mu     sync.Mutex              // guards leases
 	leases map[string]*store.Lease // by host id

@@ -120,6 +120,9 @@ type VM struct {
 	// ConsolidationNeeded says that its folder has files of snapshots that it does
 	// not have.
 	ConsolidationNeeded bool `json:"consolidation_needed,omitempty"`
+	// Runs are the parts of this site that people said it runs, sorted: a fact about
+	// the site, so it is not in the VM's folder.
+	Runs []string `json:"runs,omitempty"`
 }
 
 // Encrypted reports whether the VM or a disk of it has a key.
