@@ -14,6 +14,10 @@ const ReasonRekeyInProgress = "RekeyInProgress"
 // snapshots does not allow.
 const ReasonHasSnapshots = "VMHasSnapshots"
 
+// ReasonCircularDependency is the reason of an InvalidState error about a VM that
+// would need itself to be started.
+const ReasonCircularDependency = "CircularDependency"
+
 // ReasonEncryptionInProgress is the reason of an InvalidState error about a disk
 // whose encryption in place has begun and is not finished.
 const ReasonEncryptionInProgress = "EncryptionInProgress"

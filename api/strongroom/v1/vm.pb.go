@@ -107,7 +107,9 @@ type VM struct {
 	// restored from a backup.
 	ConsolidationNeeded bool `protobuf:"varint,17,opt,name=consolidation_needed,json=consolidationNeeded,proto3" json:"consolidation_needed,omitempty"`
 	// Between host and controller only.
-	Description   *Description `protobuf:"bytes,18,opt,name=description,proto3" json:"description,omitempty"`
+	Description *Description `protobuf:"bytes,18,opt,name=description,proto3" json:"description,omitempty"`
+	// The parts of this site that it was marked as running, as in MarkVMRequest.
+	Runs          []string `protobuf:"bytes,19,rep,name=runs,proto3" json:"runs,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -264,6 +266,13 @@ func (x *VM) GetConsolidationNeeded() bool {
 func (x *VM) GetDescription() *Description {
 	if x != nil {
 		return x.Description
+	}
+	return nil
+}
+
+func (x *VM) GetRuns() []string {
+	if x != nil {
+		return x.Runs
 	}
 	return nil
 }
@@ -912,7 +921,12 @@ type CreateVMRequest struct {
 	// Encrypt its disks.
 	Encrypt bool `protobuf:"varint,6,opt,name=encrypt,proto3" json:"encrypt,omitempty"`
 	// The key provider; empty: the default one.
-	Provider      string `protobuf:"bytes,7,opt,name=provider,proto3" json:"provider,omitempty"`
+	Provider string `protobuf:"bytes,7,opt,name=provider,proto3" json:"provider,omitempty"`
+	// The parts of this site that it will run, as in MarkVMRequest.
+	Runs []string `protobuf:"bytes,8,rep,name=runs,proto3" json:"runs,omitempty"`
+	// Go on although the VM runs what its keys would come from: once its host was
+	// restarted, nothing starts it. Audited.
+	AllowCircular bool `protobuf:"varint,9,opt,name=allow_circular,json=allowCircular,proto3" json:"allow_circular,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -996,6 +1010,20 @@ func (x *CreateVMRequest) GetProvider() string {
 	return ""
 }
 
+func (x *CreateVMRequest) GetRuns() []string {
+	if x != nil {
+		return x.Runs
+	}
+	return nil
+}
+
+func (x *CreateVMRequest) GetAllowCircular() bool {
+	if x != nil {
+		return x.AllowCircular
+	}
+	return false
+}
+
 type CloneVMRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The VM that is cloned.
@@ -1007,7 +1035,10 @@ type CloneVMRequest struct {
 	Provider string `protobuf:"bytes,4,opt,name=provider,proto3" json:"provider,omitempty"`
 	// Give the clone's disks DEKs of their own. They are rewritten; else they share
 	// blocks with the source where the datastore can do that.
-	Recrypt       bool `protobuf:"varint,5,opt,name=recrypt,proto3" json:"recrypt,omitempty"`
+	Recrypt bool `protobuf:"varint,5,opt,name=recrypt,proto3" json:"recrypt,omitempty"`
+	// Go on although the VM runs what its keys would come from: once its host was
+	// restarted, nothing starts it. Audited.
+	AllowCircular bool `protobuf:"varint,6,opt,name=allow_circular,json=allowCircular,proto3" json:"allow_circular,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1073,6 +1104,13 @@ func (x *CloneVMRequest) GetProvider() string {
 func (x *CloneVMRequest) GetRecrypt() bool {
 	if x != nil {
 		return x.Recrypt
+	}
+	return false
+}
+
+func (x *CloneVMRequest) GetAllowCircular() bool {
+	if x != nil {
+		return x.AllowCircular
 	}
 	return false
 }
@@ -1710,7 +1748,10 @@ type EncryptVMRequest struct {
 	// Encrypt the disks in their own files, without room for a second copy; the VM must
 	// be powered off. Interrupted, the disks cannot be used until it was called again
 	// and has ended.
-	InPlace       bool `protobuf:"varint,5,opt,name=in_place,json=inPlace,proto3" json:"in_place,omitempty"`
+	InPlace bool `protobuf:"varint,5,opt,name=in_place,json=inPlace,proto3" json:"in_place,omitempty"`
+	// Go on although the VM runs what its keys would come from: once its host was
+	// restarted, nothing starts it. Audited.
+	AllowCircular bool `protobuf:"varint,6,opt,name=allow_circular,json=allowCircular,proto3" json:"allow_circular,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1776,6 +1817,13 @@ func (x *EncryptVMRequest) GetRate() int64 {
 func (x *EncryptVMRequest) GetInPlace() bool {
 	if x != nil {
 		return x.InPlace
+	}
+	return false
+}
+
+func (x *EncryptVMRequest) GetAllowCircular() bool {
+	if x != nil {
+		return x.AllowCircular
 	}
 	return false
 }
@@ -1848,7 +1896,10 @@ type RekeyVMRequest struct {
 	Deep     bool     `protobuf:"varint,3,opt,name=deep,proto3" json:"deep,omitempty"`
 	Disks    []string `protobuf:"bytes,4,rep,name=disks,proto3" json:"disks,omitempty"`
 	// What a deep rekey may rewrite, in bytes a second; 0: any number.
-	Rate          int64 `protobuf:"varint,5,opt,name=rate,proto3" json:"rate,omitempty"`
+	Rate int64 `protobuf:"varint,5,opt,name=rate,proto3" json:"rate,omitempty"`
+	// Go on although the VM runs what its keys would come from: once its host was
+	// restarted, nothing starts it. Audited.
+	AllowCircular bool `protobuf:"varint,6,opt,name=allow_circular,json=allowCircular,proto3" json:"allow_circular,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1918,6 +1969,66 @@ func (x *RekeyVMRequest) GetRate() int64 {
 	return 0
 }
 
+func (x *RekeyVMRequest) GetAllowCircular() bool {
+	if x != nil {
+		return x.AllowCircular
+	}
+	return false
+}
+
+type MarkVMRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// "controller", or "provider:NAME": a key server of that standard provider.
+	Runs          []string `protobuf:"bytes,2,rep,name=runs,proto3" json:"runs,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MarkVMRequest) Reset() {
+	*x = MarkVMRequest{}
+	mi := &file_strongroom_v1_vm_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MarkVMRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MarkVMRequest) ProtoMessage() {}
+
+func (x *MarkVMRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_vm_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MarkVMRequest.ProtoReflect.Descriptor instead.
+func (*MarkVMRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *MarkVMRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *MarkVMRequest) GetRuns() []string {
+	if x != nil {
+		return x.Runs
+	}
+	return nil
+}
+
 type SetRekeyRateRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -1929,7 +2040,7 @@ type SetRekeyRateRequest struct {
 
 func (x *SetRekeyRateRequest) Reset() {
 	*x = SetRekeyRateRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[26]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1941,7 +2052,7 @@ func (x *SetRekeyRateRequest) String() string {
 func (*SetRekeyRateRequest) ProtoMessage() {}
 
 func (x *SetRekeyRateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[26]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1954,7 +2065,7 @@ func (x *SetRekeyRateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetRekeyRateRequest.ProtoReflect.Descriptor instead.
 func (*SetRekeyRateRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{26}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *SetRekeyRateRequest) GetName() string {
@@ -1982,7 +2093,7 @@ type FillDisksRequest struct {
 
 func (x *FillDisksRequest) Reset() {
 	*x = FillDisksRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[27]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1994,7 +2105,7 @@ func (x *FillDisksRequest) String() string {
 func (*FillDisksRequest) ProtoMessage() {}
 
 func (x *FillDisksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[27]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2007,7 +2118,7 @@ func (x *FillDisksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FillDisksRequest.ProtoReflect.Descriptor instead.
 func (*FillDisksRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{27}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *FillDisksRequest) GetName() string {
@@ -2036,7 +2147,7 @@ type ResizeDiskRequest struct {
 
 func (x *ResizeDiskRequest) Reset() {
 	*x = ResizeDiskRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[28]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2048,7 +2159,7 @@ func (x *ResizeDiskRequest) String() string {
 func (*ResizeDiskRequest) ProtoMessage() {}
 
 func (x *ResizeDiskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[28]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2061,7 +2172,7 @@ func (x *ResizeDiskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeDiskRequest.ProtoReflect.Descriptor instead.
 func (*ResizeDiskRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{28}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ResizeDiskRequest) GetName() string {
@@ -2097,7 +2208,7 @@ type ExportDiskKeyRequest struct {
 
 func (x *ExportDiskKeyRequest) Reset() {
 	*x = ExportDiskKeyRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[29]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2109,7 +2220,7 @@ func (x *ExportDiskKeyRequest) String() string {
 func (*ExportDiskKeyRequest) ProtoMessage() {}
 
 func (x *ExportDiskKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[29]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2122,7 +2233,7 @@ func (x *ExportDiskKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportDiskKeyRequest.ProtoReflect.Descriptor instead.
 func (*ExportDiskKeyRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{29}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ExportDiskKeyRequest) GetName() string {
@@ -2157,7 +2268,7 @@ type ExportDiskKeyResponse struct {
 
 func (x *ExportDiskKeyResponse) Reset() {
 	*x = ExportDiskKeyResponse{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[30]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2169,7 +2280,7 @@ func (x *ExportDiskKeyResponse) String() string {
 func (*ExportDiskKeyResponse) ProtoMessage() {}
 
 func (x *ExportDiskKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[30]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2182,7 +2293,7 @@ func (x *ExportDiskKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportDiskKeyResponse.ProtoReflect.Descriptor instead.
 func (*ExportDiskKeyResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{30}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ExportDiskKeyResponse) GetParcel() []byte {
@@ -2228,7 +2339,7 @@ type VolumeLayout struct {
 
 func (x *VolumeLayout) Reset() {
 	*x = VolumeLayout{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[31]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2240,7 +2351,7 @@ func (x *VolumeLayout) String() string {
 func (*VolumeLayout) ProtoMessage() {}
 
 func (x *VolumeLayout) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[31]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2253,7 +2364,7 @@ func (x *VolumeLayout) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeLayout.ProtoReflect.Descriptor instead.
 func (*VolumeLayout) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{31}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *VolumeLayout) GetVm() string {
@@ -2360,7 +2471,7 @@ type RegisterVMRequest struct {
 
 func (x *RegisterVMRequest) Reset() {
 	*x = RegisterVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[32]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2372,7 +2483,7 @@ func (x *RegisterVMRequest) String() string {
 func (*RegisterVMRequest) ProtoMessage() {}
 
 func (x *RegisterVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[32]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2385,7 +2496,7 @@ func (x *RegisterVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterVMRequest.ProtoReflect.Descriptor instead.
 func (*RegisterVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{32}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *RegisterVMRequest) GetDatastore() string {
@@ -2425,7 +2536,7 @@ type UnregisterVMRequest struct {
 
 func (x *UnregisterVMRequest) Reset() {
 	*x = UnregisterVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[33]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2437,7 +2548,7 @@ func (x *UnregisterVMRequest) String() string {
 func (*UnregisterVMRequest) ProtoMessage() {}
 
 func (x *UnregisterVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[33]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2450,7 +2561,7 @@ func (x *UnregisterVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnregisterVMRequest.ProtoReflect.Descriptor instead.
 func (*UnregisterVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{33}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *UnregisterVMRequest) GetName() string {
@@ -2468,7 +2579,7 @@ type ListUnregisteredVMsRequest struct {
 
 func (x *ListUnregisteredVMsRequest) Reset() {
 	*x = ListUnregisteredVMsRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[34]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2480,7 +2591,7 @@ func (x *ListUnregisteredVMsRequest) String() string {
 func (*ListUnregisteredVMsRequest) ProtoMessage() {}
 
 func (x *ListUnregisteredVMsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[34]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2493,7 +2604,7 @@ func (x *ListUnregisteredVMsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListUnregisteredVMsRequest.ProtoReflect.Descriptor instead.
 func (*ListUnregisteredVMsRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{34}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{35}
 }
 
 type ListUnregisteredVMsResponse struct {
@@ -2505,7 +2616,7 @@ type ListUnregisteredVMsResponse struct {
 
 func (x *ListUnregisteredVMsResponse) Reset() {
 	*x = ListUnregisteredVMsResponse{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[35]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2517,7 +2628,7 @@ func (x *ListUnregisteredVMsResponse) String() string {
 func (*ListUnregisteredVMsResponse) ProtoMessage() {}
 
 func (x *ListUnregisteredVMsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[35]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2530,7 +2641,7 @@ func (x *ListUnregisteredVMsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListUnregisteredVMsResponse.ProtoReflect.Descriptor instead.
 func (*ListUnregisteredVMsResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{35}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *ListUnregisteredVMsResponse) GetVms() []*UnregisteredVM {
@@ -2556,7 +2667,7 @@ type UnregisteredVM struct {
 
 func (x *UnregisteredVM) Reset() {
 	*x = UnregisteredVM{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[36]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2568,7 +2679,7 @@ func (x *UnregisteredVM) String() string {
 func (*UnregisteredVM) ProtoMessage() {}
 
 func (x *UnregisteredVM) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[36]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2581,7 +2692,7 @@ func (x *UnregisteredVM) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnregisteredVM.ProtoReflect.Descriptor instead.
 func (*UnregisteredVM) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{36}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *UnregisteredVM) GetId() string {
@@ -2638,7 +2749,7 @@ type ForgetVMRequest struct {
 
 func (x *ForgetVMRequest) Reset() {
 	*x = ForgetVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[37]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2650,7 +2761,7 @@ func (x *ForgetVMRequest) String() string {
 func (*ForgetVMRequest) ProtoMessage() {}
 
 func (x *ForgetVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[37]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2663,7 +2774,7 @@ func (x *ForgetVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForgetVMRequest.ProtoReflect.Descriptor instead.
 func (*ForgetVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{37}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ForgetVMRequest) GetDatastore() string {
@@ -2697,7 +2808,7 @@ type ForgetVMResponse struct {
 
 func (x *ForgetVMResponse) Reset() {
 	*x = ForgetVMResponse{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[38]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2709,7 +2820,7 @@ func (x *ForgetVMResponse) String() string {
 func (*ForgetVMResponse) ProtoMessage() {}
 
 func (x *ForgetVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[38]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2722,7 +2833,7 @@ func (x *ForgetVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForgetVMResponse.ProtoReflect.Descriptor instead.
 func (*ForgetVMResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{38}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ForgetVMResponse) GetVm() *UnregisteredVM {
@@ -2741,7 +2852,7 @@ type DeleteVMRequest struct {
 
 func (x *DeleteVMRequest) Reset() {
 	*x = DeleteVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[39]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2753,7 +2864,7 @@ func (x *DeleteVMRequest) String() string {
 func (*DeleteVMRequest) ProtoMessage() {}
 
 func (x *DeleteVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[39]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2766,7 +2877,7 @@ func (x *DeleteVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVMRequest.ProtoReflect.Descriptor instead.
 func (*DeleteVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{39}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *DeleteVMRequest) GetName() string {
@@ -2785,7 +2896,7 @@ type UnlockVMRequest struct {
 
 func (x *UnlockVMRequest) Reset() {
 	*x = UnlockVMRequest{}
-	mi := &file_strongroom_v1_vm_proto_msgTypes[40]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2797,7 +2908,7 @@ func (x *UnlockVMRequest) String() string {
 func (*UnlockVMRequest) ProtoMessage() {}
 
 func (x *UnlockVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_vm_proto_msgTypes[40]
+	mi := &file_strongroom_v1_vm_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2810,7 +2921,7 @@ func (x *UnlockVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockVMRequest.ProtoReflect.Descriptor instead.
 func (*UnlockVMRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{40}
+	return file_strongroom_v1_vm_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *UnlockVMRequest) GetName() string {
@@ -2827,7 +2938,7 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"\x16strongroom/v1/vm.proto\x12\rstrongroom.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bstrongroom/v1/options.proto\x1a\x18strongroom/v1/task.proto\";\n" +
 	"\x06KeyRef\x12\x1a\n" +
 	"\bprovider\x18\x01 \x01(\tR\bprovider\x12\x15\n" +
-	"\x06key_id\x18\x02 \x01(\tR\x05keyId\"\xa3\x05\n" +
+	"\x06key_id\x18\x02 \x01(\tR\x05keyId\"\xb7\x05\n" +
 	"\x02VM\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x18\n" +
@@ -2849,7 +2960,8 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"\tsnapshots\x18\x0f \x03(\v2\x17.strongroom.v1.SnapshotR\tsnapshots\x12)\n" +
 	"\x10current_snapshot\x18\x10 \x01(\tR\x0fcurrentSnapshot\x121\n" +
 	"\x14consolidation_needed\x18\x11 \x01(\bR\x13consolidationNeeded\x12<\n" +
-	"\vdescription\x18\x12 \x01(\v2\x1a.strongroom.v1.DescriptionR\vdescription\"E\n" +
+	"\vdescription\x18\x12 \x01(\v2\x1a.strongroom.v1.DescriptionR\vdescription\x12\x12\n" +
+	"\x04runs\x18\x13 \x03(\tR\x04runs\"E\n" +
 	"\vDescription\x12\x1a\n" +
 	"\binstance\x18\x01 \x01(\tR\binstance\x12\x1a\n" +
 	"\bsequence\x18\x02 \x01(\x04R\bsequence\"\xa1\x02\n" +
@@ -2914,7 +3026,7 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"\x04thin\x18\x05 \x01(\bR\x04thin\x12\x1e\n" +
 	"\n" +
 	"passphrase\x18\x06 \x01(\fR\n" +
-	"passphrase\"\xf2\x01\n" +
+	"passphrase\"\xad\x02\n" +
 	"\x0fCreateVMRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
 	"\tdatastore\x18\x02 \x01(\tR\tdatastore\x12\x12\n" +
@@ -2922,13 +3034,16 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"\bsettings\x18\x04 \x01(\v2\x19.strongroom.v1.VMSettingsR\bsettings\x12,\n" +
 	"\x05disks\x18\x05 \x03(\v2\x16.strongroom.v1.NewDiskR\x05disks\x12\x18\n" +
 	"\aencrypt\x18\x06 \x01(\bR\aencrypt\x12\x1a\n" +
-	"\bprovider\x18\a \x01(\tR\bprovider\"\x8e\x01\n" +
+	"\bprovider\x18\a \x01(\tR\bprovider\x12\x12\n" +
+	"\x04runs\x18\b \x03(\tR\x04runs\x12%\n" +
+	"\x0eallow_circular\x18\t \x01(\bR\rallowCircular\"\xb5\x01\n" +
 	"\x0eCloneVMRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05clone\x18\x02 \x01(\tR\x05clone\x12\x1c\n" +
 	"\tdatastore\x18\x03 \x01(\tR\tdatastore\x12\x1a\n" +
 	"\bprovider\x18\x04 \x01(\tR\bprovider\x12\x18\n" +
-	"\arecrypt\x18\x05 \x01(\bR\arecrypt\"*\n" +
+	"\arecrypt\x18\x05 \x01(\bR\arecrypt\x12%\n" +
+	"\x0eallow_circular\x18\x06 \x01(\bR\rallowCircular\"*\n" +
 	"\x14ListSnapshotsRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"\xac\x01\n" +
 	"\x15ListSnapshotsResponse\x125\n" +
@@ -2963,23 +3078,28 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"\x11PowerOffVMRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04hard\x18\x02 \x01(\bR\x04hard\x12'\n" +
-	"\x0ftimeout_seconds\x18\x03 \x01(\rR\x0etimeoutSeconds\"\x87\x01\n" +
+	"\x0ftimeout_seconds\x18\x03 \x01(\rR\x0etimeoutSeconds\"\xae\x01\n" +
 	"\x10EncryptVMRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\bprovider\x18\x02 \x01(\tR\bprovider\x12\x14\n" +
 	"\x05disks\x18\x03 \x03(\tR\x05disks\x12\x12\n" +
 	"\x04rate\x18\x04 \x01(\x03R\x04rate\x12\x19\n" +
-	"\bin_place\x18\x05 \x01(\bR\ainPlace\"P\n" +
+	"\bin_place\x18\x05 \x01(\bR\ainPlace\x12%\n" +
+	"\x0eallow_circular\x18\x06 \x01(\bR\rallowCircular\"P\n" +
 	"\x10DecryptVMRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05disks\x18\x02 \x03(\tR\x05disks\x12\x12\n" +
-	"\x04rate\x18\x03 \x01(\x03R\x04rate\"~\n" +
+	"\x04rate\x18\x03 \x01(\x03R\x04rate\"\xa5\x01\n" +
 	"\x0eRekeyVMRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\bprovider\x18\x02 \x01(\tR\bprovider\x12\x12\n" +
 	"\x04deep\x18\x03 \x01(\bR\x04deep\x12\x14\n" +
 	"\x05disks\x18\x04 \x03(\tR\x05disks\x12\x12\n" +
-	"\x04rate\x18\x05 \x01(\x03R\x04rate\"=\n" +
+	"\x04rate\x18\x05 \x01(\x03R\x04rate\x12%\n" +
+	"\x0eallow_circular\x18\x06 \x01(\bR\rallowCircular\"7\n" +
+	"\rMarkVMRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04runs\x18\x02 \x03(\tR\x04runs\"=\n" +
 	"\x13SetRekeyRateRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04rate\x18\x02 \x01(\x03R\x04rate\"<\n" +
@@ -3043,7 +3163,7 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"\x0fDeleteVMRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"%\n" +
 	"\x0fUnlockVMRequest\x12\x12\n" +
-	"\x04name\x18\x01 \x01(\tR\x04name2\xe4\x14\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name2\xc3\x15\n" +
 	"\tVMService\x12d\n" +
 	"\bCreateVM\x12\x1e.strongroom.v1.CreateVMRequest\x1a\x13.strongroom.v1.Task\"#\x8a\xb5\x18\x1fVirtualMachine.Inventory.Create\x12d\n" +
 	"\aCloneVM\x12\x1d.strongroom.v1.CloneVMRequest\x1a\x13.strongroom.v1.Task\"%\x8a\xb5\x18!VirtualMachine.Provisioning.Clone\x12Y\n" +
@@ -3058,7 +3178,8 @@ const file_strongroom_v1_vm_proto_rawDesc = "" +
 	"\fSetRekeyRate\x12\".strongroom.v1.SetRekeyRateRequest\x1a\x13.strongroom.v1.Task\"\x19\x8a\xb5\x18\x15Cryptographer.Recrypt\x12_\n" +
 	"\tFillDisks\x12\x1f.strongroom.v1.FillDisksRequest\x1a\x13.strongroom.v1.Task\"\x1c\x8a\xb5\x18\x18Datastore.FileManagement\x12i\n" +
 	"\n" +
-	"ResizeDisk\x12 .strongroom.v1.ResizeDiskRequest\x1a\x13.strongroom.v1.Task\"$\x8a\xb5\x18 VirtualMachine.Config.DiskExtend\x12k\n" +
+	"ResizeDisk\x12 .strongroom.v1.ResizeDiskRequest\x1a\x13.strongroom.v1.Task\"$\x8a\xb5\x18 VirtualMachine.Config.DiskExtend\x12]\n" +
+	"\x06MarkVM\x12\x1c.strongroom.v1.MarkVMRequest\x1a\x11.strongroom.v1.VM\"\"\x8a\xb5\x18\x1eVirtualMachine.Config.Settings\x12k\n" +
 	"\rListSnapshots\x12#.strongroom.v1.ListSnapshotsRequest\x1a$.strongroom.v1.ListSnapshotsResponse\"\x0f\x8a\xb5\x18\vSystem.Read\x12t\n" +
 	"\x0eCreateSnapshot\x12$.strongroom.v1.CreateSnapshotRequest\x1a\x13.strongroom.v1.Task\"'\x8a\xb5\x18#VirtualMachine.State.CreateSnapshot\x12z\n" +
 	"\x10RevertToSnapshot\x12&.strongroom.v1.RevertToSnapshotRequest\x1a\x13.strongroom.v1.Task\")\x8a\xb5\x18%VirtualMachine.State.RevertToSnapshot\x12t\n" +
@@ -3086,7 +3207,7 @@ func file_strongroom_v1_vm_proto_rawDescGZIP() []byte {
 	return file_strongroom_v1_vm_proto_rawDescData
 }
 
-var file_strongroom_v1_vm_proto_msgTypes = make([]protoimpl.MessageInfo, 41)
+var file_strongroom_v1_vm_proto_msgTypes = make([]protoimpl.MessageInfo, 42)
 var file_strongroom_v1_vm_proto_goTypes = []any{
 	(*KeyRef)(nil),                      // 0: strongroom.v1.KeyRef
 	(*VM)(nil),                          // 1: strongroom.v1.VM
@@ -3114,32 +3235,33 @@ var file_strongroom_v1_vm_proto_goTypes = []any{
 	(*EncryptVMRequest)(nil),            // 23: strongroom.v1.EncryptVMRequest
 	(*DecryptVMRequest)(nil),            // 24: strongroom.v1.DecryptVMRequest
 	(*RekeyVMRequest)(nil),              // 25: strongroom.v1.RekeyVMRequest
-	(*SetRekeyRateRequest)(nil),         // 26: strongroom.v1.SetRekeyRateRequest
-	(*FillDisksRequest)(nil),            // 27: strongroom.v1.FillDisksRequest
-	(*ResizeDiskRequest)(nil),           // 28: strongroom.v1.ResizeDiskRequest
-	(*ExportDiskKeyRequest)(nil),        // 29: strongroom.v1.ExportDiskKeyRequest
-	(*ExportDiskKeyResponse)(nil),       // 30: strongroom.v1.ExportDiskKeyResponse
-	(*VolumeLayout)(nil),                // 31: strongroom.v1.VolumeLayout
-	(*RegisterVMRequest)(nil),           // 32: strongroom.v1.RegisterVMRequest
-	(*UnregisterVMRequest)(nil),         // 33: strongroom.v1.UnregisterVMRequest
-	(*ListUnregisteredVMsRequest)(nil),  // 34: strongroom.v1.ListUnregisteredVMsRequest
-	(*ListUnregisteredVMsResponse)(nil), // 35: strongroom.v1.ListUnregisteredVMsResponse
-	(*UnregisteredVM)(nil),              // 36: strongroom.v1.UnregisteredVM
-	(*ForgetVMRequest)(nil),             // 37: strongroom.v1.ForgetVMRequest
-	(*ForgetVMResponse)(nil),            // 38: strongroom.v1.ForgetVMResponse
-	(*DeleteVMRequest)(nil),             // 39: strongroom.v1.DeleteVMRequest
-	(*UnlockVMRequest)(nil),             // 40: strongroom.v1.UnlockVMRequest
-	(*timestamppb.Timestamp)(nil),       // 41: google.protobuf.Timestamp
-	(*Task)(nil),                        // 42: strongroom.v1.Task
+	(*MarkVMRequest)(nil),               // 26: strongroom.v1.MarkVMRequest
+	(*SetRekeyRateRequest)(nil),         // 27: strongroom.v1.SetRekeyRateRequest
+	(*FillDisksRequest)(nil),            // 28: strongroom.v1.FillDisksRequest
+	(*ResizeDiskRequest)(nil),           // 29: strongroom.v1.ResizeDiskRequest
+	(*ExportDiskKeyRequest)(nil),        // 30: strongroom.v1.ExportDiskKeyRequest
+	(*ExportDiskKeyResponse)(nil),       // 31: strongroom.v1.ExportDiskKeyResponse
+	(*VolumeLayout)(nil),                // 32: strongroom.v1.VolumeLayout
+	(*RegisterVMRequest)(nil),           // 33: strongroom.v1.RegisterVMRequest
+	(*UnregisterVMRequest)(nil),         // 34: strongroom.v1.UnregisterVMRequest
+	(*ListUnregisteredVMsRequest)(nil),  // 35: strongroom.v1.ListUnregisteredVMsRequest
+	(*ListUnregisteredVMsResponse)(nil), // 36: strongroom.v1.ListUnregisteredVMsResponse
+	(*UnregisteredVM)(nil),              // 37: strongroom.v1.UnregisteredVM
+	(*ForgetVMRequest)(nil),             // 38: strongroom.v1.ForgetVMRequest
+	(*ForgetVMResponse)(nil),            // 39: strongroom.v1.ForgetVMResponse
+	(*DeleteVMRequest)(nil),             // 40: strongroom.v1.DeleteVMRequest
+	(*UnlockVMRequest)(nil),             // 41: strongroom.v1.UnlockVMRequest
+	(*timestamppb.Timestamp)(nil),       // 42: google.protobuf.Timestamp
+	(*Task)(nil),                        // 43: strongroom.v1.Task
 }
 var file_strongroom_v1_vm_proto_depIdxs = []int32{
 	0,  // 0: strongroom.v1.VM.key:type_name -> strongroom.v1.KeyRef
 	4,  // 1: strongroom.v1.VM.disks:type_name -> strongroom.v1.Disk
 	7,  // 2: strongroom.v1.VM.settings:type_name -> strongroom.v1.VMSettings
-	41, // 3: strongroom.v1.VM.created:type_name -> google.protobuf.Timestamp
+	42, // 3: strongroom.v1.VM.created:type_name -> google.protobuf.Timestamp
 	3,  // 4: strongroom.v1.VM.snapshots:type_name -> strongroom.v1.Snapshot
 	2,  // 5: strongroom.v1.VM.description:type_name -> strongroom.v1.Description
-	41, // 6: strongroom.v1.Snapshot.created:type_name -> google.protobuf.Timestamp
+	42, // 6: strongroom.v1.Snapshot.created:type_name -> google.protobuf.Timestamp
 	4,  // 7: strongroom.v1.Snapshot.disks:type_name -> strongroom.v1.Disk
 	7,  // 8: strongroom.v1.Snapshot.settings:type_name -> strongroom.v1.VMSettings
 	0,  // 9: strongroom.v1.Disk.key:type_name -> strongroom.v1.KeyRef
@@ -3150,12 +3272,12 @@ var file_strongroom_v1_vm_proto_depIdxs = []int32{
 	8,  // 14: strongroom.v1.CreateVMRequest.disks:type_name -> strongroom.v1.NewDisk
 	3,  // 15: strongroom.v1.ListSnapshotsResponse.snapshots:type_name -> strongroom.v1.Snapshot
 	1,  // 16: strongroom.v1.ListVMsResponse.vms:type_name -> strongroom.v1.VM
-	31, // 17: strongroom.v1.ExportDiskKeyResponse.layout:type_name -> strongroom.v1.VolumeLayout
+	32, // 17: strongroom.v1.ExportDiskKeyResponse.layout:type_name -> strongroom.v1.VolumeLayout
 	0,  // 18: strongroom.v1.VolumeLayout.key:type_name -> strongroom.v1.KeyRef
-	36, // 19: strongroom.v1.ListUnregisteredVMsResponse.vms:type_name -> strongroom.v1.UnregisteredVM
+	37, // 19: strongroom.v1.ListUnregisteredVMsResponse.vms:type_name -> strongroom.v1.UnregisteredVM
 	0,  // 20: strongroom.v1.UnregisteredVM.keys:type_name -> strongroom.v1.KeyRef
-	41, // 21: strongroom.v1.UnregisteredVM.since:type_name -> google.protobuf.Timestamp
-	36, // 22: strongroom.v1.ForgetVMResponse.vm:type_name -> strongroom.v1.UnregisteredVM
+	42, // 21: strongroom.v1.UnregisteredVM.since:type_name -> google.protobuf.Timestamp
+	37, // 22: strongroom.v1.ForgetVMResponse.vm:type_name -> strongroom.v1.UnregisteredVM
 	9,  // 23: strongroom.v1.VMService.CreateVM:input_type -> strongroom.v1.CreateVMRequest
 	10, // 24: strongroom.v1.VMService.CloneVM:input_type -> strongroom.v1.CloneVMRequest
 	18, // 25: strongroom.v1.VMService.ListVMs:input_type -> strongroom.v1.ListVMsRequest
@@ -3165,49 +3287,51 @@ var file_strongroom_v1_vm_proto_depIdxs = []int32{
 	23, // 29: strongroom.v1.VMService.EncryptVM:input_type -> strongroom.v1.EncryptVMRequest
 	24, // 30: strongroom.v1.VMService.DecryptVM:input_type -> strongroom.v1.DecryptVMRequest
 	25, // 31: strongroom.v1.VMService.RekeyVM:input_type -> strongroom.v1.RekeyVMRequest
-	26, // 32: strongroom.v1.VMService.SetRekeyRate:input_type -> strongroom.v1.SetRekeyRateRequest
-	27, // 33: strongroom.v1.VMService.FillDisks:input_type -> strongroom.v1.FillDisksRequest
-	28, // 34: strongroom.v1.VMService.ResizeDisk:input_type -> strongroom.v1.ResizeDiskRequest
-	11, // 35: strongroom.v1.VMService.ListSnapshots:input_type -> strongroom.v1.ListSnapshotsRequest
-	13, // 36: strongroom.v1.VMService.CreateSnapshot:input_type -> strongroom.v1.CreateSnapshotRequest
-	14, // 37: strongroom.v1.VMService.RevertToSnapshot:input_type -> strongroom.v1.RevertToSnapshotRequest
-	15, // 38: strongroom.v1.VMService.RenameSnapshot:input_type -> strongroom.v1.RenameSnapshotRequest
-	16, // 39: strongroom.v1.VMService.DeleteSnapshot:input_type -> strongroom.v1.DeleteSnapshotRequest
-	17, // 40: strongroom.v1.VMService.ConsolidateSnapshots:input_type -> strongroom.v1.ConsolidateSnapshotsRequest
-	29, // 41: strongroom.v1.VMService.ExportDiskKey:input_type -> strongroom.v1.ExportDiskKeyRequest
-	32, // 42: strongroom.v1.VMService.RegisterVM:input_type -> strongroom.v1.RegisterVMRequest
-	33, // 43: strongroom.v1.VMService.UnregisterVM:input_type -> strongroom.v1.UnregisterVMRequest
-	34, // 44: strongroom.v1.VMService.ListUnregisteredVMs:input_type -> strongroom.v1.ListUnregisteredVMsRequest
-	37, // 45: strongroom.v1.VMService.ForgetVM:input_type -> strongroom.v1.ForgetVMRequest
-	39, // 46: strongroom.v1.VMService.DeleteVM:input_type -> strongroom.v1.DeleteVMRequest
-	40, // 47: strongroom.v1.VMService.UnlockVM:input_type -> strongroom.v1.UnlockVMRequest
-	42, // 48: strongroom.v1.VMService.CreateVM:output_type -> strongroom.v1.Task
-	42, // 49: strongroom.v1.VMService.CloneVM:output_type -> strongroom.v1.Task
-	19, // 50: strongroom.v1.VMService.ListVMs:output_type -> strongroom.v1.ListVMsResponse
-	1,  // 51: strongroom.v1.VMService.GetVM:output_type -> strongroom.v1.VM
-	42, // 52: strongroom.v1.VMService.PowerOnVM:output_type -> strongroom.v1.Task
-	42, // 53: strongroom.v1.VMService.PowerOffVM:output_type -> strongroom.v1.Task
-	42, // 54: strongroom.v1.VMService.EncryptVM:output_type -> strongroom.v1.Task
-	42, // 55: strongroom.v1.VMService.DecryptVM:output_type -> strongroom.v1.Task
-	42, // 56: strongroom.v1.VMService.RekeyVM:output_type -> strongroom.v1.Task
-	42, // 57: strongroom.v1.VMService.SetRekeyRate:output_type -> strongroom.v1.Task
-	42, // 58: strongroom.v1.VMService.FillDisks:output_type -> strongroom.v1.Task
-	42, // 59: strongroom.v1.VMService.ResizeDisk:output_type -> strongroom.v1.Task
-	12, // 60: strongroom.v1.VMService.ListSnapshots:output_type -> strongroom.v1.ListSnapshotsResponse
-	42, // 61: strongroom.v1.VMService.CreateSnapshot:output_type -> strongroom.v1.Task
-	42, // 62: strongroom.v1.VMService.RevertToSnapshot:output_type -> strongroom.v1.Task
-	42, // 63: strongroom.v1.VMService.RenameSnapshot:output_type -> strongroom.v1.Task
-	42, // 64: strongroom.v1.VMService.DeleteSnapshot:output_type -> strongroom.v1.Task
-	42, // 65: strongroom.v1.VMService.ConsolidateSnapshots:output_type -> strongroom.v1.Task
-	30, // 66: strongroom.v1.VMService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
-	42, // 67: strongroom.v1.VMService.RegisterVM:output_type -> strongroom.v1.Task
-	42, // 68: strongroom.v1.VMService.UnregisterVM:output_type -> strongroom.v1.Task
-	35, // 69: strongroom.v1.VMService.ListUnregisteredVMs:output_type -> strongroom.v1.ListUnregisteredVMsResponse
-	38, // 70: strongroom.v1.VMService.ForgetVM:output_type -> strongroom.v1.ForgetVMResponse
-	42, // 71: strongroom.v1.VMService.DeleteVM:output_type -> strongroom.v1.Task
-	42, // 72: strongroom.v1.VMService.UnlockVM:output_type -> strongroom.v1.Task
-	48, // [48:73] is the sub-list for method output_type
-	23, // [23:48] is the sub-list for method input_type
+	27, // 32: strongroom.v1.VMService.SetRekeyRate:input_type -> strongroom.v1.SetRekeyRateRequest
+	28, // 33: strongroom.v1.VMService.FillDisks:input_type -> strongroom.v1.FillDisksRequest
+	29, // 34: strongroom.v1.VMService.ResizeDisk:input_type -> strongroom.v1.ResizeDiskRequest
+	26, // 35: strongroom.v1.VMService.MarkVM:input_type -> strongroom.v1.MarkVMRequest
+	11, // 36: strongroom.v1.VMService.ListSnapshots:input_type -> strongroom.v1.ListSnapshotsRequest
+	13, // 37: strongroom.v1.VMService.CreateSnapshot:input_type -> strongroom.v1.CreateSnapshotRequest
+	14, // 38: strongroom.v1.VMService.RevertToSnapshot:input_type -> strongroom.v1.RevertToSnapshotRequest
+	15, // 39: strongroom.v1.VMService.RenameSnapshot:input_type -> strongroom.v1.RenameSnapshotRequest
+	16, // 40: strongroom.v1.VMService.DeleteSnapshot:input_type -> strongroom.v1.DeleteSnapshotRequest
+	17, // 41: strongroom.v1.VMService.ConsolidateSnapshots:input_type -> strongroom.v1.ConsolidateSnapshotsRequest
+	30, // 42: strongroom.v1.VMService.ExportDiskKey:input_type -> strongroom.v1.ExportDiskKeyRequest
+	33, // 43: strongroom.v1.VMService.RegisterVM:input_type -> strongroom.v1.RegisterVMRequest
+	34, // 44: strongroom.v1.VMService.UnregisterVM:input_type -> strongroom.v1.UnregisterVMRequest
+	35, // 45: strongroom.v1.VMService.ListUnregisteredVMs:input_type -> strongroom.v1.ListUnregisteredVMsRequest
+	38, // 46: strongroom.v1.VMService.ForgetVM:input_type -> strongroom.v1.ForgetVMRequest
+	40, // 47: strongroom.v1.VMService.DeleteVM:input_type -> strongroom.v1.DeleteVMRequest
+	41, // 48: strongroom.v1.VMService.UnlockVM:input_type -> strongroom.v1.UnlockVMRequest
+	43, // 49: strongroom.v1.VMService.CreateVM:output_type -> strongroom.v1.Task
+	43, // 50: strongroom.v1.VMService.CloneVM:output_type -> strongroom.v1.Task
+	19, // 51: strongroom.v1.VMService.ListVMs:output_type -> strongroom.v1.ListVMsResponse
+	1,  // 52: strongroom.v1.VMService.GetVM:output_type -> strongroom.v1.VM
+	43, // 53: strongroom.v1.VMService.PowerOnVM:output_type -> strongroom.v1.Task
+	43, // 54: strongroom.v1.VMService.PowerOffVM:output_type -> strongroom.v1.Task
+	43, // 55: strongroom.v1.VMService.EncryptVM:output_type -> strongroom.v1.Task
+	43, // 56: strongroom.v1.VMService.DecryptVM:output_type -> strongroom.v1.Task
+	43, // 57: strongroom.v1.VMService.RekeyVM:output_type -> strongroom.v1.Task
+	43, // 58: strongroom.v1.VMService.SetRekeyRate:output_type -> strongroom.v1.Task
+	43, // 59: strongroom.v1.VMService.FillDisks:output_type -> strongroom.v1.Task
+	43, // 60: strongroom.v1.VMService.ResizeDisk:output_type -> strongroom.v1.Task
+	1,  // 61: strongroom.v1.VMService.MarkVM:output_type -> strongroom.v1.VM
+	12, // 62: strongroom.v1.VMService.ListSnapshots:output_type -> strongroom.v1.ListSnapshotsResponse
+	43, // 63: strongroom.v1.VMService.CreateSnapshot:output_type -> strongroom.v1.Task
+	43, // 64: strongroom.v1.VMService.RevertToSnapshot:output_type -> strongroom.v1.Task
+	43, // 65: strongroom.v1.VMService.RenameSnapshot:output_type -> strongroom.v1.Task
+	43, // 66: strongroom.v1.VMService.DeleteSnapshot:output_type -> strongroom.v1.Task
+	43, // 67: strongroom.v1.VMService.ConsolidateSnapshots:output_type -> strongroom.v1.Task
+	31, // 68: strongroom.v1.VMService.ExportDiskKey:output_type -> strongroom.v1.ExportDiskKeyResponse
+	43, // 69: strongroom.v1.VMService.RegisterVM:output_type -> strongroom.v1.Task
+	43, // 70: strongroom.v1.VMService.UnregisterVM:output_type -> strongroom.v1.Task
+	36, // 71: strongroom.v1.VMService.ListUnregisteredVMs:output_type -> strongroom.v1.ListUnregisteredVMsResponse
+	39, // 72: strongroom.v1.VMService.ForgetVM:output_type -> strongroom.v1.ForgetVMResponse
+	43, // 73: strongroom.v1.VMService.DeleteVM:output_type -> strongroom.v1.Task
+	43, // 74: strongroom.v1.VMService.UnlockVM:output_type -> strongroom.v1.Task
+	49, // [49:75] is the sub-list for method output_type
+	23, // [23:49] is the sub-list for method input_type
 	23, // [23:23] is the sub-list for extension type_name
 	23, // [23:23] is the sub-list for extension extendee
 	0,  // [0:23] is the sub-list for field type_name
@@ -3227,7 +3351,7 @@ func file_strongroom_v1_vm_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_strongroom_v1_vm_proto_rawDesc), len(file_strongroom_v1_vm_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   41,
+			NumMessages:   42,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

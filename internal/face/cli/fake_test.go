@@ -178,7 +178,7 @@ var vms = []*strongroomv1.VM{
 	},
 	{
 		Id: "v2", Name: "web-2", Host: "host-1", Datastore: "ds-1", Folder: "web-2", PowerState: "poweredOff",
-		CryptoState: "locked", LockReason: "provider kp-9 is not here", Encrypted: true, Key: &strongroomv1.KeyRef{Provider: "kp-9", KeyId: "k-9/1"},
+		CryptoState: "locked", LockReason: "provider kp-9 is not here", Runs: []string{"controller", "provider:kms-1"}, Encrypted: true, Key: &strongroomv1.KeyRef{Provider: "kp-9", KeyId: "k-9/1"},
 	},
 	{Id: "v3", Name: "plain-1\x1b[31m", PowerState: "poweredOff", CryptoState: "unlocked", Disks: []*strongroomv1.Disk{{Name: "disk-0", SizeBytes: 512}}},
 	{
@@ -254,7 +254,11 @@ func (c *controller) task(verb, vm string, detail any) (*connect.Response[strong
 
 func (c *controller) CreateVM(_ context.Context, r *connect.Request[strongroomv1.CreateVMRequest]) (*connect.Response[strongroomv1.Task], error) {
 	m := r.Msg
-	return c.task("Create", m.GetName(), fmt.Sprintf("on %s encrypt %v %q memory %d disks %d", m.GetDatastore(), m.GetEncrypt(), m.GetProvider(), m.GetSettings().GetMemoryMib(), len(m.GetDisks())))
+	how := fmt.Sprintf("on %s encrypt %v %q memory %d disks %d", m.GetDatastore(), m.GetEncrypt(), m.GetProvider(), m.GetSettings().GetMemoryMib(), len(m.GetDisks()))
+	if runs := m.GetRuns(); len(runs) > 0 {
+		how += fmt.Sprintf(" runs %q", runs)
+	}
+	return c.task("Create", m.GetName(), how+circular(m))
 }
 
 func (c *controller) PowerOnVM(_ context.Context, r *connect.Request[strongroomv1.PowerOnVMRequest]) (*connect.Response[strongroomv1.Task], error) {
@@ -270,6 +274,7 @@ func (c *controller) EncryptVM(_ context.Context, r *connect.Request[strongroomv
 	if r.Msg.GetInPlace() {
 		how += fmt.Sprintf(" in place at %d", r.Msg.GetRate())
 	}
+	how += circular(r.Msg)
 	return c.task("Encrypt", r.Msg.GetName(), how)
 }
 
@@ -287,12 +292,25 @@ func (c *controller) RekeyVM(_ context.Context, r *connect.Request[strongroomv1.
 	if rate := r.Msg.GetRate(); rate > 0 {
 		how += fmt.Sprintf(" at %d", rate)
 	}
-	return c.task("Rekey", r.Msg.GetName(), how)
+	return c.task("Rekey", r.Msg.GetName(), how+circular(r.Msg))
 }
 
 func (c *controller) CloneVM(_ context.Context, r *connect.Request[strongroomv1.CloneVMRequest]) (*connect.Response[strongroomv1.Task], error) {
 	m := r.Msg
-	return c.task("Clone", m.GetName(), fmt.Sprintf("%s %q %q recrypt %v", m.GetClone(), m.GetDatastore(), m.GetProvider(), m.GetRecrypt()))
+	return c.task("Clone", m.GetName(), fmt.Sprintf("%s %q %q recrypt %v", m.GetClone(), m.GetDatastore(), m.GetProvider(), m.GetRecrypt())+circular(m))
+}
+
+// circular tells of a request that allows a circular dependency.
+func circular(m interface{ GetAllowCircular() bool }) string {
+	if m.GetAllowCircular() {
+		return " circular"
+	}
+	return ""
+}
+
+func (c *controller) MarkVM(_ context.Context, r *connect.Request[strongroomv1.MarkVMRequest]) (*connect.Response[strongroomv1.VM], error) {
+	c.called("MarkVM %s %q", r.Msg.GetName(), r.Msg.GetRuns())
+	return connect.NewResponse(&strongroomv1.VM{Name: r.Msg.GetName(), Runs: r.Msg.GetRuns()}), nil
 }
 
 func (c *controller) FillDisks(_ context.Context, r *connect.Request[strongroomv1.FillDisksRequest]) (*connect.Response[strongroomv1.Task], error) {

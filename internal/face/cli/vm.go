@@ -22,7 +22,7 @@ While the controller is away, ls, show, power-on and power-off work with a
 host's local socket: --server unix:/PATH.`,
 		newVMCreateCmd(env), newVMCloneCmd(env), newVMLsCmd(env), newVMShowCmd(env),
 		newVMPowerOnCmd(env), newVMPowerOffCmd(env), newVMSnapshotCmd(env),
-		newVMEncryptCmd(env), newVMDecryptCmd(env), newVMRekeyCmd(env),
+		newVMSetCmd(env), newVMEncryptCmd(env), newVMDecryptCmd(env), newVMRekeyCmd(env),
 		newVMRegisterCmd(env), newVMUnregisterCmd(env), newVMForgetCmd(env), newVMDeleteCmd(env), newVMUnlockCmd(env))
 }
 
@@ -111,6 +111,8 @@ VirtualMachine.Inventory.Create.`,
 	f.StringVar(&req.Host, "host", "", "the host to run on (default: any of the datastore's cluster)")
 	f.StringArrayVar(&disks, "disk", nil, "a disk: SIZE or KEY=VALUE,...; may be repeated")
 	f.BoolVar(&req.Encrypt, "encrypt", false, "encrypt the disks")
+	f.StringArrayVar(&req.Runs, "runs", nil, "it will run this part of the site: controller or provider:NAME; may be repeated")
+	addAllowCircular(cmd, &req.AllowCircular)
 	f.StringVar(&req.Provider, "provider", "", "the key provider (default: the default provider)")
 	f.Uint32Var(&req.Settings.Cpus, "cpus", 1, "virtual CPUs")
 	f.Var(&memory, "memory", "memory")
@@ -258,6 +260,9 @@ It changes nothing. Needs the privilege System.Read.`,
 				{"Network", v.GetSettings().GetNetwork()},
 				{"Disk interface", v.GetSettings().GetDiskInterface()},
 				{"Created", env.when(v.GetCreated())},
+			}
+			if len(v.GetRuns()) > 0 {
+				fields = append(fields, field{"Runs", strings.Join(v.GetRuns(), ", ")})
 			}
 			if v.GetLockReason() != "" {
 				fields = append(fields, field{"Locked because", v.GetLockReason()})

@@ -22,6 +22,8 @@ VM writes; elsewhere the disks are copied, holes left out.
 The original may run, if its datastore can share blocks. Then the clone has what
 all of its disks hold at one moment, as after a power failure.
 
+The clone is marked as running what the original is ("strongroom vm set --runs").
+
 The clone of an encrypted VM is encrypted: it has a key encryption key of its own
 and the data encryption keys of the original, so that who has one of those reads
 both VMs. With --recrypt it gets its own, and its disks are written anew; that
@@ -51,6 +53,7 @@ Cryptographer.Clone, and with --recrypt Cryptographer.Recrypt.`,
 	f.StringVar(&req.Datastore, "datastore", "", "the datastore for its folder (default: the original's)")
 	f.StringVar(&req.Provider, "provider", "", "the provider of its key (default: the original's)")
 	f.BoolVar(&req.Recrypt, "recrypt", false, "give it data encryption keys of its own")
+	addAllowCircular(cmd, &req.AllowCircular)
 	env.completeFlag(cmd, "datastore", datastoreNames)
 	env.completeFlag(cmd, "provider", providerNames)
 	return cmd

@@ -60,6 +60,7 @@ func newVMEncryptCmd(env *Env) *cobra.Command {
 		provider string
 		rate     sizeValue
 		inPlace  bool
+		circular bool
 	)
 	cmd := &cobra.Command{
 		Use:   "encrypt NAME...",
@@ -77,6 +78,9 @@ a backup. Until a disk is done its VM cannot be powered on. Interrupted before
 anything was encrypted, the disk is as it was; later, the same command goes on.
 Holes stay holes: run "strongroom disk fill" before dm-crypt opens the disk.
 
+A VM that runs the controller or a key server is not encrypted with keys that come
+by way of it: see "strongroom vm set".
+
 Undo it with "strongroom vm decrypt". Blocks that the plain disk left on the
 storage are not overwritten: on a new datastore, or after a secure erase of the
 old one, nothing of them remains. Needs the privilege Cryptographer.Encrypt.`,
@@ -92,7 +96,7 @@ old one, nothing of them remains. Needs the privilege Cryptographer.Encrypt.`,
 			return env.runTasks(cmd.Context(), c, wait, verb{
 				infinitive: "encrypt VM", participle: "encrypted",
 				start: func(ctx context.Context, name string) (*strongroomv1.Task, error) {
-					return client.Call(ctx, c.VM().EncryptVM, &strongroomv1.EncryptVMRequest{Name: name, Provider: provider, Disks: pick.disks, Rate: int64(rate), InPlace: inPlace})
+					return client.Call(ctx, c.VM().EncryptVM, &strongroomv1.EncryptVMRequest{Name: name, Provider: provider, Disks: pick.disks, Rate: int64(rate), InPlace: inPlace, AllowCircular: circular})
 				},
 			}, names)
 		}),
@@ -100,6 +104,7 @@ old one, nothing of them remains. Needs the privilege Cryptographer.Encrypt.`,
 	wait.add(cmd)
 	pick.add(env, cmd, "not encrypted")
 	addRate(cmd, &rate)
+	addAllowCircular(cmd, &circular)
 	cmd.Flags().BoolVar(&inPlace, "in-place", false, "encrypt the disks of powered-off VMs in their own files, without room for a copy")
 	cmd.Flags().StringVar(&provider, "provider", "", "the key provider (default: the default provider)")
 	env.completeFlag(cmd, "provider", providerNames)
@@ -159,6 +164,7 @@ func newVMRekeyCmd(env *Env) *cobra.Command {
 		pick     vmPick
 		provider string
 		deep     bool
+		circular bool
 		rate     sizeValue
 	)
 	cmd := &cobra.Command{
@@ -200,13 +206,14 @@ to a new provider. Keep the backup of the old one as long as copies of the VMs
 			return env.runTasks(cmd.Context(), c, wait, verb{
 				infinitive: "rekey VM", participle: "rekeyed",
 				start: func(ctx context.Context, name string) (*strongroomv1.Task, error) {
-					return client.Call(ctx, c.VM().RekeyVM, &strongroomv1.RekeyVMRequest{Name: name, Provider: provider, Deep: deep, Disks: pick.disks, Rate: int64(rate)})
+					return client.Call(ctx, c.VM().RekeyVM, &strongroomv1.RekeyVMRequest{Name: name, Provider: provider, Deep: deep, Disks: pick.disks, Rate: int64(rate), AllowCircular: circular})
 				},
 			}, names)
 		}),
 	}
 	wait.add(cmd)
 	pick.add(env, cmd, "encrypted")
+	addAllowCircular(cmd, &circular)
 	cmd.Flags().StringVar(&provider, "provider", "", "the provider of the new key (default: the one that each VM uses)")
 	cmd.Flags().BoolVar(&deep, "deep", false, "change the data encryption keys too, and rewrite the disks")
 	cmd.Flags().Var(&rate, "rate", "what a deep rekey may rewrite in a second, such as 100M (default: no bound); without --deep, of one that is under way")
@@ -275,6 +282,12 @@ It changes no data. Needs the privilege Cryptographer.RegisterVM.`,
 // addRate adds the flag that bounds how fast a disk in use is copied.
 func addRate(cmd *cobra.Command, rate *sizeValue) {
 	cmd.Flags().Var(rate, "rate", "copy at most this much a second while the VM runs, such as 100M (default: as fast as the guest leaves room)")
+}
+
+// addAllowCircular adds the flag that has a VM encrypted although it would wait for
+// itself.
+func addAllowCircular(cmd *cobra.Command, allow *bool) {
+	cmd.Flags().BoolVar(allow, "allow-circular", false, "encrypt even a VM that could then not be started after its host was, as its keys come by way of it")
 }
 
 // addYes adds the flag that answers [Env.confirm].

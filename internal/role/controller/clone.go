@@ -46,7 +46,7 @@ func (c vms) CloneVM(ctx context.Context, req *connect.Request[strongroomv1.Clon
 	if _, err := c.place(ctx, datastore, h.Name); err != nil {
 		return nil, err
 	}
-	args := vmArgs{ID: uuid.NewString(), Name: m.GetClone(), HostID: h.ID, Datastore: datastore, Source: v.ID, SourceVM: v.Name, Recrypt: m.GetRecrypt(), SourceRuns: v.PowerState == inventory.PoweredOn}
+	args := vmArgs{ID: uuid.NewString(), Name: m.GetClone(), HostID: h.ID, Datastore: datastore, Source: v.ID, SourceVM: v.Name, Recrypt: m.GetRecrypt(), SourceRuns: v.PowerState == inventory.PoweredOn, Runs: v.Runs, AllowCircular: m.GetAllowCircular()}
 	if v.Encrypted() {
 		if err := c.chooseRekeyKey(ctx, &args, v, nil, m.GetProvider()); err != nil {
 			return nil, err

@@ -146,6 +146,7 @@ func open(ctx context.Context, cfg Config, log *slog.Logger, hashing access.Hash
 		return nil, err
 	}
 	c.inv, c.events, c.joins = inventory.New(c.db), event.Open(c.db, 0), pki.NewJoins(c.db)
+	c.inv.NameController(controllerNames(cfg)...)
 	if c.access, err = access.New(access.Config{DB: c.db, Hashing: hashing}); err != nil {
 		return nil, err
 	}

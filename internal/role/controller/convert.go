@@ -82,6 +82,7 @@ func vmToAPI(v inventory.VM, n names) *strongroomv1.VM {
 		Id: v.ID, Name: v.Name, Cluster: n[v.ClusterID], Host: n[v.HostID], Datastore: v.Datastore, Folder: v.Folder,
 		PowerState: string(v.PowerState), CryptoState: string(v.CryptoState), LockReason: v.LockReason, Encrypted: v.Encrypted(),
 		Key: keyToAPI(v.Key), Created: stamp(v.Created), Settings: settingsToAPI(v.Settings),
+		Runs: v.Runs,
 	}
 	out.Disks = disksToAPI(v.Disks)
 	for _, s := range v.Snapshots {

@@ -335,7 +335,15 @@ func (c *Controller) takeOver(ctx context.Context, said *strongroomv1.VM) error 
 		}
 		c.post(ctx, event.New{Type: kind, Target: "vm/" + old.Name, Args: map[string]string{"host": said.GetHost()}})
 	}
-	if old.CryptoState != next.CryptoState {
+	evaluate := old.CryptoState != next.CryptoState
+	if !evaluate && !slices.Equal(keys, next.Keys()) {
+		parts, err := c.inv.Parts(ctx, next) // it may wait for itself now, or not any more
+		if err != nil {
+			return err
+		}
+		evaluate = len(parts) > 0
+	}
+	if evaluate {
 		return c.events.Evaluate(ctx, c.inv)
 	}
 	return nil

@@ -107,6 +107,9 @@ func (c *Controller) chooseKey(ctx context.Context, args *vmArgs, provider strin
 	if err != nil {
 		return err
 	}
+	if err := c.refuseCircle(ctx, args, p.Name); err != nil {
+		return err
+	}
 	if p.Standard != nil {
 		args.NewKeyOf = p.Name
 		return nil
@@ -147,7 +150,10 @@ func (c vms) CreateVM(ctx context.Context, req *connect.Request[strongroomv1.Cre
 	if err != nil {
 		return nil, err
 	}
-	args := vmArgs{ID: uuid.NewString(), Name: m.GetName(), HostID: h.ID, Datastore: m.GetDatastore(), Settings: m.GetSettings(), NewDisks: m.GetDisks()}
+	args := vmArgs{ID: uuid.NewString(), Name: m.GetName(), HostID: h.ID, Datastore: m.GetDatastore(), Settings: m.GetSettings(), NewDisks: m.GetDisks(), AllowCircular: m.GetAllowCircular()}
+	if args.Runs, err = c.inv.CheckParts(ctx, m.GetRuns()); err != nil {
+		return nil, err
+	}
 	if m.GetEncrypt() {
 		if err := c.chooseKey(ctx, &args, m.GetProvider()); err != nil {
 			return nil, err
@@ -268,7 +274,7 @@ func (c vms) EncryptVM(ctx context.Context, req *connect.Request[strongroomv1.En
 	if !slices.ContainsFunc(chosen, func(d inventory.Disk) bool { return !encrypted(d) || d.Encryption != nil }) {
 		return nil, errs.New(errs.InvalidState, "VM %s has no disk that is not encrypted", v.Name).WithHint("strongroom vm rekey %s", v.Name)
 	}
-	args.Disks, args.InPlace = req.Msg.GetDisks(), req.Msg.GetInPlace()
+	args.Disks, args.InPlace, args.Runs, args.AllowCircular = req.Msg.GetDisks(), req.Msg.GetInPlace(), v.Runs, req.Msg.GetAllowCircular()
 	switch {
 	case !args.InPlace:
 		err = undisturbed(v, chosen)
@@ -408,7 +414,7 @@ func (c vms) RekeyVM(ctx context.Context, req *connect.Request[strongroomv1.Reke
 	if err != nil {
 		return nil, err
 	}
-	args.Disks, args.Deep, args.Rate = m.GetDisks(), m.GetDeep(), m.GetRate()
+	args.Disks, args.Deep, args.Rate, args.Runs, args.AllowCircular = m.GetDisks(), m.GetDeep(), m.GetRate(), v.Runs, m.GetAllowCircular()
 	if err := c.chooseRekeyKey(ctx, &args, v, chosen, m.GetProvider()); err != nil {
 		return nil, err
 	}

@@ -70,6 +70,12 @@ type vmArgs struct {
 	// SourceRuns: the VM that is cloned is needed for a moment only, but for its keys.
 	SourceRuns bool `json:"source_runs,omitempty"`
 
+	// Runs are the parts of the site that the VM runs, or will once it is made.
+	Runs []string `json:"runs,omitempty"`
+	// AllowCircular: go on although the VM would wait for itself, as Circle says.
+	AllowCircular bool   `json:"allow_circular,omitempty"`
+	Circle        string `json:"circle,omitempty"`
+
 	Snapshot *snapshotArgs `json:"snapshot,omitempty"`
 
 	Hard           bool   `json:"hard,omitempty"`
@@ -194,6 +200,9 @@ func (c *Controller) conclude(ctx context.Context, t task.Task, a vmArgs, err er
 	if a.Key != nil {
 		entry.Details["provider"], entry.Details["key_id"] = a.Key.Provider, a.Key.KeyID
 		tell.Args["provider"] = a.Key.Provider
+	}
+	if a.Circle != "" {
+		entry.Details["circular"] = a.Circle
 	}
 	if t.Kind == taskRekey {
 		tell.Args["depth"] = depth(a)
@@ -336,12 +345,12 @@ func (c *Controller) deleteOnHost(ctx context.Context, _ *task.Run, h inventory.
 }
 
 func (c *Controller) addCreated(ctx context.Context, _ *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {
-	return nil, c.addToInventory(ctx, h, a.ID)
+	return nil, c.addToInventory(ctx, h, a.ID, a.Runs)
 }
 
-// addToInventory takes a VM in as its host describes it. One that is there is no
-// error.
-func (c *Controller) addToInventory(ctx context.Context, h inventory.Host, id string) error {
+// addToInventory takes a VM in as its host describes it, which runs those parts of
+// the site. One that is there is no error.
+func (c *Controller) addToInventory(ctx context.Context, h inventory.Host, id string, runs []string) error {
 	res, err := callHost(ctx, h, c.agents.of(h).GetVM, &strongroomv1.AgentGetVMRequest{Id: id})
 	if err != nil {
 		return err
@@ -357,7 +366,7 @@ func (c *Controller) addToInventory(ctx context.Context, h inventory.Host, id st
 	defer done()
 	v := inventory.VM{
 		ID: id, Name: said.GetName(), ClusterID: h.ClusterID, HostID: h.ID, Datastore: said.GetDatastore(), Folder: said.GetFolder(),
-		Created: said.GetCreated().AsTime(),
+		Created: said.GetCreated().AsTime(), Runs: runs,
 	}
 	apply(&v, said)
 	for _, d := range v.Disks {
@@ -397,7 +406,7 @@ func (c *Controller) addRegistered(ctx context.Context, r *task.Run, h inventory
 	if err := r.Data(&reg); err != nil {
 		return nil, err
 	}
-	if err := c.addToInventory(ctx, h, reg.ID); err != nil {
+	if err := c.addToInventory(ctx, h, reg.ID, nil); err != nil {
 		return nil, err
 	}
 	// It is wanted from now on. Without its keys it is locked, which says why.

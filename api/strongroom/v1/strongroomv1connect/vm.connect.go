@@ -57,6 +57,8 @@ const (
 	VMServiceFillDisksProcedure = "/strongroom.v1.VMService/FillDisks"
 	// VMServiceResizeDiskProcedure is the fully-qualified name of the VMService's ResizeDisk RPC.
 	VMServiceResizeDiskProcedure = "/strongroom.v1.VMService/ResizeDisk"
+	// VMServiceMarkVMProcedure is the fully-qualified name of the VMService's MarkVM RPC.
+	VMServiceMarkVMProcedure = "/strongroom.v1.VMService/MarkVM"
 	// VMServiceListSnapshotsProcedure is the fully-qualified name of the VMService's ListSnapshots RPC.
 	VMServiceListSnapshotsProcedure = "/strongroom.v1.VMService/ListSnapshots"
 	// VMServiceCreateSnapshotProcedure is the fully-qualified name of the VMService's CreateSnapshot
@@ -119,6 +121,10 @@ type VMServiceClient interface {
 	// ResizeDisk makes a disk of a VM larger, in any power state; a guest that
 	// runs sees it at once, if it reaches the disk over vhost-user.
 	ResizeDisk(context.Context, *connect.Request[v1.ResizeDiskRequest]) (*connect.Response[v1.Task], error)
+	// MarkVM says which parts of this site a VM runs: those named, and no others. A
+	// VM is not encrypted with keys that come by way of what it runs. One that is
+	// encrypted so already is marked all the same, and an alarm tells of it.
+	MarkVM(context.Context, *connect.Request[v1.MarkVMRequest]) (*connect.Response[v1.VM], error)
 	ListSnapshots(context.Context, *connect.Request[v1.ListSnapshotsRequest]) (*connect.Response[v1.ListSnapshotsResponse], error)
 	// CreateSnapshot keeps the disks and settings of a VM, to revert to. Of one that
 	// runs it keeps what all disks hold at one moment, as after a power failure; that
@@ -238,6 +244,12 @@ func NewVMServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...c
 			connect.WithSchema(vMServiceMethods.ByName("ResizeDisk")),
 			connect.WithClientOptions(opts...),
 		),
+		markVM: connect.NewClient[v1.MarkVMRequest, v1.VM](
+			httpClient,
+			baseURL+VMServiceMarkVMProcedure,
+			connect.WithSchema(vMServiceMethods.ByName("MarkVM")),
+			connect.WithClientOptions(opts...),
+		),
 		listSnapshots: connect.NewClient[v1.ListSnapshotsRequest, v1.ListSnapshotsResponse](
 			httpClient,
 			baseURL+VMServiceListSnapshotsProcedure,
@@ -333,6 +345,7 @@ type vMServiceClient struct {
 	setRekeyRate         *connect.Client[v1.SetRekeyRateRequest, v1.Task]
 	fillDisks            *connect.Client[v1.FillDisksRequest, v1.Task]
 	resizeDisk           *connect.Client[v1.ResizeDiskRequest, v1.Task]
+	markVM               *connect.Client[v1.MarkVMRequest, v1.VM]
 	listSnapshots        *connect.Client[v1.ListSnapshotsRequest, v1.ListSnapshotsResponse]
 	createSnapshot       *connect.Client[v1.CreateSnapshotRequest, v1.Task]
 	revertToSnapshot     *connect.Client[v1.RevertToSnapshotRequest, v1.Task]
@@ -406,6 +419,11 @@ func (c *vMServiceClient) FillDisks(ctx context.Context, req *connect.Request[v1
 // ResizeDisk calls strongroom.v1.VMService.ResizeDisk.
 func (c *vMServiceClient) ResizeDisk(ctx context.Context, req *connect.Request[v1.ResizeDiskRequest]) (*connect.Response[v1.Task], error) {
 	return c.resizeDisk.CallUnary(ctx, req)
+}
+
+// MarkVM calls strongroom.v1.VMService.MarkVM.
+func (c *vMServiceClient) MarkVM(ctx context.Context, req *connect.Request[v1.MarkVMRequest]) (*connect.Response[v1.VM], error) {
+	return c.markVM.CallUnary(ctx, req)
 }
 
 // ListSnapshots calls strongroom.v1.VMService.ListSnapshots.
@@ -501,6 +519,10 @@ type VMServiceHandler interface {
 	// ResizeDisk makes a disk of a VM larger, in any power state; a guest that
 	// runs sees it at once, if it reaches the disk over vhost-user.
 	ResizeDisk(context.Context, *connect.Request[v1.ResizeDiskRequest]) (*connect.Response[v1.Task], error)
+	// MarkVM says which parts of this site a VM runs: those named, and no others. A
+	// VM is not encrypted with keys that come by way of what it runs. One that is
+	// encrypted so already is marked all the same, and an alarm tells of it.
+	MarkVM(context.Context, *connect.Request[v1.MarkVMRequest]) (*connect.Response[v1.VM], error)
 	ListSnapshots(context.Context, *connect.Request[v1.ListSnapshotsRequest]) (*connect.Response[v1.ListSnapshotsResponse], error)
 	// CreateSnapshot keeps the disks and settings of a VM, to revert to. Of one that
 	// runs it keeps what all disks hold at one moment, as after a power failure; that
@@ -616,6 +638,12 @@ func NewVMServiceHandler(svc VMServiceHandler, opts ...connect.HandlerOption) (s
 		connect.WithSchema(vMServiceMethods.ByName("ResizeDisk")),
 		connect.WithHandlerOptions(opts...),
 	)
+	vMServiceMarkVMHandler := connect.NewUnaryHandler(
+		VMServiceMarkVMProcedure,
+		svc.MarkVM,
+		connect.WithSchema(vMServiceMethods.ByName("MarkVM")),
+		connect.WithHandlerOptions(opts...),
+	)
 	vMServiceListSnapshotsHandler := connect.NewUnaryHandler(
 		VMServiceListSnapshotsProcedure,
 		svc.ListSnapshots,
@@ -720,6 +748,8 @@ func NewVMServiceHandler(svc VMServiceHandler, opts ...connect.HandlerOption) (s
 			vMServiceFillDisksHandler.ServeHTTP(w, r)
 		case VMServiceResizeDiskProcedure:
 			vMServiceResizeDiskHandler.ServeHTTP(w, r)
+		case VMServiceMarkVMProcedure:
+			vMServiceMarkVMHandler.ServeHTTP(w, r)
 		case VMServiceListSnapshotsProcedure:
 			vMServiceListSnapshotsHandler.ServeHTTP(w, r)
 		case VMServiceCreateSnapshotProcedure:
@@ -801,6 +831,10 @@ func (UnimplementedVMServiceHandler) FillDisks(context.Context, *connect.Request
 
 func (UnimplementedVMServiceHandler) ResizeDisk(context.Context, *connect.Request[v1.ResizeDiskRequest]) (*connect.Response[v1.Task], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.VMService.ResizeDisk is not implemented"))
+}
+
+func (UnimplementedVMServiceHandler) MarkVM(context.Context, *connect.Request[v1.MarkVMRequest]) (*connect.Response[v1.VM], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.VMService.MarkVM is not implemented"))
 }
 
 func (UnimplementedVMServiceHandler) ListSnapshots(context.Context, *connect.Request[v1.ListSnapshotsRequest]) (*connect.Response[v1.ListSnapshotsResponse], error) {
