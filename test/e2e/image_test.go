@@ -225,7 +225,7 @@ func badImages(t *testing.T, s *site) {
 	for _, args := range [][]string{
 		{"create", "-f", "qcow2", "-F", "qcow2", "-b", filepath.Join(s.store, whole), filepath.Join(images, "backed.qcow2")},
 		{"create", "-f", "qcow2", "-F", "raw", "-b", secret, filepath.Join(images, "stealing.qcow2")},
-		{"create", "-f", "luks", "--object", "secret,id=s,file=" + right, "-o", "key-secret=s,iter-time=10", filepath.Join(images, "foreign.luks"), "1M"},
+		{"create", "-f", "luks", "--object", "secret,id=s,file=" + right, "-o", "key-secret=s,hash-alg=sha512,iter-time=10", filepath.Join(images, "foreign.luks"), "1M"},
 		{"create", "-f", "qcow2", "-o", "data_file=" + filepath.Join(images, "data"), filepath.Join(images, "split.qcow2"), "1M"},
 	} {
 		if out, err := exec.Command("qemu-img", args...).CombinedOutput(); err != nil {

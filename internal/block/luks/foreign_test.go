@@ -84,7 +84,7 @@ func TestForeignOfQEMU(t *testing.T) {
 	t.Parallel()
 	name := t.TempDir() + "/qemu.luks"
 	out, err := exec.Command("qemu-img", "create", "-q", "-f", "luks", "--object", "secret,id=s,data=secret",
-		"-o", "key-secret=s,iter-time=10", name, "1M").CombinedOutput()
+		"-o", "key-secret=s,hash-alg=sha512,iter-time=10", name, "1M").CombinedOutput()
 	if err != nil {
 		t.Fatalf("qemu-img: %v\n%s", err, out)
 	}

@@ -143,7 +143,7 @@ func TestRefuses(t *testing.T) {
 	qemuImg(t, dir, "create", "-q", "-f", "qcow2", "-b", "good", "-F", "qcow2", "backing")
 	qemuImg(t, dir, "create", "-q", "-f", "qcow2", "-o", "data_file=data", "data-file", "1M")
 	qemuImg(t, dir, "create", "-q", "-f", "qcow2", "--object", "secret,id=s,data=abc",
-		"-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10", "encrypted", "1M")
+		"-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.hash-alg=sha512,encrypt.iter-time=10", "encrypted", "1M")
 	check(t, os.WriteFile(path("raw"), make([]byte, 1<<20), 0o600))
 	check(t, os.WriteFile(path("empty"), nil, 0o600))
 	check(t, unix.Mkfifo(path("fifo"), 0o600))

@@ -33,7 +33,7 @@ func (b *bench) luksImage(t *testing.T, kind string, raw []byte) string {
 		"--pbkdf-memory", "1024", "--pbkdf-parallel", "1", "--pbkdf-force-iterations", "4", "--reduce-device-size", "16M", "--force-offline-reencrypt", path)
 	if kind == "luks1" {
 		check(t, os.Rename(path, path+".raw"))
-		cmd = exec.Command("qemu-img", "convert", "--object", "secret,id=s,file="+pass, "-f", "raw", "-O", "luks", "-o", "key-secret=s,iter-time=10", path+".raw", path)
+		cmd = exec.Command("qemu-img", "convert", "--object", "secret,id=s,file="+pass, "-f", "raw", "-O", "luks", "-o", "key-secret=s,hash-alg=sha512,iter-time=10", path+".raw", path)
 	}
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
