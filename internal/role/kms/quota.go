@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"math"
-	"slices"
 	"time"
 
 	"connectrpc.com/connect"
@@ -27,7 +26,7 @@ func (k *KMS) admit(c usage.Client) func(context.Context, kmip.Operation) (func(
 		if trivial(op) {
 			return func(error) {}, nil
 		}
-		done, err := k.usage.Admit(ctx, c, makesKey(op))
+		done, err := k.usage.Admit(ctx, c, keysOf(op))
 		if exceeded := (*usage.Exceeded)(nil); errors.As(err, &exceeded) {
 			return nil, &kmipserver.Refusal{Reason: kmip.ResultReasonPermissionDenied, Message: exceeded.Error(), Cause: causeQuota + exceeded.What + " of " + string(exceeded.Subject)}
 		}
@@ -38,9 +37,15 @@ func (k *KMS) admit(c usage.Client) func(context.Context, kmip.Operation) (func(
 	}
 }
 
-// makesKey tells the operations that make an object.
-func makesKey(op kmip.Operation) bool {
-	return slices.Contains([]kmip.Operation{kmip.OperationCreate, kmip.OperationRegister, kmip.OperationReKey, kmip.OperationDeriveKey}, op)
+// keysOf returns how many objects an operation makes.
+func keysOf(op kmip.Operation) int64 {
+	switch op {
+	case kmip.OperationCreate, kmip.OperationRegister, kmip.OperationReKey, kmip.OperationDeriveKey:
+		return 1
+	case kmip.OperationCreateKeyPair, kmip.OperationReKeyKeyPair:
+		return 2
+	}
+	return 0
 }
 
 func quotaOf(q directory.Quota) *strongroomv1.KMSQuota {

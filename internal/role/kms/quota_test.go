@@ -39,8 +39,18 @@ func TestQuotas(t *testing.T) {
 	if group.Msg.GetQuota().GetKeys() != 2 || group.Msg.GetUsage().GetKeys() != 0 {
 		t.Errorf("the group as changed: %v", group.Msg)
 	}
+	pair := &payloads.CreateKeyPairRequestPayload{CommonTemplateAttribute: &kmip.TemplateAttribute{Attribute: []kmip.Attribute{
+		{AttributeName: kmip.AttributeNameCryptographicAlgorithm, AttributeValue: kmip.CryptographicAlgorithmECDSA},
+		{AttributeName: kmip.AttributeNameCryptographicLength, AttributeValue: int32(256)},
+		{AttributeName: kmip.AttributeNameCryptographicUsageMask, AttributeValue: kmip.CryptographicUsageSign},
+	}}}
 	var ids []string
-	for range 2 {
+	for i := range 2 {
+		if i == 1 {
+			if item := ask(t, conn, nil, pair); item.ResultReason != kmip.ResultReasonPermissionDenied || !strings.Contains(item.ResultMessage, "2 keys") {
+				t.Errorf("a pair of which one key is beyond the quota: %v, %q", item.ResultReason, item.ResultMessage)
+			}
+		}
 		item := ask(t, conn, nil, newAES(""))
 		must(item.Err())
 		ids = append(ids, item.ResponsePayload.(*payloads.CreateResponsePayload).UniqueIdentifier)
@@ -71,17 +81,17 @@ func TestQuotas(t *testing.T) {
 		group, err := b.admin(t).GetKMSGroup(ctx, connect.NewRequest(&strongroomv1.GetKMSGroupRequest{Name: FirstGroup}))
 		must(err)
 		a, g := app.Msg.GetUsage(), group.Msg.GetUsage()
-		if g.GetKeys() != 2 || g.GetOperations() != a.GetOperations() || g.GetRefused() != 2 {
+		if g.GetKeys() != 2 || g.GetOperations() != a.GetOperations() || g.GetRefused() != 3 {
 			t.Errorf("usage of the group: %v", g)
 		}
 		return a
 	}
 	before := usage()
-	if before.GetOperations() != 7 || before.GetKeys() != 3 || before.GetRefused() != 2 || before.GetPeriodOperations() != 3 || time.Since(before.GetLastUse().AsTime()) > time.Hour {
+	if before.GetOperations() != 7 || before.GetKeys() != 3 || before.GetRefused() != 3 || before.GetPeriodOperations() != 3 || time.Since(before.GetLastUse().AsTime()) > time.Hour {
 		t.Errorf("usage: %v", before)
 	}
 	b.wantMetrics(t, `strongroom_kms_application_operations_total{account="default",application="first",group="default"} 7`, `strongroom_kms_group_keys{account="default",group="default"} 2`,
-		`strongroom_kms_group_keys_limit{account="default",group="default"} 2`, `strongroom_kms_application_quota_refusals_total{account="default",application="first",group="default"} 2`)
+		`strongroom_kms_group_keys_limit{account="default",group="default"} 2`, `strongroom_kms_application_quota_refusals_total{account="default",application="first",group="default"} 3`)
 	b.stop()
 	b.checkAudit(t, "application:first kmip.Create group/default denied", "application:first kmip.Get group/default denied",
 		"local administrator KMSService/SetKMSGroupQuota group/default success", "local administrator KMSService/SetKMSApplicationQuota application/first success")

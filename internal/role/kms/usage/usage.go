@@ -170,16 +170,16 @@ func Open(ctx context.Context, db *store.DB, keys func(ctx context.Context, grou
 	return m, errs.Wrap(m.refresh(ctx), "cannot read the usage counters")
 }
 
-// Admit counts one operation of c, or returns an [Exceeded] error. makesKey says
-// that the operation makes a key; it counts as one until done, which the caller
-// calls once, with whether the key was made.
-func (m *Meter) Admit(ctx context.Context, c Client, makesKey bool) (done func(made bool), err error) {
+// Admit counts one operation of c, or returns an [Exceeded] error. The operation
+// makes so many keys: all or none of them, which count until done. The caller calls
+// that once, with whether they were made.
+func (m *Meter) Admit(ctx context.Context, c Client, makes int64) (done func(made bool), err error) {
 	done = func(bool) {}
-	if makesKey {
+	if makes > 0 {
 		// In this order: what is made is among the keys before it is no longer
 		// among those being made, so none is overlooked.
-		ofGroup, ofAccount := m.begin(c)
-		done = func(made bool) { m.end(c, made) }
+		ofGroup, ofAccount := m.begin(c, makes)
+		done = func(made bool) { m.end(c, makes, made) }
 		err = m.checkKeys(ctx, c, Group(c.Group.Name), c.Group.Quota.Keys, ofGroup, func() []string { return []string{c.Group.Name} })
 		if err == nil {
 			err = m.checkKeys(ctx, c, Account(c.Account.Name), c.Account.Quota.Keys, ofAccount, c.Groups)
@@ -195,8 +195,8 @@ func (m *Meter) Admit(ctx context.Context, c Client, makesKey bool) (done func(m
 	return done, nil
 }
 
-// checkKeys refuses a key that goes beyond a limit of keys; being are those that
-// are being made, with this one.
+// checkKeys refuses keys that go beyond a limit; being are those that are being made,
+// with these.
 func (m *Meter) checkKeys(ctx context.Context, c Client, s Subject, limit, being int64, groups func() []string) error {
 	if limit == 0 {
 		return nil
@@ -215,27 +215,27 @@ func (m *Meter) checkKeys(ctx context.Context, c Client, s Subject, limit, being
 	return nil
 }
 
-// begin returns how many keys of c's group and account are being made, with one
-// more.
-func (m *Meter) begin(c Client) (ofGroup, ofAccount int64) {
+// begin returns how many keys of c's group and account are being made, with so
+// many more.
+func (m *Meter) begin(c Client, makes int64) (ofGroup, ofAccount int64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	group, account := Group(c.Group.Name), Account(c.Account.Name)
-	m.making[group]++
-	m.making[account]++
+	m.making[group] += makes
+	m.making[account] += makes
 	return m.making[group], m.making[account]
 }
 
-func (m *Meter) end(c Client, made bool) {
+func (m *Meter) end(c Client, makes int64, made bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for _, s := range []Subject{Group(c.Group.Name), Account(c.Account.Name)} {
-		if m.making[s]--; m.making[s] == 0 {
+		if m.making[s] -= makes; m.making[s] == 0 {
 			delete(m.making, s)
 		}
 	}
 	if made {
-		m.addTo(c, Counters{Made: 1})
+		m.addTo(c, Counters{Made: makes})
 	}
 }
 

@@ -57,7 +57,11 @@ func clientOf(app directory.Application, group directory.Group) Client {
 // refusal.
 func (b *bench) try(t *testing.T, app directory.Application, group directory.Group, makes bool) *Exceeded {
 	t.Helper()
-	done, err := b.Admit(t.Context(), clientOf(app, group), makes)
+	count := int64(0)
+	if makes {
+		count = 1
+	}
+	done, err := b.Admit(t.Context(), clientOf(app, group), count)
 	if err != nil {
 		e, ok := errors.AsType[*Exceeded](err)
 		if !ok {
@@ -126,7 +130,7 @@ func TestKeysAtOnce(t *testing.T) {
 	for range 16 {
 		wait.Go(func() {
 			for i := range 50 {
-				done, err := b.Admit(context.Background(), clientOf(app, group), true)
+				done, err := b.Admit(context.Background(), clientOf(app, group), 1)
 				if err != nil {
 					continue
 				}
