@@ -26,12 +26,14 @@ func (d *Directory) CreateGroup(ctx context.Context, g Group) error {
 		if err := d.CheckAccount(ctx, tx, AccountOf(g.Name)); err != nil {
 			return err
 		}
-		if d.clear != nil {
-			if err := d.clear(ctx, tx, g.Name); err != nil {
-				return errs.Wrap(err, "of an earlier group of that name")
-			}
+		// What belongs to a group that is there is not an earlier one's.
+		if err := d.groups.In(tx).Create(ctx, g.Name, g); err != nil {
+			return err
 		}
-		return d.groups.In(tx).Create(ctx, g.Name, g)
+		if d.clear == nil {
+			return nil
+		}
+		return errs.Wrap(d.clear(ctx, tx, g.Name), "of an earlier group of that name")
 	})
 	if errors.Is(err, store.ErrExists) {
 		err = errs.New(errs.Exists, "it exists already")

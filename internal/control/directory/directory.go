@@ -259,7 +259,7 @@ func (d *Directory) reload(ctx context.Context) error {
 	return nil
 }
 
-// RequireClear has check asked, in the transaction, before a group is made: its error,
+// RequireClear has check asked, in the transaction, when a group is made: its error,
 // for what is left of an earlier group of that name, refuses it. It is called before
 // the directory is used.
 func (d *Directory) RequireClear(check func(ctx context.Context, tx *store.Tx, group string) error) {

@@ -67,6 +67,8 @@ func TestGroupsAreDeleted(t *testing.T) {
 	refused("user:acme/ann has a permission", "user revoke acme/ann --on "+prod)
 	do(t, users.RevokeRoles, &strongroomv1.RevokeRolesRequest{Name: "acme/ann", Object: prod})
 	refused("1 keys or other objects", "kms group show acme/prod")
+	_, existing := client.Call(ctx, kms.CreateKMSGroup, &strongroomv1.CreateKMSGroupRequest{Name: "acme/prod"})
+	wantKind(t, "a group that is there, with keys", existing, errs.Exists)
 
 	t.Log("an application of the same name has nothing approved, and the keys are as they were")
 	do(t, kms.CreateKMSApplication, &strongroomv1.CreateKMSApplicationRequest{Name: "acme/db", Group: "acme/prod"})
