@@ -19,9 +19,8 @@ import (
 )
 
 // The halves of a key pair are objects whose material is an encoding in DER, or of
-// TTLV in a transparent format. Go's
-// crypto packages compute with copies of their own, which live as long as one
-// request and are not in locked memory.
+// TTLV in a transparent format. Go's crypto packages compute with copies of their
+// own, which live as long as one request and are not in locked memory.
 
 // errUnread says that this server keeps a key that it cannot compute with.
 var errUnread = refuse(kmip.ResultReasonKeyFormatTypeNotSupported, "this server keeps the key, but cannot compute with keys of its kind")
