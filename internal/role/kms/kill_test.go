@@ -17,7 +17,6 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -65,12 +64,9 @@ type process struct {
 	addr string
 }
 
-// self is the command of this program, which ends with the test, whatever ends that.
-func self() *exec.Cmd {
-	cmd := exec.Command("/proc/self/exe")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	return cmd
-}
+// self is the command of this program. It is not to die with its parent (Pdeathsig):
+// that is the thread which started it, and those of TestPartition end.
+func self() *exec.Cmd { return exec.Command("/proc/self/exe") }
 
 func startProcess(t *testing.T, dir, socket string) *process {
 	t.Helper()
