@@ -256,12 +256,51 @@ func (k kind) generate() (private, public *Object, err error) {
 	return private, public, nil
 }
 
+// freshPair is a key pair that a request makes.
+type freshPair struct {
+	private, public *Object
+	made            kind
+}
+
+// make makes the pair that the attributes of its halves ask for, unless it has made
+// it: f of a transaction may run again.
+func (n *freshPair) make(r *request, halves [2]*Object) error {
+	want, err := kindOf(halves[0])
+	if err != nil {
+		return err
+	}
+	if other, err := kindOf(halves[1]); err != nil {
+		return err
+	} else if other != want {
+		return refuse(kmip.ResultReasonInvalidField, "both halves of a key pair have one algorithm and length")
+	}
+	if n.private != nil && n.made == want {
+		return nil
+	}
+	n.discard(r)
+	n.made = want
+	n.private, n.public, err = want.generate()
+	return err
+}
+
+// discard drops a pair that was not given.
+func (n *freshPair) discard(r *request) {
+	r.discard(n.private)
+	r.discard(n.public)
+}
+
+// give leaves the pair, which is stored, to the request.
+func (n *freshPair) give(r *request) {
+	r.give(n.private)
+	r.give(n.public)
+	n.private, n.public = nil, nil
+}
+
 // createKeyPair makes a key pair (KMIP 1.4 section 4.2).
 func (r *request) createKeyPair(p *payloads.CreateKeyPairRequestPayload) (kmip.OperationPayload, error) {
 	privateID, publicID := newID(), newID()
-	var private, public *Object
-	var made kind
-	defer func() { r.discard(private); r.discard(public) }()
+	var n freshPair
+	defer func() { n.discard(r) }()
 	err := r.change(func(tx Tx) error {
 		var halves [2]*Object
 		for i, half := range []struct {
@@ -280,29 +319,14 @@ func (r *request) createKeyPair(p *payloads.CreateKeyPairRequestPayload) (kmip.O
 			}
 			halves[i] = half.object
 		}
-		want, err := kindOf(halves[0])
-		if err != nil {
+		if err := n.make(r, halves); err != nil {
 			return err
 		}
-		if other, err := kindOf(halves[1]); err != nil {
-			return err
-		} else if other != want {
-			return refuse(kmip.ResultReasonInvalidField, "both halves of a key pair have one algorithm and length")
-		}
-		if private == nil || made != want { // f of a transaction may run again
-			r.discard(private)
-			r.discard(public)
-			if private, public, err = want.generate(); err != nil {
-				private, public = nil, nil
-				return err
-			}
-			made = want
-		}
-		for i, o := range []*Object{private, public} {
+		for i, o := range []*Object{n.private, n.public} {
 			o.ID, o.Attributes = halves[i].ID, halves[i].Attributes
-			o.set(kmip.AttributeNameCryptographicLength, want.bits)
+			o.set(kmip.AttributeNameCryptographicLength, n.made.bits)
 			link := kmip.Link{LinkType: kmip.LinkTypePublicKeyLink, LinkedObjectIdentifier: publicID}
-			if o == public {
+			if o == n.public {
 				link = kmip.Link{LinkType: kmip.LinkTypePrivateKeyLink, LinkedObjectIdentifier: privateID}
 			}
 			o.add(kmip.AttributeNameLink, link)
@@ -323,9 +347,7 @@ func (r *request) createKeyPair(p *payloads.CreateKeyPairRequestPayload) (kmip.O
 		return nil, err
 	}
 	r.placeholder, r.object = privateID, privateID
-	r.give(private)
-	r.give(public)
-	private, public = nil, nil
+	n.give(r)
 	return &payloads.CreateKeyPairResponsePayload{PrivateKeyUniqueIdentifier: privateID, PublicKeyUniqueIdentifier: publicID}, nil
 }
 

@@ -10,9 +10,8 @@ import (
 // section 4.5).
 func (r *request) rekeyKeyPair(p *payloads.RekeyKeyPairRequestPayload) (kmip.OperationPayload, error) {
 	ids := [2]string{newID(), newID()}
-	var private, public *Object
-	var made kind
-	defer func() { r.discard(private); r.discard(public) }()
+	var n freshPair
+	defer func() { n.discard(r) }()
 	err := r.update(p.PrivateKeyUniqueIdentifier, func(tx Tx, oldPrivate *Object) error {
 		oldPublic, err := r.publicOf(tx, oldPrivate)
 		if err != nil {
@@ -22,7 +21,6 @@ func (r *request) rekeyKeyPair(p *payloads.RekeyKeyPairRequestPayload) (kmip.Ope
 		halves := [2]*Object{{ID: ids[0], Type: kmip.ObjectTypePrivateKey}, {ID: ids[1], Type: kmip.ObjectTypePublicKey}}
 		halves[0].add(kmip.AttributeNameLink, kmip.Link{LinkType: kmip.LinkTypePublicKeyLink, LinkedObjectIdentifier: ids[1]})
 		halves[1].add(kmip.AttributeNameLink, kmip.Link{LinkType: kmip.LinkTypePrivateKeyLink, LinkedObjectIdentifier: ids[0]})
-		var kinds [2]kind
 		for i, own := range []*kmip.TemplateAttribute{p.PrivateKeyTemplateAttribute, p.PublicKeyTemplateAttribute} {
 			given, err := r.pairTemplate(tx, p.CommonTemplateAttribute, own)
 			if err != nil {
@@ -32,23 +30,11 @@ func (r *request) rekeyKeyPair(p *payloads.RekeyKeyPairRequestPayload) (kmip.Ope
 			if err := r.inherit(tx, halves[i], old[i], asked); err != nil {
 				return err
 			}
-			if kinds[i], err = kindOf(halves[i]); err != nil {
-				return err
-			}
 		}
-		if kinds[0] != kinds[1] {
-			return refuse(kmip.ResultReasonInvalidField, "both halves of a key pair have one algorithm and length")
+		if err := n.make(r, halves); err != nil {
+			return err
 		}
-		if private == nil || made != kinds[0] { // f of a transaction may run again
-			r.discard(private)
-			r.discard(public)
-			if private, public, err = kinds[0].generate(); err != nil {
-				private, public = nil, nil
-				return err
-			}
-			made = kinds[0]
-		}
-		for i, o := range []*Object{private, public} {
+		for i, o := range []*Object{n.private, n.public} {
 			o.ID, o.Attributes = halves[i].ID, halves[i].Attributes
 			if err := r.client.Policy.checkType(o); err != nil {
 				return err
@@ -69,9 +55,7 @@ func (r *request) rekeyKeyPair(p *payloads.RekeyKeyPairRequestPayload) (kmip.Ope
 		return nil, err
 	}
 	r.placeholder, r.object = ids[0], ids[0]
-	r.give(private)
-	r.give(public)
-	private, public = nil, nil
+	n.give(r)
 	return &payloads.RekeyKeyPairResponsePayload{PrivateKeyUniqueIdentifier: ids[0], PublicKeyUniqueIdentifier: ids[1]}, nil
 }
 
