@@ -74,7 +74,7 @@ func startServers(ctx context.Context, m medium, size int64) ([]*server, error) 
 	for _, image := range []string{"daemon.luks", "kit.luks"} {
 		// Both peers read LUKS1 only; the cipher is the same as ours.
 		make := exec.CommandContext(ctx, "qemu-img", "create", "-q", "-f", "luks", "--object", secret,
-			"-o", "key-secret=s,cipher-alg=aes-256,cipher-mode=xts,ivgen-alg=plain64,iter-time=200",
+			"-o", "key-secret=s,cipher-alg=aes-256,cipher-mode=xts,ivgen-alg=plain64,hash-alg=sha512,iter-time=200",
 			path(image), strconv.FormatInt(size, 10))
 		if out, err := make.CombinedOutput(); err != nil {
 			return nil, fmt.Errorf("cannot make a LUKS image: %w: %s", err, out)
