@@ -24,6 +24,9 @@ type Result struct {
 	// NotClient is true for a case in which the server speaks first, which
 	// cannot be replayed against it.
 	NotClient bool
+	// AtOnce is true if the server answered at once where the case takes the
+	// answer later: its Poll and Cancel requests were left out.
+	AtOnce bool
 }
 
 // Passed reports whether the server did as the case expects.
@@ -68,37 +71,59 @@ func Replay(ctx context.Context, file string, dial func(context.Context) (*tls.C
 	for _, e := range c.exchanges {
 		e.request.walk(func(n *node) { p.randomIV = p.randomIV || n.tag == kmip.TagRandomIV && n.value == "true" })
 	}
-	for i, e := range c.exchanges {
-		if reason := p.exchange(conn, e); reason != "" {
+	for i := 0; i < len(c.exchanges); {
+		reason, next := p.exchange(conn, i)
+		if reason != "" {
 			result.Reason = fmt.Sprintf("message %d: %s", i, reason)
 			return result, nil
 		}
+		result.AtOnce = result.AtOnce || next > i+1
+		i = next
 	}
 	return result, nil
 }
 
-// exchange sends a request and returns how the response differs, or "".
-func (p *play) exchange(conn *tls.Conn, e exchange) string {
-	request, err := e.request.encode(p.resolve)
+// exchange sends request i of the case and returns how the response differs, or "",
+// and which request is next.
+func (p *play) exchange(conn *tls.Conn, i int) (differs string, next int) {
+	want, next := p.exchanges[i].response, i+1
+	response, err := p.ask(conn, p.exchanges[i].request)
 	if err != nil {
-		return fmt.Sprintf("cannot build the request: %v", err)
+		return err.Error(), next
 	}
-	p.named = len(asking(e.request)) > 0
+	if isPending(want) && statusOf(response) != kmip.ResultStatusOperationPending {
+		if want, next = p.polled(i); want == nil {
+			if status := statusOf(response); status != kmip.ResultStatusSuccess {
+				return fmt.Sprintf("want Success at once or an answer to come, got %v", status), next
+			}
+			return "", next
+		}
+	}
+	p.differs = nil
+	p.compare("", want, response)
+	return strings.Join(p.differs, "; "), next
+}
+
+// ask sends a request and returns the response.
+func (p *play) ask(conn *tls.Conn, r *node) (ttlv.Value, error) {
+	request, err := r.encode(p.resolve)
+	if err != nil {
+		return ttlv.Value{}, fmt.Errorf("cannot build the request: %w", err)
+	}
+	p.named = len(asking(r)) > 0
 	p.made = false
-	e.request.walk(func(n *node) {
+	r.walk(func(n *node) {
 		p.made = p.made || n.tag == kmip.TagOperation && n.value == "Encrypt"
 	})
 	conn.SetDeadline(time.Now().Add(answerTimeout))
 	if _, err := conn.Write(request); err != nil {
-		return fmt.Sprintf("cannot send the request: %v", err)
+		return ttlv.Value{}, fmt.Errorf("cannot send the request: %w", err)
 	}
 	response, err := readAnswer(conn)
 	if err != nil {
-		return fmt.Sprintf("no response: %v", err)
+		return ttlv.Value{}, fmt.Errorf("no response: %w", err)
 	}
-	p.differs = nil
-	p.compare("", e.response, response)
-	return strings.Join(p.differs, "; ")
+	return response, nil
 }
 
 // asking returns the attribute names by which a Get Attributes asks.

@@ -67,8 +67,6 @@ func accountOf(name string) string {
 // differ are the cases for objects that our server keeps that it does not pass, and
 // why.
 var differ = map[string]string{
-	"TC_32":  asynchronous,
-	"TC_101": asynchronous,
 	"TC_111": foreign,
 	"TC_112": foreign,
 	"TC_122": "it expects the vendor extensions of one vendor's server; ours has none",
@@ -92,11 +90,10 @@ var differ = map[string]string{
 }
 
 const (
-	asynchronous = "it expects an asynchronous answer; a server may answer at once, and ours does"
-	foreign      = "it expects Permission Denied for another user's object; ours says Item Not Found, not to tell what others have"
-	another      = "it expects another key than it registered"
-	secp256k1    = "its key is on the curve secp256k1, which is kept and not computed with"
-	seeds        = "four cases expect four different answers to one RNG Seed; ours ignores seeds, as CS-RNG-O-3-13 expects"
+	foreign   = "it expects Permission Denied for another user's object; ours says Item Not Found, not to tell what others have"
+	another   = "it expects another key than it registered"
+	secp256k1 = "its key is on the curve secp256k1, which is kept and not computed with"
+	seeds     = "four cases expect four different answers to one RNG Seed; ours ignores seeds, as CS-RNG-O-3-13 expects"
 )
 
 func whyDiffers(name string) (string, bool) {

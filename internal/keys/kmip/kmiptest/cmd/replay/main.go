@@ -83,7 +83,11 @@ func run(args []string, out io.Writer) (failed int, err error) {
 			fmt.Fprintf(out, "n/a   %s: the server speaks first\n", r.Name)
 		case r.Passed():
 			passed++
-			fmt.Fprintf(out, "pass  %s\n", r.Name)
+			note := ""
+			if r.AtOnce {
+				note = ": answered at once, nothing to poll for"
+			}
+			fmt.Fprintf(out, "pass  %s%s\n", r.Name, note)
 		default:
 			failed++
 			fmt.Fprintf(out, "FAIL  %s: %s\n", r.Name, r.Reason)
