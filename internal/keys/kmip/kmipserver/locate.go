@@ -12,7 +12,10 @@ import (
 // locateMax is how many identifiers one answer holds at most.
 const locateMax = 10000
 
-// locate finds objects, newest first, and members of a group oldest first.
+// locate finds objects, newest first, and members of a group oldest first. The
+// default member of a group is the oldest that no Get has given out, and the oldest
+// once all have been: whoever asks for it and gets it, in turn, uses up a group of
+// keys made beforehand (KMIP 1.3 section 4.9 leaves the choice to the server).
 // Destroyed objects are found only by someone who asks for their state or for
 // their Destroy Date. It looks no further than to the end of the page that was
 // asked for, and tells how many objects there are only where it has seen all.
@@ -33,9 +36,21 @@ func (r *request) locate(p *payloads.LocateRequestPayload) (kmip.OperationPayloa
 	if p.MaximumItems > 0 {
 		limit = min(limit, int(p.MaximumItems))
 	}
-	found, passed, err := search(r, p, query, skip, limit, func(o *Object) string { return o.ID })
-	if err != nil {
-		return nil, err
+	id := func(o *Object) string { return o.ID }
+	var found []string
+	var passed int
+	if p.ObjectGroupMember == kmip.ObjectGroupMemberDefault {
+		limit = 1
+		fresh := *p
+		fresh.ObjectGroupMember = kmip.ObjectGroupMemberFresh
+		if found, passed, err = search(r, &fresh, query, skip, limit, id); err != nil {
+			return nil, err
+		}
+	}
+	if len(found) == 0 {
+		if found, passed, err = search(r, p, query, skip, limit, id); err != nil {
+			return nil, err
+		}
 	}
 	out := &payloads.LocateResponsePayload{UniqueIdentifier: found}
 	if len(found) > 0 {

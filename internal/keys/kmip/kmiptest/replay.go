@@ -71,6 +71,10 @@ func Replay(ctx context.Context, file string, dial func(context.Context) (*tls.C
 	for _, e := range c.exchanges {
 		e.request.walk(func(n *node) { p.randomIV = p.randomIV || n.tag == kmip.TagRandomIV && n.value == "true" })
 	}
+	if err := p.prepare(conn); err != nil {
+		result.Reason = err.Error()
+		return result, nil
+	}
 	for i := 0; i < len(c.exchanges); {
 		reason, next := p.exchange(conn, i)
 		if reason != "" {
@@ -115,8 +119,13 @@ func (p *play) ask(conn *tls.Conn, r *node) (ttlv.Value, error) {
 	r.walk(func(n *node) {
 		p.made = p.made || n.tag == kmip.TagOperation && n.value == "Encrypt"
 	})
+	return send(conn, request)
+}
+
+// send sends a message and returns the answer.
+func send(conn *tls.Conn, message []byte) (ttlv.Value, error) {
 	conn.SetDeadline(time.Now().Add(answerTimeout))
-	if _, err := conn.Write(request); err != nil {
+	if _, err := conn.Write(message); err != nil {
 		return ttlv.Value{}, fmt.Errorf("cannot send the request: %w", err)
 	}
 	response, err := readAnswer(conn)
