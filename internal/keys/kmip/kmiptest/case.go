@@ -12,6 +12,10 @@
 // operations and objects Query lists. All else must be the same; in particular
 // no field may be added or missing.
 //
+// A server that answers at once what a case polls for is held to that answer
+// (pending.go); what a case waits for comes sooner (wait.go); what it takes for
+// granted is made for it (prepare.go).
+//
 // The cases under testdata are © OASIS Open; see testdata/NOTICE.
 package kmiptest
 
@@ -70,7 +74,6 @@ type Case struct {
 	// literals are the values that requests name; see the package comment.
 	literals   map[string]bool
 	operations map[string]bool
-	objects    map[string]bool
 }
 
 var errNotClient = errors.New("the server speaks first in this case")
@@ -82,7 +85,7 @@ func Load(file string) (*Case, error) {
 		return nil, err
 	}
 	defer f.Close()
-	c := &Case{Name: strings.TrimSuffix(file[strings.LastIndexByte(file, '/')+1:], ".xml"), literals: map[string]bool{}, operations: map[string]bool{}, objects: map[string]bool{}}
+	c := &Case{Name: strings.TrimSuffix(file[strings.LastIndexByte(file, '/')+1:], ".xml"), literals: map[string]bool{}, operations: map[string]bool{}}
 	if err := c.parse(f); err != nil {
 		return nil, fmt.Errorf("cannot read test case %s: %w", c.Name, err)
 	}
@@ -131,20 +134,11 @@ func (c *Case) note(request *node) {
 		if n.value != "" {
 			c.literals[strings.ToLower(n.value)] = true
 		}
-		switch n.tag {
-		case kmip.TagOperation:
+		if n.tag == kmip.TagOperation {
 			c.operations[n.value] = true
-		case kmip.TagObjectType:
-			c.objects[n.value] = true
 		}
 	})
 }
-
-// Operations returns the names of the operations the case requests.
-func (c *Case) Operations() map[string]bool { return c.operations }
-
-// Objects returns the names of the object types the case names.
-func (c *Case) Objects() map[string]bool { return c.objects }
 
 // tags maps the names of the standard's tags to their numbers.
 var tags = sync.OnceValue(func() map[string]int {

@@ -21,6 +21,7 @@ type play struct {
 	last       map[int]string    // the value of each tag that came last
 	made       bool              // the request makes the bytes of the response: it encrypts
 	randomIV   bool              // with an initialization vector of the server's
+	waits      bool              // the case waits for a time to come
 	named      bool              // the request asks for attributes by name
 	differs    []string
 }
@@ -33,6 +34,9 @@ func (p *play) resolve(tag int, reference string) (string, error) {
 		// What the server made takes the place of what the case had.
 		if v, ok := p.references[strings.ToLower(reference)]; ok && tag == kmip.TagData || ok && tag == kmip.TagIVCounterNonce {
 			return v, nil
+		}
+		if at, ok := p.ahead(reference); ok {
+			return at, nil
 		}
 		return reference, nil
 	}
@@ -58,6 +62,9 @@ func (p *play) now(reference string) (time.Time, bool) {
 		return p.start, true
 	}
 	seconds, err := strconv.Atoi(offset)
+	if p.waits && seconds > 0 {
+		return p.start.Add(soon), err == nil
+	}
 	return p.start.Add(time.Duration(seconds) * time.Second), err == nil
 }
 
@@ -253,7 +260,7 @@ func (p *play) find(path string, w *node, fields ttlv.Struct) int {
 		}
 		switch w.tag {
 		case kmip.TagAttribute, kmip.TagProtocolVersion:
-			trial := &play{Case: p.Case, start: p.start, references: cloneOf(p.references), named: p.named}
+			trial := &play{Case: p.Case, start: p.start, waits: p.waits, references: cloneOf(p.references), named: p.named}
 			if trial.compare("", w, g); len(trial.differs) == 0 {
 				return i
 			}

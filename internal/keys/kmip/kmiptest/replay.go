@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -67,7 +66,7 @@ func Replay(ctx context.Context, file string, dial func(context.Context) (*tls.C
 		return result, err
 	}
 	defer conn.Close()
-	p := &play{Case: c, start: time.Now().Truncate(time.Second), references: map[string]string{}, last: map[int]string{}}
+	p := &play{Case: c, start: time.Now().Truncate(time.Second), references: map[string]string{}, last: map[int]string{}, waits: c.Waits()}
 	for _, e := range c.exchanges {
 		e.request.walk(func(n *node) { p.randomIV = p.randomIV || n.tag == kmip.TagRandomIV && n.value == "true" })
 	}
@@ -76,7 +75,12 @@ func Replay(ctx context.Context, file string, dial func(context.Context) (*tls.C
 		return result, nil
 	}
 	for i := 0; i < len(c.exchanges); {
-		reason, next := p.exchange(conn, i)
+		reason, next := "", i+1
+		if c.repeats(i) {
+			reason = p.repeat(ctx, conn, i)
+		} else {
+			reason, next = p.exchange(conn, i)
+		}
 		if reason != "" {
 			result.Reason = fmt.Sprintf("message %d: %s", i, reason)
 			return result, nil
@@ -171,6 +175,3 @@ func readAnswer(r io.Reader) (ttlv.Value, error) {
 	err = v.DecodeTTLV(&d)
 	return v, err
 }
-
-// Names returns the keys of a set, sorted.
-func Names(set map[string]bool) []string { return slices.Sorted(maps.Keys(set)) }
