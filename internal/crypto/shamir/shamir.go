@@ -1,6 +1,7 @@
 // Package shamir splits a secret into shares of which a number, the threshold,
 // give it back and fewer tell nothing, by Shamir's scheme over GF(2⁸). The
-// arithmetic, the binary form and the text of a share are docs/spec/shamir.md.
+// arithmetic, the binary form and the text of a share are docs/spec/shamir.md;
+// KMIP's split keys are of the same scheme over another field.
 //
 // Invariants: secret and shares are in keymem only; the arithmetic has no
 // branch and no table that depends on them. All functions are safe for
@@ -22,6 +23,16 @@ const (
 	SecretMax    = 255 // bytes
 )
 
+// Field is a representation of GF(2⁸): the polynomial modulo which it multiplies,
+// without x⁸.
+type Field uint8
+
+// The fields of shares. Shares over one give nothing over the other.
+const (
+	AES  Field = 0x1b // x⁸+x⁴+x³+x+1: of Strongroom's own shares
+	KMIP Field = 0x1d // x⁸+x⁴+x³+x²+1: of KMIP's Polynomial Sharing GF(2⁸), by OASIS TC-SJ-2
+)
+
 // ErrMismatch is reported for shares that do not belong together, or of which
 // there are too few.
 var ErrMismatch = errors.New("shares do not belong together")
@@ -36,7 +47,7 @@ type Share struct {
 
 // Split returns shares of secret, which stays the caller's; threshold of them
 // give it back. The caller closes their values.
-func Split(secret *keymem.Key, threshold, shares int) (_ []Share, err error) {
+func (f Field) Split(secret *keymem.Key, threshold, shares int) (_ []Share, err error) {
 	if threshold < ThresholdMin || shares < threshold || shares > SharesMax {
 		return nil, errs.New(errs.Invalid, "cannot split a secret so that %d of %d shares give it: at least %d of at most %d can", threshold, shares, ThresholdMin, SharesMax)
 	}
@@ -53,10 +64,10 @@ func Split(secret *keymem.Key, threshold, shares int) (_ []Share, err error) {
 	defer coefficients.Close()
 	var set [4]byte
 	rand.Read(set[:]) // never fails: it ends the process instead
-	return split(secret, coefficients, set, threshold, shares)
+	return f.split(secret, coefficients, set, threshold, shares)
 }
 
-func split(secret, coefficients *keymem.Key, set [4]byte, threshold, shares int) (_ []Share, err error) {
+func (f Field) split(secret, coefficients *keymem.Key, set [4]byte, threshold, shares int) (_ []Share, err error) {
 	n := secret.Len()
 	out := make([]Share, 0, shares)
 	defer func() {
@@ -73,7 +84,7 @@ func split(secret, coefficients *keymem.Key, set [4]byte, threshold, shares int)
 		y, c := value.Bytes(), coefficients.Bytes()
 		for i := threshold - 2; i >= 0; i-- { // Horner
 			for j := range y {
-				y[j] = mul(y[j]^c[i*n+j], uint8(point))
+				y[j] = f.mul(y[j]^c[i*n+j], uint8(point))
 			}
 		}
 		for j, s := range secret.Bytes() {
@@ -86,7 +97,7 @@ func split(secret, coefficients *keymem.Key, set [4]byte, threshold, shares int)
 // Combine returns the secret of which shares has at least a threshold; more are
 // not used. The shares stay the caller's. The secret is wrong, without an error,
 // if a share was altered: whoever has a use for it must check it.
-func Combine(shares []Share) (*keymem.Key, error) {
+func (f Field) Combine(shares []Share) (*keymem.Key, error) {
 	if len(shares) == 0 || len(shares) < int(shares[0].Threshold) || shares[0].Threshold < ThresholdMin {
 		return nil, errs.New(errs.Invalid, "%w: there are %d, too few", ErrMismatch, len(shares))
 	}
@@ -109,11 +120,11 @@ func Combine(shares []Share) (*keymem.Key, error) {
 		weight := uint8(1)
 		for j, other := range shares {
 			if i != j {
-				weight = mul(weight, mul(other.Point, inverse(other.Point^s.Point)))
+				weight = f.mul(weight, f.mul(other.Point, f.inverse(other.Point^s.Point)))
 			}
 		}
 		for k, y := range s.Value.Bytes() {
-			out[k] ^= mul(weight, y)
+			out[k] ^= f.mul(weight, y)
 		}
 	}
 	return secret, nil
@@ -126,24 +137,23 @@ func Close(shares []Share) {
 	}
 }
 
-// mul multiplies in GF(2⁸) modulo x⁸+x⁴+x³+x+1, in a time that depends on
-// nothing.
-func mul(a, b uint8) uint8 {
+// mul multiplies in a time that depends on nothing.
+func (f Field) mul(a, b uint8) uint8 {
 	var p uint8
 	for range 8 {
 		p ^= a & -(b & 1)
-		a = a<<1 ^ 0x1b&-(a>>7)
+		a = a<<1 ^ uint8(f)&-(a>>7)
 		b >>= 1
 	}
 	return p
 }
 
 // inverse returns a²⁵⁴, which is 1/a for all but 0.
-func inverse(a uint8) uint8 {
+func (f Field) inverse(a uint8) uint8 {
 	r := uint8(1)
 	for range 7 {
-		a = mul(a, a)
-		r = mul(r, a)
+		a = f.mul(a, a)
+		r = f.mul(r, a)
 	}
 	return r
 }

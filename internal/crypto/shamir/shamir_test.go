@@ -32,7 +32,7 @@ func unhex(t testing.TB, s string) []byte {
 }
 
 // slowMul is multiplication by the definition: polynomials, then the remainder.
-func slowMul(a, b uint8) uint8 {
+func slowMul(f Field, a, b uint8) uint8 {
 	var p uint16
 	for i := range 8 {
 		if b>>i&1 == 1 {
@@ -41,7 +41,7 @@ func slowMul(a, b uint8) uint8 {
 	}
 	for i := 15; i >= 8; i-- {
 		if p>>i&1 == 1 {
-			p ^= 0x11b << (i - 8)
+			p ^= (0x100 | uint16(f)) << (i - 8)
 		}
 	}
 	return uint8(p)
@@ -49,17 +49,19 @@ func slowMul(a, b uint8) uint8 {
 
 func TestField(t *testing.T) {
 	t.Parallel()
-	for a := range 256 {
-		for b := range 256 {
-			if got, want := mul(uint8(a), uint8(b)), slowMul(uint8(a), uint8(b)); got != want {
-				t.Fatalf("%02x * %02x = %02x, want %02x", a, b, got, want)
+	for _, f := range []Field{AES, KMIP} {
+		for a := range 256 {
+			for b := range 256 {
+				if got, want := f.mul(uint8(a), uint8(b)), slowMul(f, uint8(a), uint8(b)); got != want {
+					t.Fatalf("%02x: %02x * %02x = %02x, want %02x", f, a, b, got, want)
+				}
+			}
+			if a > 0 && f.mul(uint8(a), f.inverse(uint8(a))) != 1 {
+				t.Fatalf("%02x: 1/%02x is wrong", f, a)
 			}
 		}
-		if a > 0 && mul(uint8(a), inverse(uint8(a))) != 1 {
-			t.Fatalf("1/%02x is wrong", a)
-		}
 	}
-	if mul(0x57, 0x83) != 0xc1 { // FIPS 197, 4.2
+	if AES.mul(0x57, 0x83) != 0xc1 { // FIPS 197, 4.2
 		t.Error("57 * 83 is not c1")
 	}
 }
@@ -89,7 +91,7 @@ var vectorShares = []struct{ value, text string }{
 func TestVectors(t *testing.T) {
 	t.Parallel()
 	secret := key(t, unhex(t, vectorSecret))
-	shares, err := split(secret, key(t, unhex(t, vectorCoefficients)), [4]byte{0x07, 0x83, 0x8f, 0x50}, 3, 3)
+	shares, err := AES.split(secret, key(t, unhex(t, vectorCoefficients)), [4]byte{0x07, 0x83, 0x8f, 0x50}, 3, 3)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -99,7 +101,7 @@ func TestVectors(t *testing.T) {
 		// By the definition, not by Horner and mul.
 		for j := range secret.Len() {
 			x := uint8(i + 1)
-			y := unhex(t, vectorSecret)[j] ^ slowMul(unhex(t, vectorCoefficients)[j], x) ^ slowMul(unhex(t, vectorCoefficients)[32+j], slowMul(x, x))
+			y := unhex(t, vectorSecret)[j] ^ slowMul(AES, unhex(t, vectorCoefficients)[j], x) ^ slowMul(AES, unhex(t, vectorCoefficients)[32+j], slowMul(AES, x, x))
 			if s.Value.Bytes()[j] != y {
 				t.Fatalf("share %d, byte %d: %02x, want %02x", i+1, j, s.Value.Bytes()[j], y)
 			}
@@ -130,7 +132,8 @@ func TestSplitCombine(t *testing.T) {
 		defer secret.Close()
 		threshold := rapid.IntRange(2, 8).Draw(r, "threshold")
 		count := rapid.IntRange(threshold, 12).Draw(r, "shares")
-		shares, err := Split(secret, threshold, count)
+		field := rapid.SampledFrom([]Field{AES, KMIP}).Draw(r, "field")
+		shares, err := field.Split(secret, threshold, count)
 		if err != nil {
 			r.Fatal(err)
 		}
@@ -150,7 +153,7 @@ func TestSplitCombine(t *testing.T) {
 			defer again.Value.Close()
 			read = append(read, again)
 		}
-		got, err := Combine(read)
+		got, err := field.Combine(read)
 		if err != nil {
 			r.Fatal(err)
 		}
@@ -165,15 +168,15 @@ func TestSplitCombine(t *testing.T) {
 // possible, each by exactly one polynomial.
 func TestTooFewTellNothing(t *testing.T) {
 	t.Parallel()
-	shares, err := Split(key(t, []byte{0x5a}), 2, 2)
+	shares, err := AES.Split(key(t, []byte{0x5a}), 2, 2)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer Close(shares)
 	x, y := shares[0].Point, shares[0].Value.Bytes()[0]
 	for secret := range 256 {
-		c := mul(y^uint8(secret), inverse(x))
-		if uint8(secret)^mul(c, x) != y {
+		c := AES.mul(y^uint8(secret), AES.inverse(x))
+		if uint8(secret)^AES.mul(c, x) != y {
 			t.Fatalf("secret %02x is not possible", secret)
 		}
 	}
@@ -183,19 +186,19 @@ func TestRefuses(t *testing.T) {
 	t.Parallel()
 	secret := key(t, []byte("a secret"))
 	for _, c := range [][2]int{{0, 1}, {1, 3}, {3, 2}, {2, 256}, {-1, 5}} {
-		if _, err := Split(secret, c[0], c[1]); errs.KindOf(err) != errs.Invalid {
+		if _, err := AES.Split(secret, c[0], c[1]); errs.KindOf(err) != errs.Invalid {
 			t.Errorf("%d of %d: %v", c[0], c[1], err)
 		}
 	}
-	if _, err := Split(key(t, make([]byte, SecretMax+1)), 2, 3); errs.KindOf(err) != errs.Invalid {
+	if _, err := AES.Split(key(t, make([]byte, SecretMax+1)), 2, 3); errs.KindOf(err) != errs.Invalid {
 		t.Errorf("too long: %v", err)
 	}
-	a, err := Split(secret, 2, 3)
+	a, err := AES.Split(secret, 2, 3)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer Close(a)
-	b, err := Split(secret, 2, 3)
+	b, err := AES.Split(secret, 2, 3)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -203,7 +206,7 @@ func TestRefuses(t *testing.T) {
 	for name, shares := range map[string][]Share{
 		"none": nil, "too few": a[:1], "twice the same": {a[0], a[0]}, "of two sets": {a[0], b[1]},
 	} {
-		if got, err := Combine(shares); !errors.Is(err, ErrMismatch) || got != nil {
+		if got, err := AES.Combine(shares); !errors.Is(err, ErrMismatch) || got != nil {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -212,7 +215,7 @@ func TestRefuses(t *testing.T) {
 // TestMistakes: every letter that is changed, and every one left out, is noticed.
 func TestMistakes(t *testing.T) {
 	t.Parallel()
-	shares, err := Split(key(t, unhex(t, vectorSecret)), 2, 2)
+	shares, err := AES.Split(key(t, unhex(t, vectorSecret)), 2, 2)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -268,4 +271,29 @@ func FuzzParse(f *testing.F) {
 			t.Errorf("read and written again it is %s, was %s", got, want)
 		}
 	})
+}
+
+// TestKMIP has the parts of OASIS TC-SJ-2-12.
+func TestKMIP(t *testing.T) {
+	t.Parallel()
+	secret := unhex(t, "0102030405060708090a0b0c0d0e0f10")
+	var shares []Share
+	for i, part := range []string{
+		"66c46a7754f94de420c7b1a7fff5ec56", "cf93d1e2a7e593cd5b8d6247f4e5d49c",
+		"a855b891f61ad9217240d8ec061e37da", "803dbad55cdd329fad19d99ae2c5a415",
+	} {
+		shares = append(shares, Share{Threshold: 2, Point: uint8(i + 1), Value: key(t, unhex(t, part))})
+	}
+	for i := range shares {
+		for j := range i {
+			got, err := KMIP.Combine([]Share{shares[i], shares[j]})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !bytes.Equal(got.Bytes(), secret) {
+				t.Errorf("parts %d and %d give %x", i+1, j+1, got.Bytes())
+			}
+			got.Close()
+		}
+	}
 }

@@ -37,7 +37,7 @@ func NewShares(threshold, count int, root *keymem.Key) (_ Source, _ []shamir.Sha
 		return Source{}, nil, err
 	}
 	defer kek.Close()
-	shares, err := shamir.Split(kek, threshold, count)
+	shares, err := shamir.AES.Split(kek, threshold, count)
 	if err != nil {
 		return Source{}, nil, err
 	}
@@ -61,7 +61,7 @@ func (s *Shares) open(shares []shamir.Share) (*keymem.Key, error) {
 			own = append(own, share)
 		}
 	}
-	kek, err := shamir.Combine(own)
+	kek, err := shamir.AES.Combine(own)
 	if err != nil {
 		return nil, err
 	}

@@ -21,12 +21,12 @@ import (
 // admit returns what [kmipserver.Client] has for the operations of c: they
 // are counted, and refused beyond a quota. KMIP 1.4 has no reason of its own for
 // that: it is Permission Denied, with a message.
-func (k *KMS) admit(c usage.Client) func(context.Context, kmip.Operation) (func(error), error) {
-	return func(ctx context.Context, op kmip.Operation) (func(error), error) {
+func (k *KMS) admit(c usage.Client) func(context.Context, kmip.Operation, int) (func(error), error) {
+	return func(ctx context.Context, op kmip.Operation, makes int) (func(error), error) {
 		if trivial(op) {
 			return func(error) {}, nil
 		}
-		done, err := k.usage.Admit(ctx, c, keysOf(op))
+		done, err := k.usage.Admit(ctx, c, int64(makes))
 		if exceeded := (*usage.Exceeded)(nil); errors.As(err, &exceeded) {
 			return nil, &kmipserver.Refusal{Reason: kmip.ResultReasonPermissionDenied, Message: exceeded.Error(), Cause: causeQuota + exceeded.What + " of " + string(exceeded.Subject)}
 		}
@@ -35,17 +35,6 @@ func (k *KMS) admit(c usage.Client) func(context.Context, kmip.Operation) (func(
 		}
 		return func(err error) { done(err == nil) }, nil
 	}
-}
-
-// keysOf returns how many objects an operation makes.
-func keysOf(op kmip.Operation) int64 {
-	switch op {
-	case kmip.OperationCreate, kmip.OperationRegister, kmip.OperationReKey, kmip.OperationDeriveKey:
-		return 1
-	case kmip.OperationCreateKeyPair, kmip.OperationReKeyKeyPair:
-		return 2
-	}
-	return 0
 }
 
 func quotaOf(q directory.Quota) *strongroomv1.KMSQuota {

@@ -209,6 +209,8 @@ func TestEveryOperationIsDecided(t *testing.T) {
 		// They use keys, which is what NoExport and approvals of exports are for.
 		kmip.OperationEncrypt, kmip.OperationDecrypt, kmip.OperationMAC, kmip.OperationMACVerify, kmip.OperationHash, kmip.OperationRNGRetrieve, kmip.OperationRNGSeed,
 		kmip.OperationSign, kmip.OperationSignatureVerify, kmip.OperationDeriveKey,
+		// Parts, and what is joined from them, are guarded like the key.
+		kmip.OperationCreateSplitKey, kmip.OperationJoinSplitKey,
 	}
 	for _, op := range Operations() {
 		if slices.Contains(harmless, op) == slices.Contains(ApprovableOperations(), op) {

@@ -19,10 +19,10 @@ type Client struct {
 	// Interface is how it asks, for records: "" is KMIP.
 	Interface string
 	Policy    *Policy
-	// Admit is asked before an operation that the policy allows is carried out;
-	// its error refuses the operation. done is called once, when it has ended: with
-	// nil if it succeeded. Nil admits everything.
-	Admit func(ctx context.Context, op kmip.Operation) (done func(error), err error)
+	// Admit is asked before an operation that the policy allows is carried out, which
+	// makes so many objects if it succeeds; its error refuses the operation. done is
+	// called once, when it has ended: with nil if it succeeded. Nil admits everything.
+	Admit func(ctx context.Context, op kmip.Operation, makes int) (done func(error), err error)
 	// Approvals are those of the people who must approve what the client asks for.
 	// Nil: nobody must.
 	Approvals Approvals

@@ -131,7 +131,7 @@ func TestAdmit(t *testing.T) {
 	b := newBench(t, Limits{}, func(s *Server) {
 		s.observe = saw.observe
 		s.authenticate = func(context.Context, tls.ConnectionState, []kmip.Credential) (Client, error) {
-			return Client{Account: "one", Policy: &Policy{Operations: []kmip.Operation{kmip.OperationCreate, kmip.OperationGet}}, Admit: func(_ context.Context, op kmip.Operation) (func(error), error) {
+			return Client{Account: "one", Policy: &Policy{Operations: []kmip.Operation{kmip.OperationCreate, kmip.OperationGet}}, Admit: func(_ context.Context, op kmip.Operation, _ int) (func(error), error) {
 				note("begin " + ttlv.EnumStr(op))
 				if op == kmip.OperationGet {
 					return nil, &Refusal{Reason: kmip.ResultReasonPermissionDenied, Message: "enough", Cause: "quota"}

@@ -34,7 +34,7 @@ func (s *Server) Do(ctx context.Context, c Caller, p kmip.OperationPayload, use 
 	if !ok {
 		return errs.New(errs.Invalid, "there is no operation %s here", ttlv.EnumStr(p.Operation()))
 	}
-	return s.direct(ctx, c, p.Operation(), func(r *request) error {
+	return s.direct(ctx, c, &item{operation: p.Operation(), payload: p}, func(r *request) error {
 		r.concealPayload(p)
 		out, err := op.run(r, p)
 		if err != nil {
@@ -49,7 +49,7 @@ func (s *Server) Do(ctx context.Context, c Caller, p kmip.OperationPayload, use 
 // if what it made is of no use. What can be had wrapped by another key only, and
 // what a client registered wrapped, is refused.
 func (s *Server) Export(ctx context.Context, c Caller, id string, seal func(*Object) error) error {
-	return s.direct(ctx, c, kmip.OperationGet, func(r *request) error {
+	return s.direct(ctx, c, &item{operation: kmip.OperationGet}, func(r *request) error {
 		return r.giveOut(id, func(_ Reader, o *Object) error {
 			switch {
 			case o.Type == kmip.ObjectTypeTemplate:
@@ -78,7 +78,7 @@ type Found struct {
 // ones are found by who asks for their State only.
 func (s *Server) List(ctx context.Context, c Caller, attributes []kmip.Attribute, after string, limit int) (found []Found, err error) {
 	p := &payloads.LocateRequestPayload{Attribute: attributes}
-	err = s.direct(ctx, c, kmip.OperationLocate, func(r *request) error {
+	err = s.direct(ctx, c, &item{operation: kmip.OperationLocate}, func(r *request) error {
 		query, err := r.queryOf(p)
 		if err != nil {
 			return err
@@ -101,7 +101,8 @@ func (s *Server) List(ctx context.Context, c Caller, attributes []kmip.Attribute
 }
 
 // direct runs one operation and puts it on record. It never panics.
-func (s *Server) direct(ctx context.Context, c Caller, op kmip.Operation, run func(*request) error) (err error) {
+func (s *Server) direct(ctx context.Context, c Caller, it *item, run func(*request) error) (err error) {
+	op := it.operation
 	ctx, cancel := context.WithTimeout(ctx, s.limits.Request)
 	defer cancel()
 	r := &request{ctx: ctx, server: s, client: c.Client, conn: &connection{peer: c.Peer}, version: kmip.V1_4, now: s.now().Truncate(time.Second).UTC()}
@@ -119,5 +120,5 @@ func (s *Server) direct(ctx context.Context, c Caller, op kmip.Operation, run fu
 	if err := r.allowed(op); err != nil {
 		return err
 	}
-	return r.admitted(&item{operation: op}, func() error { return run(r) })
+	return r.admitted(it, func() error { return run(r) })
 }

@@ -27,6 +27,8 @@ func keyBlock(o kmip.Object) *kmip.KeyBlock {
 		return &o.KeyBlock
 	case *kmip.PGPKey:
 		return &o.KeyBlock
+	case *kmip.SplitKey:
+		return &o.KeyBlock
 	}
 	return nil
 }
@@ -171,6 +173,12 @@ func layout(object kmip.Object) (Layout, error) {
 		l.SecretType = o.SecretDataType
 	case *kmip.PGPKey:
 		l.PGPVersion = o.PGPKeyVersion
+	case *kmip.SplitKey:
+		part, err := partOf(o)
+		if err != nil {
+			return l, err
+		}
+		l.Part = part
 	case *kmip.Certificate:
 		if o.CertificateType != kmip.CertificateTypeX_509 {
 			return l, refuse(kmip.ResultReasonInvalidField, "certificates are kept of the type X.509 only")
@@ -367,6 +375,8 @@ func (r *request) export(v Reader, o *Object, p *payloads.GetRequestPayload) (km
 		return &kmip.PublicKey{KeyBlock: block}, nil
 	case kmip.ObjectTypePGPKey:
 		return &kmip.PGPKey{PGPKeyVersion: o.Layout.PGPVersion, KeyBlock: block}, nil
+	case kmip.ObjectTypeSplitKey:
+		return o.Layout.Part.object(block), nil
 	}
 	return &kmip.SymmetricKey{KeyBlock: block}, nil
 }

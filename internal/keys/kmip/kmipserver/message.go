@@ -380,7 +380,7 @@ func (r *request) admit(it *item) error {
 	}
 	it.progress, it.done = admitted, func(error) {}
 	if r.client.Admit != nil {
-		it.done, it.refused = r.client.Admit(r.ctx, it.operation)
+		it.done, it.refused = r.client.Admit(r.ctx, it.operation, makes(it.payload))
 	}
 	if it.refused != nil {
 		it.progress = ended

@@ -44,6 +44,7 @@ type Layout struct {
 	SecretType  kmip.SecretDataType         // of Secret Data
 	OpaqueType  kmip.OpaqueDataType         // of Opaque Objects
 	PGPVersion  int32                       // of PGP Keys
+	Part        Part                        // of Split Keys
 	Wrapping    *kmip.KeyWrappingData       // how a client wrapped it; nil in the clear
 }
 

@@ -70,7 +70,22 @@ func operations() map[kmip.Operation]operation {
 		kmip.OperationHash:               on(kmip.V1_2, (*request).hash),
 		kmip.OperationRNGRetrieve:        on(kmip.V1_2, (*request).rngRetrieve),
 		kmip.OperationRNGSeed:            on(kmip.V1_2, (*request).rngSeed),
+		kmip.OperationCreateSplitKey:     on(kmip.V1_2, (*request).createSplitKey),
+		kmip.OperationJoinSplitKey:       on(kmip.V1_2, (*request).joinSplitKey),
 	}
+}
+
+// makes returns how many objects an operation makes if it succeeds.
+func makes(p kmip.OperationPayload) int {
+	switch p := p.(type) {
+	case *payloads.CreateRequestPayload, *payloads.RegisterRequestPayload, *payloads.RekeyRequestPayload, *deriveRequest, *joinSplitKeyRequest:
+		return 1
+	case *payloads.CreateKeyPairRequestPayload, *payloads.RekeyKeyPairRequestPayload:
+		return 2
+	case *createSplitKeyRequest:
+		return max(0, int(p.SplitKeyParts))
+	}
+	return 0
 }
 
 // view calls f with the object that an item is about, its state up to date.
@@ -181,7 +196,7 @@ func (r *request) query(p *payloads.QueryRequestPayload) (kmip.OperationPayload,
 			}
 		case kmip.QueryFunctionObjects:
 			out.ObjectType = []kmip.ObjectType{
-				kmip.ObjectTypeCertificate, kmip.ObjectTypeSymmetricKey, kmip.ObjectTypePublicKey, kmip.ObjectTypePrivateKey, kmip.ObjectTypeTemplate, kmip.ObjectTypeSecretData, kmip.ObjectTypeOpaqueObject,
+				kmip.ObjectTypeCertificate, kmip.ObjectTypeSymmetricKey, kmip.ObjectTypePublicKey, kmip.ObjectTypePrivateKey, kmip.ObjectTypeSplitKey, kmip.ObjectTypeTemplate, kmip.ObjectTypeSecretData, kmip.ObjectTypeOpaqueObject,
 			}
 			if r.atLeast(kmip.V1_2) {
 				out.ObjectType = append(out.ObjectType, kmip.ObjectTypePGPKey)

@@ -98,7 +98,7 @@ func TestSharedTransaction(t *testing.T) {
 				s.store, s.observe = store, saw.observe
 				s.authenticate = func(context.Context, tls.ConnectionState, []kmip.Credential) (Client, error) {
 					allowed := slices.DeleteFunc(Operations(), func(op kmip.Operation) bool { return op == kmip.OperationRevoke })
-					return Client{Account: "one", Policy: &Policy{Operations: allowed}, Admit: func(context.Context, kmip.Operation) (func(error), error) {
+					return Client{Account: "one", Policy: &Policy{Operations: allowed}, Admit: func(context.Context, kmip.Operation, int) (func(error), error) {
 						mu.Lock()
 						defer mu.Unlock()
 						begun++

@@ -277,6 +277,9 @@ func (n *node) parse(value string) (any, error) {
 			return ttlv.Enum(v), nil
 		}
 		v, err := ttlv.EnumByName(n.enumTag, value)
+		if err != nil { // the library has PolynomialSharingGF2_8 without the line
+			v, err = ttlv.EnumByName(n.enumTag, strings.ReplaceAll(value, "_", ""))
+		}
 		return ttlv.Enum(v), err
 	case ttlv.TypeLongInteger:
 		return strconv.ParseInt(value, 0, 64)

@@ -157,7 +157,7 @@ func (p *play) same(want *node, value, got any) bool {
 // generated reports whether the server makes keys of the case itself.
 func (c *Case) generated() bool {
 	o := c.operations
-	return o["Create"] || o["ReKey"] || o["CreateKeyPair"] || o["ReKeyKeyPair"] || !o["Register"]
+	return o["Create"] || o["ReKey"] || o["CreateKeyPair"] || o["ReKeyKeyPair"] || o["CreateSplitKey"] || !o["Register"]
 }
 
 func text(v any) string {

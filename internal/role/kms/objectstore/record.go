@@ -54,8 +54,11 @@ func clearPart(o *kmipserver.Object, epoch uint64) ([]byte, error) {
 	b = binary.BigEndian.AppendUint64(b, epoch)
 	l := o.Layout
 	kind := uint32(l.SecretType)
-	if o.Type == kmip.ObjectTypePGPKey {
+	switch o.Type {
+	case kmip.ObjectTypePGPKey:
 		kind = uint32(l.PGPVersion)
+	case kmip.ObjectTypeSplitKey:
+		kind = binary.BigEndian.Uint32([]byte{l.Part.Parts, l.Part.ID, l.Part.Threshold, uint8(l.Part.Method)})
 	}
 	for _, v := range []uint32{
 		uint32(o.Type), flags, uint32(l.Format), uint32(l.Compression), uint32(l.Algorithm), uint32(l.Length),
@@ -106,9 +109,12 @@ func parseClear(b []byte) (*kmipserver.Object, error) {
 			OpaqueType: kmip.OpaqueDataType(word(44)),
 		},
 	}
-	if o.Type == kmip.ObjectTypePGPKey {
+	switch o.Type {
+	case kmip.ObjectTypePGPKey:
 		o.Layout.PGPVersion = int32(word(40))
-	} else {
+	case kmip.ObjectTypeSplitKey:
+		o.Layout.Part = kmipserver.Part{Parts: b[40], ID: b[41], Threshold: b[42], Method: kmip.SplitKeyMethod(b[43])}
+	default:
 		o.Layout.SecretType = kmip.SecretDataType(word(40))
 	}
 	attributes, rest := b[recordHeader:][:word(48)], b[recordHeader:][word(48):]

@@ -146,16 +146,24 @@ func TestAttributes(t *testing.T) {
 	}
 }
 
-// TestPGPKey has the version of a PGP key come back.
-func TestPGPKey(t *testing.T) {
+// TestLayout has come back what only some types of objects have.
+func TestLayout(t *testing.T) {
 	t.Parallel()
-	want := kmipserver.Layout{Format: kmip.KeyFormatTypeRaw, Algorithm: kmip.CryptographicAlgorithmRSA, Length: 2048, PGPVersion: 4}
-	clear, err := clearPart(&kmipserver.Object{Type: kmip.ObjectTypePGPKey, Layout: want}, 5)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if o, err := parseClear(clear); err != nil || o.Type != kmip.ObjectTypePGPKey || o.Layout != want {
-		t.Errorf("%+v, %v", o, err)
+	for _, want := range []kmipserver.Object{
+		{Type: kmip.ObjectTypePGPKey, Layout: kmipserver.Layout{Format: kmip.KeyFormatTypeRaw, Algorithm: kmip.CryptographicAlgorithmRSA, Length: 2048, PGPVersion: 4}},
+		{Type: kmip.ObjectTypeSecretData, Layout: kmipserver.Layout{Format: kmip.KeyFormatTypeRaw, SecretType: kmip.SecretDataTypeSeed}},
+		{Type: kmip.ObjectTypeSplitKey, Layout: kmipserver.Layout{
+			Format: kmip.KeyFormatTypeRaw, Algorithm: kmip.CryptographicAlgorithmAES, Length: 256,
+			Part: kmipserver.Part{Parts: 255, ID: 7, Threshold: 3, Method: kmip.SplitKeyMethodPolynomialSharingGF28},
+		}},
+	} {
+		clear, err := clearPart(&want, 5)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if o, err := parseClear(clear); err != nil || o.Type != want.Type || o.Layout != want.Layout {
+			t.Errorf("%+v, %v, want %+v", o, err, want)
+		}
 	}
 }
 
