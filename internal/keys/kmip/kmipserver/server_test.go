@@ -228,6 +228,28 @@ func TestVersionGates(t *testing.T) {
 	}
 }
 
+// TestAsynchronous has an answer at once for a client that would take a later one, as
+// KMIP 1.4 section 6.7 lets a server, so that there is nothing to poll for or to cancel.
+func TestAsynchronous(t *testing.T) {
+	t.Parallel()
+	s := newBench(t, Limits{}).dial(t, "one")
+	later := true
+	m := kmip.NewRequestMessage(kmip.V1_4, newKey(), newKey())
+	m.Header.AsynchronousIndicator = &later
+	for i, item := range s.send(&m).BatchItem {
+		if item.ResultStatus != kmip.ResultStatusSuccess || len(item.AsynchronousCorrelationValue) > 0 {
+			t.Errorf("item %d: %v, to be polled for by %x", i, item.ResultStatus, item.AsynchronousCorrelationValue)
+		}
+	}
+	for _, op := range []kmip.Operation{kmip.OperationPoll, kmip.OperationCancel} {
+		m := kmip.NewRequestMessage(kmip.V1_4, kmip.NewUnknownPayload(op, ttlv.Value{Tag: kmip.TagAsynchronousCorrelationValue, Value: []byte("made up")}))
+		if item := s.send(&m).BatchItem[0]; item.ResultStatus != kmip.ResultStatusOperationFailed || item.ResultReason != kmip.ResultReasonOperationNotSupported {
+			t.Errorf("%s: %v, reason %v", ttlv.EnumStr(op), item.ResultStatus, item.ResultReason)
+		}
+	}
+	do[payloads.CreateResponsePayload](s, newKey()) // the connection is still of use
+}
+
 func TestAccountsAreApart(t *testing.T) {
 	t.Parallel()
 	b := newBench(t, Limits{})
