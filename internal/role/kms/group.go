@@ -5,11 +5,13 @@ import (
 	"errors"
 
 	"connectrpc.com/connect"
+	"github.com/ovh/kmip-go"
 
 	strongroomv1 "strongroom/api/strongroom/v1"
 	"strongroom/internal/control/directory"
 	"strongroom/internal/control/store"
 	"strongroom/internal/errs"
+	"strongroom/internal/keys/kmip/kmipserver"
 	"strongroom/internal/role/kms/usage"
 )
 
@@ -55,6 +57,16 @@ func (k *KMS) forgetGroup(ctx context.Context, name string) error {
 		return err
 	}
 	return k.usage.Forget(ctx, usage.Group(name))
+}
+
+// checkGroup implements [objectstore.Store.RequireAccount]: the group of a request that
+// is under way may have been deleted since its client was let in.
+func (k *KMS) checkGroup(ctx context.Context, tx *store.Tx, group string) error {
+	err := k.directory.CheckGroup(ctx, tx, group)
+	if errs.KindOf(err) == errs.NotFound {
+		return &kmipserver.Refusal{Reason: kmip.ResultReasonPermissionDenied, Message: "your group was deleted"}
+	}
+	return err
 }
 
 // checkClear implements [directory.Directory.RequireClear].

@@ -2,6 +2,7 @@ package kms
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"path/filepath"
 	"slices"
@@ -96,17 +97,21 @@ func TestGroupsAreDeleted(t *testing.T) {
 		t.Errorf("requests of a group that is gone: %v", l)
 	}
 
-	t.Log("what a client makes in a group that is gone keeps its name from being used")
+	t.Log("a request that was under way makes nothing in a group that is gone")
 	item := &kmipserver.Object{ID: uuid.Must(uuid.NewV7()).String(), Type: kmip.ObjectTypeSymmetricKey}
-	if err := b.objects.Update(ctx, "acme/prod", func(tx kmipserver.Tx) error { return tx.Put(item) }); err != nil {
+	err = b.objects.Update(ctx, "acme/prod", func(tx kmipserver.Tx) error { return tx.Put(item) })
+	if refusal := (*kmipserver.Refusal)(nil); !errors.As(err, &refusal) || refusal.Reason != kmip.ResultReasonPermissionDenied {
+		t.Errorf("an object in a group that is gone: %v", err)
+	}
+
+	t.Log("an object that is there all the same keeps its name from being used")
+	objects, key := store.NewRawTable(b.db, "kms-object"), "acme%2Fprod/"+item.ID
+	if err := b.db.Txn(ctx, func(tx *store.Tx) error { return objects.In(tx).Set(key, []byte("left over")) }); err != nil {
 		t.Fatal(err)
 	}
 	_, err = client.Call(ctx, kms.CreateKMSGroup, &strongroomv1.CreateKMSGroupRequest{Name: "acme/prod"})
 	wantKind(t, "a name with an object", err, errs.InvalidState)
-	err = b.db.Txn(ctx, func(tx *store.Tx) error {
-		return store.NewRawTable(b.db, "kms-object").In(tx).Delete(ctx, "acme%2Fprod/"+item.ID)
-	})
-	if err != nil {
+	if err := b.db.Txn(ctx, func(tx *store.Tx) error { return objects.In(tx).Delete(ctx, key) }); err != nil {
 		t.Fatal(err)
 	}
 

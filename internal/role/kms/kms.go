@@ -182,6 +182,7 @@ func open(ctx context.Context, cfg Config, u *unlocked, log *slog.Logger) (_ *KM
 	}
 	k.approvals = approval.Open(k.db, k.directory, k.approverCredential)
 	k.directory.RequireClear(k.checkClear)
+	k.objects.RequireAccount(k.checkGroup)
 	if k.usage, err = usage.Open(ctx, k.db, k.objects.Keys, log); err != nil {
 		return nil, err
 	}

@@ -53,6 +53,7 @@ type Store struct {
 	cache   *cache
 	dirty   chan struct{} // buffered by one: there is something to shred
 	counts  counts
+	account func(ctx context.Context, tx *store.Tx, account string) error // [Store.RequireAccount]
 
 	mu    sync.Mutex // guards the two below
 	epoch uint64     // that new objects go to; 0: none yet
@@ -76,6 +77,13 @@ func NewShared(db *store.DB, ring *keyring.Ring, keeper Keeper, log *slog.Logger
 		ring:   ring, keeper: keeper, log: log, cache: newCache(cacheLimit), dirty: make(chan struct{}, 1),
 		counts: newCounts(),
 	}
+}
+
+// RequireAccount has check asked, in the transaction, when an object is made: its
+// error refuses that. So nothing is made in an account that is deleted meanwhile. It
+// is called before the store is used.
+func (s *Store) RequireAccount(check func(ctx context.Context, tx *store.Tx, account string) error) {
+	s.account = check
 }
 
 // Close wipes the keys in memory. The store must not be in use.
@@ -243,9 +251,10 @@ func isID(id string) bool {
 // update is one transaction that writes.
 type update struct {
 	*view
-	changed map[string]change
-	shred   bool
-	more    int64 // objects with material than before; fewer, if negative
+	changed  map[string]change
+	shred    bool
+	required bool  // the account is there
+	more     int64 // objects with material than before; fewer, if negative
 }
 
 // change is what will be stored of an object.
@@ -288,6 +297,11 @@ func (u *update) Put(o *kmipserver.Object) error {
 	if err != nil {
 		return err
 	}
+	if was.object == nil {
+		if err := u.requireAccount(); err != nil {
+			return err
+		}
+	}
 	epoch := was.epoch
 	if was.epoch != keyring.Metadata && o.Material != was.object.Material { // destroyed, or replaced
 		if err := u.soil(was.epoch); err != nil {
@@ -317,6 +331,15 @@ func (u *update) Put(o *kmipserver.Object) error {
 	u.changed[o.ID] = change{object: copyOf(o), epoch: epoch}
 	delete(u.opened, o.ID) // what is found by name is as it will be
 	return u.index(o, was.object)
+}
+
+// requireAccount refuses to make an object in an account that there is not.
+func (u *update) requireAccount() error {
+	if u.required || u.s.account == nil {
+		return nil
+	}
+	u.required = true
+	return u.s.account(u.ctx, u.tx, u.account)
 }
 
 // index brings what is found by in line with o, which was another before, or nil.
