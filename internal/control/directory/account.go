@@ -131,6 +131,15 @@ func (d *Directory) CheckGroup(ctx context.Context, tx *store.Tx, name string) e
 	return err
 }
 
+// RequireGroup has tx commit only while there is the group.
+func (d *Directory) RequireGroup(ctx context.Context, tx *store.Tx, name string) error {
+	err := d.groups.In(tx).Require(ctx, name)
+	if store.IsNotFound(err) || errors.Is(err, store.ErrInvalidKey) {
+		return noGroup(name)
+	}
+	return err
+}
+
 func (d *Directory) accountIn(ctx context.Context, tx *store.Tx, name string) (Account, error) {
 	a, err := d.accounts.In(tx).Get(ctx, name)
 	if store.IsNotFound(err) || errors.Is(err, store.ErrInvalidKey) {

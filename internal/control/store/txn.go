@@ -28,11 +28,15 @@ const (
 type Tx struct {
 	db     *DB
 	rev    int64               // revision of all reads; 0 before the first
-	reads  map[string]int64    // full key -> revision of its last change, 0 if absent
+	again  bool                // f has run before
+	reads  map[string]int64    // full key -> revision of its last change, 0 if absent, or present
 	seen   map[string][]byte   // values of some reads, as they are stored
 	ranges map[string]struct{} // full prefixes that were scanned
 	writes map[string]write    // by full key
 }
+
+// present stands, for a record's revision, for any: [TxTable.Require].
+const present = -1
 
 type write struct {
 	delete bool
@@ -49,7 +53,7 @@ type write struct {
 // with records that they delete.
 func (db *DB) Txn(ctx context.Context, f func(tx *Tx) error) error {
 	for attempt := range txnAttempts {
-		tx := &Tx{db: db, reads: map[string]int64{}, seen: map[string][]byte{}, ranges: map[string]struct{}{}, writes: map[string]write{}}
+		tx := &Tx{db: db, again: attempt > 0, reads: map[string]int64{}, seen: map[string][]byte{}, ranges: map[string]struct{}{}, writes: map[string]write{}}
 		err := f(tx)
 		done := false
 		if err == nil {
@@ -87,6 +91,10 @@ func (tx *Tx) commit(ctx context.Context) (bool, error) {
 	}
 	var cmps []clientv3.Cmp
 	for _, key := range slices.Sorted(maps.Keys(tx.reads)) {
+		if tx.reads[key] == present {
+			cmps = append(cmps, clientv3.Compare(clientv3.CreateRevision(key), ">", 0))
+			continue
+		}
 		cmps = append(cmps, clientv3.Compare(clientv3.ModRevision(key), "=", tx.reads[key]))
 	}
 	for _, prefix := range slices.Sorted(maps.Keys(tx.ranges)) {
@@ -183,6 +191,23 @@ func (x TxTable[T]) Has(ctx context.Context, key string) (bool, error) {
 		return false, nil
 	}
 	return err == nil, err
+}
+
+// Require has tx commit its writes only while there is a record at key, whatever
+// becomes of it else. It reads nothing at first, for there is one as a rule; if there
+// was none, f runs again and gets [ErrNotFound].
+func (x TxTable[T]) Require(ctx context.Context, key string) error {
+	if err := checkKey(key); err != nil {
+		return fmt.Errorf("%s %q: %w", x.t.name, key, err)
+	}
+	full := x.t.prefix + key
+	_, written := x.tx.writes[full]
+	if _, read := x.tx.reads[full]; x.tx.again || written || read {
+		_, err := x.Get(ctx, key)
+		return err
+	}
+	x.tx.reads[full] = present
+	return nil
 }
 
 // List returns all values whose keys start with prefix, in order of keys.
