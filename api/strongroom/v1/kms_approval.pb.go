@@ -46,7 +46,10 @@ type KMSApproval struct {
 	Needed    int32          `protobuf:"varint,14,opt,name=needed,proto3" json:"needed,omitempty"`
 	Decisions []*KMSDecision `protobuf:"bytes,15,rep,name=decisions,proto3" json:"decisions,omitempty"`
 	// When what was approved was done.
-	Used          *timestamppb.Timestamp `protobuf:"bytes,16,opt,name=used,proto3" json:"used,omitempty"`
+	Used *timestamppb.Timestamp `protobuf:"bytes,16,opt,name=used,proto3" json:"used,omitempty"`
+	// Of an application: the id of the credential with which it asked. With another it
+	// does not get what was approved.
+	Credential    string `protobuf:"bytes,17,opt,name=credential,proto3" json:"credential,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -191,6 +194,13 @@ func (x *KMSApproval) GetUsed() *timestamppb.Timestamp {
 		return x.Used
 	}
 	return nil
+}
+
+func (x *KMSApproval) GetCredential() string {
+	if x != nil {
+		return x.Credential
+	}
+	return ""
 }
 
 // KMSDecision is what one approver has decided.
@@ -497,7 +507,7 @@ var File_strongroom_v1_kms_approval_proto protoreflect.FileDescriptor
 
 const file_strongroom_v1_kms_approval_proto_rawDesc = "" +
 	"\n" +
-	" strongroom/v1/kms_approval.proto\x12\rstrongroom.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17strongroom/v1/kms.proto\x1a\x1bstrongroom/v1/options.proto\"\xc6\x04\n" +
+	" strongroom/v1/kms_approval.proto\x12\rstrongroom.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17strongroom/v1/kms.proto\x1a\x1bstrongroom/v1/options.proto\"\xe6\x04\n" +
 	"\vKMSApproval\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05group\x18\x02 \x01(\tR\x05group\x12\x1c\n" +
@@ -516,7 +526,10 @@ const file_strongroom_v1_kms_approval_proto_rawDesc = "" +
 	"\bapproved\x18\r \x01(\x05R\bapproved\x12\x16\n" +
 	"\x06needed\x18\x0e \x01(\x05R\x06needed\x128\n" +
 	"\tdecisions\x18\x0f \x03(\v2\x1a.strongroom.v1.KMSDecisionR\tdecisions\x12.\n" +
-	"\x04used\x18\x10 \x01(\v2\x1a.google.protobuf.TimestampR\x04used\"\x85\x01\n" +
+	"\x04used\x18\x10 \x01(\v2\x1a.google.protobuf.TimestampR\x04used\x12\x1e\n" +
+	"\n" +
+	"credential\x18\x11 \x01(\tR\n" +
+	"credential\"\x85\x01\n" +
 	"\vKMSDecision\x12\x12\n" +
 	"\x04user\x18\x01 \x01(\tR\x04user\x12\x1a\n" +
 	"\bapproved\x18\x02 \x01(\bR\bapproved\x12\x16\n" +

@@ -339,77 +339,98 @@ type Proof struct {
 	Key         []byte // an API key
 }
 
-// Authenticate returns the application that a proof is of, and its group. A
-// client that shows a certificate and a password or API key must have both right,
-// and of one application; a certificate that is not known counts for nothing. With
-// an error that is [ErrAccountDisabled] it returns both, too: the proof was right.
-func (d *Directory) Authenticate(p Proof) (Application, Group, error) {
+// Proven is who a proof is of.
+type Proven struct {
+	Application Application
+	Group       Group // of the application
+	// Credential is the identifier of the one that counted: of the password or API
+	// key, if there was one, else of the certificate.
+	Credential string
+}
+
+// Authenticate returns whom a proof is of. A client that shows a certificate and a
+// password or API key must have both right, and of one application; a certificate
+// that is not known counts for nothing. With an error that is [ErrAccountDisabled] it
+// returns that, too: the proof was right.
+func (d *Directory) Authenticate(p Proof) (Proven, error) {
 	d.mu.RLock()
 	defer d.mu.RUnlock()
-	byCert, certKnown := "", false
+	byCert, certKnown, credential := "", false, ""
 	if p.Certificate != nil {
 		sum := sha256.Sum256(p.Certificate.Raw)
-		byCert, certKnown = d.index.certs[hex.EncodeToString(sum[:])]
+		fingerprint := hex.EncodeToString(sum[:])
+		byCert, certKnown = d.index.certs[fingerprint]
+		for _, c := range d.index.apps[byCert].Credentials {
+			if c.Kind == Certificate && c.Fingerprint == fingerprint {
+				credential = c.ID
+			}
+		}
 		if now := d.now(); certKnown && (now.Before(p.Certificate.NotBefore) || now.After(p.Certificate.NotAfter)) {
-			return Application{}, Group{}, errs.New(errs.Denied, "the certificate of application %s is not valid now", byCert).WithHint("strongroom kms credential create %s", byCert)
+			return Proven{}, errs.New(errs.Denied, "the certificate of application %s is not valid now", byCert).WithHint("strongroom kms credential create %s", byCert)
 		}
 	}
 	name := byCert
 	if p.Password != nil {
 		var ok bool
-		if name, ok = d.index.users[p.User]; !ok || !d.passwordFits(name, p.User, p.Password) {
-			return Application{}, Group{}, errs.New(errs.Denied, "user name %.64q or its password is wrong", p.User)
+		if name, ok = d.index.users[p.User]; ok {
+			credential, ok = d.byPassword(name, p.User, p.Password)
+		}
+		if !ok {
+			return Proven{}, errs.New(errs.Denied, "user name %.64q or its password is wrong", p.User)
 		}
 	} else if p.Key != nil {
 		var ok bool
-		if name, ok = d.byKey(p.Key); !ok {
-			return Application{}, Group{}, errs.New(errs.Denied, "the API key is not valid (any more)")
+		if name, credential, ok = d.byKey(p.Key); !ok {
+			return Proven{}, errs.New(errs.Denied, "the API key is not valid (any more)")
 		}
 	} else if !certKnown {
-		return Application{}, Group{}, errs.New(errs.Denied, "no credential that is known here")
+		return Proven{}, errs.New(errs.Denied, "no credential that is known here")
 	}
 	if certKnown && byCert != name {
-		return Application{}, Group{}, errs.New(errs.Denied, "the certificate is of application %s, the password or API key of %s", byCert, name)
+		return Proven{}, errs.New(errs.Denied, "the certificate is of application %s, the password or API key of %s", byCert, name)
 	}
 	a := d.index.apps[name]
 	if a.Interface != p.Interface {
-		return Application{}, Group{}, errs.New(errs.Denied, "application %s asks by %v, and its interface is %v", name, p.Interface, a.Interface)
+		return Proven{}, errs.New(errs.Denied, "application %s asks by %v, and its interface is %v", name, p.Interface, a.Interface)
 	}
 	if a.Disabled {
-		return Application{}, Group{}, errs.New(errs.Denied, "application %s is disabled", name)
+		return Proven{}, errs.New(errs.Denied, "application %s is disabled", name)
 	}
 	g := d.index.groups[a.Group]
 	if account := AccountOf(a.Name); d.index.accounts[account].Disabled {
-		return a, g, errs.New(errs.Denied, "%w: %s", ErrAccountDisabled, account)
+		return Proven{a, g, credential}, errs.New(errs.Denied, "%w: %s", ErrAccountDisabled, account)
 	}
-	return a, g, nil
+	return Proven{a, g, credential}, nil
 }
 
-// passwordFits looks at all of an application's passwords for that user name.
-func (d *Directory) passwordFits(app, user string, password []byte) bool {
+// byPassword looks at all of an application's passwords for that user name.
+func (d *Directory) byPassword(app, user string, password []byte) (credential string, ok bool) {
 	return d.fits(app, password, func(c Credential) bool { return c.Kind == Password && c.User == user })
 }
 
 // byKey returns the application that has that API key.
-func (d *Directory) byKey(key []byte) (app string, ok bool) {
+func (d *Directory) byKey(key []byte) (app, credential string, ok bool) {
 	id, ok := apiKeyID(key)
 	if !ok {
-		return "", false
+		return "", "", false
 	}
-	app, ok = d.index.keys[id]
-	return app, ok && d.fits(app, key, func(c Credential) bool { return c.Kind == APIKey && c.ID == id })
+	if app, ok = d.index.keys[id]; ok {
+		credential, ok = d.fits(app, key, func(c Credential) bool { return c.Kind == APIKey && c.ID == id })
+	}
+	return app, credential, ok
 }
 
-// fits looks at those of an application's credentials which have a hash.
-func (d *Directory) fits(app string, secret []byte, which func(Credential) bool) bool {
+// fits looks at those of an application's credentials which have a hash, and returns
+// the one that a secret is of.
+func (d *Directory) fits(app string, secret []byte, which func(Credential) bool) (credential string, ok bool) {
 	sum := sha256.Sum256(secret)
-	got, fits, now := []byte(hex.EncodeToString(sum[:])), 0, d.now()
+	got, now := []byte(hex.EncodeToString(sum[:])), d.now()
 	for _, c := range d.index.apps[app].Credentials {
-		if which(c) && (c.Expires.IsZero() || now.Before(c.Expires)) {
-			fits |= subtle.ConstantTimeCompare(got, []byte(c.Hash))
+		if which(c) && (c.Expires.IsZero() || now.Before(c.Expires)) && subtle.ConstantTimeCompare(got, []byte(c.Hash)) == 1 {
+			credential, ok = c.ID, true
 		}
 	}
-	return fits == 1
+	return credential, ok
 }
 
 // Groups returns all groups, by name.

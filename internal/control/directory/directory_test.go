@@ -88,9 +88,9 @@ func TestPasswords(t *testing.T) {
 	}
 	works := func(what string, password []byte, want bool) {
 		t.Helper()
-		app, group, err := b.Authenticate(Proof{User: "a", Password: password})
-		if want && (err != nil || app.Name != "a" || group.Name != "g") {
-			t.Errorf("%s: %v, %v, %v", what, app.Name, group.Name, err)
+		who, err := b.Authenticate(Proof{User: "a", Password: password})
+		if want && (err != nil || who.Application.Name != "a" || who.Group.Name != "g" || (who.Credential == old.ID) != bytes.Equal(password, oldPassword)) {
+			t.Errorf("%s: %+v, %v", what, who, err)
 		}
 		if !want {
 			b.wantKind(what, err, errs.Denied)
@@ -100,7 +100,7 @@ func TestPasswords(t *testing.T) {
 	works("new, at the same time", newPassword, true)
 	works("empty", []byte{}, false)
 	works("cut", oldPassword[1:], false)
-	_, _, err = b.Authenticate(Proof{User: "b", Password: oldPassword})
+	_, err = b.Authenticate(Proof{User: "b", Password: oldPassword})
 	b.wantKind("another's", err, errs.Denied)
 	b.check(b.Revoke(t.Context(), "a", old.ID))
 	works("revoked", oldPassword, false)
@@ -122,36 +122,36 @@ func TestCertificates(t *testing.T) {
 	t.Parallel()
 	b := newBench(t)
 	cert := b.certificate(time.Hour)
-	_, _, err := b.Authenticate(Proof{Certificate: cert})
+	_, err := b.Authenticate(Proof{Certificate: cert})
 	b.wantKind("not known", err, errs.Denied)
-	_, err = b.AddCertificate(t.Context(), "a", cert)
+	added, err := b.AddCertificate(t.Context(), "a", cert)
 	b.check(err)
 	_, err = b.AddCertificate(t.Context(), "a", cert)
 	b.wantKind("twice", err, errs.Exists)
 	_, err = b.AddCertificate(t.Context(), "b", cert)
 	b.wantKind("for two", err, errs.Exists)
-	if app, _, err := b.Authenticate(Proof{Certificate: cert}); err != nil || app.Name != "a" {
-		t.Errorf("known: %v, %v", app.Name, err)
+	if who, err := b.Authenticate(Proof{Certificate: cert}); err != nil || who.Application.Name != "a" || who.Credential != added.ID {
+		t.Errorf("known: %+v, %v", who, err)
 	}
 	_, password, err := b.AddPassword(t.Context(), "b", 0)
 	b.check(err)
-	_, _, err = b.Authenticate(Proof{Certificate: cert, User: "b", Password: password})
+	_, err = b.Authenticate(Proof{Certificate: cert, User: "b", Password: password})
 	b.wantKind("certificate of one, password of another", err, errs.Denied)
-	if app, _, err := b.Authenticate(Proof{Certificate: b.certificate(time.Hour), User: "b", Password: password}); err != nil || app.Name != "b" {
-		t.Errorf("a password over a certificate that is not known: %v, %v", app.Name, err)
+	if who, err := b.Authenticate(Proof{Certificate: b.certificate(time.Hour), User: "b", Password: password}); err != nil || who.Application.Name != "b" {
+		t.Errorf("a password over a certificate that is not known: %+v, %v", who, err)
 	}
 	b.check(b.SetDisabled(t.Context(), "a", true))
-	_, _, err = b.Authenticate(Proof{Certificate: cert})
+	_, err = b.Authenticate(Proof{Certificate: cert})
 	b.wantKind("disabled", err, errs.Denied)
 	b.check(b.SetDisabled(t.Context(), "a", false))
 	b.now = b.now.Add(2 * time.Hour)
-	_, _, err = b.Authenticate(Proof{Certificate: cert})
+	_, err = b.Authenticate(Proof{Certificate: cert})
 	b.wantKind("expired", err, errs.Denied)
 	_, err = b.AddCertificate(t.Context(), "b", cert)
 	b.wantKind("expired, added", err, errs.Invalid)
 	b.now = b.now.Add(-2 * time.Hour)
 	b.check(b.DeleteApplication(t.Context(), "a"))
-	_, _, err = b.Authenticate(Proof{Certificate: cert})
+	_, err = b.Authenticate(Proof{Certificate: cert})
 	b.wantKind("deleted", err, errs.Denied)
 	_, err = b.AddCertificate(t.Context(), "b", cert)
 	b.check(err)
@@ -217,9 +217,9 @@ func TestAPIKeys(t *testing.T) {
 	}
 	works := func(what string, key []byte, want bool) {
 		t.Helper()
-		app, group, err := b.Authenticate(Proof{Interface: REST, Key: key})
-		if want && (err != nil || app.Name != "r" || group.Name != "g") {
-			t.Errorf("%s: %v, %v, %v", what, app.Name, group.Name, err)
+		who, err := b.Authenticate(Proof{Interface: REST, Key: key})
+		if want && (err != nil || who.Application.Name != "r" || who.Group.Name != "g" || who.Credential != string(key[4:16])) {
+			t.Errorf("%s: %+v, %v", what, who, err)
 		}
 		if !want {
 			b.wantKind(what, err, errs.Denied)
@@ -231,7 +231,7 @@ func TestAPIKeys(t *testing.T) {
 	works("cut", oldKey[:len(oldKey)-1], false)
 	works("capitals", bytes.ToUpper(oldKey), false)
 	works("the id of one, the secret of another", append(bytes.Clone(oldKey[:17]), newKey[17:]...), false)
-	_, _, err = b.Authenticate(Proof{Interface: KMIP, Key: oldKey})
+	_, err = b.Authenticate(Proof{Interface: KMIP, Key: oldKey})
 	b.wantKind("by KMIP", err, errs.Denied)
 	_, _, err = b.AddAPIKey(ctx, "a", 0)
 	b.wantKind("for an application with KMIP", err, errs.Invalid)
@@ -276,8 +276,8 @@ func TestAPIKeyVector(t *testing.T) {
 		a.Credentials = []Credential{{ID: id, Kind: APIKey, Hash: string(key[2])}}
 		return nil
 	}))
-	if app, _, err := b.Authenticate(Proof{Interface: REST, Key: key[1]}); err != nil || app.Name != "r" {
-		t.Errorf("%v, %v", app.Name, err)
+	if who, err := b.Authenticate(Proof{Interface: REST, Key: key[1]}); err != nil || who.Application.Name != "r" {
+		t.Errorf("%+v, %v", who, err)
 	}
 }
 
@@ -308,8 +308,8 @@ func TestInterfaces(t *testing.T) {
 		for _, by := range []Interface{KMIP, REST} {
 			for what, p := range map[string]Proof{"password": {User: app, Password: password}, "certificate": {Certificate: cert}} {
 				p.Interface = by
-				got, _, err := b.Authenticate(p)
-				if by == is && (err != nil || got.Name != app) {
+				got, err := b.Authenticate(p)
+				if by == is && (err != nil || got.Application.Name != app) {
 					t.Errorf("%s of %s by %v: %v", what, app, by, err)
 				}
 				if by != is {
@@ -324,10 +324,10 @@ func TestInterfaces(t *testing.T) {
 	b.newREST("s")
 	_, err = b.AddCertificate(ctx, "s", cert)
 	b.check(err)
-	_, _, err = b.Authenticate(Proof{Interface: REST, Certificate: cert, Key: key})
+	_, err = b.Authenticate(Proof{Interface: REST, Certificate: cert, Key: key})
 	b.wantKind("the certificate of one, the API key of another", err, errs.Denied)
 	b.check(b.DeleteApplication(ctx, "r"))
-	_, _, err = b.Authenticate(Proof{Interface: REST, Key: key})
+	_, err = b.Authenticate(Proof{Interface: REST, Key: key})
 	b.wantKind("deleted", err, errs.Denied)
 }
 
@@ -344,7 +344,7 @@ func FuzzAPIKey(f *testing.F) {
 		if id, ok := apiKeyID(key); ok && (len(key) != apiKeySize || !bytes.HasPrefix(key, []byte(APIKeyPrefix+id+"_"))) {
 			t.Errorf("id %q of %q", id, key)
 		}
-		if _, _, err := d.Authenticate(Proof{Interface: REST, Key: key}); err == nil {
+		if _, err := d.Authenticate(Proof{Interface: REST, Key: key}); err == nil {
 			t.Errorf("%q is known", key)
 		}
 	})

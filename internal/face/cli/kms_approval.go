@@ -149,6 +149,7 @@ func (env *Env) approvalFields(a *strongroomv1.KMSApproval) []field {
 		{"Operation", a.GetOperation()},
 		{"Object", objectText(a)},
 		{"Requester", a.GetRequester()},
+		{"Credential", a.GetCredential()},
 		{"Address", a.GetAddress()},
 		{"Created", env.when(a.GetCreated())},
 		{"Expires", env.when(a.GetExpires())},

@@ -25,33 +25,33 @@ const tidyApprovalsEvery = time.Hour
 
 // approvals are the [kmipserver.Approvals] of an application.
 type approvals struct {
-	k         *KMS
-	requester string
-	group     string
-	quorum    directory.Quorum // as it was when the request came
+	k   *KMS
+	who directory.Proven // as it was when the request came
 }
 
-// approvalsOf returns nil if nobody must approve what app asks for.
-func (k *KMS) approvalsOf(app directory.Application, group directory.Group) kmipserver.Approvals {
-	if !group.Quorum.On() {
+// approvalsOf returns nil if nobody must approve what an application asks for.
+func (k *KMS) approvalsOf(who directory.Proven) kmipserver.Approvals {
+	if !who.Group.Quorum.On() {
 		return nil
 	}
-	return &approvals{k: k, requester: "application:" + app.Name, group: group.Name, quorum: group.Quorum}
+	return &approvals{k: k, who: who}
 }
 
 // Needed implements [kmipserver.Approvals].
 func (a *approvals) Needed(op kmip.Operation) bool {
 	switch op {
 	case kmip.OperationDestroy:
-		return a.quorum.Destroy
+		return a.who.Group.Quorum.Destroy
 	case kmip.OperationGet:
-		return a.quorum.Export
+		return a.who.Group.Quorum.Export
 	}
 	return false
 }
 
 func (a *approvals) want(op kmip.Operation, o *kmipserver.Object) approval.Want {
-	w := approval.Want{Group: a.group, Requester: a.requester, Operation: approval.Export, Object: o.ID}
+	w := approval.Want{
+		Group: a.who.Group.Name, Requester: "application:" + a.who.Application.Name, Credential: a.who.Credential, Operation: approval.Export, Object: o.ID,
+	}
 	if op == kmip.OperationDestroy {
 		w.Operation = approval.Destroy
 	}

@@ -130,7 +130,7 @@ func (a *api) decide(ctx context.Context, id string, approve bool, reason string
 
 func approvalOf(asked approval.Asked) *strongroomv1.KMSApproval {
 	out := &strongroomv1.KMSApproval{
-		Id: asked.ID, Group: asked.Group, Operation: string(asked.Operation), ObjectName: asked.Name, Requester: asked.Requester, Address: asked.Address,
+		Id: asked.ID, Group: asked.Group, Operation: string(asked.Operation), ObjectName: asked.Name, Requester: asked.Requester, Credential: asked.Credential, Address: asked.Address,
 		Created: timestamppb.New(asked.Created), Expires: timestamppb.New(asked.Expires), State: string(asked.State),
 		Approved: int32(asked.Approved), Needed: int32(asked.Quorum.Needed),
 	}

@@ -120,6 +120,10 @@ func TestQuorum(t *testing.T) {
 	if item := ask(t, conn, nil, destroy); item.ResultReason != kmip.ResultReasonPermissionDenied {
 		t.Errorf("another operation on the approved key: reason %v", item.ResultReason)
 	}
+	c := do(t, local.KMS().CreateKMSPassword, &strongroomv1.CreateKMSPasswordRequest{Application: "first"})
+	if item := ask(t, dial(t, b.addr, tlsOf(t, dir)), user(c.GetCredential().GetUser(), string(c.GetPassword())), get); requestIn(t, item.ResultMessage) == request {
+		t.Error("with a new credential of the application the request is the same")
+	}
 	if got, err := secretOf(ask(t, conn, nil, get)); err != nil || !bytes.Equal(got, secret) {
 		t.Errorf("approved: %v", err)
 	}
@@ -195,6 +199,39 @@ func TestQuorum(t *testing.T) {
 		"user:eve KMSApprovalService/DenyKMSRequest approval/"+change+" success", "user:administrator approval.Use group/default/approval/"+change+" success",
 		"application:first kmip.Get group/default/key/"+id+" denied", "application:first kmip.Destroy group/default/key/"+id+" success",
 		"local administrator KMSService/SetKMSGroupQuorum group/default denied")
+}
+
+// TestRestoreForgetsApprovals has an export approved, and the KMS restored from a backup
+// that was made then: the quorum holds, and nothing is approved.
+func TestRestoreForgetsApprovals(t *testing.T) {
+	t.Parallel()
+	dir := filepath.Join(t.TempDir(), "kms")
+	b := start(t, dir)
+	ann := b.person(t, "ann", true, access.KeyCustodian)
+	do(t, b.administrator(t).KMS().SetKMSGroupQuorum, &strongroomv1.SetKMSGroupQuorumRequest{
+		Name: FirstGroup, Quorum: &strongroomv1.KMSQuorum{Approvers: []string{"ann"}, Needed: 1, Export: true},
+	})
+	cfg := tlsOf(t, dir, first(t, dir))
+	conn := dial(t, b.addr, cfg)
+	get := &payloads.GetRequestPayload{UniqueIdentifier: ask(t, conn, nil, newAES("a key")).ResponsePayload.(*payloads.CreateResponsePayload).UniqueIdentifier}
+	request := requestIn(t, ask(t, conn, nil, get).ResultMessage)
+	ann.mustApprove(t, request, "approved")
+	req, key := newRecipient(t)
+	file, _ := takeBackup(t, backupClient(t, b.cfg.LocalSocket), req)
+	if _, err := secretOf(ask(t, conn, nil, get)); err != nil {
+		t.Fatal(err)
+	}
+	b.stop()
+
+	restored := filepath.Join(t.TempDir(), "kms")
+	if _, err := Restore(t.Context(), configOf(t, restored), file, key, Since{BringBack: true}); err != nil {
+		t.Fatal(err)
+	}
+	b = start(t, restored)
+	item := ask(t, dial(t, b.addr, cfg), nil, get)
+	if item.ResultReason != kmip.ResultReasonPermissionDenied || requestIn(t, item.ResultMessage) == request {
+		t.Errorf("approved before the backup: reason %v, %s", item.ResultReason, item.ResultMessage)
+	}
 }
 
 // testQuorum has a request made at one node, approved at others, each killed

@@ -44,7 +44,8 @@ func (k *KMS) clientOf(ctx context.Context, p directory.Proof) (kmipserver.Clien
 			return kmipserver.Client{}, errs.New(errs.Unavailable, "this node does not reach a majority of the nodes: %w", err)
 		}
 	}
-	app, group, err := k.directory.Authenticate(p)
+	who, err := k.directory.Authenticate(p)
+	app, group := who.Application, who.Group
 	client := kmipserver.Client{Account: group.Name, Name: "application:" + app.Name, Interface: string(p.Interface)}
 	if errors.Is(err, directory.ErrAccountDisabled) {
 		// KMIP 1.4 has no reason of its own for that.
@@ -64,7 +65,7 @@ func (k *KMS) clientOf(ctx context.Context, p directory.Proof) (kmipserver.Clien
 	if err != nil {
 		return kmipserver.Client{}, errs.Wrap(err, "policy of group %s", group.Name)
 	}
-	client.Policy, client.Approvals = policy, k.approvalsOf(app, group)
+	client.Policy, client.Approvals = policy, k.approvalsOf(who)
 	client.Admit = k.admit(usage.Client{Application: app, Group: group, Account: account, Groups: func() []string { return k.groupNamesOf(account.Name) }})
 	return client, nil
 }

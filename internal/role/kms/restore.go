@@ -20,6 +20,7 @@ import (
 	"strongroom/internal/crypto/keymem"
 	"strongroom/internal/durable"
 	"strongroom/internal/errs"
+	"strongroom/internal/role/kms/approval"
 	"strongroom/internal/role/kms/backup"
 	"strongroom/internal/role/kms/objectstore"
 )
@@ -244,6 +245,9 @@ func (in *installation) secret(item backup.Item) (err error) {
 func (in *installation) record(ctx context.Context, r backup.Record) (err error) {
 	if in.secrets == nil {
 		return errs.New(errs.Corrupt, "it has no key ring")
+	}
+	if table, _, _ := strings.Cut(r.Name, "/"); approval.Keeps(table) {
+		return nil // what was approved of the KMS of that day is not approved of this one
 	}
 	stored := []store.Record{{Name: r.Name, Value: r.Value}}
 	if key, ok := strings.CutPrefix(r.Name, objectstore.Objects+"/"); ok {

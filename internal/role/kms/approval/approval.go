@@ -3,7 +3,7 @@
 // each was used.
 //
 // Invariants: a request counts for one operation on one object, or one change, by
-// one requester; it is used at most once, in the transaction of what it was for,
+// one requester with one credential; it is used at most once, in the transaction of what it was for,
 // by whichever node; whether it is approved is decided in that transaction by the
 // quorum that the group has then, and by what holds of its approvers then: an
 // approval counts while its user is enabled and has the password of that time. An
@@ -40,9 +40,13 @@ const (
 
 // Want is what somebody wants to do.
 type Want struct {
-	Group     string    `json:"group"`
-	Requester string    `json:"requester"` // "application:vcenter-1", "user:ann"
-	Operation Operation `json:"operation"`
+	Group     string `json:"group"`
+	Requester string `json:"requester"` // "application:vcenter-1", "user:ann"
+	// Credential is the identifier of the one that an application shows: whoever gives
+	// it another does not get what was approved. "" for users: what they change is told
+	// wholly.
+	Credential string    `json:"credential,omitempty"`
+	Operation  Operation `json:"operation"`
 	// Object is the key's identifier, or the [Change.Digest] of a change.
 	Object string `json:"object"`
 }
@@ -175,17 +179,29 @@ type open struct {
 // Open returns the book in db, of groups in dir and of users as credential tells.
 func Open(db *store.DB, dir *directory.Directory, credential Credential) *Book {
 	return &Book{
-		db: db, directory: dir, credential: credential, requests: store.NewTable[Request](db, "kms-approval", 1), open: store.NewTable[open](db, "kms-approval-open", 1),
+		db: db, directory: dir, credential: credential, requests: store.NewTable[Request](db, requestsTable, 1), open: store.NewTable[open](db, openTable, 1),
 		now: func() time.Time { return time.Now().UTC() },
 	}
 }
+
+const (
+	requestsTable = "kms-approval"
+	openTable     = "kms-approval-open"
+)
+
+// Keeps reports whether a table is of this package.
+func Keeps(table string) bool { return table == requestsTable || table == openTable }
 
 func requesterPrefix(w Want) string {
 	return url.PathEscape(w.Group) + "/" + url.PathEscape(w.Requester) + "/"
 }
 
 func keyOf(w Want) string {
-	return requesterPrefix(w) + string(w.Operation) + "/" + url.PathEscape(w.Object)
+	key := requesterPrefix(w) + string(w.Operation) + "/" + url.PathEscape(w.Object)
+	if w.Credential != "" {
+		key += "/" + url.PathEscape(w.Credential)
+	}
+	return key
 }
 
 // Use uses up the approval of w and returns its id, in tx, which must be the one
