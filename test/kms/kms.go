@@ -31,23 +31,40 @@ const program = "/usr/bin/pykmip-server"
 // startTimeout bounds a start on a machine that is busy with other tests.
 const startTimeout = time.Minute
 
+// oldServer is PyKMIP as a server of fewer versions, which its configuration does not
+// offer. Its first argument names them.
+const oldServer = `
+import sys
+from kmip.core.messages.contents import ProtocolVersion
+from kmip.services.server import engine, server
+speaks = [ProtocolVersion(*map(int, v.split("."))) for v in sys.argv.pop(1).split()]
+begin = engine.KmipEngine.__init__
+def init(self, *args, **kwargs):
+    begin(self, *args, **kwargs)
+    self._protocol_versions, self.default_protocol_version = speaks, speaks[0]
+engine.KmipEngine.__init__ = init
+server.main()
+`
+
 // PyKMIP is a PyKMIP server that ends with its test.
 type PyKMIP struct {
 	Addr string // "127.0.0.1:port"
 
 	dir    string
+	speaks []string // see StartPyKMIP
 	cmd    *exec.Cmd
 	output bytes.Buffer
 }
 
 // StartPyKMIP starts a server with keys in a new database, whose clients have
-// certificates of authorities in clients (PEM).
-func StartPyKMIP(t testing.TB, ca *testca.Authority, clients []byte) *PyKMIP {
+// certificates of authorities in clients (PEM). Of KMIP it speaks only those versions,
+// such as "1.1"; with none all that it knows.
+func StartPyKMIP(t testing.TB, ca *testca.Authority, clients []byte, versions ...string) *PyKMIP {
 	t.Helper()
 	if _, err := os.Stat(program); err != nil {
 		t.Fatalf("%v (scripts/setup.sh installs it)", err)
 	}
-	s := &PyKMIP{Addr: freeAddress(t), dir: t.TempDir()}
+	s := &PyKMIP{Addr: freeAddress(t), dir: t.TempDir(), speaks: versions}
 	host, port, _ := net.SplitHostPort(s.Addr)
 	cert, key := testca.KeyPEM(t, ca.Server(t))
 	policies := filepath.Join(s.dir, "policies")
@@ -83,7 +100,11 @@ func (s *PyKMIP) Trust(t testing.TB, text []byte) {
 // listens.
 func (s *PyKMIP) Start(t testing.TB) {
 	t.Helper()
-	s.cmd = exec.Command(program, "-f", s.dir+"/server.conf", "-l", s.dir+"/server.log")
+	arguments := []string{"-f", s.dir + "/server.conf", "-l", s.dir + "/server.log"}
+	s.cmd = exec.Command(program, arguments...)
+	if len(s.speaks) > 0 {
+		s.cmd = exec.Command("/usr/bin/python3", append([]string{"-c", oldServer, strings.Join(s.speaks, " ")}, arguments...)...)
+	}
 	s.cmd.Stdout, s.cmd.Stderr = &s.output, &s.output
 	s.cmd.Env = append(os.Environ(), "TMPDIR="+s.dir) // it leaves folders there when it is killed
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}

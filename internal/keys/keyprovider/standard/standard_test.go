@@ -13,6 +13,8 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/ovh/kmip-go"
+	"github.com/ovh/kmip-go/payloads"
+	"github.com/ovh/kmip-go/ttlv"
 	"go.uber.org/goleak"
 
 	"strongroom/internal/crypto/keymem"
@@ -65,6 +67,45 @@ func TestConformancePyKMIP(t *testing.T) {
 	t.Parallel()
 	ca := testca.New(t)
 	conformance(t, ca, kms.StartPyKMIP(t, ca, ca.PEM()).Addr, "123456")
+}
+
+// TestOldServers has a server that speaks KMIP 1.1 only, the least that a standard
+// provider needs, and one of KMIP 1.0.
+func TestOldServers(t *testing.T) {
+	t.Parallel()
+	for _, version := range []string{"1.1", "1.0"} {
+		t.Run(version, func(t *testing.T) {
+			t.Parallel()
+			ca := testca.New(t)
+			server := kms.StartPyKMIP(t, ca, ca.PEM(), version)
+			client := ca.Client(t, "controller")
+			if answer := queryIn(t, &tls.Config{RootCAs: ca.Pool(), Certificates: []tls.Certificate{client}}, server.Addr, kmip.V1_2); answer.ResultStatus != kmip.ResultStatusOperationFailed {
+				t.Fatal("it speaks KMIP 1.2")
+			}
+			p := open(t, ca, client, server.Addr)
+			if err := p.Probe(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			conformance(t, ca, server.Addr, "123456")
+		})
+	}
+}
+
+// queryIn returns a server's answer to Query in a version of KMIP.
+func queryIn(t *testing.T, cfg *tls.Config, addr string, version kmip.ProtocolVersion) kmip.ResponseBatchItem {
+	t.Helper()
+	conn, err := tls.Dial("tcp", addr, cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	stream := ttlv.NewStream(conn, 1<<20)
+	m := kmip.NewRequestMessage(version, &payloads.QueryRequestPayload{QueryFunction: []kmip.QueryFunction{kmip.QueryFunctionOperations}})
+	var r kmip.ResponseMessage
+	if err := stream.RoundTrip(&m, &r); err != nil {
+		t.Fatal(err)
+	}
+	return r.BatchItem[0]
 }
 
 // all returns the identifiers and states of the keys that p's account has and
