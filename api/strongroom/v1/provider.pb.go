@@ -799,9 +799,12 @@ func (x *AddStandardProviderRequest) GetSettings() *StandardSettings {
 }
 
 type UpdateStandardProviderRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	Settings      *StandardSettings      `protobuf:"bytes,2,opt,name=settings,proto3" json:"settings,omitempty"`
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Name     string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Settings *StandardSettings      `protobuf:"bytes,2,opt,name=settings,proto3" json:"settings,omitempty"`
+	// Change it even if a VM that runs a key server, or the controller, could then not be
+	// started after its host was, as its own keys come by way of that.
+	AllowCircular bool `protobuf:"varint,3,opt,name=allow_circular,json=allowCircular,proto3" json:"allow_circular,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -848,6 +851,13 @@ func (x *UpdateStandardProviderRequest) GetSettings() *StandardSettings {
 		return x.Settings
 	}
 	return nil
+}
+
+func (x *UpdateStandardProviderRequest) GetAllowCircular() bool {
+	if x != nil {
+		return x.AllowCircular
+	}
+	return false
 }
 
 // StandardSettings are the settings of a standard provider.
@@ -2426,10 +2436,11 @@ const file_strongroom_v1_provider_proto_rawDesc = "" +
 	"\aservers\x18\x01 \x03(\v2\x18.strongroom.v1.KeyServerR\aservers\"m\n" +
 	"\x1aAddStandardProviderRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12;\n" +
-	"\bsettings\x18\x02 \x01(\v2\x1f.strongroom.v1.StandardSettingsR\bsettings\"p\n" +
+	"\bsettings\x18\x02 \x01(\v2\x1f.strongroom.v1.StandardSettingsR\bsettings\"\x97\x01\n" +
 	"\x1dUpdateStandardProviderRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12;\n" +
-	"\bsettings\x18\x02 \x01(\v2\x1f.strongroom.v1.StandardSettingsR\bsettings\"\x82\x03\n" +
+	"\bsettings\x18\x02 \x01(\v2\x1f.strongroom.v1.StandardSettingsR\bsettings\x12%\n" +
+	"\x0eallow_circular\x18\x03 \x01(\bR\rallowCircular\"\x82\x03\n" +
 	"\x10StandardSettings\x126\n" +
 	"\aservers\x18\x01 \x03(\v2\x1c.strongroom.v1.TrustedServerR\aservers\x12\x12\n" +
 	"\x04user\x18\x02 \x01(\tR\x04user\x12\x1a\n" +

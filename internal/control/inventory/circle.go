@@ -67,6 +67,33 @@ func (inv *Inventory) Circle(ctx context.Context, v VM, provider string) (string
 	return inv.Site(providers, vms).circle(v, []string{provider}), nil
 }
 
+// NewCircle returns the first VM that would wait for itself if changed, a provider,
+// were as it is given, and does not now, and how: "" and "" if there is none.
+func (inv *Inventory) NewCircle(ctx context.Context, changed Provider) (vm, circle string, err error) {
+	providers, err := inv.Providers(ctx)
+	if err != nil {
+		return "", "", err
+	}
+	vms, err := inv.VMs(ctx, "")
+	if err != nil {
+		return "", "", err
+	}
+	now := inv.Site(providers, vms)
+	next := slices.Clone(providers)
+	for i := range next {
+		if next[i].Name == changed.Name {
+			next[i] = changed
+		}
+	}
+	then := inv.Site(next, vms)
+	for _, v := range vms {
+		if circle := then.Circle(v); circle != "" && now.Circle(v) == "" {
+			return v.Name, circle, nil
+		}
+	}
+	return "", "", nil
+}
+
 // Parts returns the parts of the site that v runs; see [Site.Runs].
 func (inv *Inventory) Parts(ctx context.Context, v VM) ([]string, error) {
 	providers, err := inv.Providers(ctx)

@@ -248,6 +248,7 @@ Needs the privilege Cryptographer.ManageKeyServers.`,
 
 func newProviderTrustCmd(env *Env) *cobra.Command {
 	var servers serverFlags
+	var circular bool
 	cmd := &cobra.Command{
 		Use:   "trust NAME",
 		Short: "Confirm the certificates of a standard provider's key servers anew",
@@ -282,23 +283,30 @@ Needs the privilege Cryptographer.ManageKeyServers.`,
 			if settings.Servers, err = env.confirmServers(cmd.Context(), c, ask); err != nil {
 				return err
 			}
-			return env.updateAndCheck(cmd.Context(), c, args[0], settings)
+			return env.updateAndCheck(cmd.Context(), c, &strongroomv1.UpdateStandardProviderRequest{Name: args[0], Settings: settings, AllowCircular: circular})
 		}),
 	}
 	servers.add(cmd, false)
+	addAllowNewCircle(cmd, &circular)
 	return cmd
 }
 
 // updateAndCheck changes a provider, and has it give a key again.
-func (env *Env) updateAndCheck(ctx context.Context, c *client.Client, name string, settings *strongroomv1.StandardSettings) error {
-	if _, err := client.Call(ctx, c.Provider().UpdateStandardProvider, &strongroomv1.UpdateStandardProviderRequest{Name: name, Settings: settings}); err != nil {
+func (env *Env) updateAndCheck(ctx context.Context, c *client.Client, req *strongroomv1.UpdateStandardProviderRequest) error {
+	if _, err := client.Call(ctx, c.Provider().UpdateStandardProvider, req); err != nil {
 		return err
 	}
-	p, err := client.Call(ctx, c.Provider().CheckProvider, &strongroomv1.CheckProviderRequest{Name: name})
+	p, err := client.Call(ctx, c.Provider().CheckProvider, &strongroomv1.CheckProviderRequest{Name: req.GetName()})
 	if err != nil {
-		return errs.Wrap(err, "provider %s is changed, but gives no key", name)
+		return errs.Wrap(err, "provider %s is changed, but gives no key", req.GetName())
 	}
-	return env.printDone(p, "provider %s changed, %s", name, p.GetState())
+	return env.printDone(p, "provider %s changed, %s", req.GetName(), p.GetState())
+}
+
+// addAllowNewCircle adds the flag that has a provider changed although a VM would wait
+// for itself then.
+func addAllowNewCircle(cmd *cobra.Command, allow *bool) {
+	cmd.Flags().BoolVar(allow, "allow-circular", false, "change it even if a VM could then not be started after its host was, as its keys come by way of it")
 }
 
 func newProviderUpdateCmd(env *Env) *cobra.Command {
@@ -306,6 +314,7 @@ func newProviderUpdateCmd(env *Env) *cobra.Command {
 	var keys keysFlags
 	var proxy, access string
 	var timeout uint32
+	var circular bool
 	cmd := &cobra.Command{
 		Use:   "update NAME",
 		Short: "Change the credential, proxy, timeout, host access or keys of a standard provider",
@@ -336,10 +345,11 @@ Needs the privilege Cryptographer.ManageKeyServers.`,
 			if err := env.readCredential(credential, settings); err != nil {
 				return err
 			}
-			return env.updateAndCheck(cmd.Context(), c, args[0], settings)
+			return env.updateAndCheck(cmd.Context(), c, &strongroomv1.UpdateStandardProviderRequest{Name: args[0], Settings: settings, AllowCircular: circular})
 		}),
 	}
 	credential.add(cmd)
+	addAllowNewCircle(cmd, &circular)
 	addHostAccess(cmd, &access)
 	keys.add(cmd, true)
 	cmd.Flags().StringVar(&proxy, "proxy", "", "`HOST:PORT` of an HTTP proxy in front of the servers, or none")

@@ -44,6 +44,34 @@ func (c *Controller) refuseCircle(ctx context.Context, args *vmArgs, provider st
 		WithHint("leave it unencrypted, or name another provider with --provider, such as a native one; if you know a way to start it, --allow-circular")
 }
 
+// refuseNewCircle returns an error if a VM would wait for itself to be started once a
+// standard provider is changed so, and does not now; or puts it on record, if that is
+// allowed.
+func (c *Controller) refuseNewCircle(ctx context.Context, p inventory.Provider, settings *strongroomv1.StandardSettings, allow bool) error {
+	next := *p.Standard
+	next.HostAccess = cmp.Or(settings.GetHostAccess(), next.HostAccess)
+	if servers := settings.GetServers(); len(servers) > 0 {
+		next.Servers = nil
+		for _, s := range servers {
+			next.Servers = append(next.Servers, inventory.KeyServer{Address: s.GetAddress()})
+		}
+	}
+	p.Standard = &next
+	vm, circle, err := c.inv.NewCircle(ctx, p)
+	if err != nil || vm == "" {
+		return err
+	}
+	if !allow {
+		return errs.New(errs.InvalidState, "VM %s could then not be started after its host was: it would need %s", vm, circle).
+			WithReason(strongroomv1.ReasonCircularDependency).
+			WithHint("strongroom vm rekey %s --provider NAME, such as a native one, before; if you know a way to start it, --allow-circular", vm)
+	}
+	_, err = c.audit.Append(audit.Entry{
+		Actor: callerName(ctx), Action: "provider.update", Object: "/provider/" + p.Name, Outcome: audit.Success, Details: map[string]string{"circular": circle, "vm": vm},
+	})
+	return errs.Wrap(err, "cannot write the audit log")
+}
+
 // MarkVM also marks a VM that is encrypted with keys that come by way of what it
 // runs: it does, whether that is known or not.
 func (c vms) MarkVM(ctx context.Context, req *connect.Request[strongroomv1.MarkVMRequest]) (*connect.Response[strongroomv1.VM], error) {

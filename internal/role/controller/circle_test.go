@@ -116,6 +116,63 @@ func TestCircularDependency(t *testing.T) {
 	}
 }
 
+// TestProviderMakesCircle: a provider is not changed so that a VM waits for itself,
+// unless that is allowed.
+func TestProviderMakesCircle(t *testing.T) {
+	t.Parallel()
+	s, _ := ready(t)
+	ctx := t.Context()
+	settings := standardSettings(anyClient(t, testca.New(t)))
+	settings.HostAccess = inventory.HostsDirect
+	s.addStandard("kms-1", settings)
+	must[strongroomv1.Provider](t)(s.check("kms-1"))
+	for name, runs := range map[string][]string{"kms-a": nil, "ctl": {"controller"}} {
+		s.success(client.Call(ctx, s.admin.VM().CreateVM, createVM(name, "lab", "kms-1")))
+		must[strongroomv1.VM](t)(client.Call(ctx, s.admin.VM().MarkVM, &strongroomv1.MarkVMRequest{Name: name, Runs: runs}))
+	}
+	update := func(s *site, more *strongroomv1.StandardSettings, allow bool) error {
+		_, err := client.Call(ctx, s.admin.Provider().UpdateStandardProvider, &strongroomv1.UpdateStandardProviderRequest{Name: "kms-1", Settings: more, AllowCircular: allow})
+		return err
+	}
+	stored := func() *inventory.Standard {
+		t.Helper()
+		p, err := s.c.inv.Provider(ctx, "kms-1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return p.Standard
+	}
+	before := stored()
+	server := &strongroomv1.StandardSettings{Servers: []*strongroomv1.TrustedServer{settings.GetServers()[0], {Address: "kms-a.example:5696", Fingerprint: settings.GetServers()[0].GetFingerprint()}}}
+	brokered := &strongroomv1.StandardSettings{HostAccess: inventory.HostsBrokered}
+	for vm, change := range map[string]*strongroomv1.StandardSettings{"kms-a": server, "ctl": brokered} {
+		err := update(s, change, false)
+		if errs.ReasonOf(err) != strongroomv1.ReasonCircularDependency || !strings.Contains(err.Error(), "VM "+vm) || !strings.Contains(errs.HintOf(err), "vm rekey "+vm) {
+			t.Errorf("%s: %v (hint %q)", vm, err, errs.HintOf(err))
+		}
+		if got := stored(); got.HostAccess != before.HostAccess || len(got.Servers) != len(before.Servers) {
+			t.Errorf("%s: the provider was changed to %+v", vm, got)
+		}
+		if err := update(s, change, true); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "the alarm of "+vm, func() bool { return slices.Equal(s.alarms("vm/"+vm), []string{event.AlarmCircular}) })
+		before = stored()
+	}
+	if err := update(s, &strongroomv1.StandardSettings{TimeoutSeconds: 7}, false); err != nil {
+		t.Errorf("a change that makes no circle, with circles there: %v", err)
+	}
+	said := 0
+	for _, r := range s.records() {
+		if r.Action == "provider.update" && r.Details["circular"] != "" {
+			said++
+		}
+	}
+	if said != 2 {
+		t.Errorf("%d audit records say what was allowed", said)
+	}
+}
+
 // TestMark: a mark can be taken away, and one of a VM that is encrypted so already
 // is a fact with an alarm; what makes no sense changes nothing.
 func TestMark(t *testing.T) {

@@ -169,7 +169,7 @@ func (c *Controller) addStandard(ctx context.Context, name string, settings *str
 func (c providers) UpdateStandardProvider(ctx context.Context, req *connect.Request[strongroomv1.UpdateStandardProviderRequest]) (*connect.Response[strongroomv1.Provider], error) {
 	defer wipeSettings(req.Msg.GetSettings())
 	name := req.Msg.GetName()
-	if err := c.updateSettings(ctx, name, req.Msg.GetSettings()); err != nil {
+	if err := c.updateSettings(ctx, name, req.Msg.GetSettings(), req.Msg.GetAllowCircular()); err != nil {
 		return nil, errs.Wrap(err, "cannot change key provider %s", name)
 	}
 	c.post(ctx, event.New{Type: event.ProviderUpdated, Target: "provider/" + name})
@@ -178,7 +178,7 @@ func (c providers) UpdateStandardProvider(ctx context.Context, req *connect.Requ
 	return c.GetProvider(ctx, connect.NewRequest(&strongroomv1.GetProviderRequest{Name: name}))
 }
 
-func (c *Controller) updateSettings(ctx context.Context, name string, settings *strongroomv1.StandardSettings) error {
+func (c *Controller) updateSettings(ctx context.Context, name string, settings *strongroomv1.StandardSettings, allowCircular bool) error {
 	c.providersMu.Lock()
 	defer c.providersMu.Unlock()
 	p, err := c.inv.Provider(ctx, name)
@@ -190,6 +190,9 @@ func (c *Controller) updateSettings(ctx context.Context, name string, settings *
 	}
 	s := *p.Standard
 	if err := checkKeys(s.Wrapping, settings); err != nil {
+		return err
+	}
+	if err := c.refuseNewCircle(ctx, p, settings, allowCircular); err != nil {
 		return err
 	}
 	if err := c.applySettings(name, &s, settings); err != nil {
