@@ -213,7 +213,7 @@ func TestErrors(t *testing.T) {
 		{"a host poses as controller", client.Config{Server: ca.serve(t, broken.handler(), "host", true), CA: ca.pem()}, errs.Denied, "not a controller"},
 		{"nobody listens", client.Config{Server: "https://127.0.0.1:1", CA: ca.pem()}, errs.Unavailable, "cannot reach https://127.0.0.1:1: "},
 		{"no socket", client.Config{Server: "unix:/nonexistent/s"}, errs.Unavailable, "cannot reach unix:/nonexistent/s: "},
-		{"unknown method", client.Config{Server: ca.serve(t, http.NotFoundHandler(), "controller", true), CA: ca.pem()}, errs.Invalid, ""},
+		{"unknown method", client.Config{Server: ca.serve(t, http.NotFoundHandler(), "controller", true), CA: ca.pem()}, errs.Invalid, "does not do this: it has another role"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()

@@ -66,7 +66,11 @@ func (i *interceptor) explain(err error) error {
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		return apierr.From(err)
 	case errors.As(err, &ce) && ce.Code() == connect.CodeUnavailable:
-		return errs.New(errs.Unavailable, "cannot reach %s: %s", i.server, ce.Message())
+		return errs.New(errs.Unavailable, "cannot reach %s: %s", i.server, ce.Message()).
+			WithHint("see that it runs there; another one is named by --server")
+	case errors.As(err, &ce) && ce.Code() == connect.CodeUnimplemented:
+		return errs.New(errs.Invalid, "%s does not do this: it has another role, or is older than this program", i.server).
+			WithHint("name the right one by --server: a controller, the socket of a host, or a key management server (kms.sock in its data folder)")
 	}
 	return apierr.From(err)
 }

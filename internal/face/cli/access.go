@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"strconv"
 	"strings"
 	"time"
 
@@ -151,7 +152,7 @@ the object every privilege that the roles give.`,
 			if err != nil {
 				return err
 			}
-			return env.printDone(u, "user %s has %s now%s", u.GetName(), strings.Join(req.GetRoles(), ", "), onObject(req.GetObject()))
+			return env.printDone(u, "user %s was given %s%s", u.GetName(), strings.Join(req.GetRoles(), ", "), onObject(req.GetObject()))
 		}),
 	}
 	cmd.Flags().StringArrayVar(&req.Roles, "role", nil, "a role; may be repeated")
@@ -183,11 +184,9 @@ the object.`,
 			}
 			what := strings.Join(req.GetRoles(), ", ")
 			if what == "" {
-				what = "no role"
-			} else {
-				what += " no more"
+				what = "all roles"
 			}
-			return env.printDone(u, "user %s has %s%s", u.GetName(), what, onObject(req.GetObject()))
+			return env.printDone(u, "%s taken from user %s%s", what, u.GetName(), onObject(req.GetObject()))
 		}),
 	}
 	cmd.Flags().StringArrayVar(&req.Roles, "role", nil, "a role; may be repeated (default: all)")
@@ -272,8 +271,9 @@ manage keys.`,
 func newRoleLsCmd(env *Env) *cobra.Command {
 	return &cobra.Command{
 		Use:   "ls",
-		Short: "List roles and their privileges",
-		Long: `List the roles and the privileges of each.
+		Short: "List roles",
+		Long: `List the roles and how many privileges each has; which, with -o yaml. Your own:
+"strongroom whoami".
 
 It changes nothing. Needs the privilege System.Read.`,
 		Example: "  strongroom role ls -o yaml",
@@ -285,8 +285,8 @@ It changes nothing. Needs the privilege System.Read.`,
 			}
 			return printList(env, res, res.GetRoles(), []column[*strongroomv1.Role]{
 				{"NAME", (*strongroomv1.Role).GetName},
+				{"PRIVILEGES", func(v *strongroomv1.Role) string { return strconv.Itoa(len(v.GetPrivileges())) }},
 				{"DESCRIPTION", (*strongroomv1.Role).GetDescription},
-				{"PRIVILEGES", func(v *strongroomv1.Role) string { return strings.Join(v.GetPrivileges(), " ") }},
 			})
 		}),
 	}
@@ -309,7 +309,7 @@ func newTokenCreateCmd(env *Env) *cobra.Command {
 		Long: `Make an API token and print it, once. Programs give it in the environment as
 STRONGROOM_TOKEN, or to the API as "Authorization: Bearer TOKEN". It ends with its
 lifetime or its user. Needs a session only.`,
-		Example: "  strongroom token create --description ci --lifetime 168h > token",
+		Example: "  strongroom token create --description ci --lifetime 7d > token",
 		Args:    noArgs,
 		RunE: env.withClient("create an API token", func(cmd *cobra.Command, c *client.Client, _ []string) error {
 			res, err := client.Call(cmd.Context(), c.Access().CreateToken, &strongroomv1.CreateTokenRequest{
@@ -322,6 +322,6 @@ lifetime or its user. Needs a session only.`,
 		}),
 	}
 	cmd.Flags().StringVar(&description, "description", "", "what it is for")
-	cmd.Flags().DurationVar(&lifetime, "lifetime", 30*24*time.Hour, "how long it is valid, at most 8760h")
+	addDuration(cmd, &lifetime, "lifetime", 30*24*time.Hour, "how long it is valid, at most 365d")
 	return cmd
 }

@@ -38,7 +38,7 @@ and needs no server.`,
 			})
 		},
 	}
-	cmd.Flags().DurationVar(&each, "each", 200*time.Millisecond, "how long to measure each")
+	addDuration(cmd, &each, "each", 200*time.Millisecond, "how long to measure each")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "the same as -o json")
 	return cmd
 }

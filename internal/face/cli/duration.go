@@ -6,6 +6,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/spf13/cobra"
+
 	"strongroom/internal/errs"
 )
 
@@ -59,3 +61,28 @@ func (v *durationValue) String() string {
 }
 
 func (v *durationValue) Type() string { return "duration" }
+
+// addDuration adds a flag that holds a duration, def unless it is given.
+func addDuration(cmd *cobra.Command, d *time.Duration, name string, def time.Duration, usage string) {
+	*d = def
+	cmd.Flags().Var((*durationValue)(d), name, usage)
+}
+
+// daysValue is a flag that holds a number of whole days.
+type daysValue int32
+
+func (v *daysValue) Set(s string) error {
+	d, err := parseDuration(s)
+	if err == nil && (d%day != 0 || d/day > math.MaxInt32) {
+		err = errs.New(errs.Invalid, `duration %q: want whole days, such as "90d"`, s)
+	}
+	*v = daysValue(d / day)
+	return err
+}
+
+func (v *daysValue) String() string {
+	d := durationValue(time.Duration(*v) * day)
+	return d.String()
+}
+
+func (v *daysValue) Type() string { return "duration" }

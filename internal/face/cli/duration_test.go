@@ -28,3 +28,19 @@ func TestDuration(t *testing.T) {
 		}
 	}
 }
+
+func TestDays(t *testing.T) {
+	t.Parallel()
+	for text, want := range map[string]daysValue{"90d": 90, "0d": 0, "48h": 2} {
+		var v daysValue
+		if err := v.Set(text); v != want || err != nil {
+			t.Errorf("%q: %d, %v; want %d", text, v, err, want)
+		}
+	}
+	for _, text := range []string{"90", "36h", "-1d", "106751d12h"} {
+		var v daysValue
+		if err := v.Set(text); err == nil {
+			t.Errorf("%q is taken for %d days", text, v)
+		}
+	}
+}

@@ -123,8 +123,8 @@ It changes nothing. Needs the privilege System.Read.`,
 				{"NAME", (*strongroomv1.Alarm).GetName},
 				{"TARGET", (*strongroomv1.Alarm).GetTarget},
 				{"SINCE", func(v *strongroomv1.Alarm) string { return env.when(v.GetSince()) }},
-				{"MESSAGE", (*strongroomv1.Alarm).GetMessage},
 				{"RUNBOOK", (*strongroomv1.Alarm).GetRunbook},
+				{"MESSAGE", (*strongroomv1.Alarm).GetMessage},
 			})
 		}),
 	}
@@ -148,8 +148,8 @@ It changes nothing. Needs the privilege System.Read.`,
 			return printList(env, res, res.GetChecks(), []column[*strongroomv1.HealthCheck]{
 				{"STATUS", (*strongroomv1.HealthCheck).GetStatus},
 				{"CHECK", (*strongroomv1.HealthCheck).GetName},
-				{"MESSAGE", (*strongroomv1.HealthCheck).GetMessage},
 				{"CHECKED", func(v *strongroomv1.HealthCheck) string { return env.when(v.GetChecked()) }},
+				{"MESSAGE", (*strongroomv1.HealthCheck).GetMessage},
 			})
 		}),
 	}

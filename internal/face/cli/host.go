@@ -101,7 +101,7 @@ Needs the privilege Host.Inventory.AddHostToCluster.`,
 		}),
 	}
 	cmd.Flags().StringVar(&cluster, "cluster", "", "the cluster to join")
-	cmd.Flags().DurationVar(&lifetime, "lifetime", time.Hour, "how long it is valid, at most 24h")
+	addDuration(cmd, &lifetime, "lifetime", time.Hour, "how long it is valid, at most 24h")
 	must(cmd.MarkFlagRequired("cluster"))
 	env.completeFlag(cmd, "cluster", clusterNames)
 	return cmd

@@ -211,7 +211,7 @@ func newKMSCredentialCreateCmd(env *Env) *cobra.Command {
 		Short: "Make a password for an application",
 		Long: `Make a password for an application and print it, once: it is not kept. The user
 name is the application's name. Earlier passwords stay valid until they are revoked.`,
-		Example: "  strongroom kms credential create vcenter-1 --lifetime 8760h > password",
+		Example: "  strongroom kms credential create vcenter-1 --lifetime 365d > password",
 		Args:    exactArgs("the application's name"),
 		RunE: env.withClient("create the credential", func(cmd *cobra.Command, c *client.Client, args []string) error {
 			res, err := client.Call(cmd.Context(), c.KMS().CreateKMSPassword, &strongroomv1.CreateKMSPasswordRequest{Application: args[0], LifetimeSeconds: int64(lifetime / time.Second)})
@@ -222,7 +222,7 @@ name is the application's name. Earlier passwords stay valid until they are revo
 			return env.printSecret(res, string(res.GetPassword()), "user name "+res.GetCredential().GetUser()+", credential "+res.GetCredential().GetId()+"; the password is not shown again")
 		}),
 	}
-	cmd.Flags().DurationVar(&lifetime, "lifetime", 0, "how long it is valid (default: for ever)")
+	addDuration(cmd, &lifetime, "lifetime", 0, "how long it is valid (default: for ever)")
 	return cmd
 }
 
@@ -238,7 +238,7 @@ it with each request: "Authorization: Bearer srk_...".
 Earlier ones stay valid until they are revoked. To rotate without a gap: make the
 new one, give it to the application, and revoke the old one, whose id
 "kms credential ls" tells.`,
-		Example: `  strongroom kms credential api-key billing --lifetime 8760h > api-key
+		Example: `  strongroom kms credential api-key billing --lifetime 365d > api-key
   strongroom kms credential ls billing
   strongroom kms credential revoke billing 0123456789ab`,
 		Args: exactArgs("the application's name"),
@@ -251,7 +251,7 @@ new one, give it to the application, and revoke the old one, whose id
 			return env.printSecret(res, string(res.GetKey()), "API key, credential "+res.GetCredential().GetId()+", "+env.validity(res.GetCredential())+"; it is not shown again")
 		}),
 	}
-	cmd.Flags().DurationVar(&lifetime, "lifetime", 0, "how long it is valid (default: for ever)")
+	addDuration(cmd, &lifetime, "lifetime", 0, "how long it is valid (default: for ever)")
 	return cmd
 }
 
@@ -312,7 +312,7 @@ certificate only. Files that exist are not replaced.`,
 	}
 	cmd.Flags().StringVar(&certFile, "cert", "client.pem", "`file` for the certificate")
 	cmd.Flags().StringVar(&keyFile, "key", "client.key", "`file` for its key")
-	cmd.Flags().DurationVar(&lifetime, "lifetime", 365*24*time.Hour, "how long it is valid")
+	addDuration(cmd, &lifetime, "lifetime", 365*24*time.Hour, "how long it is valid")
 	return cmd
 }
 

@@ -64,7 +64,7 @@ Once it is approved, whoever asked may do it once: repeat the command.`,
 	cmd.Flags().StringSliceVar(&req.Quorum.Approvers, "approvers", nil, "the users who may approve (default: there is no quorum)")
 	cmd.Flags().Int32Var(&req.Quorum.Needed, "needed", 0, "how many of them must")
 	cmd.Flags().StringSliceVar(&operations, "for", nil, "what needs approval beside changes of policy and quorum: Destroy, Export")
-	cmd.Flags().DurationVar(&expiry, "expiry", 24*time.Hour, "when a request expires, from 1m to 720h")
+	addDuration(cmd, &expiry, "expiry", 24*time.Hour, "when a request expires, from 1m to 30d")
 	return cmd
 }
 
@@ -81,7 +81,7 @@ func quorumText(q *strongroomv1.KMSQuorum) string {
 		what = append(what, "Export")
 	}
 	what = append(what, "SetPolicy", "SetQuorum")
-	return fmt.Sprintf("%d of %s, within %v, for %s", q.GetNeeded(), strings.Join(q.GetApprovers(), ","), time.Duration(q.GetExpirySeconds())*time.Second, strings.Join(what, ","))
+	return fmt.Sprintf("%d of %s, within %s, for %s", q.GetNeeded(), strings.Join(q.GetApprovers(), ","), formatDuration(time.Duration(q.GetExpirySeconds())*time.Second), strings.Join(what, ","))
 }
 
 func policyText(p *strongroomv1.KMSPolicy) string {

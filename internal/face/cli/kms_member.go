@@ -102,7 +102,7 @@ so whoever has the token can have them: treat it as a root key.`,
 			return env.printSecret(res, res.GetToken(), "for strongroom kms join --node "+res.GetAddress()+"; valid until "+env.when(res.GetExpires()))
 		}),
 	}
-	cmd.Flags().DurationVar(&lifetime, "lifetime", time.Hour, "how long it is valid, at most 24h")
+	addDuration(cmd, &lifetime, "lifetime", time.Hour, "how long it is valid, at most 24h")
 	return cmd
 }
 

@@ -16,7 +16,7 @@ const quotaPeriod = 24 * time.Hour
 // reads.
 func addOperations(cmd *cobra.Command, q *strongroomv1.KMSQuota, period *time.Duration) {
 	cmd.Flags().Int64Var(&q.Operations, "operations", 0, "how many operations in a period (default: any number)")
-	cmd.Flags().DurationVar(period, "period", quotaPeriod, "the period, from 1m to 8760h; one of 24h begins at midnight UTC")
+	addDuration(cmd, period, "period", quotaPeriod, "the period, from 1m to 365d; one of 1d begins at midnight UTC")
 }
 
 // setPeriod completes a quota.
@@ -38,7 +38,7 @@ bounded: without flags there is no quota. An operation beyond it is refused
 (Permission Denied) and the refusal is on record. Keys that are destroyed, and the
 operations Query and Discover Versions, do not count.`,
 		Example: `  strongroom kms group quota vsphere --keys 10000
-  strongroom kms group quota trial --keys 100 --operations 10000 --period 720h`,
+  strongroom kms group quota trial --keys 100 --operations 10000 --period 30d`,
 		Args: exactArgs("the group's name"),
 		RunE: env.withClient("change the group", func(cmd *cobra.Command, c *client.Client, args []string) error {
 			req.Name = args[0]

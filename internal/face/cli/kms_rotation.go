@@ -25,7 +25,7 @@ The server looks for what is due every 10 minutes and puts every step on record.
 Rotation is not held up by a quota. A client that keeps keys' identifiers goes on
 with the old key until it asks for the replacement: rotate only what clients find
 by name or link.`,
-		Example: "  strongroom kms group rotation backup --every 90 --deactivate-after 30",
+		Example: "  strongroom kms group rotation backup --every 90d --deactivate-after 30d",
 		Args:    exactArgs("the group's name"),
 		RunE: env.withClient("change the group", func(cmd *cobra.Command, c *client.Client, args []string) error {
 			req.Name = args[0]
@@ -36,8 +36,8 @@ by name or link.`,
 			return env.printDone(g, "rotation of group %s changed", g.GetName())
 		}),
 	}
-	cmd.Flags().Int32Var(&req.Rotation.EveryDays, "every", 0, "re-key at this age, in `days` (default: never)")
-	cmd.Flags().Int32Var(&req.Rotation.DeactivateAfterDays, "deactivate-after", 0, "deactivate so many `days` after the replacement was made (default: never)")
+	cmd.Flags().Var((*daysValue)(&req.Rotation.EveryDays), "every", "re-key at this age, whole days such as 90d (default: never)")
+	cmd.Flags().Var((*daysValue)(&req.Rotation.DeactivateAfterDays), "deactivate-after", "deactivate so long after the replacement was made, whole days such as 30d (default: never)")
 	return cmd
 }
 

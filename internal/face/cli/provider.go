@@ -232,15 +232,16 @@ It changes nothing. Needs the privilege Cryptographer.ReadKeyServersInfo.`,
 			fields := []field{
 				{"Name", v.GetName()},
 				{"Type", v.GetType()},
-				{"Key id", v.GetKeyId()},
 				{"State", v.GetState()},
 				{"Default", yesNo(v.GetIsDefault())},
 				{"In use", yesNo(v.GetInUse())},
-				{"TPM required", yesNo(v.GetTpmRequired())},
 				{"Created", env.when(v.GetCreated())},
-				{"Backed up", env.when(v.GetBackedUp())},
 			}
-			fields = append(fields, env.standardFields(v.GetStandard())...)
+			if v.GetStandard() != nil {
+				fields = append(fields, env.standardFields(v.GetStandard())...)
+			} else {
+				fields = append(fields, field{"Key id", v.GetKeyId()}, field{"TPM required", yesNo(v.GetTpmRequired())}, field{"Backed up", env.when(v.GetBackedUp())})
+			}
 			for _, d := range v.GetDetails() {
 				fields = append(fields, field{"Detail", d})
 			}

@@ -237,7 +237,7 @@ func problemText(f kmipclient.Condition, cert *inventory.Certificate) string {
 	case kmipclient.ClientRefused:
 		return "it does not trust the controller's client certificate"
 	case kmipclient.WrongCredentials:
-		return "it does not accept the user name and password"
+		return "it does not know the client certificate, or does not accept the user name and password"
 	case kmipclient.NotKMIP:
 		return "what it answers is not KMIP; is the port right?"
 	}

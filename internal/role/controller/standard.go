@@ -441,7 +441,7 @@ func problemHint(problem, provider string) string {
 	case kmipclient.ClientRefused:
 		return fmt.Sprintf("give it the certificate that this writes: strongroom provider client-cert %s --out FILE", provider)
 	case kmipclient.WrongCredentials:
-		return fmt.Sprintf("strongroom provider update %s --user NAME --password-file FILE", provider)
+		return fmt.Sprintf("give it the certificate that \"strongroom provider client-cert %s --out FILE\" writes, or: strongroom provider update %s --user NAME --password-file FILE", provider, provider)
 	case kmipclient.AddressUnknown, kmipclient.Unreachable, kmipclient.NotTLS, kmipclient.NotKMIP:
 		return fmt.Sprintf("to change the address: strongroom provider trust %s --server HOST:PORT", provider)
 	}

@@ -132,7 +132,8 @@ func operationOf(name string) (kmip.Operation, error) {
 			return op, nil
 		}
 	}
-	return 0, errs.New(errs.Invalid, "there is no operation %.64q here", name)
+	return 0, errs.New(errs.Invalid, "there is no operation %.64q here", name).
+		WithHint("such as Create, Get or Locate are; all of them are allowed without --operations")
 }
 
 // keyAlgorithms are those of keys that can be made, by the names that people use. It
@@ -151,11 +152,12 @@ func keyTypeOf(name string) (kmipserver.KeyType, error) {
 	if at := strings.LastIndexByte(upper, '-'); at > 0 {
 		a, ok := keyAlgorithms[upper[:at]]
 		bits, err := strconv.ParseUint(upper[at+1:], 10, 16)
-		if ok && err == nil && bits > 0 {
-			return kmipserver.KeyType{Algorithm: a, Bits: int32(bits)}, nil
+		if t := (kmipserver.KeyType{Algorithm: a, Bits: int32(bits)}); ok && err == nil && bits > 0 && t.Possible() {
+			return t, nil
 		}
 	}
-	return kmipserver.KeyType{}, errs.New(errs.Invalid, "there is no key type %.64q here; such as AES-256, AES or HMAC-SHA256 are", name)
+	return kmipserver.KeyType{}, errs.New(errs.Invalid, "there is no key type %.64q here", name).
+		WithHint("such as AES-256, AES or HMAC-SHA256 are; all objects are allowed without --key-types")
 }
 
 // changes tells the operations that change what is stored: they are on record,

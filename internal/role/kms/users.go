@@ -86,7 +86,12 @@ func (k *KMS) keepCertificate(ctx context.Context) error {
 // group.
 func (k *KMS) checkApprovers(ctx context.Context, group string, names []string) error {
 	for _, name := range names {
-		if err := k.access.Check(ctx, access.Principal{Kind: access.UserPrincipal, Name: name}, "KeyServer.ApproveOperations", groupObject(group)); err != nil {
+		err := k.access.Check(ctx, access.Principal{Kind: access.UserPrincipal, Name: name}, "KeyServer.ApproveOperations", groupObject(group))
+		if errs.KindOf(err) == errs.Denied {
+			return errs.New(errs.Denied, "%.64s cannot be an approver: %w", name, err).WithReason(errs.ReasonOf(err)).
+				WithHint("strongroom user grant %.64s --role KeyCustodian", name)
+		}
+		if err != nil {
 			return errs.Wrap(err, "%.64s cannot be an approver", name)
 		}
 	}

@@ -33,7 +33,7 @@ const (
 	ServerUntrusted   Problem = "ServerUntrusted"   // its certificate is another than was trusted
 	ServerCertExpired Problem = "ServerCertExpired" // its certificate is the one, but its time is over, or to come
 	ClientRefused     Problem = "ClientRefused"     // it does not accept our certificate
-	WrongCredentials  Problem = "WrongCredentials"  // it does not accept our user name and password
+	WrongCredentials  Problem = "WrongCredentials"  // it does not know our certificate, or our user name and password
 	NotKMIP           Problem = "NotKMIP"           // it answers something else than KMIP
 )
 

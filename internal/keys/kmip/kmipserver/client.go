@@ -48,6 +48,15 @@ type KeyType struct {
 	Bits      int32 // 0: any length
 }
 
+// Possible tells whether there are keys of the type here.
+func (t KeyType) Possible() bool {
+	if t.Bits == 0 {
+		return true
+	}
+	_, err := keySize(t.Algorithm, t.Bits)
+	return err == nil
+}
+
 func (p *Policy) allows(op kmip.Operation) bool {
 	return p == nil || p.Operations == nil || op == kmip.OperationDiscoverVersions || op == kmip.OperationQuery || slices.Contains(p.Operations, op)
 }
