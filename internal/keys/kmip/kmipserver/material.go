@@ -377,8 +377,10 @@ func (r *request) export(v Reader, o *Object, p *payloads.GetRequestPayload) (km
 		return &kmip.PGPKey{PGPKeyVersion: o.Layout.PGPVersion, KeyBlock: block}, nil
 	case kmip.ObjectTypeSplitKey:
 		return o.Layout.Part.object(block), nil
+	case kmip.ObjectTypeSymmetricKey:
+		return &kmip.SymmetricKey{KeyBlock: block}, nil
 	}
-	return &kmip.SymmetricKey{KeyBlock: block}, nil
+	return nil, refuse(kmip.ResultReasonInvalidField, "objects of type %d are not given out here", o.Type)
 }
 
 // checkExport refuses to give out o's material, wrapped by another key or not.

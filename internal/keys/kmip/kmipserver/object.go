@@ -35,6 +35,12 @@ type Object struct {
 	Archived bool
 }
 
+// Keeps reports whether servers of this package know objects of a type. What a store
+// has of others is of a newer release.
+func Keeps(t kmip.ObjectType) bool {
+	return t >= kmip.ObjectTypeCertificate && t <= kmip.ObjectTypePGPKey
+}
+
 // Layout says what the bytes of an object's Material are.
 type Layout struct {
 	Format      kmip.KeyFormatType

@@ -195,11 +195,11 @@ func (r *request) query(p *payloads.QueryRequestPayload) (kmip.OperationPayload,
 				}
 			}
 		case kmip.QueryFunctionObjects:
-			out.ObjectType = []kmip.ObjectType{
-				kmip.ObjectTypeCertificate, kmip.ObjectTypeSymmetricKey, kmip.ObjectTypePublicKey, kmip.ObjectTypePrivateKey, kmip.ObjectTypeSplitKey, kmip.ObjectTypeTemplate, kmip.ObjectTypeSecretData, kmip.ObjectTypeOpaqueObject,
-			}
-			if r.atLeast(kmip.V1_2) {
-				out.ObjectType = append(out.ObjectType, kmip.ObjectTypePGPKey)
+			out.ObjectType = nil // asked twice is answered once
+			for t := kmip.ObjectTypeCertificate; t <= kmip.ObjectTypePGPKey; t++ {
+				if Keeps(t) && (t != kmip.ObjectTypePGPKey || r.atLeast(kmip.V1_2)) {
+					out.ObjectType = append(out.ObjectType, t)
+				}
 			}
 		case kmip.QueryFunctionServerInformation:
 			out.VendorIdentification = r.server.vendor

@@ -109,6 +109,9 @@ func parseClear(b []byte) (*kmipserver.Object, error) {
 			OpaqueType: kmip.OpaqueDataType(word(44)),
 		},
 	}
+	if !kmipserver.Keeps(o.Type) {
+		return nil, fmt.Errorf("%w: object type %d", errVersion, o.Type)
+	}
 	switch o.Type {
 	case kmip.ObjectTypePGPKey:
 		o.Layout.PGPVersion = int32(word(40))

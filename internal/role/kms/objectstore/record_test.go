@@ -165,6 +165,14 @@ func TestLayout(t *testing.T) {
 			t.Errorf("%+v, %v, want %+v", o, err, want)
 		}
 	}
+	// A type that is not known is never taken for another.
+	clear, err := clearPart(&kmipserver.Object{Type: kmip.ObjectTypePGPKey + 1}, 5)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := parseClear(clear); !errors.Is(err, errVersion) {
+		t.Errorf("an object of a newer release: %v", err)
+	}
 }
 
 // FuzzRecord gives the parser what authentication would have to vouch for.
