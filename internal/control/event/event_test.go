@@ -77,8 +77,19 @@ func TestRegistry(t *testing.T) {
 func TestRunbooks(t *testing.T) {
 	t.Parallel()
 	const docs = "../../../docs"
+	index, err := os.ReadFile(filepath.Join(docs, "runbooks", "README.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	severity := map[string]event.Severity{}
+	for _, e := range event.Types() {
+		severity[e.ID] = e.Severity
+	}
 	want := map[string]bool{}
 	for _, a := range event.AlarmTypes() {
+		if row := fmt.Sprintf("| [%[1]s](%[1]s.md) | %[2]s | %[3]s |\n", a.ID, severity[a.Raised], a.Check); !strings.Contains(string(index), row) {
+			t.Errorf("the index of runbooks lacks the row\n%s", row)
+		}
 		path := filepath.Join(docs, a.Runbook())
 		want[filepath.Base(path)] = true
 		b, err := os.ReadFile(path)

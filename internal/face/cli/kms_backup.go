@@ -51,7 +51,7 @@ It opens with a passphrase of 12 to 1024 bytes, asked for at the terminal, or wi
 the private key that belongs to --recipient: then nothing secret is needed here,
 as for a backup that a timer makes.`,
 		Example: `  strongroom kms backup create /media/usb/kms.backup
-  strongroom kms backup create /srv/backups --recipient /etc/strongroom/backup.pub`,
+  strongroom kms backup create /srv/backups --recipient /etc/strongroom/backup.key.pub`,
 		Args: exactArgs("the file or folder to write to"),
 		RunE: env.withClient("back the KMS up", func(cmd *cobra.Command, c *client.Client, args []string) error {
 			b := &kmsBackup{env: env, roles: roles, c: c, out: args[0]}
