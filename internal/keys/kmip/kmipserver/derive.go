@@ -84,12 +84,7 @@ func (r *request) deriveKey(p *deriveRequest) (kmip.OperationPayload, error) {
 		if err := r.keyOf(t, base, kmip.CryptographicUsageDeriveKey, true); err != nil {
 			return err
 		}
-		o.Attributes = nil
-		attributes, err := r.template(tx, p.TemplateAttribute)
-		if err != nil {
-			return err
-		}
-		if err := r.initial(o, attributes); err != nil {
+		if err := r.fill(tx, o, p.TemplateAttribute); err != nil {
 			return err
 		}
 		size, err := o.derivedSize()
@@ -110,14 +105,8 @@ func (r *request) deriveKey(p *deriveRequest) (kmip.OperationPayload, error) {
 		}
 		o.add(kmip.AttributeNameLink, kmip.Link{LinkType: kmip.LinkTypeDerivationBaseObjectLink, LinkedObjectIdentifier: base.ID})
 		base.add(kmip.AttributeNameLink, kmip.Link{LinkType: kmip.LinkTypeDerivedKeyLink, LinkedObjectIdentifier: o.ID})
-		if err := r.client.Policy.checkType(o); err != nil {
-			return err
-		}
 		r.created(o)
-		if err := uniqueName(tx, o.ID, namesOf(o)...); err != nil {
-			return err
-		}
-		return r.put(tx, o)
+		return r.insert(tx, o)
 	})
 	if err != nil {
 		return nil, err

@@ -102,6 +102,28 @@ func destroyed(o *Object) bool {
 	return o.state() == kmip.StateDestroyed || o.state() == kmip.StateDestroyedCompromised
 }
 
+// fill gives a new object the attributes that a client wants it to have.
+func (r *request) fill(v Reader, o *Object, t kmip.TemplateAttribute) error {
+	o.Attributes = nil
+	attributes, err := r.template(v, t)
+	if err != nil {
+		return err
+	}
+	return r.initial(o, attributes)
+}
+
+// insert stores a new object, if the client may have one of its type and its names are
+// free.
+func (r *request) insert(tx Tx, o *Object) error {
+	if err := r.client.Policy.checkType(o); err != nil {
+		return err
+	}
+	if err := uniqueName(tx, o.ID, namesOf(o)...); err != nil {
+		return err
+	}
+	return r.put(tx, o)
+}
+
 func (r *request) create(p *payloads.CreateRequestPayload) (kmip.OperationPayload, error) {
 	if p.ObjectType != kmip.ObjectTypeSymmetricKey {
 		return nil, refuse(kmip.ResultReasonInvalidField, "Create makes symmetric keys only")
@@ -109,25 +131,14 @@ func (r *request) create(p *payloads.CreateRequestPayload) (kmip.OperationPayloa
 	o := &Object{ID: newID(), Type: p.ObjectType}
 	defer func() { r.discard(o) }()
 	err := r.change(func(tx Tx) error {
-		o.Attributes = nil
-		attributes, err := r.template(tx, p.TemplateAttribute)
-		if err != nil {
-			return err
-		}
-		if err := r.initial(o, attributes); err != nil {
+		if err := r.fill(tx, o, p.TemplateAttribute); err != nil {
 			return err
 		}
 		if err := generate(o); err != nil {
 			return err
 		}
-		if err := r.client.Policy.checkType(o); err != nil {
-			return err
-		}
 		r.created(o)
-		if err := uniqueName(tx, o.ID, namesOf(o)...); err != nil {
-			return err
-		}
-		return r.put(tx, o)
+		return r.insert(tx, o)
 	})
 	if err != nil {
 		return nil, err

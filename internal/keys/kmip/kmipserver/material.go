@@ -104,17 +104,11 @@ func (r *request) register(p *payloads.RegisterRequestPayload) (kmip.OperationPa
 		if err := describe(o); err != nil {
 			return err
 		}
-		if err := r.client.Policy.checkType(o); err != nil {
-			return err
-		}
 		r.born(o)
 		if o.Material == nil && o.Type != kmip.ObjectTypeTemplate {
 			o.set(kmip.AttributeNameKeyValuePresent, false)
 		}
-		if err := uniqueName(tx, o.ID, namesOf(o)...); err != nil {
-			return err
-		}
-		return r.put(tx, o)
+		return r.insert(tx, o)
 	})
 	if err != nil {
 		return nil, err

@@ -330,14 +330,8 @@ func (r *request) createKeyPair(p *payloads.CreateKeyPairRequestPayload) (kmip.O
 				link = kmip.Link{LinkType: kmip.LinkTypePrivateKeyLink, LinkedObjectIdentifier: privateID}
 			}
 			o.add(kmip.AttributeNameLink, link)
-			if err := r.client.Policy.checkType(o); err != nil {
-				return err
-			}
 			r.created(o)
-			if err := uniqueName(tx, o.ID, namesOf(o)...); err != nil {
-				return err
-			}
-			if err := r.put(tx, o); err != nil {
+			if err := r.insert(tx, o); err != nil {
 				return err
 			}
 		}

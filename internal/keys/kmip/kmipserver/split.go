@@ -166,14 +166,10 @@ func (r *request) createSplitKey(p *createSplitKeyRequest) (kmip.OperationPayloa
 // passing makes the key that is split and not kept.
 func (r *request) passing(tx Tx, t kmip.TemplateAttribute) (*Object, error) {
 	key := &Object{Type: kmip.ObjectTypeSymmetricKey}
-	attributes, err := r.template(tx, t)
-	if err != nil {
+	if err := r.fill(tx, key, t); err != nil {
 		return nil, err
 	}
-	if err := r.initial(key, attributes); err != nil {
-		return nil, err
-	}
-	err = generate(key)
+	err := generate(key)
 	if err == nil {
 		err = r.client.Policy.checkType(key)
 	}
@@ -205,12 +201,7 @@ func divisible(key *Object) error {
 
 // makePart completes and stores one part of key.
 func (r *request) makePart(tx Tx, o, key *Object, t kmip.TemplateAttribute) error {
-	o.Attributes = nil
-	attributes, err := r.template(tx, t)
-	if err != nil {
-		return err
-	}
-	if err := r.initial(o, attributes); err != nil {
+	if err := r.fill(tx, o, t); err != nil {
 		return err
 	}
 	if key.Layout.Algorithm != 0 {
@@ -225,14 +216,8 @@ func (r *request) makePart(tx Tx, o, key *Object, t kmip.TemplateAttribute) erro
 	if key.ID != "" {
 		o.add(kmip.AttributeNameLink, kmip.Link{LinkType: kmip.LinkTypeParentLink, LinkedObjectIdentifier: key.ID})
 	}
-	if err := r.client.Policy.checkType(o); err != nil {
-		return err
-	}
 	r.created(o)
-	if err := uniqueName(tx, o.ID, namesOf(o)...); err != nil {
-		return err
-	}
-	return r.put(tx, o)
+	return r.insert(tx, o)
 }
 
 // inherit gives o what from may not do: o is made of it.
@@ -286,11 +271,7 @@ func (r *request) joinSplitKey(p *joinSplitKeyRequest) (kmip.OperationPayload, e
 		l := parts[0].Layout
 		o.Attributes, o.Layout = nil, Layout{Format: kmip.KeyFormatTypeRaw, Algorithm: l.Algorithm, Length: l.Length, SecretType: p.SecretDataType}
 		if p.TemplateAttribute != nil {
-			attributes, err := r.template(tx, *p.TemplateAttribute)
-			if err != nil {
-				return err
-			}
-			if err := r.initial(o, attributes); err != nil {
+			if err := r.fill(tx, o, *p.TemplateAttribute); err != nil {
 				return err
 			}
 		}
@@ -302,14 +283,8 @@ func (r *request) joinSplitKey(p *joinSplitKeyRequest) (kmip.OperationPayload, e
 				return err
 			}
 		}
-		if err := r.client.Policy.checkType(o); err != nil {
-			return err
-		}
 		r.created(o)
-		if err := uniqueName(tx, o.ID, namesOf(o)...); err != nil {
-			return err
-		}
-		return r.put(tx, o)
+		return r.insert(tx, o)
 	})
 	if err != nil {
 		return nil, err
