@@ -1,0 +1,86 @@
+package kms
+
+import (
+	"crypto/tls"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/ovh/kmip-go/payloads"
+)
+
+// load is clients that create keys at whatever node answers, as a client with
+// three servers does.
+type load struct {
+	mu     sync.Mutex
+	keys   map[string][]byte // acknowledged: what Get gave
+	pause  time.Duration     // longest time between two acknowledgements
+	last   time.Time
+	failed int
+	stop   atomic.Bool
+	all    sync.WaitGroup
+}
+
+func (n *trio) load(clients int) *load {
+	l := &load{keys: map[string][]byte{}, last: time.Now()}
+	for c := range clients {
+		l.all.Go(func() {
+			for at := c; !l.stop.Load(); {
+				addr := n.sites[at%len(n.sites)].cfg.Listen
+				if !l.one(addr, n.tls) {
+					at++
+					time.Sleep(10 * time.Millisecond)
+				}
+			}
+		})
+	}
+	return l
+}
+
+func (l *load) one(addr string, cfg *tls.Config) bool {
+	item, err := doOn(addr, cfg, 2*time.Second, newAES(""))
+	if err != nil {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.failed++
+		return false
+	}
+	id := item.ResponsePayload.(*payloads.CreateResponsePayload).UniqueIdentifier
+	l.mu.Lock()
+	now := time.Now()
+	l.pause, l.last = max(l.pause, now.Sub(l.last)), now
+	l.keys[id] = nil
+	l.mu.Unlock()
+	if item, err = doOn(addr, cfg, 2*time.Second, &payloads.GetRequestPayload{UniqueIdentifier: id}); err != nil {
+		return false
+	}
+	secret, err := secretOf(item)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.keys[id] = secret
+	return err == nil
+}
+
+func (l *load) count() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.keys)
+}
+
+// more waits until so many more keys were acknowledged.
+func (l *load) more(t *testing.T, count int) {
+	t.Helper()
+	before := l.count()
+	eventually(t, "clients get on", func() bool { return l.count() >= before+count })
+}
+
+func (l *load) keysGot() map[string][]byte {
+	out := map[string][]byte{}
+	for id, secret := range l.keys {
+		if secret != nil {
+			out[id] = secret
+		}
+	}
+	return out
+}
