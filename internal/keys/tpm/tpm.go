@@ -89,12 +89,7 @@ func Seal(ctx context.Context, device string, pcrs []int, secret *keymem.Key) (_
 		return nil, errs.New(errs.Invalid, "a secret of %d bytes is larger than %d", secret.Len(), SecretMax)
 	}
 	defer func() { err = errs.Wrap(err, "cannot seal to the TPM %s", device) }()
-	t, err := open(ctx, device)
-	if err != nil {
-		return nil, err
-	}
-	defer t.Close()
-	root, err := openRoot(t)
+	t, root, err := openRoot(ctx, device)
 	if err != nil {
 		return nil, err
 	}
@@ -137,12 +132,7 @@ func Unseal(ctx context.Context, device string, s *Sealed) (_ *keymem.Key, err e
 	if err := s.Check(); err != nil {
 		return nil, errs.New(errs.Corrupt, "%w", err)
 	}
-	t, err := open(ctx, device)
-	if err != nil {
-		return nil, err
-	}
-	defer t.Close()
-	root, err := openRoot(t)
+	t, root, err := openRoot(ctx, device)
 	if err != nil {
 		return nil, err
 	}
@@ -183,7 +173,27 @@ type storageRoot struct {
 	public tpm2.TPMTPublic
 }
 
-func openRoot(t transport.TPM) (*storageRoot, error) {
+// openRoot opens a TPM and makes its storage root key there. The caller closes
+// both by close.
+func openRoot(ctx context.Context, device string) (transport.TPMCloser, *storageRoot, error) {
+	t, err := open(ctx, device)
+	if err != nil {
+		return nil, nil, err
+	}
+	r, err := makeRoot(t)
+	if err != nil {
+		t.Close()
+		return nil, nil, err
+	}
+	return t, r, nil
+}
+
+func (r *storageRoot) close(t transport.TPMCloser) {
+	flush(t, r.handle)
+	t.Close()
+}
+
+func makeRoot(t transport.TPM) (*storageRoot, error) {
 	res, err := tpm2.CreatePrimary{PrimaryHandle: tpm2.TPMRHOwner, InPublic: tpm2.New2B(tpm2.ECCSRKTemplate)}.Execute(t)
 	if err != nil {
 		return nil, errs.New(errs.Unavailable, "it makes no storage root key: %w", err)
@@ -191,20 +201,18 @@ func openRoot(t transport.TPM) (*storageRoot, error) {
 	r := &storageRoot{handle: res.ObjectHandle, name: res.Name}
 	public, err := res.OutPublic.Contents()
 	if err != nil {
-		r.close(t)
+		flush(t, r.handle)
 		return nil, err
 	}
 	// The name binds the key that the salt is for; it is not taken on trust.
 	name, err := tpm2.ObjectName(public)
 	if err != nil || !slices.Equal(name.Buffer, res.Name.Buffer) {
-		r.close(t)
+		flush(t, r.handle)
 		return nil, errs.New(errs.Denied, "its storage root key has not the name that it says")
 	}
 	r.public = *public
 	return r, nil
 }
-
-func (r *storageRoot) close(t transport.TPM) { flush(t, r.handle) }
 
 // flush frees a handle. The kernel's resource manager would when the device is
 // closed; an emulator does not.
