@@ -298,26 +298,11 @@ func (h *Host) shallowRekeyOffline(ctx context.Context, id string, disks []strin
 		return err
 	}
 	defer o.release()
-	indices, err := o.encrypted(disks)
-	if err == nil {
-		err = o.notRekeying(disks)
-	}
+	err = h.shallowRekeyDisks(ctx, o, disks, ref, r, func(d bundle.Disk) error {
+		return recrypt.ShallowRekey(ctx, o.folder(), d.File, ref, h.kek)
+	})
 	if err != nil {
 		return err
-	}
-	kept := len(encryptedInSnapshots(o.vm, disks))
-	total := int64(kept + len(indices))
-	err = h.shallowRekeySnapshots(ctx, o, disks, ref, func(step string, done int) { r(step, int64(done), total, unitItems) })
-	if err != nil {
-		return err
-	}
-	for n, i := range indices {
-		d := o.vm.Disks[i]
-		r("rekeying "+d.Name, int64(kept+n), total, unitItems)
-		if err := recrypt.ShallowRekey(ctx, o.folder(), d.File, ref, h.kek); err != nil {
-			return errs.Wrap(err, "cannot rekey %s of %s", d.Name, o.vm.Name)
-		}
-		h.logRekey(ctx, o.vm, d, ref, "shallow")
 	}
 	return o.setKey(own || len(disks) == 0, ref)
 }
@@ -338,6 +323,28 @@ func (h *Host) shallowRekeyRunning(ctx context.Context, m *machine, disks []stri
 	if err != nil {
 		return err
 	}
+	err = h.shallowRekeyDisks(ctx, o, disks, ref, r, func(d bundle.Disk) error {
+		safes, _, err := peek(filepath.Join(o.dir, d.File))
+		if err != nil {
+			return err
+		}
+		next, err := recrypt.Rewrap(ctx, safes.Current, ref, h.kek)
+		if err != nil {
+			return err
+		}
+		return replaceSafe(ctx, running, d.Name, next) // also if it is in place: perhaps in one copy of the header only
+	})
+	if err != nil {
+		return err
+	}
+	running.folder.Lock()
+	defer running.folder.Unlock()
+	return o.setKey(own || len(disks) == 0, ref)
+}
+
+// shallowRekeyDisks rewraps the DEKs of the encrypted ones among the disks named,
+// first in snapshots, then by rewrap in each disk itself.
+func (h *Host) shallowRekeyDisks(ctx context.Context, o *offline, disks []string, ref keysafe.Ref, r report, rewrap func(bundle.Disk) error) error {
 	indices, err := o.encrypted(disks)
 	if err == nil {
 		err = o.notRekeying(disks)
@@ -354,22 +361,12 @@ func (h *Host) shallowRekeyRunning(ctx context.Context, m *machine, disks []stri
 	for n, i := range indices {
 		d := o.vm.Disks[i]
 		r("rekeying "+d.Name, int64(kept+n), total, unitItems)
-		safes, _, err := peek(filepath.Join(o.dir, d.File))
-		if err != nil {
-			return errs.Wrap(err, "cannot rekey %s of %s", d.Name, o.vm.Name)
-		}
-		next, err := recrypt.Rewrap(ctx, safes.Current, ref, h.kek)
-		if err == nil { // also if it is in place: perhaps in one copy of the header only
-			err = replaceSafe(ctx, running, d.Name, next)
-		}
-		if err != nil {
+		if err := rewrap(d); err != nil {
 			return errs.Wrap(err, "cannot rekey %s of %s", d.Name, o.vm.Name)
 		}
 		h.logRekey(ctx, o.vm, d, ref, "shallow")
 	}
-	running.folder.Lock()
-	defer running.folder.Unlock()
-	return o.setKey(own || len(disks) == 0, ref)
+	return nil
 }
 
 // replaceSafe has the volume process of a running VM replace a key safe.
