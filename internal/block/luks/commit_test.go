@@ -15,6 +15,7 @@ import (
 	"strongroom/internal/block/blockdev/faultdev"
 	"strongroom/internal/block/luks"
 	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/keymem/keymemtest"
 	"strongroom/internal/crypto/keysafe"
 )
 
@@ -89,7 +90,7 @@ func TestCommitFaults(t *testing.T) {
 	}
 	t.Logf("replay with LUKS_SEED=%d", seed)
 	rng := rand.New(rand.NewPCG(seed, 0))
-	dek := randomKey(t, luks.KeySize)
+	dek := keymemtest.Random(t, luks.KeySize)
 	original := firstGeneration(t, dek)
 	second, third := newSafe(t, dek, 2), newSafe(t, dek, 3)
 
@@ -216,7 +217,7 @@ func recommit(t *testing.T, dev blockdev.Device, dek *keymem.Key) {
 func TestCommitHealsWithNewSalt(t *testing.T) {
 	t.Parallel()
 	saltOf := func(b []byte, c luks.Copy) string { return string(b[int(c)*headerSize+0x68 : int(c)*headerSize+0xa8]) }
-	before := firstGeneration(t, randomKey(t, luks.KeySize))
+	before := firstGeneration(t, keymemtest.Random(t, luks.KeySize))
 	if saltOf(before, luks.Primary) == saltOf(before, luks.Secondary) {
 		t.Error("both copies have the same salt")
 	}
@@ -246,7 +247,7 @@ func TestCommitHealsWithNewSalt(t *testing.T) {
 // cryptsetup takes the same header as we do and repairs what is torn.
 func TestCryptsetupAgreesOnTornHeaders(t *testing.T) {
 	t.Parallel()
-	dek := randomKey(t, luks.KeySize)
+	dek := keymemtest.Random(t, luks.KeySize)
 	original := firstGeneration(t, dek)
 	for _, test := range []struct {
 		name string
@@ -303,7 +304,7 @@ func TestCryptsetupAgreesOnTornHeaders(t *testing.T) {
 // TestCryptsetupAgreesOnLostHeaders zeroes one copy, and both.
 func TestCryptsetupAgreesOnLostHeaders(t *testing.T) {
 	t.Parallel()
-	dek := randomKey(t, luks.KeySize)
+	dek := keymemtest.Random(t, luks.KeySize)
 	for state, isLuks := range map[string]bool{"primary zeroed": true, "secondary zeroed": true, "both zeroed": false} {
 		b := firstGeneration(t, dek)
 		if isLuks {
@@ -339,7 +340,7 @@ func TestCryptsetupAgreesOnLostHeaders(t *testing.T) {
 func TestCommitEarly(t *testing.T) {
 	t.Parallel()
 	rng := rand.New(rand.NewPCG(1, 2))
-	dek := randomKey(t, luks.KeySize)
+	dek := keymemtest.Random(t, luks.KeySize)
 	original := firstGeneration(t, dek)
 	var safes []*keysafe.Safe
 	for g := range uint64(4) {
@@ -393,7 +394,7 @@ func TestCommitEarly(t *testing.T) {
 func TestCommitAfterKill(t *testing.T) {
 	t.Parallel()
 	rng := rand.New(rand.NewPCG(1, 2))
-	dek := randomKey(t, luks.KeySize)
+	dek := keymemtest.Random(t, luks.KeySize)
 	original := firstGeneration(t, dek)
 	second, third := newSafe(t, dek, 2), newSafe(t, dek, 3)
 	for op := 0; ; op++ {

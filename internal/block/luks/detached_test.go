@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"strongroom/internal/block/luks"
+	"strongroom/internal/crypto/keymem/keymemtest"
 )
 
 // TestGoldenEncryptions reads encryptions in place that cryptsetup has begun, and
@@ -35,7 +36,7 @@ func TestGoldenEncryptions(t *testing.T) {
 		if err := h.VerifyEncryption(goldenKey(t, name)); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
-		if err := h.VerifyEncryption(randomKey(t, luks.KeySize)); !errors.Is(err, luks.ErrWrongKey) {
+		if err := h.VerifyEncryption(keymemtest.Random(t, luks.KeySize)); !errors.Is(err, luks.ErrWrongKey) {
 			t.Errorf("%s: another key: %v", name, err)
 		}
 		if h.Detached() != (name == "detached") {
@@ -49,7 +50,7 @@ func TestGoldenEncryptions(t *testing.T) {
 func TestDetachedEncryption(t *testing.T) {
 	t.Parallel()
 	const room, size, zone = 256 << 10, 3<<20 + 512, 64 << 10
-	dek := randomKey(t, luks.KeySize)
+	dek := keymemtest.Random(t, luks.KeySize)
 	device := luks.DataDevice{Size: size, Start: bytes.Repeat([]byte{7}, 32)}
 	h, err := luks.NewDetachedEncryption(luks.Options{
 		UUID: testUUID, DEK: dek, Safe: newSafe(t, dek, 1), DataOffset: room, Thin: true, Detached: true, Device: device,
@@ -130,7 +131,7 @@ func TestDetachedEncryption(t *testing.T) {
 	if _, err := luks.ReadDetached(f, room-512, size); !errors.Is(err, luks.ErrTruncated) {
 		t.Errorf("cut short: error %v", err)
 	}
-	if err := got.BeginReencryption(luks.ReencryptionOptions{OldDEK: dek, NewDEK: randomKey(t, luks.KeySize), JournalMin: 4096, JournalMax: 1 << 20}); err != nil {
+	if err := got.BeginReencryption(luks.ReencryptionOptions{OldDEK: dek, NewDEK: keymemtest.Random(t, luks.KeySize), JournalMin: 4096, JournalMax: 1 << 20}); err != nil {
 		t.Errorf("it cannot be rekeyed: %v", err)
 	}
 }
@@ -139,7 +140,7 @@ func TestDetachedEncryption(t *testing.T) {
 func TestDetachedInvalid(t *testing.T) {
 	t.Parallel()
 	const room, size = 64 << 10, 1 << 20
-	dek := randomKey(t, luks.KeySize)
+	dek := keymemtest.Random(t, luks.KeySize)
 	h, err := luks.NewDetachedEncryption(luks.Options{UUID: testUUID, DEK: dek, DataOffset: room, Detached: true, Device: luks.DataDevice{Size: size, Start: make([]byte, 32)}}, 4096, 1<<20)
 	if err != nil {
 		t.Fatal(err)

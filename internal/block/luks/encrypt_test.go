@@ -9,6 +9,7 @@ import (
 
 	"strongroom/internal/block/luks"
 	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/keymem/keymemtest"
 )
 
 // bytes returns the first n bytes.
@@ -47,7 +48,7 @@ func withText(t *testing.T, f image, text string) image {
 // be moved by 1 MiB, on storage that has room for it, and its key.
 func beginEncryption(t *testing.T, size int64) (*luks.Header, image, *keymem.Key) {
 	t.Helper()
-	dek := randomKey(t, luks.KeySize)
+	dek := keymemtest.Random(t, luks.KeySize)
 	h, err := luks.NewEncryption(luks.Options{UUID: testUUID, DEK: dek, Safe: newSafe(t, dek, 1), DataOffset: 1 << 20, Thin: true}, size)
 	if err != nil {
 		t.Fatal(err)
@@ -91,7 +92,7 @@ func TestEncryption(t *testing.T) {
 			if err := got.VerifyEncryption(dek); err != nil {
 				t.Fatal(err)
 			}
-			if err := got.VerifyEncryption(randomKey(t, luks.KeySize)); !errors.Is(err, luks.ErrWrongKey) {
+			if err := got.VerifyEncryption(keymemtest.Random(t, luks.KeySize)); !errors.Is(err, luks.ErrWrongKey) {
 				t.Errorf("another key: %v", err)
 			}
 			if !bytes.Equal(got.Image(), f.bytes(t, 2*got.Size())) {

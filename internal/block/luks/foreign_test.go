@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"strongroom/internal/block/luks"
+	"strongroom/internal/crypto/keymem/keymemtest"
 )
 
 // TestForeign unlocks what cryptsetup and QEMU make, by each of two
@@ -34,7 +35,7 @@ func TestForeign(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			const size = 20 << 20
-			f, dek := newImage(t, size), randomKey(t, luks.KeySize)
+			f, dek := newImage(t, size), keymemtest.Random(t, luks.KeySize)
 			secrets := []string{"first", strings.Repeat("a key file\n\x00", 1000)}
 			mustCryptsetup(t, append([]string{"luksFormat", "--batch-mode", f.Name(), "--key-file", keyFile(t, newKey(t, secrets[0])), "--volume-key-file", keyFile(t, dek), "--key-size", "512"}, c.args...)...)
 			add := []string{"luksAddKey", "--batch-mode", "--key-file", keyFile(t, newKey(t, secrets[0])), f.Name(), keyFile(t, newKey(t, secrets[1]))}

@@ -10,6 +10,7 @@ import (
 	"strongroom/internal/block/blockdev/faultdev"
 	"strongroom/internal/block/luks"
 	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/keymem/keymemtest"
 )
 
 // quick is a cost that no secret should have.
@@ -17,7 +18,7 @@ var quick = luks.Argon2id{Passes: 4, Memory: 64, Lanes: 2}
 
 func TestPassphraseOpensInCryptsetup(t *testing.T) {
 	t.Parallel()
-	dek := randomKey(t, luks.KeySize)
+	dek := keymemtest.Random(t, luks.KeySize)
 	f := newImage(t, 17<<20)
 	h := newHeader(t, luks.Options{UUID: testUUID, DEK: dek, Safe: newSafe(t, dek, 1)})
 	commit(t, h, f)
@@ -72,7 +73,7 @@ func TestUnlocksKeyslotsOfCryptsetup(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			f := newImage(t, 17<<20)
-			dek := randomKey(t, luks.KeySize)
+			dek := keymemtest.Random(t, luks.KeySize)
 			passphrase := newKey(t, "a passphrase that is longer than the block of sixty-four bytes of SHA-256")
 			args = append(args, "--batch-mode", "--key-file", keyFile(t, passphrase), "--volume-key-file", keyFile(t, dek), "--key-size", "512")
 			mustCryptsetup(t, append([]string{"luksFormat", "--type", "luks2", f.Name()}, args...)...)
@@ -109,7 +110,7 @@ func TestUnlocksKeyslotsOfCryptsetup(t *testing.T) {
 // passphrase to a volume of ours by its volume key, and keeps our key safe.
 func TestCryptsetupAddsKeyslot(t *testing.T) {
 	t.Parallel()
-	dek, passphrase := randomKey(t, luks.KeySize), newKey(t, "recovery")
+	dek, passphrase := keymemtest.Random(t, luks.KeySize), newKey(t, "recovery")
 	f := newImage(t, 17<<20)
 	commit(t, newHeader(t, luks.Options{DEK: dek, Safe: newSafe(t, dek, 3)}), f)
 	mustCryptsetup(t, "luksAddKey", "--batch-mode", "--key-size", "512", "--volume-key-file", keyFile(t, dek),
@@ -133,7 +134,7 @@ func TestCryptsetupAddsKeyslot(t *testing.T) {
 
 func TestTokenInCryptsetup(t *testing.T) {
 	t.Parallel()
-	dek := randomKey(t, luks.KeySize)
+	dek := keymemtest.Random(t, luks.KeySize)
 	f := newImage(t, 17<<20)
 	commit(t, newHeader(t, luks.Options{DEK: dek, Safe: newSafe(t, dek, 3)}), f)
 	token := filepath.Join(t.TempDir(), "token.json")
@@ -161,7 +162,7 @@ func TestTokenInCryptsetup(t *testing.T) {
 
 func TestAddPassphraseRefuses(t *testing.T) {
 	t.Parallel()
-	dek, passphrase := randomKey(t, luks.KeySize), newKey(t, "secret")
+	dek, passphrase := keymemtest.Random(t, luks.KeySize), newKey(t, "secret")
 	f := newImage(t, 2<<20)
 	h := newHeader(t, luks.Options{DEK: dek, DataOffset: 1 << 20})
 	commit(t, h, f)
@@ -169,10 +170,10 @@ func TestAddPassphraseRefuses(t *testing.T) {
 	if _, err := h.UnlockPassphrase(f, passphrase); !errors.Is(err, luks.ErrNoPassphrase) {
 		t.Errorf("unlock without a keyslot: %v", err)
 	}
-	if err := h.AddPassphrase(f, randomKey(t, luks.KeySize), passphrase, quick); !errors.Is(err, luks.ErrWrongKey) {
+	if err := h.AddPassphrase(f, keymemtest.Random(t, luks.KeySize), passphrase, quick); !errors.Is(err, luks.ErrWrongKey) {
 		t.Errorf("with a wrong DEK: %v", err)
 	}
-	if err := h.AddPassphrase(f, dek, randomKey(t, luks.PassphraseMax+1), quick); err == nil {
+	if err := h.AddPassphrase(f, dek, keymemtest.Random(t, luks.PassphraseMax+1), quick); err == nil {
 		t.Error("a passphrase that cryptsetup cannot read is accepted")
 	}
 	for _, cost := range []luks.Argon2id{
@@ -202,7 +203,7 @@ func TestAddPassphraseRefuses(t *testing.T) {
 // every keyslot that its header names opens.
 func TestAddPassphraseFaults(t *testing.T) {
 	t.Parallel()
-	dek, passphrase := randomKey(t, luks.KeySize), newKey(t, "secret")
+	dek, passphrase := keymemtest.Random(t, luks.KeySize), newKey(t, "secret")
 	base := memory(t, make([]byte, 1<<20))
 	commit(t, newHeader(t, luks.Options{UUID: testUUID, DataOffset: 1 << 20, DEK: dek, Safe: newSafe(t, dek, 1)}), base)
 	for _, mode := range faultdev.Modes() {
@@ -243,7 +244,7 @@ func TestAddPassphraseFaults(t *testing.T) {
 // TestErrorsHoldNoSecret keeps secrets out of what an error says.
 func TestErrorsHoldNoSecret(t *testing.T) {
 	t.Parallel()
-	dek := randomKey(t, luks.KeySize)
+	dek := keymemtest.Random(t, luks.KeySize)
 	h := newHeader(t, luks.Options{DEK: dek})
 	wrong, err := keymem.Take([]byte("hunter2-hunter2"))
 	if err != nil {

@@ -10,6 +10,7 @@ import (
 
 	"strongroom/internal/block/luks"
 	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/keymem/keymemtest"
 	"strongroom/internal/crypto/keysafe"
 )
 
@@ -57,16 +58,6 @@ func (f image) read() (*luks.Header, error) {
 	return luks.Read(f, info.Size())
 }
 
-func randomKey(t *testing.T, n int) *keymem.Key {
-	t.Helper()
-	k, err := keymem.Random(n)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { k.Close() })
-	return k
-}
-
 func newKey(t testing.TB, secret string) *keymem.Key {
 	t.Helper()
 	k, err := keymem.Take([]byte(secret))
@@ -80,7 +71,7 @@ func newKey(t testing.TB, secret string) *keymem.Key {
 func newSafe(t *testing.T, dek *keymem.Key, generation uint64) *keysafe.Safe {
 	t.Helper()
 	ref := keysafe.Ref{Provider: "native-1", KeyID: "0b0c2a7e/7a1f"}
-	s, err := keysafe.Wrap(randomKey(t, keysafe.KEKSize), dek, ref, "disk:"+testUUID, generation)
+	s, err := keysafe.Wrap(keymemtest.Random(t, keysafe.KEKSize), dek, ref, "disk:"+testUUID, generation)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -153,7 +144,7 @@ func TestRoundTrip(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
-			dek := randomKey(t, luks.KeySize)
+			dek := keymemtest.Random(t, luks.KeySize)
 			safe := newSafe(t, dek, 7)
 			test.opts.UUID, test.opts.DEK, test.opts.Safe = testUUID, dek, safe
 			f := newImage(t, test.size)
@@ -172,7 +163,7 @@ func TestRoundTrip(t *testing.T) {
 			if err := h.VerifyKey(dek); err != nil {
 				t.Errorf("VerifyKey with the right key: %v", err)
 			}
-			if err := h.VerifyKey(randomKey(t, luks.KeySize)); !errors.Is(err, luks.ErrWrongKey) {
+			if err := h.VerifyKey(keymemtest.Random(t, luks.KeySize)); !errors.Is(err, luks.ErrWrongKey) {
 				t.Errorf("VerifyKey with a wrong key: %v", err)
 			}
 			safes, err := h.Safes()
@@ -186,7 +177,7 @@ func TestRoundTrip(t *testing.T) {
 			}
 			open := []string{"open", "--test-passphrase", "--type", "luks2", "--key-size", "512", "--volume-key-file"}
 			mustCryptsetup(t, append(open, keyFile(t, dek), f.Name())...)
-			if code, out := cryptsetup(t, append(open, keyFile(t, randomKey(t, luks.KeySize)), f.Name())...); code != 2 {
+			if code, out := cryptsetup(t, append(open, keyFile(t, keymemtest.Random(t, luks.KeySize)), f.Name())...); code != 2 {
 				t.Errorf("cryptsetup opens with a wrong key: exit code %d\n%s", code, out)
 			}
 			if out := mustCryptsetup(t, "--verbose", "repair", f.Name()); !strings.Contains(out, "No known problems") {

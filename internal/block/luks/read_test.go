@@ -20,6 +20,7 @@ import (
 
 	"strongroom/internal/block/luks"
 	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/keymem/keymemtest"
 )
 
 // golden returns the start of an image that cryptsetup made; see
@@ -185,7 +186,7 @@ func TestForeignMetadataSurvives(t *testing.T) {
 
 func TestReadRefuses(t *testing.T) {
 	t.Parallel()
-	dek := randomKey(t, luks.KeySize)
+	dek := keymemtest.Random(t, luks.KeySize)
 	good := firstGeneration(t, dek)
 	lastByte := len(good) - 1
 
@@ -312,7 +313,7 @@ func (r failingReader) ReadAt(p []byte, off int64) (int, error) {
 
 func TestUnreadableSectors(t *testing.T) {
 	t.Parallel()
-	dek := randomKey(t, luks.KeySize)
+	dek := keymemtest.Random(t, luks.KeySize)
 	good := bytes.NewReader(firstGeneration(t, dek))
 	for _, bad := range [][2]int64{{0, 512}, {4096, 8192}, {headerSize, headerSize + 512}} {
 		h, err := luks.Read(failingReader{good, bad[0], bad[1]}, smallDisk)
@@ -330,7 +331,7 @@ func TestUnreadableSectors(t *testing.T) {
 
 func TestSecondaryAtEachOffset(t *testing.T) {
 	t.Parallel()
-	dek := randomKey(t, luks.KeySize)
+	dek := keymemtest.Random(t, luks.KeySize)
 	for _, kib := range []int{16, 32, 64, 128, 256, 512, 1024, 2048, 4096} {
 		f := newImage(t, 24<<20)
 		keys := []string{"--batch-mode", "--key-file", keyFile(t, newKey(t, "x")), "--volume-key-file", keyFile(t, dek), "--key-size", "512", "--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"}
@@ -354,7 +355,7 @@ func TestSecondaryAtEachOffset(t *testing.T) {
 func TestMetadataRefused(t *testing.T) {
 	t.Parallel()
 	type doc = map[string]any
-	good := firstGeneration(t, randomKey(t, luks.KeySize))
+	good := firstGeneration(t, keymemtest.Random(t, luks.KeySize))
 	segment := func(d doc) doc { return d["segments"].(doc)["0"].(doc) }
 	digest := func(d doc) doc { return d["digests"].(doc)["0"].(doc) }
 	slot := func(offset, size string) doc {
@@ -416,7 +417,7 @@ func TestMetadataRefused(t *testing.T) {
 func TestSegmentRefused(t *testing.T) {
 	t.Parallel()
 	type doc = map[string]any
-	good := firstGeneration(t, randomKey(t, luks.KeySize))
+	good := firstGeneration(t, keymemtest.Random(t, luks.KeySize))
 	segment := func(d doc) doc { return d["segments"].(doc)["0"].(doc) }
 	for name, test := range map[string]struct {
 		change func(d doc)
@@ -479,9 +480,9 @@ func TestSegmentLength(t *testing.T) {
 
 func TestNewRefuses(t *testing.T) {
 	t.Parallel()
-	dek := randomKey(t, luks.KeySize)
+	dek := keymemtest.Random(t, luks.KeySize)
 	for name, opts := range map[string]luks.Options{
-		"short DEK":        {DEK: randomKey(t, 32)},
+		"short DEK":        {DEK: keymemtest.Random(t, 32)},
 		"UUID":             {DEK: dek, UUID: "6F9C5A52-1D3C-4F52-9A3E-0D6A3C1B7E11"},
 		"no UUID":          {DEK: dek, UUID: "disk-0"},
 		"label":            {DEK: dek, Label: strings.Repeat("x", 48)},

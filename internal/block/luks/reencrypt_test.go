@@ -14,13 +14,14 @@ import (
 
 	"strongroom/internal/block/luks"
 	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/keymem/keymemtest"
 )
 
 // beginRekey returns a committed header with a rekey begun, on a storage of 2 MiB
 // with the data at 1 MiB, and its keys.
 func beginRekey(t *testing.T) (*luks.Header, image, *keymem.Key, *keymem.Key) {
 	t.Helper()
-	oldDEK, newDEK := randomKey(t, luks.KeySize), randomKey(t, luks.KeySize)
+	oldDEK, newDEK := keymemtest.Random(t, luks.KeySize), keymemtest.Random(t, luks.KeySize)
 	h, err := luks.New(luks.Options{UUID: testUUID, DEK: oldDEK, Safe: newSafe(t, oldDEK, 1), DataOffset: 1 << 20})
 	if err != nil {
 		t.Fatal(err)
@@ -95,7 +96,7 @@ func TestReencryption(t *testing.T) {
 		}
 	}
 	commit(nil)
-	for _, keys := range [][2]*keymem.Key{{newDEK, oldDEK}, {oldDEK, oldDEK}, {oldDEK, randomKey(t, luks.KeySize)}} {
+	for _, keys := range [][2]*keymem.Key{{newDEK, oldDEK}, {oldDEK, oldDEK}, {oldDEK, keymemtest.Random(t, luks.KeySize)}} {
 		if err := h.VerifyReencryption(keys[0], keys[1]); !errors.Is(err, luks.ErrWrongKey) {
 			t.Errorf("wrong keys: %v", err)
 		}
@@ -176,7 +177,7 @@ func TestReencryption(t *testing.T) {
 // its numbers.
 func TestReencryptionCancel(t *testing.T) {
 	t.Parallel()
-	dek, passphrase := randomKey(t, luks.KeySize), newKey(t, "correct horse")
+	dek, passphrase := keymemtest.Random(t, luks.KeySize), newKey(t, "correct horse")
 	h, err := luks.New(luks.Options{UUID: testUUID, DEK: dek, Safe: newSafe(t, dek, 1), DataOffset: 2 << 20})
 	if err != nil {
 		t.Fatal(err)
@@ -198,7 +199,7 @@ func TestReencryptionCancel(t *testing.T) {
 		return doc
 	}
 	before := metadata()
-	newDEK := randomKey(t, luks.KeySize)
+	newDEK := keymemtest.Random(t, luks.KeySize)
 	opts := luks.ReencryptionOptions{OldDEK: dek, NewDEK: newDEK, Safe: newSafe(t, newDEK, 2), JournalMin: 4096, JournalMax: 1 << 20}
 	if err := h.BeginReencryption(opts); err != nil {
 		t.Fatal(err)
@@ -209,7 +210,7 @@ func TestReencryptionCancel(t *testing.T) {
 	if err := h.AddPassphrase(f, newDEK, passphrase, quick); err != nil {
 		t.Fatal(err)
 	}
-	if err := h.AddPassphrase(f, randomKey(t, luks.KeySize), passphrase, quick); !errors.Is(err, luks.ErrWrongKey) {
+	if err := h.AddPassphrase(f, keymemtest.Random(t, luks.KeySize), passphrase, quick); !errors.Is(err, luks.ErrWrongKey) {
 		t.Errorf("passphrase for a third key: %v", err)
 	}
 	if diff := cmp.Diff(before, metadata()); diff == "" {

@@ -6,13 +6,14 @@ import (
 	"testing"
 
 	"strongroom/internal/block/luks"
+	"strongroom/internal/crypto/keymem/keymemtest"
 )
 
 // TestThin: the mark survives a shallow rekey and what cryptsetup writes, and
 // SetThin takes it away again.
 func TestThin(t *testing.T) {
 	t.Parallel()
-	dek := randomKey(t, luks.KeySize)
+	dek := keymemtest.Random(t, luks.KeySize)
 	h := newHeader(t, luks.Options{DEK: dek, Safe: newSafe(t, dek, 1), Thin: true})
 	f := newImage(t, 32<<20)
 	commit(t, h, f)

@@ -12,6 +12,7 @@ import (
 	"strongroom/internal/block/blockdev"
 	"strongroom/internal/block/luks"
 	"strongroom/internal/block/volume"
+	"strongroom/internal/crypto/keymem/keymemtest"
 )
 
 // TestAdopt takes over volumes that cryptsetup made, with either sector size
@@ -21,7 +22,7 @@ func TestAdopt(t *testing.T) {
 	for _, sector := range []int{512, 4096} {
 		t.Run(fmt.Sprint(sector), func(t *testing.T) {
 			t.Parallel()
-			dir, dek := t.TempDir(), newKey(t, 64)
+			dir, dek := t.TempDir(), keymemtest.Random(t, 64)
 			name, key, pass := filepath.Join(dir, "foreign"), filepath.Join(dir, "key"), filepath.Join(dir, "pass")
 			check(t, os.WriteFile(key, dek.Bytes(), 0o600))
 			check(t, os.WriteFile(pass, []byte("secret"), 0o600))
@@ -38,7 +39,7 @@ func TestAdopt(t *testing.T) {
 			foreign := openVolume(t, f, dek)
 			want := make([]byte, size)
 			for _, part := range [][2]int{{0, 1 << 20}, {3 << 20, 3<<20 + 5000}, {size - 4096, size}} {
-				copy(want[part[0]:part[1]], newKey(t, part[1]-part[0]).Bytes()) // random bytes
+				copy(want[part[0]:part[1]], keymemtest.Random(t, part[1]-part[0]).Bytes()) // random bytes
 				_, err = foreign.WriteAt(want[part[0]:part[1]], int64(part[0]))
 				check(t, err)
 			}

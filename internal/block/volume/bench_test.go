@@ -6,13 +6,14 @@ import (
 
 	"strongroom/internal/block/blockdev"
 	"strongroom/internal/block/volume"
+	"strongroom/internal/crypto/keymem/keymemtest"
 )
 
 // BenchmarkVolume compares an encrypted disk with a plain one over the same
 // memory, so that the difference is what encryption costs.
 func BenchmarkVolume(b *testing.B) {
 	const size = 64 << 20
-	dek := newKey(b, 64)
+	dek := keymemtest.Random(b, 64)
 	for _, sector := range []int{0, 512, 4096} {
 		mem := blockdev.NewMemory(size, 512)
 		var dev blockdev.Device = mem

@@ -9,6 +9,7 @@ import (
 
 	"strongroom/internal/block/blockdev"
 	"strongroom/internal/block/volume"
+	"strongroom/internal/crypto/keymem/keymemtest"
 )
 
 // holes returns how many bytes of dev are holes.
@@ -60,7 +61,7 @@ func TestCopy(t *testing.T) {
 						last = done
 					}}
 				}
-				oldDEK, newDEK := newKey(t, 64), newKey(t, 64)
+				oldDEK, newDEK := keymemtest.Random(t, 64), keymemtest.Random(t, 64)
 				encrypted, rekeyed, decrypted := blockdev.NewMemory(0, 512), blockdev.NewMemory(0, 512), blockdev.NewMemory(size, 512)
 				format(t, encrypted, volume.FormatOptions{Size: size, DEK: oldDEK})
 				format(t, rekeyed, volume.FormatOptions{Size: size, DEK: newDEK})

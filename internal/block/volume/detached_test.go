@@ -13,6 +13,7 @@ import (
 	"strongroom/internal/block/luks"
 	"strongroom/internal/block/volume"
 	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/keymem/keymemtest"
 )
 
 // smallHeader is the length of detached headers in most tests, in bytes.
@@ -201,7 +202,7 @@ func TestDetachedFlush(t *testing.T) {
 func TestDetachedConformance(t *testing.T) {
 	for _, block := range []int{512, 4096} {
 		t.Run(fmt.Sprint(block), func(t *testing.T) {
-			dek := newKey(t, 64)
+			dek := keymemtest.Random(t, 64)
 			at := map[blockdev.Device]storage{}
 			start := func(t testing.TB, s storage, opts volume.Options) blockdev.Device {
 				v, err := volume.Open(s.dev(), dek, opts)
@@ -239,7 +240,7 @@ type fixed struct{ blockdev.Device }
 // header in the place of a volume.
 func TestDetachedRefuses(t *testing.T) {
 	t.Parallel()
-	dek := newKey(t, 64)
+	dek := keymemtest.Random(t, 64)
 	s, want := detachedVolume(t, dek, 96<<10)
 	open := func(header, data *blockdev.Memory) error {
 		v, err := volume.Open(volume.NewDetached(header.Clone(), data.Clone()), dek, volume.Options{})
@@ -280,7 +281,7 @@ func TestDetachedRefuses(t *testing.T) {
 func TestFaultsDetachedRekey(t *testing.T) {
 	t.Parallel()
 	rng := rand.New(rand.NewPCG(blockdevtest.Seed(t), 0))
-	oldDEK, newDEK := newKey(t, 64), newKey(t, 64)
+	oldDEK, newDEK := keymemtest.Random(t, 64), keymemtest.Random(t, 64)
 	s, want := detachedVolume(t, oldDEK, 40<<10)
 	opts := volume.RekeyOptions{NewDEK: newDEK, NewSafe: newSafe(t, newDEK, "new", 2), Zone: 32 << 10}
 	atEveryFaultOfPair(t, s, func(t *testing.T, p *pair) error {

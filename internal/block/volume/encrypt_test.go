@@ -19,6 +19,7 @@ import (
 	"strongroom/internal/block/luks"
 	"strongroom/internal/block/volume"
 	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/keymem/keymemtest"
 )
 
 const smallShift = 64 << 10 // of disks below 1 MiB, in bytes
@@ -109,7 +110,7 @@ func TestEncryptInPlace(t *testing.T) {
 	} {
 		for _, known := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%d/%d/%v", c.size, len(c.holes), known), func(t *testing.T) {
-				dek := newKey(t, 64)
+				dek := keymemtest.Random(t, 64)
 				disk, want := plainDisk(t, rng, c.size, c.holes...)
 				opts := volume.EncryptOptions{DEK: dek, Safe: newSafe(t, dek, "k", 1), UUID: testUUID, AllowDiscards: true}
 				if known {
@@ -184,7 +185,7 @@ func TestEncryptInPlace(t *testing.T) {
 func TestEncryptInPlaceRefuses(t *testing.T) {
 	t.Parallel()
 	rng := rand.New(rand.NewPCG(blockdevtest.Seed(t), 0))
-	dek := newKey(t, 64)
+	dek := keymemtest.Random(t, 64)
 	disk, want := plainDisk(t, rng, 128<<10)
 	refused := func(name string, dev *blockdev.Memory, opts volume.EncryptOptions, target error) {
 		t.Helper()
@@ -204,7 +205,7 @@ func TestEncryptInPlaceRefuses(t *testing.T) {
 	refused("another size", disk, volume.EncryptOptions{DEK: dek, Size: 64 << 10}, volume.ErrChanged)
 
 	luksDisk := blockdev.NewMemory(0, 512)
-	format(t, luksDisk, volume.FormatOptions{Size: 128 << 10, DEK: newKey(t, 64)})
+	format(t, luksDisk, volume.FormatOptions{Size: 128 << 10, DEK: keymemtest.Random(t, 64)})
 	refused("a volume", luksDisk, volume.EncryptOptions{DEK: dek}, volume.ErrEncrypted)
 
 	// But a guest may have one on a disk whose size is known, at every step.
@@ -249,10 +250,10 @@ func TestEncryptInPlaceRefuses(t *testing.T) {
 		refused(fmt.Sprintf("used at %d", off), left, volume.EncryptOptions{DEK: dek}, volume.ErrUsed)
 		wantError(t, volume.CancelEncryption(left, 0), volume.ErrUsed)
 	}
-	refused("another key", used, volume.EncryptOptions{DEK: newKey(t, 64)}, volume.ErrWrongKey)
+	refused("another key", used, volume.EncryptOptions{DEK: keymemtest.Random(t, 64)}, volume.ErrWrongKey)
 	check(t, volume.EncryptInPlace(t.Context(), used, volume.EncryptOptions{DEK: dek}))
 	encrypted(t, used, dek, smallShift, want)
-	refused("another key, when it is finished", used, volume.EncryptOptions{DEK: newKey(t, 64)}, volume.ErrEncrypted)
+	refused("another key, when it is finished", used, volume.EncryptOptions{DEK: keymemtest.Random(t, 64)}, volume.ErrEncrypted)
 }
 
 // encryptDisk returns the disk of the tests of faults: three zones and a part of
@@ -268,7 +269,7 @@ func encryptDisk(t *testing.T, rng *rand.Rand) (*blockdev.Memory, []byte) {
 func TestFaultsEncryptInPlace(t *testing.T) {
 	t.Parallel()
 	rng := rand.New(rand.NewPCG(blockdevtest.Seed(t), 0))
-	dek := newKey(t, 64)
+	dek := keymemtest.Random(t, 64)
 	safe := newSafe(t, dek, "k", 1)
 	disk, want := encryptDisk(t, rng)
 	plain := contents(t, disk)
@@ -314,7 +315,7 @@ func TestFaultsEncryptInPlace(t *testing.T) {
 func TestFaultsCancelEncryption(t *testing.T) {
 	t.Parallel()
 	rng := rand.New(rand.NewPCG(blockdevtest.Seed(t), 0))
-	dek := newKey(t, 64)
+	dek := keymemtest.Random(t, 64)
 	disk, want := encryptDisk(t, rng)
 	plain := contents(t, disk)
 	opts := volume.EncryptOptions{DEK: dek, UUID: testUUID, Size: disk.Size()}
@@ -369,7 +370,7 @@ func TestEncryptInPlaceFile(t *testing.T) {
 		_, err := f.WriteAt(want[part.Offset:part.Offset+part.Size], part.Offset)
 		check(t, err)
 	}
-	dek := newKey(t, 64)
+	dek := keymemtest.Random(t, 64)
 	check(t, volume.EncryptInPlace(t.Context(), f, volume.EncryptOptions{DEK: dek}))
 	v := openVolume(t, f, dek)
 	if !bytes.Equal(contents(t, v), want) {
@@ -402,7 +403,7 @@ func TestCryptsetupFinishesEncryption(t *testing.T) {
 	t.Parallel()
 	rng := rand.New(rand.NewPCG(blockdevtest.Seed(t), 0))
 	passphrase, passphraseFile := newPassphrase(t)
-	dek := newKey(t, 64)
+	dek := keymemtest.Random(t, 64)
 	disk, want := plainDisk(t, rng, 3<<20+64<<10)
 	size := disk.Size()
 	opts := volume.EncryptOptions{DEK: dek, UUID: uuid.NewString(), Size: size} // which cryptsetup locks

@@ -17,6 +17,7 @@ import (
 	"strongroom/internal/block/luks"
 	"strongroom/internal/block/volume"
 	"strongroom/internal/crypto/keyfile"
+	"strongroom/internal/crypto/keymem/keymemtest"
 )
 
 // detachedZone is the length of zones in most tests, in bytes.
@@ -43,7 +44,7 @@ func TestEncryptDetached(t *testing.T) {
 	} {
 		t.Run(fmt.Sprint(c), func(t *testing.T) {
 			t.Parallel()
-			dek := newKey(t, 64)
+			dek := keymemtest.Random(t, 64)
 			plain, want := plainDisk(t, rand.New(rand.NewPCG(uint64(c.size), 0)), c.size, c.holes...)
 			data := blockdev.NewMemory(c.size, c.block)
 			for off := int64(0); off < c.size; off += int64(c.block) {
@@ -89,7 +90,7 @@ func TestEncryptDetached(t *testing.T) {
 			check(t, volume.EncryptDetached(t.Context(), s.dev(), opts))
 			underDetached(t, s, dek, want)
 			wantError(t, volume.CancelDetached(s.dev(), dek), volume.ErrEncrypting)
-			wantError(t, volume.EncryptDetached(t.Context(), s.dev(), volume.EncryptOptions{DEK: newKey(t, 64)}), volume.ErrWrongKey)
+			wantError(t, volume.EncryptDetached(t.Context(), s.dev(), volume.EncryptOptions{DEK: keymemtest.Random(t, 64)}), volume.ErrWrongKey)
 
 			check(t, volume.BeginEncryption(again.dev(), opts))
 			for {
@@ -109,7 +110,7 @@ func TestEncryptDetached(t *testing.T) {
 					t.Fatalf("the header is %+v", info)
 				}
 				wantError(t, volume.CancelDetached(again.dev(), dek), volume.ErrEncrypting)
-				wantError(t, volume.EncryptDetached(t.Context(), again.dev(), volume.EncryptOptions{DEK: newKey(t, 64)}), volume.ErrWrongKey)
+				wantError(t, volume.EncryptDetached(t.Context(), again.dev(), volume.EncryptOptions{DEK: keymemtest.Random(t, 64)}), volume.ErrWrongKey)
 				// A device of the same size, and not the one.
 				other := storage{again.header.Clone(), again.data.Clone()}
 				sector, at := make([]byte, 512), rng.Int64N(min(c.size, 64*kib)/512)*512
@@ -133,7 +134,7 @@ func TestEncryptDetached(t *testing.T) {
 func TestEncryptDetachedRefuses(t *testing.T) {
 	t.Parallel()
 	rng := rand.New(rand.NewPCG(blockdevtest.Seed(t), 0))
-	dek := newKey(t, 64)
+	dek := keymemtest.Random(t, 64)
 	disk, _ := plainDisk(t, rng, 128<<10)
 	refused := func(name string, header, data *blockdev.Memory, opts volume.EncryptOptions, target error) {
 		t.Helper()
@@ -151,7 +152,7 @@ func TestEncryptDetachedRefuses(t *testing.T) {
 	refused("another's safe", empty, disk, volume.EncryptOptions{DEK: dek, Safe: other, UUID: testUUID}, volume.ErrWrongSafe)
 	refused("another size", empty, disk, volume.EncryptOptions{DEK: dek, Size: 64 << 10}, volume.ErrChanged)
 	refused("no size", empty, blockdev.NewMemory(0, 512), volume.EncryptOptions{DEK: dek}, blockdev.ErrBadSize)
-	refused("short key", empty, disk, volume.EncryptOptions{DEK: newKey(t, 32)}, nil)
+	refused("short key", empty, disk, volume.EncryptOptions{DEK: keymemtest.Random(t, 32)}, nil)
 	refused("no room for a header", blockdev.NewMemory(8192, 512), disk, volume.EncryptOptions{DEK: dek}, nil)
 	refused("no room for a journal", blockdev.NewMemory(32<<10, 512), disk, volume.EncryptOptions{DEK: dek}, luks.ErrNoSpace)
 	used := empty.Clone()
@@ -159,13 +160,13 @@ func TestEncryptDetachedRefuses(t *testing.T) {
 	check(t, err)
 	refused("a header in use", used, disk, volume.EncryptOptions{DEK: dek}, volume.ErrNotEmpty)
 	whole := blockdev.NewMemory(0, 512)
-	format(t, whole, volume.FormatOptions{Size: 128 << 10, DEK: newKey(t, 64)})
+	format(t, whole, volume.FormatOptions{Size: 128 << 10, DEK: keymemtest.Random(t, 64)})
 	refused("a volume", empty, whole, volume.EncryptOptions{DEK: dek}, volume.ErrEncrypted)
 
 	// A volume is not encrypted, nor undone.
 	s, want := detachedVolume(t, dek, 64<<10)
 	v := openVolume(t, s.clone().dev(), dek)
-	next := newKey(t, 64)
+	next := keymemtest.Random(t, 64)
 	check(t, rekeyZones(v, 1, volume.RekeyOptions{NewDEK: next, Zone: detachedZone}, func() {}))
 	underDetached(t, s, dek, want)
 }
@@ -184,7 +185,7 @@ func beginFaulty(t *testing.T, p *pair, opts volume.EncryptOptions) error {
 func TestFaultsEncryptDetached(t *testing.T) {
 	t.Parallel()
 	rng := rand.New(rand.NewPCG(blockdevtest.Seed(t), 0))
-	dek := newKey(t, 64)
+	dek := keymemtest.Random(t, 64)
 	disk, want := plainDisk(t, rng, 2*detachedZone+8<<10)
 	clear(want[40<<10 : 56<<10]) // zeros that are data
 	_, err := disk.WriteAt(want[40<<10:56<<10], 40<<10)
@@ -239,7 +240,7 @@ func TestFaultsEncryptDetached(t *testing.T) {
 func TestFaultsCancelDetached(t *testing.T) {
 	t.Parallel()
 	rng := rand.New(rand.NewPCG(blockdevtest.Seed(t), 0))
-	dek := newKey(t, 64)
+	dek := keymemtest.Random(t, 64)
 	disk, want := plainDisk(t, rng, 2*detachedZone+8<<10)
 	opts := volume.EncryptOptions{DEK: dek, UUID: testUUID, Zone: detachedZone}
 	var begun *storage
@@ -254,7 +255,7 @@ func TestFaultsCancelDetached(t *testing.T) {
 			begun = &left
 		}
 	}
-	wantError(t, volume.CancelDetached(begun.clone().dev(), newKey(t, 64)), volume.ErrWrongKey)
+	wantError(t, volume.CancelDetached(begun.clone().dev(), keymemtest.Random(t, 64)), volume.ErrWrongKey)
 	atEveryFaultOfPair(t, *begun, func(t *testing.T, p *pair) error {
 		err := volume.CancelDetached(p.dev(), dek)
 		if err == nil && p.Injected() == faultdev.Read {
@@ -303,7 +304,7 @@ func TestCryptsetupFinishesDetached(t *testing.T) {
 	rng := rand.New(rand.NewPCG(blockdevtest.Seed(t), 0))
 	const zone = 256 << 10
 	passphrase, passphraseFile := newPassphrase(t)
-	dek := newKey(t, 64)
+	dek := keymemtest.Random(t, 64)
 	disk, want := plainDisk(t, rng, 3*zone)
 	opts := volume.EncryptOptions{DEK: dek, UUID: uuid.NewString(), Zone: zone} // which cryptsetup locks
 	begun := storage{blockdev.NewMemory(16<<20, 512), disk}

@@ -12,6 +12,7 @@ import (
 	"strongroom/internal/block/blockdev/faultdev"
 	"strongroom/internal/block/volume"
 	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/keymem/keymemtest"
 )
 
 // clones is how many outcomes of each power loss are looked at.
@@ -85,7 +86,7 @@ func survivors(dev *faultdev.Device, rng *rand.Rand) []*blockdev.Memory {
 func TestFaultsFormat(t *testing.T) {
 	t.Parallel()
 	rng := rand.New(rand.NewPCG(blockdevtest.Seed(t), 0))
-	dek := newKey(t, 64)
+	dek := keymemtest.Random(t, 64)
 	used := blockdev.NewMemory(200<<10, 512)
 	_, err := used.WriteAt(pattern(200<<10, 1), 0)
 	check(t, err)
@@ -124,7 +125,7 @@ func TestFaultsFormat(t *testing.T) {
 func TestFaultsReplaceSafe(t *testing.T) {
 	t.Parallel()
 	rng := rand.New(rand.NewPCG(blockdevtest.Seed(t), 0))
-	dek := newKey(t, 64)
+	dek := keymemtest.Random(t, 64)
 	disk := blockdev.NewMemory(0, 512)
 	format(t, disk, volume.FormatOptions{Size: 64 << 10, DEK: dek, Safe: newSafe(t, dek, "old", 1)})
 	v := openVolume(t, disk, dek)
@@ -204,7 +205,7 @@ func bothCopies(t *testing.T, disk *blockdev.Memory, want string) {
 func TestFaultsResize(t *testing.T) {
 	t.Parallel()
 	rng := rand.New(rand.NewPCG(blockdevtest.Seed(t), 0))
-	dek := newKey(t, 64)
+	dek := keymemtest.Random(t, 64)
 	disk := blockdev.NewMemory(0, 512)
 	format(t, disk, volume.FormatOptions{Size: 64 << 10, DEK: dek})
 	v := openVolume(t, disk, dek)
@@ -241,7 +242,7 @@ func TestFaultsWrite(t *testing.T) {
 	t.Parallel()
 	rng := rand.New(rand.NewPCG(blockdevtest.Seed(t), 0))
 	for _, sector := range []int{512, 4096} {
-		dek := newKey(t, 64)
+		dek := keymemtest.Random(t, 64)
 		disk := blockdev.NewMemory(0, sector)
 		format(t, disk, volume.FormatOptions{Size: 192 << 10, SectorSize: sector, DEK: dek, AllowDiscards: true})
 		v := openVolume(t, disk, dek)
@@ -289,7 +290,7 @@ func TestFaultsWrite(t *testing.T) {
 func TestFaultsEncrypt(t *testing.T) {
 	t.Parallel()
 	rng := rand.New(rand.NewPCG(blockdevtest.Seed(t), 0))
-	dek := newKey(t, 64)
+	dek := keymemtest.Random(t, 64)
 	plain := blockdev.NewMemory(1<<20+64<<10, 512) // two chunks of a copy
 	marker := []byte("a secret of the guest's, in all of its sectors; 64 bytes of them")
 	for _, off := range []int64{0, 1<<20 + 4096} {
@@ -333,7 +334,7 @@ func encrypt(t *testing.T, dst blockdev.Resizer, src blockdev.Device, dek *keyme
 // to one with another DEK: the old one stays as it was.
 func TestFaultsDeepRekey(t *testing.T) {
 	t.Parallel()
-	oldDEK, newDEK := newKey(t, 64), newKey(t, 64)
+	oldDEK, newDEK := keymemtest.Random(t, 64), keymemtest.Random(t, 64)
 	disk := blockdev.NewMemory(0, 512)
 	format(t, disk, volume.FormatOptions{Size: 1 << 20, DEK: oldDEK})
 	v := openVolume(t, disk, oldDEK)

@@ -20,6 +20,7 @@ import (
 
 	"strongroom/internal/block/blockdev"
 	"strongroom/internal/block/volume"
+	"strongroom/internal/crypto/keymem/keymemtest"
 	"strongroom/internal/crypto/xts"
 )
 
@@ -84,7 +85,7 @@ func macs(b testing.TB) map[string]mac {
 // BenchmarkIntegrityCPU is 4 KiB of XTS alone, with each MAC, and AES-GCM, which
 // encrypts and authenticates at once.
 func BenchmarkIntegrityCPU(b *testing.B) {
-	c, err := xts.New(newKey(b, 64))
+	c, err := xts.New(keymemtest.Random(b, 64))
 	check(b, err)
 	defer c.Close()
 	p, entry := pattern(authSector, 1), make([]byte, entrySize)
@@ -285,7 +286,7 @@ func (a *authenticated) Flush() error {
 // temporary files, TMPDIR.
 func BenchmarkIntegrity(b *testing.B) {
 	const size = 256 << 20
-	dek := newKey(b, 64)
+	dek := keymemtest.Random(b, 64)
 	for _, way := range []string{"plain", together, versioned, journaled} {
 		file, err := blockdev.OpenFile(filepath.Join(b.TempDir(), "disk"), blockdev.FileOptions{Create: true})
 		check(b, err)

@@ -19,6 +19,7 @@ import (
 	"strongroom/internal/block/blockdev"
 	"strongroom/internal/block/volume"
 	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/keymem/keymemtest"
 )
 
 //go:embed testdata/vectors.json
@@ -107,7 +108,7 @@ func keyFile(t *testing.T, dek *keymem.Key) string {
 func TestCryptsetupAcceptsOurs(t *testing.T) {
 	t.Parallel()
 	for _, sector := range []int{512, 4096} {
-		dek := newKey(t, 64)
+		dek := keymemtest.Random(t, 64)
 		path := filepath.Join(t.TempDir(), "disk-0.luks")
 		f, err := blockdev.OpenFile(path, blockdev.FileOptions{Create: true})
 		check(t, err)
@@ -130,7 +131,7 @@ func TestCryptsetupAcceptsOurs(t *testing.T) {
 		if out, err := test(dek); err != nil {
 			t.Errorf("cryptsetup refuses the DEK: %v\n%s", err, out)
 		}
-		if out, err := test(newKey(t, 64)); err == nil {
+		if out, err := test(keymemtest.Random(t, 64)); err == nil {
 			t.Errorf("cryptsetup accepts a wrong DEK\n%s", out)
 		}
 		check(t, v.Close())
@@ -145,7 +146,7 @@ func TestCryptsetupAcceptsOurs(t *testing.T) {
 func TestOpensCryptsetups(t *testing.T) {
 	t.Parallel()
 	for _, sector := range []int{512, 4096} {
-		dek := newKey(t, 64)
+		dek := keymemtest.Random(t, 64)
 		path := filepath.Join(t.TempDir(), "foreign.luks")
 		check(t, os.WriteFile(path, nil, 0o600))
 		check(t, os.Truncate(path, 17<<20))
@@ -167,7 +168,7 @@ func TestOpensCryptsetups(t *testing.T) {
 		check(t, err)
 		_, err = f.WriteAt(data, 16<<20)
 		check(t, err)
-		_, err = volume.Open(f, newKey(t, 64), volume.Options{})
+		_, err = volume.Open(f, keymemtest.Random(t, 64), volume.Options{})
 		wantError(t, err, volume.ErrWrongKey)
 
 		info, err := volume.Inspect(f)
@@ -215,14 +216,14 @@ func TestRefusesWhatItCannotServe(t *testing.T) {
 		check(t, err)
 		f, err := blockdev.OpenFile(path, blockdev.FileOptions{})
 		check(t, err)
-		if v, err := volume.Open(f, newKey(t, 64), volume.Options{}); err == nil {
+		if v, err := volume.Open(f, keymemtest.Random(t, 64), volume.Options{}); err == nil {
 			t.Errorf("%v was opened", args)
 			v.Close()
 		}
 		if _, err := volume.Inspect(f); err == nil {
 			t.Errorf("%v was inspected without an error", args)
 		}
-		if err := volume.ReplaceSafe(f, newSafe(t, newKey(t, 64), "k", 1)); err == nil {
+		if err := volume.ReplaceSafe(f, newSafe(t, keymemtest.Random(t, 64), "k", 1)); err == nil {
 			t.Errorf("%v was given a key safe", args)
 		}
 		check(t, f.Close())

@@ -18,6 +18,7 @@ import (
 	"strongroom/internal/block/blockdev/blockdevtest"
 	"strongroom/internal/block/volume"
 	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/keymem/keymemtest"
 )
 
 // A sector is a register of four parts: requests may be shorter than it, and
@@ -185,7 +186,7 @@ func TestLinearizable(t *testing.T) {
 		requestsMax = 1000 // of a client in a round: the rest of a rekey may come alone
 	)
 	seed := blockdevtest.Seed(t)
-	keys := []*keymem.Key{newKey(t, 64), newKey(t, 64)}
+	keys := []*keymem.Key{keymemtest.Random(t, 64), keymemtest.Random(t, 64)}
 	mem := yielding{blockdev.NewMemory(0, 512)}
 	format(t, mem, volume.FormatOptions{Size: size, DEK: keys[0], Safe: newSafe(t, keys[0], "0", 1), AllowDiscards: true})
 	v := openVolume(t, mem, keys[0])

@@ -5,6 +5,7 @@ import (
 
 	"strongroom/internal/block/blockdev"
 	"strongroom/internal/block/volume"
+	"strongroom/internal/crypto/keymem/keymemtest"
 	"strongroom/internal/crypto/keysafe"
 )
 
@@ -13,7 +14,7 @@ import (
 func TestReidentify(t *testing.T) {
 	t.Parallel()
 	const other = "0f5c2c2e-7a86-4f6a-9f0a-0d3f1b2c4d5e"
-	dek := newKey(t, keysafe.DEKSize)
+	dek := keymemtest.Random(t, keysafe.DEKSize)
 	dev := blockdev.NewMemory(0, 512)
 	format(t, dev, volume.FormatOptions{Size: 1 << 20, DEK: dek, Safe: newSafe(t, dek, "old", 3)})
 	vol := openVolume(t, dev, dek)
@@ -21,7 +22,7 @@ func TestReidentify(t *testing.T) {
 	check(t, err)
 
 	safe := func(uuid string) *keysafe.Safe {
-		s, err := keysafe.Wrap(newKey(t, keysafe.KEKSize), dek, keysafe.Ref{Provider: "kp-1", KeyID: "new"}, volume.Owner(uuid), 1)
+		s, err := keysafe.Wrap(keymemtest.Random(t, keysafe.KEKSize), dek, keysafe.Ref{Provider: "kp-1", KeyID: "new"}, volume.Owner(uuid), 1)
 		check(t, err)
 		return s
 	}

@@ -17,6 +17,7 @@ import (
 	"strongroom/internal/block/luks"
 	"strongroom/internal/block/volume"
 	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/keymem/keymemtest"
 )
 
 // errPause ends a rekey between two zones.
@@ -101,7 +102,7 @@ func TestRekey(t *testing.T) {
 	}{{512, 512, 0, testOffset}, {512, 512, 4096, testOffset}, {4096, 512, 8192, testOffset}, {512, 4096, 12 << 10, 1 << 20}, {4096, 65536, 0, 1 << 20}} {
 		t.Run(fmt.Sprint(c), func(t *testing.T) {
 			t.Parallel()
-			oldDEK, newDEK := newKey(t, 64), newKey(t, 64)
+			oldDEK, newDEK := keymemtest.Random(t, 64), keymemtest.Random(t, 64)
 			oldSafe, newSafe := newSafe(t, oldDEK, "old", 1), newSafe(t, newDEK, "new", 1)
 			mem := blockdev.NewMemory(0, c.device)
 			const size = 1 << 20
@@ -141,7 +142,7 @@ func TestRekey(t *testing.T) {
 				wantError(t, v.Rekey(t.Context(), volume.RekeyOptions{NewDEK: newDEK}), volume.ErrRekeying)
 				_, err = volume.Open(mem.Clone(), oldDEK, volume.Options{})
 				wantError(t, err, volume.ErrRekeying)
-				_, err = openBoth(mem.Clone(), oldDEK, newKey(t, 64))
+				_, err = openBoth(mem.Clone(), oldDEK, keymemtest.Random(t, 64))
 				wantError(t, err, volume.ErrWrongKey)
 				ro, err := volume.Open(mem.Clone(), newDEK, volume.Options{ReadOnly: true, NextDEK: oldDEK})
 				check(t, err)
@@ -175,7 +176,7 @@ func TestRekey(t *testing.T) {
 			}
 			// It goes on as any other volume: shallow rekey, and the next deep one.
 			check(t, v.ReplaceSafe(newSafe))
-			third := newKey(t, 64)
+			third := keymemtest.Random(t, 64)
 			check(t, v.Rekey(t.Context(), volume.RekeyOptions{NewDEK: third}))
 			onlyUnder(t, mem, third, newDEK, want)
 		})
@@ -196,7 +197,7 @@ func emptySectors(t *testing.T, mem *blockdev.Memory, offset int64, sector int) 
 // TestRekeyRefuses what it cannot do, and changes nothing then.
 func TestRekeyRefuses(t *testing.T) {
 	t.Parallel()
-	dek, next := newKey(t, 64), newKey(t, 64)
+	dek, next := keymemtest.Random(t, 64), keymemtest.Random(t, 64)
 	mem := blockdev.NewMemory(0, 512)
 	format(t, mem, volume.FormatOptions{Size: 64 << 10, DEK: dek})
 	before := contents(t, mem.Clone())
@@ -211,7 +212,7 @@ func TestRekeyRefuses(t *testing.T) {
 	mem = mem.Clone()
 	v = openVolume(t, mem, dek)
 	for name, opts := range map[string]volume.RekeyOptions{
-		"the same key": {NewDEK: dek}, "short key": {NewDEK: newKey(t, 32)},
+		"the same key": {NewDEK: dek}, "short key": {NewDEK: keymemtest.Random(t, 32)},
 	} {
 		if err := v.Rekey(t.Context(), opts); err == nil {
 			t.Errorf("%s: no error", name)
@@ -234,14 +235,14 @@ func TestRekeyRefuses(t *testing.T) {
 	_, err = v.WriteAt(pattern(64<<10, 1), 0)
 	check(t, err)
 	check(t, rekeyZones(v, 1, volume.RekeyOptions{NewDEK: next, Zone: 4096}, nil))
-	wantError(t, v.Rekey(t.Context(), volume.RekeyOptions{NewDEK: newKey(t, 64)}), volume.ErrWrongKey)
+	wantError(t, v.Rekey(t.Context(), volume.RekeyOptions{NewDEK: keymemtest.Random(t, 64)}), volume.ErrWrongKey)
 	wantError(t, volume.ReplaceSafe(mem.Clone(), safe), volume.ErrRekeying)
 }
 
 // TestRekeyRate holds a rekey back, and lets it be stopped while it waits.
 func TestRekeyRate(t *testing.T) {
 	t.Parallel()
-	dek := newKey(t, 64)
+	dek := keymemtest.Random(t, 64)
 	mem := blockdev.NewMemory(0, 512)
 	format(t, mem, volume.FormatOptions{Size: 64 << 10, DEK: dek})
 	v := openVolume(t, mem, dek)
@@ -249,7 +250,7 @@ func TestRekeyRate(t *testing.T) {
 	check(t, err)
 	ctx, cancel := context.WithCancelCause(t.Context())
 	calls := 0
-	err = v.Rekey(ctx, volume.RekeyOptions{NewDEK: newKey(t, 64), Zone: 4096, Rate: volume.NewRate(1), Progress: func(int64, int64) {
+	err = v.Rekey(ctx, volume.RekeyOptions{NewDEK: keymemtest.Random(t, 64), Zone: 4096, Rate: volume.NewRate(1), Progress: func(int64, int64) {
 		calls++ // the next zone is due in an hour
 		go cancel(errPause)
 	}})
@@ -267,7 +268,7 @@ func TestRekeyWhileInUse(t *testing.T) {
 	t.Parallel()
 	seed := blockdevtest.Seed(t)
 	const parts, partSize = 6, 512 << 10
-	oldDEK, newDEK := newKey(t, 64), newKey(t, 64)
+	oldDEK, newDEK := keymemtest.Random(t, 64), keymemtest.Random(t, 64)
 	mem := blockdev.NewMemory(0, 512)
 	check(t, volume.Format(mem, volume.FormatOptions{Size: parts * partSize, DEK: oldDEK, UUID: testUUID, DataOffset: 1 << 20, AllowDiscards: true}))
 	want := make([][]byte, parts)
@@ -425,7 +426,7 @@ const rekeyZone = 8192
 func TestFaultsRekey(t *testing.T) {
 	t.Parallel()
 	rng := rand.New(rand.NewPCG(blockdevtest.Seed(t), 0))
-	oldDEK, newDEK := newKey(t, 64), newKey(t, 64)
+	oldDEK, newDEK := keymemtest.Random(t, 64), keymemtest.Random(t, 64)
 	newSafe := newSafe(t, newDEK, "new", 1)
 	disk, start := rekeyDisk(t, oldDEK)
 
@@ -508,7 +509,7 @@ func TestFaultsRekey(t *testing.T) {
 func TestFaultsRekeyRecovery(t *testing.T) {
 	t.Parallel()
 	rng := rand.New(rand.NewPCG(blockdevtest.Seed(t), 0))
-	oldDEK, newDEK := newKey(t, 64), newKey(t, 64)
+	oldDEK, newDEK := keymemtest.Random(t, 64), keymemtest.Random(t, 64)
 	disk, want := rekeyDisk(t, oldDEK)
 	found := 0
 	for op := 0; ; op++ {
@@ -557,7 +558,7 @@ func TestFaultsRekeyRecovery(t *testing.T) {
 // TestRekeyClose closes a volume in the middle of a rekey.
 func TestRekeyClose(t *testing.T) {
 	t.Parallel()
-	oldDEK, newDEK := newKey(t, 64), newKey(t, 64)
+	oldDEK, newDEK := keymemtest.Random(t, 64), keymemtest.Random(t, 64)
 	disk, want := rekeyDisk(t, oldDEK)
 	v := openVolume(t, disk, oldDEK)
 	err := v.Rekey(t.Context(), volume.RekeyOptions{NewDEK: newDEK, Zone: rekeyZone, Progress: func(int64, int64) { v.Close() }})

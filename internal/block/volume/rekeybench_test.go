@@ -7,6 +7,7 @@ import (
 
 	"strongroom/internal/block/blockdev"
 	"strongroom/internal/block/volume"
+	"strongroom/internal/crypto/keymem/keymemtest"
 )
 
 // BenchmarkRekey rekeys a full disk in a file in the folder for temporary files
@@ -14,7 +15,7 @@ import (
 // for each zone.
 func BenchmarkRekey(b *testing.B) {
 	const size = 256 << 20
-	dek, next := newKey(b, 64), newKey(b, 64)
+	dek, next := keymemtest.Random(b, 64), keymemtest.Random(b, 64)
 	f, err := blockdev.OpenFile(filepath.Join(b.TempDir(), "disk.luks"), blockdev.FileOptions{Create: true})
 	check(b, err)
 	check(b, volume.Format(f, volume.FormatOptions{Size: size, DEK: dek}))

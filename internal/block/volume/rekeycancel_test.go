@@ -12,6 +12,7 @@ import (
 	"strongroom/internal/block/blockdev/faultdev"
 	"strongroom/internal/block/volume"
 	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/keymem/keymemtest"
 )
 
 // begunRekey returns a disk on which a rekey was begun that has moved nothing, and
@@ -37,7 +38,7 @@ func stopped(t *testing.T) context.Context {
 // TestCancelRekey undoes a rekey of which nothing was moved, and no other.
 func TestCancelRekey(t *testing.T) {
 	t.Parallel()
-	oldDEK, newDEK := newKey(t, 64), newKey(t, 64)
+	oldDEK, newDEK := keymemtest.Random(t, 64), keymemtest.Random(t, 64)
 	disk, want := begunRekey(t, oldDEK, newDEK)
 	v, err := openBoth(disk, newDEK, oldDEK)
 	check(t, err)
@@ -54,7 +55,7 @@ func TestCancelRekey(t *testing.T) {
 		t.Errorf("info %+v", info)
 	}
 
-	third := newKey(t, 64)
+	third := keymemtest.Random(t, 64)
 	check(t, rekeyZones(v, 1, volume.RekeyOptions{NewDEK: third, Zone: rekeyZone}, func() { wantError(t, v.CancelRekey(), volume.ErrRekeying) }))
 	wantError(t, v.CancelRekey(), volume.ErrRekeying)
 	check(t, v.Rekey(t.Context(), volume.RekeyOptions{}))
@@ -68,7 +69,7 @@ func TestCancelRekey(t *testing.T) {
 func TestFaultsCancelRekey(t *testing.T) {
 	t.Parallel()
 	rng := rand.New(rand.NewPCG(blockdevtest.Seed(t), 0))
-	oldDEK, newDEK := newKey(t, 64), newKey(t, 64)
+	oldDEK, newDEK := keymemtest.Random(t, 64), keymemtest.Random(t, 64)
 	begun, want := begunRekey(t, oldDEK, newDEK)
 	atEveryFault(t, begun, func(t *testing.T, dev *faultdev.Device) error {
 		v, err := openBoth(dev, oldDEK, newDEK)
@@ -112,7 +113,7 @@ func TestFaultsCancelRekey(t *testing.T) {
 			check(t, v.CancelRekey())
 			onlyUnder(t, dev.Contents(), oldDEK, newDEK, want)
 		}
-		third := newKey(t, 64)
+		third := keymemtest.Random(t, 64)
 		if rekeyErr := v.Rekey(t.Context(), volume.RekeyOptions{NewDEK: third}); rekeyErr != nil {
 			wantError(t, rekeyErr, volume.ErrWrongKey) // the one begun is still under way
 			check(t, v.Rekey(t.Context(), volume.RekeyOptions{NewDEK: newDEK}))
@@ -128,7 +129,7 @@ func TestFaultsCancelRekey(t *testing.T) {
 func TestRekeyOtherSafe(t *testing.T) {
 	t.Parallel()
 	rng := rand.New(rand.NewPCG(blockdevtest.Seed(t), 0))
-	oldDEK, newDEK := newKey(t, 64), newKey(t, 64)
+	oldDEK, newDEK := keymemtest.Random(t, 64), keymemtest.Random(t, 64)
 	begun, want := begunRekey(t, oldDEK, newDEK)
 	other := newSafe(t, newDEK, "other", 2)
 	ids := func(info volume.Info) (list []string) {
@@ -179,7 +180,7 @@ const headerCopy = 16 << 10
 // short at the end of one.
 func TestRekeyTidies(t *testing.T) {
 	t.Parallel()
-	dek := newKey(t, 64)
+	dek := keymemtest.Random(t, 64)
 	disk, want := rekeyDisk(t, dek)
 	v := openVolume(t, disk, dek)
 	stale := make([]byte, headerCopy)
@@ -196,14 +197,14 @@ func TestRekeyTidies(t *testing.T) {
 	if len(info.Damage) != 0 || info.Safes[0].KEK.KeyID != "next" {
 		t.Errorf("info %+v", info)
 	}
-	onlyUnder(t, disk, dek, newKey(t, 64), want)
+	onlyUnder(t, disk, dek, keymemtest.Random(t, 64), want)
 }
 
 // TestRateChanges: a rekey that waits for its turn goes on when it is allowed
 // more.
 func TestRateChanges(t *testing.T) {
 	t.Parallel()
-	dek, next := newKey(t, 64), newKey(t, 64)
+	dek, next := keymemtest.Random(t, 64), keymemtest.Random(t, 64)
 	disk, want := rekeyDisk(t, dek)
 	v := openVolume(t, disk, dek)
 	rate := volume.NewRate(1)

@@ -14,6 +14,7 @@ import (
 	"strongroom/internal/block/vhostuser"
 	"strongroom/internal/block/vhostuser/vhostusertest"
 	"strongroom/internal/block/volume"
+	"strongroom/internal/crypto/keymem/keymemtest"
 )
 
 // TestRekeyUnderFio has fio write through NBD and through vhost-user, and verify
@@ -27,7 +28,7 @@ func TestRekeyUnderFio(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			dek, next := newKey(t, 64), newKey(t, 64)
+			dek, next := keymemtest.Random(t, 64), keymemtest.Random(t, 64)
 			dir := t.TempDir()
 			f, err := blockdev.OpenFile(filepath.Join(dir, "disk.luks"), blockdev.FileOptions{Create: true})
 			check(t, err)

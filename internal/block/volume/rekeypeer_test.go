@@ -16,6 +16,7 @@ import (
 	"strongroom/internal/block/luks"
 	"strongroom/internal/block/volume"
 	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/keymem/keymemtest"
 )
 
 // quickKDF is the least that keyslots may cost.
@@ -42,7 +43,7 @@ func TestCryptsetupFinishesRekey(t *testing.T) {
 	// machine, and refuses to work beside another run of this test.
 	id := uuid.NewString()
 	passphrase, passphraseFile := newPassphrase(t)
-	oldDEK, newDEK := newKey(t, 64), newKey(t, 64)
+	oldDEK, newDEK := keymemtest.Random(t, 64), keymemtest.Random(t, 64)
 	want := pattern(size, 5)
 	disk := blockdev.NewMemory(0, 512)
 	check(t, volume.Format(disk, volume.FormatOptions{Size: size, DEK: oldDEK, Safe: newSafeOf(t, id, oldDEK, "old", 1), UUID: id}))
@@ -136,7 +137,7 @@ func TestCryptsetupFinishesRekey(t *testing.T) {
 func TestCryptsetupAcceptsRekeyed(t *testing.T) {
 	t.Parallel()
 	passphrase, passphraseFile := newPassphrase(t)
-	oldDEK, newDEK := newKey(t, 64), newKey(t, 64)
+	oldDEK, newDEK := keymemtest.Random(t, 64), keymemtest.Random(t, 64)
 	path := filepath.Join(t.TempDir(), "disk.luks")
 	f, err := blockdev.OpenFile(path, blockdev.FileOptions{Create: true})
 	check(t, err)

@@ -10,6 +10,7 @@ import (
 	"strongroom/internal/block/blockdev"
 	"strongroom/internal/block/volume"
 	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/keymem/keymemtest"
 )
 
 // TestRekeyStateMachine drives volumes with random requests between the zones of
@@ -17,7 +18,7 @@ import (
 // with a byte slice. A failure prints how to replay it.
 func TestRekeyStateMachine(t *testing.T) {
 	t.Parallel()
-	keys := []*keymem.Key{newKey(t, 64), newKey(t, 64), newKey(t, 64)}
+	keys := []*keymem.Key{keymemtest.Random(t, 64), keymemtest.Random(t, 64), keymemtest.Random(t, 64)}
 	for _, sector := range []int{512, 4096} {
 		t.Run(fmt.Sprint(sector), func(t *testing.T) {
 			t.Parallel()

@@ -13,6 +13,7 @@ import (
 	"strongroom/internal/block/blockdev"
 	"strongroom/internal/block/volume"
 	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/keymem/keymemtest"
 )
 
 // oracle decrypts the data of a volume with golang.org/x/crypto/xts and the
@@ -36,7 +37,7 @@ func oracle(dek *keymem.Key, data []byte, sector int) ([]byte, error) {
 // replay it.
 func TestStateMachine(t *testing.T) {
 	t.Parallel()
-	dek := newKey(t, 64)
+	dek := keymemtest.Random(t, 64)
 	for _, sector := range []int{512, 4096} {
 		t.Run(fmt.Sprint(sector), func(t *testing.T) {
 			t.Parallel()

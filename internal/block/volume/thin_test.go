@@ -11,6 +11,7 @@ import (
 	"strongroom/internal/block/blockdev/blockdevtest"
 	"strongroom/internal/block/blockdev/faultdev"
 	"strongroom/internal/block/volume"
+	"strongroom/internal/crypto/keymem/keymemtest"
 )
 
 func isThin(t *testing.T, dev blockdev.Device) bool {
@@ -24,7 +25,7 @@ func isThin(t *testing.T, dev blockdev.Device) bool {
 // may be called again.
 func TestThin(t *testing.T) {
 	t.Parallel()
-	dek := newKey(t, 64)
+	dek := keymemtest.Random(t, 64)
 	mem := blockdev.NewMemory(0, 512)
 	format(t, mem, volume.FormatOptions{Size: 4 << 20, DEK: dek, Safe: newSafe(t, dek, "a", 1), Thin: true})
 	v := openVolume(t, mem, dek)
@@ -54,7 +55,7 @@ func TestThin(t *testing.T) {
 func TestFaultsFill(t *testing.T) {
 	t.Parallel()
 	rng := rand.New(rand.NewPCG(blockdevtest.Seed(t), 0))
-	dek := newKey(t, 64)
+	dek := keymemtest.Random(t, 64)
 	mem := blockdev.NewMemory(0, 512)
 	format(t, mem, volume.FormatOptions{Size: 256 << 10, DEK: dek, Thin: true})
 	start := openVolume(t, mem, dek)

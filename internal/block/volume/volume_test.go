@@ -15,6 +15,7 @@ import (
 	"strongroom/internal/block/blockdev/blockdevtest"
 	"strongroom/internal/block/volume"
 	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/keymem/keymemtest"
 	"strongroom/internal/crypto/keysafe"
 )
 
@@ -25,14 +26,6 @@ const (
 	testUUID   = "5c6f1a3e-8f0d-4d2b-9a1e-0f4f6d1b2c3d"
 )
 
-func newKey(t testing.TB, n int) *keymem.Key {
-	t.Helper()
-	k, err := keymem.Random(n)
-	check(t, err)
-	t.Cleanup(func() { k.Close() })
-	return k
-}
-
 // newSafe wraps dek for the test volume under a KEK of its own.
 func newSafe(t testing.TB, dek *keymem.Key, name string, generation uint64) *keysafe.Safe {
 	t.Helper()
@@ -41,7 +34,7 @@ func newSafe(t testing.TB, dek *keymem.Key, name string, generation uint64) *key
 
 func newSafeOf(t testing.TB, uuid string, dek *keymem.Key, name string, generation uint64) *keysafe.Safe {
 	t.Helper()
-	s, err := keysafe.Wrap(newKey(t, keysafe.KEKSize), dek, keysafe.Ref{Provider: "kp-1", KeyID: name}, volume.Owner(uuid), generation)
+	s, err := keysafe.Wrap(keymemtest.Random(t, keysafe.KEKSize), dek, keysafe.Ref{Provider: "kp-1", KeyID: name}, volume.Owner(uuid), generation)
 	check(t, err)
 	return s
 }
@@ -96,7 +89,7 @@ func pattern(n int, seed byte) []byte {
 func TestConformance(t *testing.T) {
 	for _, c := range []struct{ sector, device int }{{512, 512}, {4096, 512}, {512, 4096}, {4096, 65536}} {
 		t.Run(fmt.Sprintf("%d on %d", c.sector, c.device), func(t *testing.T) {
-			dek := newKey(t, 64)
+			dek := keymemtest.Random(t, 64)
 			mems := map[blockdev.Device]*blockdev.Memory{}
 			start := func(t testing.TB, mem *blockdev.Memory, opts volume.Options) blockdev.Device {
 				v, err := volume.Open(mem, dek, opts)
@@ -129,7 +122,7 @@ func TestConformance(t *testing.T) {
 // byte is written.
 func TestOpenRefuses(t *testing.T) {
 	t.Parallel()
-	dek := newKey(t, 64)
+	dek := keymemtest.Random(t, 64)
 	good := blockdev.NewMemory(0, 512)
 	format(t, good, volume.FormatOptions{Size: 1 << 20, DEK: dek, Safe: newSafe(t, dek, "k", 1)})
 	for _, c := range []struct {
@@ -139,8 +132,8 @@ func TestOpenRefuses(t *testing.T) {
 		opts   volume.Options
 		want   error
 	}{
-		{"wrong key", newKey(t, 64), nil, volume.Options{}, volume.ErrWrongKey},
-		{"key of another length", newKey(t, 32), nil, volume.Options{}, volume.ErrWrongKey},
+		{"wrong key", keymemtest.Random(t, 64), nil, volume.Options{}, volume.ErrWrongKey},
+		{"key of another length", keymemtest.Random(t, 32), nil, volume.Options{}, volume.ErrWrongKey},
 		{"empty", dek, func(m *blockdev.Memory) error { return m.Resize(0) }, volume.Options{}, nil},
 		{"cut in the header", dek, func(m *blockdev.Memory) error { return m.Resize(8192) }, volume.Options{}, volume.ErrTruncated},
 		{"cut before the data", dek, func(m *blockdev.Memory) error { return m.Resize(40 << 10) }, volume.Options{}, volume.ErrTruncated},
@@ -191,7 +184,7 @@ func damage(dev blockdev.Device, off int64) error {
 // left alone, and repaired by the next commit.
 func TestDamagedCopy(t *testing.T) {
 	t.Parallel()
-	dek := newKey(t, 64)
+	dek := keymemtest.Random(t, 64)
 	for _, off := range []int64{0, 5000, 16 << 10, 16<<10 + 5000} {
 		mem := blockdev.NewMemory(0, 512)
 		format(t, mem, volume.FormatOptions{Size: 1 << 20, DEK: dek, Safe: newSafe(t, dek, "old", 1)})
@@ -217,7 +210,7 @@ func TestDamagedCopy(t *testing.T) {
 
 func TestFormat(t *testing.T) {
 	t.Parallel()
-	dek := newKey(t, 64)
+	dek := keymemtest.Random(t, 64)
 	safe := newSafe(t, dek, "k", 1)
 	mem := blockdev.NewMemory(0, 512)
 	check(t, volume.Format(mem, volume.FormatOptions{Size: 3 << 20, DEK: dek, UUID: testUUID, Label: "web-1/disk-0", Safe: safe, AllowDiscards: true}))
@@ -241,7 +234,7 @@ func TestFormat(t *testing.T) {
 		{"size of no whole sectors", volume.FormatOptions{Size: 1<<20 + 512, SectorSize: 4096, DEK: dek, Overwrite: true}, nil},
 		{"negative size", volume.FormatOptions{Size: -512, DEK: dek, Overwrite: true}, nil},
 		{"sector size", volume.FormatOptions{Size: 1 << 20, SectorSize: 1024, DEK: dek, Overwrite: true}, nil},
-		{"short key", volume.FormatOptions{Size: 1 << 20, DEK: newKey(t, 32), Overwrite: true}, nil},
+		{"short key", volume.FormatOptions{Size: 1 << 20, DEK: keymemtest.Random(t, 32), Overwrite: true}, nil},
 		{"another disk's safe", volume.FormatOptions{Size: 1 << 20, DEK: dek, Safe: safe, Overwrite: true}, volume.ErrWrongSafe},
 		{"no room for data", volume.FormatOptions{DataOffset: 19 << 20, DEK: dek, Overwrite: true}, blockdev.ErrNoSpace},
 	} {
@@ -267,12 +260,12 @@ func TestFormat(t *testing.T) {
 
 func TestReplaceSafeRefuses(t *testing.T) {
 	t.Parallel()
-	dek := newKey(t, 64)
+	dek := keymemtest.Random(t, 64)
 	mem := blockdev.NewMemory(0, 512)
 	format(t, mem, volume.FormatOptions{Size: 1 << 20, DEK: dek, Safe: newSafe(t, dek, "k", 1)})
 	v := openVolume(t, mem, dek)
 	before := contents(t, mem)
-	foreign, err := keysafe.Wrap(newKey(t, 32), dek, keysafe.Ref{Provider: "kp-1", KeyID: "x"}, "disk:other", 2)
+	foreign, err := keysafe.Wrap(keymemtest.Random(t, 32), dek, keysafe.Ref{Provider: "kp-1", KeyID: "x"}, "disk:other", 2)
 	check(t, err)
 	wantError(t, v.ReplaceSafe(foreign), volume.ErrWrongSafe)
 	wantError(t, volume.ReplaceSafe(mem, foreign), volume.ErrWrongSafe)
@@ -295,7 +288,7 @@ func TestReplaceSafeRefuses(t *testing.T) {
 // TestReplaceSafeLive rekeys while a guest writes.
 func TestReplaceSafeLive(t *testing.T) {
 	t.Parallel()
-	dek := newKey(t, 64)
+	dek := keymemtest.Random(t, 64)
 	mem := blockdev.NewMemory(0, 512)
 	format(t, mem, volume.FormatOptions{Size: 1 << 20, DEK: dek, Safe: newSafe(t, dek, "0", 1)})
 	v := openVolume(t, mem, dek)
@@ -327,7 +320,7 @@ func TestReplaceSafeLive(t *testing.T) {
 // TestFile puts a volume on a real file: in use, cut off, inspected meanwhile.
 func TestFile(t *testing.T) {
 	t.Parallel()
-	dek := newKey(t, 64)
+	dek := keymemtest.Random(t, 64)
 	path := filepath.Join(t.TempDir(), "disk-0.luks")
 	f, err := blockdev.OpenFile(path, blockdev.FileOptions{Create: true})
 	check(t, err)

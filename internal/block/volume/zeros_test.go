@@ -7,6 +7,7 @@ import (
 
 	"strongroom/internal/block/blockdev"
 	"strongroom/internal/block/volume"
+	"strongroom/internal/crypto/keymem/keymemtest"
 )
 
 // TestZeros holds the volume to docs/spec/volume.md, "Zeros": by what the
@@ -16,7 +17,7 @@ func TestZeros(t *testing.T) {
 	for _, sector := range []int{512, 4096} {
 		t.Run(fmt.Sprint(sector), func(t *testing.T) {
 			t.Parallel()
-			dek := newKey(t, 64)
+			dek := keymemtest.Random(t, 64)
 			mem := blockdev.NewMemory(0, 512)
 			format(t, mem, volume.FormatOptions{Size: 1 << 20, SectorSize: sector, DEK: dek, AllowDiscards: true})
 			v := openVolume(t, mem, dek)
@@ -88,7 +89,7 @@ func TestZeros(t *testing.T) {
 
 func TestDiscardNotAllowed(t *testing.T) {
 	t.Parallel()
-	dek := newKey(t, 64)
+	dek := keymemtest.Random(t, 64)
 	mem := blockdev.NewMemory(0, 512)
 	format(t, mem, volume.FormatOptions{Size: 1 << 20, DEK: dek})
 	v := openVolume(t, mem, dek)
@@ -104,7 +105,7 @@ func TestDiscardNotAllowed(t *testing.T) {
 // TestNearlyEmptySector reads ciphertext that is zeros but for its last byte.
 func TestNearlyEmptySector(t *testing.T) {
 	t.Parallel()
-	dek := newKey(t, 64)
+	dek := keymemtest.Random(t, 64)
 	mem := blockdev.NewMemory(0, 512)
 	format(t, mem, volume.FormatOptions{Size: 64 << 10, DEK: dek})
 	raw := make([]byte, 64<<10)
@@ -138,7 +139,7 @@ func (h holey) NextExtent(off int64) (blockdev.Extent, error) {
 // calls a hole must lie wholly in one.
 func TestExtentsOddHoles(t *testing.T) {
 	t.Parallel()
-	dek := newKey(t, 64)
+	dek := keymemtest.Random(t, 64)
 	const size, sector = 64 << 10, 4096
 	for _, hole := range [][2]int64{{0, size}, {100, 200}, {100, 9000}, {4096, 8192}, {5000, 9000}, {5000, 12288}, {60_000, size}, {8192, 8193}} {
 		mem := holey{blockdev.NewMemory(0, 512), testOffset + hole[0], testOffset + hole[1]}
@@ -164,7 +165,7 @@ func TestExtentsOddHoles(t *testing.T) {
 // TestExtents checks holes against a layout made by hand.
 func TestExtents(t *testing.T) {
 	t.Parallel()
-	dek := newKey(t, 64)
+	dek := keymemtest.Random(t, 64)
 	mem := blockdev.NewMemory(0, 512) // allocates 4096 bytes at once
 	format(t, mem, volume.FormatOptions{Size: 1 << 20, DEK: dek, AllowDiscards: true})
 	v := openVolume(t, mem, dek)

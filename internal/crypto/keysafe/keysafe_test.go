@@ -1,7 +1,6 @@
 package keysafe
 
 import (
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -12,36 +11,13 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/keymem/keymemtest"
 	"strongroom/internal/crypto/leaktest"
 )
 
 const testOwner = "disk:7f3c1d52-0a77-4a7e-9c1e-2f5d3c9b8a10"
 
 var testRef = Ref{Provider: "kp-1", KeyID: "key-1"}
-
-func randomKey(t testing.TB, n int) *keymem.Key {
-	t.Helper()
-	k, err := keymem.Random(n)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { k.Close() })
-	return k
-}
-
-func hexKey(t testing.TB, s string) *keymem.Key {
-	t.Helper()
-	b, err := hex.DecodeString(s)
-	if err != nil {
-		t.Fatal(err)
-	}
-	k, err := keymem.Take(b)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { k.Close() })
-	return k
-}
 
 func mustWrap(t testing.TB, kek, dek *keymem.Key) *Safe {
 	t.Helper()
@@ -55,7 +31,7 @@ func mustWrap(t testing.TB, kek, dek *keymem.Key) *Safe {
 func TestWrapUnwrap(t *testing.T) {
 	t.Parallel()
 	for _, size := range []int{DEKSize, DEKSizeFile} {
-		kek, dek := randomKey(t, KEKSize), randomKey(t, size)
+		kek, dek := keymemtest.Random(t, KEKSize), keymemtest.Random(t, size)
 		s := mustWrap(t, kek, dek)
 		if s.DEKLen() != size {
 			t.Errorf("DEKLen = %d, want %d", s.DEKLen(), size)
@@ -77,16 +53,16 @@ func TestWrapUnwrap(t *testing.T) {
 
 func TestUnwrapRefuses(t *testing.T) {
 	t.Parallel()
-	kek, dek := randomKey(t, KEKSize), randomKey(t, DEKSize)
+	kek, dek := keymemtest.Random(t, KEKSize), keymemtest.Random(t, DEKSize)
 	s := mustWrap(t, kek, dek)
 
 	if k, err := s.Unwrap(kek, "disk:other"); k != nil || !errors.Is(err, ErrWrongOwner) {
 		t.Errorf("another owner: got %v, %v; want ErrWrongOwner", k, err)
 	}
-	if k, err := s.Unwrap(randomKey(t, KEKSize), testOwner); k != nil || !errors.Is(err, ErrDoesNotOpen) {
+	if k, err := s.Unwrap(keymemtest.Random(t, KEKSize), testOwner); k != nil || !errors.Is(err, ErrDoesNotOpen) {
 		t.Errorf("another KEK: got %v, %v; want ErrDoesNotOpen", k, err)
 	}
-	if k, err := s.Unwrap(randomKey(t, 16), testOwner); k != nil || !errors.Is(err, ErrInvalid) {
+	if k, err := s.Unwrap(keymemtest.Random(t, 16), testOwner); k != nil || !errors.Is(err, ErrInvalid) {
 		t.Errorf("short KEK: got %v, %v; want ErrInvalid", k, err)
 	}
 	if k, err := new(Safe).Unwrap(kek, ""); k != nil || !errors.Is(err, ErrInvalid) {
@@ -97,7 +73,7 @@ func TestUnwrapRefuses(t *testing.T) {
 // Every clear field and every bit of nonce and ciphertext is authenticated.
 func TestAlteredDoesNotOpen(t *testing.T) {
 	t.Parallel()
-	kek, dek := randomKey(t, KEKSize), randomKey(t, DEKSize)
+	kek, dek := keymemtest.Random(t, KEKSize), keymemtest.Random(t, DEKSize)
 	s := mustWrap(t, kek, dek)
 
 	alter := map[string]func(*Safe){
@@ -126,7 +102,7 @@ func TestAlteredDoesNotOpen(t *testing.T) {
 
 func TestWrapLimits(t *testing.T) {
 	t.Parallel()
-	kek, dek := randomKey(t, KEKSize), randomKey(t, DEKSize)
+	kek, dek := keymemtest.Random(t, KEKSize), keymemtest.Random(t, DEKSize)
 	longest := Ref{Provider: strings.Repeat("p", ProviderMax), KeyID: strings.Repeat(`"`, KeyIDMax)}
 	tests := []struct {
 		name       string
@@ -151,9 +127,9 @@ func TestWrapLimits(t *testing.T) {
 		{"long owner", kek, dek, testRef, strings.Repeat("o", OwnerMax+1), 1, false},
 		{"generation 0", kek, dek, testRef, "o", 0, false},
 		{"generation too large", kek, dek, testRef, "o", GenerationMax + 1, false},
-		{"long KEK", randomKey(t, 64), dek, testRef, "o", 1, false},
-		{"DEK of 16 bytes", kek, randomKey(t, 16), testRef, "o", 1, false},
-		{"DEK of 33 bytes", kek, randomKey(t, 33), testRef, "o", 1, false},
+		{"long KEK", keymemtest.Random(t, 64), dek, testRef, "o", 1, false},
+		{"DEK of 16 bytes", kek, keymemtest.Random(t, 16), testRef, "o", 1, false},
+		{"DEK of 33 bytes", kek, keymemtest.Random(t, 33), testRef, "o", 1, false},
 	}
 	for _, tt := range tests {
 		s, err := Wrap(tt.kek, tt.dek, tt.ref, tt.owner, tt.generation)
@@ -179,7 +155,7 @@ func TestWrapLimits(t *testing.T) {
 
 func TestRewrap(t *testing.T) {
 	t.Parallel()
-	oldKEK, newKEK, dek := randomKey(t, KEKSize), randomKey(t, KEKSize), randomKey(t, DEKSize)
+	oldKEK, newKEK, dek := keymemtest.Random(t, KEKSize), keymemtest.Random(t, KEKSize), keymemtest.Random(t, DEKSize)
 	s := mustWrap(t, oldKEK, dek)
 	before := string(s.Encode())
 
@@ -226,7 +202,7 @@ func mustWrapGeneration(t *testing.T, kek, dek *keymem.Key, generation uint64) *
 // or escape more than we do.
 func TestEmbedded(t *testing.T) {
 	t.Parallel()
-	kek, dek := randomKey(t, KEKSize), randomKey(t, DEKSize)
+	kek, dek := keymemtest.Random(t, KEKSize), keymemtest.Random(t, DEKSize)
 	ref := Ref{Provider: "kp-1", KeyID: `a<b>&"c"\d/e`}
 	s, err := Wrap(kek, dek, ref, testOwner, 3)
 	if err != nil {
@@ -280,10 +256,10 @@ func TestRefString(t *testing.T) {
 
 func TestNoKeyIsPrinted(t *testing.T) {
 	t.Parallel()
-	kek, dek := randomKey(t, KEKSize), randomKey(t, DEKSize)
+	kek, dek := keymemtest.Random(t, KEKSize), keymemtest.Random(t, DEKSize)
 	s := mustWrap(t, kek, dek)
 	_, owner := s.Unwrap(kek, "disk:other")
-	_, opens := s.Unwrap(randomKey(t, KEKSize), testOwner)
+	_, opens := s.Unwrap(keymemtest.Random(t, KEKSize), testOwner)
 	_, rewrap := s.Rewrap(kek, dek, testRef) // the DEK is too long for a KEK
 	_, parse := Parse(append(s.Encode(), dek.Bytes()...))
 	if owner == nil || opens == nil || rewrap == nil || parse == nil {
@@ -328,7 +304,7 @@ func TestVectors(t *testing.T) {
 		s, err := Parse([]byte(v.Safe))
 		var dek *keymem.Key
 		if err == nil {
-			dek, err = s.Unwrap(hexKey(t, v.KEK), v.Owner)
+			dek, err = s.Unwrap(keymemtest.Hex(t, v.KEK), v.Owner)
 		}
 		if v.Expect != "ok" {
 			if dek != nil || !errors.Is(err, want[v.Expect]) || want[v.Expect] == nil {
@@ -340,7 +316,7 @@ func TestVectors(t *testing.T) {
 			t.Errorf("%s: %v", v.Name, err)
 			continue
 		}
-		if !dek.Equal(hexKey(t, v.DEK)) {
+		if !dek.Equal(keymemtest.Hex(t, v.DEK)) {
 			t.Errorf("%s: wrong DEK", v.Name)
 		}
 		dek.Close()

@@ -11,34 +11,11 @@ import (
 	"testing"
 
 	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/keymem/keymemtest"
 	"strongroom/internal/crypto/leaktest"
 )
 
 var testContext = Context{Sender: "controller", Recipient: "host-1", Provider: "kp-1", KeyID: "k"}.String()
-
-func newKey(t testing.TB, n int) *keymem.Key {
-	t.Helper()
-	k, err := keymem.Random(n)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { k.Close() })
-	return k
-}
-
-func hexKey(t testing.TB, s string) *keymem.Key {
-	t.Helper()
-	b, err := hex.DecodeString(s)
-	if err != nil {
-		t.Fatal(err)
-	}
-	k, err := keymem.Take(b)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { k.Close() })
-	return k
-}
 
 func newTestRecipient(t testing.TB) *Recipient {
 	t.Helper()
@@ -57,7 +34,7 @@ func TestSealOpen(t *testing.T) {
 		t.Errorf("public key has %d bytes, want %d", n, PublicKeySize)
 	}
 	for _, size := range []int{1, 32, 64, KeyMax} {
-		key := newKey(t, size)
+		key := keymemtest.Random(t, size)
 		parcel, err := Seal(r.PublicKey(), testContext, key)
 		if err != nil {
 			t.Fatal(err)
@@ -81,7 +58,7 @@ func TestSealOpen(t *testing.T) {
 
 func TestSealIsRandomised(t *testing.T) {
 	t.Parallel()
-	r, key := newTestRecipient(t), newKey(t, 32)
+	r, key := newTestRecipient(t), keymemtest.Random(t, 32)
 	a, errA := Seal(r.PublicKey(), testContext, key)
 	b, errB := Seal(r.PublicKey(), testContext, key)
 	if errA != nil || errB != nil || bytes.Equal(a[headerSize:headerSize+encapSize], b[headerSize:headerSize+encapSize]) {
@@ -91,7 +68,7 @@ func TestSealIsRandomised(t *testing.T) {
 
 func TestRestore(t *testing.T) {
 	t.Parallel()
-	r, key := newTestRecipient(t), newKey(t, 32)
+	r, key := newTestRecipient(t), keymemtest.Random(t, 32)
 	parcel, err := Seal(r.PublicKey(), testContext, key)
 	if err != nil {
 		t.Fatal(err)
@@ -117,14 +94,14 @@ func TestRestore(t *testing.T) {
 	if !got.Equal(key) {
 		t.Error("key differs")
 	}
-	if r, err := RestoreRecipient(newKey(t, 31)); r != nil || !errors.Is(err, ErrInvalid) {
+	if r, err := RestoreRecipient(keymemtest.Random(t, 31)); r != nil || !errors.Is(err, ErrInvalid) {
 		t.Errorf("secret of 31 bytes: %v, %v; want ErrInvalid", r, err)
 	}
 }
 
 func TestOpenRefuses(t *testing.T) {
 	t.Parallel()
-	r, key := newTestRecipient(t), newKey(t, 32)
+	r, key := newTestRecipient(t), keymemtest.Random(t, 32)
 	parcel, err := Seal(r.PublicKey(), testContext, key)
 	if err != nil {
 		t.Fatal(err)
@@ -178,7 +155,7 @@ func TestOpenRefuses(t *testing.T) {
 
 func TestSealLimits(t *testing.T) {
 	t.Parallel()
-	r, key := newTestRecipient(t), newKey(t, 32)
+	r, key := newTestRecipient(t), keymemtest.Random(t, 32)
 	lowOrder := bytes.Clone(r.PublicKey())
 	clear(lowOrder[1184:]) // an X25519 point that makes every shared secret zero
 	tests := []struct {
@@ -193,7 +170,7 @@ func TestSealLimits(t *testing.T) {
 		{"public key not reduced", bytes.Repeat([]byte{0xff}, PublicKeySize), testContext, key},
 		{"no context", r.PublicKey(), "", key},
 		{"long context", r.PublicKey(), strings.Repeat("c", ContextMax+1), key},
-		{"long key", r.PublicKey(), testContext, newKey(t, KeyMax+1)},
+		{"long key", r.PublicKey(), testContext, keymemtest.Random(t, KeyMax+1)},
 	}
 	for _, tt := range tests {
 		if p, err := Seal(tt.public, tt.context, tt.key); p != nil || !errors.Is(err, ErrInvalid) {
@@ -208,7 +185,7 @@ func TestSealLimits(t *testing.T) {
 func TestClose(t *testing.T) {
 	t.Parallel()
 	r := newTestRecipient(t)
-	parcel, err := Seal(r.PublicKey(), testContext, newKey(t, 32))
+	parcel, err := Seal(r.PublicKey(), testContext, keymemtest.Random(t, 32))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -236,7 +213,7 @@ func TestClose(t *testing.T) {
 
 func TestNoKeyIsPrinted(t *testing.T) {
 	t.Parallel()
-	r, key := newTestRecipient(t), newKey(t, 32)
+	r, key := newTestRecipient(t), keymemtest.Random(t, 32)
 	secret, err := r.Secret()
 	if err != nil {
 		t.Fatal(err)
@@ -279,7 +256,7 @@ func TestVectors(t *testing.T) {
 	counts := map[string]int{}
 	for _, v := range loadVectors(t) {
 		counts[v.Expect]++
-		r, err := RestoreRecipient(hexKey(t, v.Secret))
+		r, err := RestoreRecipient(keymemtest.Hex(t, v.Secret))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -302,7 +279,7 @@ func TestVectors(t *testing.T) {
 			t.Errorf("%s: %v", v.Name, err)
 			continue
 		}
-		if !key.Equal(hexKey(t, v.Key)) {
+		if !key.Equal(keymemtest.Hex(t, v.Key)) {
 			t.Errorf("%s: wrong key", v.Name)
 		}
 		key.Close()
@@ -323,7 +300,7 @@ func FuzzOpen(f *testing.F) {
 		}
 		f.Add(parcel, v.Context)
 	}
-	r, err := RestoreRecipient(hexKey(f, vectors[0].Secret))
+	r, err := RestoreRecipient(keymemtest.Hex(f, vectors[0].Secret))
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -341,7 +318,7 @@ func FuzzOpen(f *testing.F) {
 }
 
 func BenchmarkSeal(b *testing.B) {
-	r, key := newTestRecipient(b), newKey(b, 32)
+	r, key := newTestRecipient(b), keymemtest.Random(b, 32)
 	public := r.PublicKey()
 	for b.Loop() {
 		if _, err := Seal(public, testContext, key); err != nil {
@@ -352,7 +329,7 @@ func BenchmarkSeal(b *testing.B) {
 
 func BenchmarkOpen(b *testing.B) {
 	r := newTestRecipient(b)
-	parcel, err := Seal(r.PublicKey(), testContext, newKey(b, 32))
+	parcel, err := Seal(r.PublicKey(), testContext, keymemtest.Random(b, 32))
 	if err != nil {
 		b.Fatal(err)
 	}

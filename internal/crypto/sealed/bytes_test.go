@@ -3,11 +3,13 @@ package sealed
 import (
 	"bytes"
 	"testing"
+
+	"strongroom/internal/crypto/keymem/keymemtest"
 )
 
 func TestSealBytes(t *testing.T) {
 	t.Parallel()
-	key, other := randomKey(t, KeySize), randomKey(t, KeySize)
+	key, other := keymemtest.Random(t, KeySize), keymemtest.Random(t, KeySize)
 	for _, plaintext := range [][]byte{nil, []byte("text"), bytes.Repeat([]byte("x"), 200_000)} {
 		text, err := Seal(key, "test", plaintext)
 		if err != nil {

@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/keymem/keymemtest"
 )
 
 func wantContent(t *testing.T, path string, key, want *keymem.Key) {
@@ -44,13 +45,13 @@ func TestWriteFile(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	path := filepath.Join(dir, "secrets.sealed")
-	key := randomKey(t, KeySize)
+	key := keymemtest.Random(t, KeySize)
 	// What a crash left behind is no obstacle.
 	if err := os.WriteFile(path+newSuffix, []byte("left behind"), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	for _, size := range []int{1, 100, SegmentSize + 1, keymem.SizeMax} {
-		data := randomKey(t, size)
+		data := keymemtest.Random(t, size)
 		if err := WriteFile(path, key, testContext, data); err != nil {
 			t.Fatal(err)
 		}
@@ -73,7 +74,7 @@ func TestWriteFile(t *testing.T) {
 func TestReadFileRefuses(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	key := randomKey(t, KeySize)
+	key := keymemtest.Random(t, KeySize)
 	path := filepath.Join(dir, "f")
 	for _, tt := range []struct {
 		name    string
@@ -84,7 +85,7 @@ func TestReadFileRefuses(t *testing.T) {
 		{"too large for a key", seal(t, key, make([]byte, keymem.SizeMax+1)), ErrTooLarge},
 		{"not sealed", []byte("{}"), ErrNotSealed},
 		{"empty", nil, ErrNotSealed},
-		{"another key", seal(t, randomKey(t, KeySize), pattern(10)), ErrWrongKey},
+		{"another key", seal(t, keymemtest.Random(t, KeySize), pattern(10)), ErrWrongKey},
 	} {
 		if err := os.WriteFile(path, tt.content, 0o600); err != nil {
 			t.Fatal(err)
@@ -96,7 +97,7 @@ func TestReadFileRefuses(t *testing.T) {
 	if got, err := ReadFile(filepath.Join(dir, "none"), key, testContext); got != nil || !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("no file: %v, %v; want ErrNotExist", got, err)
 	}
-	if err := WriteFile(filepath.Join(dir, "none", "f"), key, testContext, randomKey(t, 1)); !errors.Is(err, fs.ErrNotExist) {
+	if err := WriteFile(filepath.Join(dir, "none", "f"), key, testContext, keymemtest.Random(t, 1)); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("no folder: %v; want ErrNotExist", err)
 	}
 }
@@ -105,11 +106,11 @@ func TestWriteFileWrongKeyLeavesTheOldFile(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	path := filepath.Join(dir, "f")
-	key, data := randomKey(t, KeySize), randomKey(t, 32)
+	key, data := keymemtest.Random(t, KeySize), keymemtest.Random(t, 32)
 	if err := WriteFile(path, key, testContext, data); err != nil {
 		t.Fatal(err)
 	}
-	if err := WriteFile(path, randomKey(t, 16), testContext, data); !errors.Is(err, ErrInvalid) {
+	if err := WriteFile(path, keymemtest.Random(t, 16), testContext, data); !errors.Is(err, ErrInvalid) {
 		t.Errorf("%v; want ErrInvalid", err)
 	}
 	wantContent(t, path, key, data)
@@ -120,8 +121,8 @@ func TestWriteFileWrongKeyLeavesTheOldFile(t *testing.T) {
 // machine may lose its power: the file has the old or the new content.
 func TestWriteFileFaults(t *testing.T) {
 	t.Parallel()
-	key := randomKey(t, KeySize)
-	oldData, newData := randomKey(t, 100), randomKey(t, 1000)
+	key := keymemtest.Random(t, KeySize)
+	oldData, newData := keymemtest.Random(t, 100), keymemtest.Random(t, 1000)
 	const path = "dir/f"
 	everyFault(t, func() *faultFS {
 		fsys := newFaultFS()

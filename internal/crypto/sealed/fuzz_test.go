@@ -6,12 +6,14 @@ import (
 	"errors"
 	"io"
 	"testing"
+
+	"strongroom/internal/crypto/keymem/keymemtest"
 )
 
 // FuzzReader checks that what opens is the one way to seal its content.
 func FuzzReader(f *testing.F) {
 	v := loadVectors(f)
-	key := hexKey(f, v.Files[0].Key)
+	key := keymemtest.Hex(f, v.Files[0].Key)
 	for _, refused := range v.Refused {
 		file, err := hex.DecodeString(refused.File)
 		if err != nil {

@@ -17,34 +17,11 @@ import (
 	"pgregory.net/rapid"
 
 	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/keymem/keymemtest"
 	"strongroom/internal/crypto/leaktest"
 )
 
 const testContext = "test"
-
-func randomKey(t testing.TB, n int) *keymem.Key {
-	t.Helper()
-	k, err := keymem.Random(n)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { k.Close() })
-	return k
-}
-
-func hexKey(t testing.TB, s string) *keymem.Key {
-	t.Helper()
-	b, err := hex.DecodeString(s)
-	if err != nil {
-		t.Fatal(err)
-	}
-	k, err := keymem.Take(b)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { k.Close() })
-	return k
-}
 
 // pattern is the plaintext of testdata/gen.py.
 func pattern(size int) []byte {
@@ -87,7 +64,7 @@ func openAll(file []byte, key *keymem.Key) ([]byte, error) {
 
 func TestRoundTrip(t *testing.T) {
 	t.Parallel()
-	key := randomKey(t, KeySize)
+	key := keymemtest.Random(t, KeySize)
 	for _, size := range []int{0, 1, SegmentSize - 1, SegmentSize, SegmentSize + 1, 2 * SegmentSize, 200_000} {
 		plain := pattern(size)
 		file := seal(t, key, plain)
@@ -113,7 +90,7 @@ func TestRoundTrip(t *testing.T) {
 
 func TestSaltsDiffer(t *testing.T) {
 	t.Parallel()
-	key := randomKey(t, KeySize)
+	key := keymemtest.Random(t, KeySize)
 	a, b := seal(t, key, pattern(100)), seal(t, key, pattern(100))
 	if bytes.Equal(a[saltOffset:verifyOffset], b[saltOffset:verifyOffset]) || bytes.Equal(a[HeaderSize:], b[HeaderSize:]) {
 		t.Error("two files share their salt or ciphertext")
@@ -149,7 +126,7 @@ func TestVectors(t *testing.T) {
 		t.Fatal("no vectors")
 	}
 	for _, f := range v.Files {
-		key := hexKey(t, f.Key)
+		key := keymemtest.Hex(t, f.Key)
 		salt, err := hex.DecodeString(f.Salt)
 		if err != nil {
 			t.Fatal(err)
@@ -185,7 +162,7 @@ func TestVectors(t *testing.T) {
 	}
 
 	want := map[string]error{"not sealed": ErrNotSealed, "version": ErrVersion, "wrong key": ErrWrongKey, "damaged": ErrCorrupt}
-	key := hexKey(t, v.Files[0].Key)
+	key := keymemtest.Hex(t, v.Files[0].Key)
 	for _, f := range v.Refused {
 		file, err := hex.DecodeString(f.File)
 		if err != nil {
@@ -200,7 +177,7 @@ func TestVectors(t *testing.T) {
 
 func TestAlteredBits(t *testing.T) {
 	t.Parallel()
-	key := randomKey(t, KeySize)
+	key := keymemtest.Random(t, KeySize)
 	file := seal(t, key, pattern(100))
 	for bit := range len(file) * 8 {
 		altered := bytes.Clone(file)
@@ -214,7 +191,7 @@ func TestAlteredBits(t *testing.T) {
 // Segments that are there, authentic, and not where they belong.
 func TestMovedSegments(t *testing.T) {
 	t.Parallel()
-	key := randomKey(t, KeySize)
+	key := keymemtest.Random(t, KeySize)
 	plain := pattern(3*SegmentSize + 100)
 	file := seal(t, key, plain)
 	other := seal(t, key, plain)
@@ -252,7 +229,7 @@ func TestMovedSegments(t *testing.T) {
 // A file of full segments, cut at each length, never opens.
 func TestCut(t *testing.T) {
 	t.Parallel()
-	key := randomKey(t, KeySize)
+	key := keymemtest.Random(t, KeySize)
 	file := seal(t, key, pattern(2*SegmentSize))
 	lengths := []int{}
 	for _, border := range []int{0, HeaderSize, HeaderSize + sealedSize, HeaderSize + 2*sealedSize} {
@@ -276,7 +253,7 @@ func TestCut(t *testing.T) {
 // An empty segment at the end would be a second encoding of the same content.
 func TestEmptyLastSegment(t *testing.T) {
 	t.Parallel()
-	key := randomKey(t, KeySize)
+	key := keymemtest.Random(t, KeySize)
 	file := seal(t, key, pattern(SegmentSize))
 	aead, _, err := derive(key, testContext, file[:HeaderSize])
 	if err != nil {
@@ -292,7 +269,7 @@ func TestEmptyLastSegment(t *testing.T) {
 
 func TestDamageInTheMiddle(t *testing.T) {
 	t.Parallel()
-	key := randomKey(t, KeySize)
+	key := keymemtest.Random(t, KeySize)
 	plain := pattern(3 * SegmentSize)
 	file := seal(t, key, plain)
 	file[HeaderSize+sealedSize+5] ^= 1 // in segment 1
@@ -317,7 +294,7 @@ func TestDamageInTheMiddle(t *testing.T) {
 
 func TestArguments(t *testing.T) {
 	t.Parallel()
-	key, short := randomKey(t, KeySize), randomKey(t, KeySize-1)
+	key, short := keymemtest.Random(t, KeySize), keymemtest.Random(t, KeySize-1)
 	file := seal(t, key, pattern(10))
 	for name, err := range map[string]error{
 		"write, short key":    second(NewWriter(io.Discard, short, testContext)),
@@ -359,7 +336,7 @@ func second[T any](_ T, err error) error { return err }
 
 func TestWriterEnds(t *testing.T) {
 	t.Parallel()
-	key := randomKey(t, KeySize)
+	key := keymemtest.Random(t, KeySize)
 	var out bytes.Buffer
 	w, err := NewWriter(&out, key, testContext)
 	if err != nil {
@@ -407,7 +384,7 @@ func (w *failingWriter) Write(p []byte) (int, error) {
 
 func TestWriterReportsErrors(t *testing.T) {
 	t.Parallel()
-	key := randomKey(t, KeySize)
+	key := keymemtest.Random(t, KeySize)
 	const writes = 1 + 3 // the header and three segments
 	for n := range writes + 1 {
 		err := func() error {
@@ -430,7 +407,7 @@ func TestWriterReportsErrors(t *testing.T) {
 
 func TestConcurrentReadAt(t *testing.T) {
 	t.Parallel()
-	key := randomKey(t, KeySize)
+	key := keymemtest.Random(t, KeySize)
 	plain := pattern(4 * SegmentSize)
 	r, err := open(seal(t, key, plain), key)
 	if err != nil {
@@ -455,7 +432,7 @@ func TestConcurrentReadAt(t *testing.T) {
 // Whatever the pieces that are written and read, the content is the same.
 func TestPieces(t *testing.T) {
 	t.Parallel()
-	key := randomKey(t, KeySize)
+	key := keymemtest.Random(t, KeySize)
 	border := rapid.SampledFrom([]int{0, 1, 100, SegmentSize - 1, SegmentSize, SegmentSize + 1, 2*SegmentSize - 1, 2 * SegmentSize})
 	rapid.Check(t, func(t *rapid.T) {
 		var out bytes.Buffer
@@ -494,7 +471,7 @@ func TestPieces(t *testing.T) {
 
 func TestNoKeyIsPrinted(t *testing.T) {
 	t.Parallel()
-	key, data := randomKey(t, KeySize), randomKey(t, 100)
+	key, data := keymemtest.Random(t, KeySize), keymemtest.Random(t, 100)
 	file := seal(t, key, data.Bytes())
 	r, err := open(file, key)
 	if err != nil {
@@ -561,7 +538,7 @@ func Example() {
 }
 
 func BenchmarkWriter(b *testing.B) {
-	key := randomKey(b, KeySize)
+	key := keymemtest.Random(b, KeySize)
 	w, err := NewWriter(io.Discard, key, testContext)
 	if err != nil {
 		b.Fatal(err)

@@ -9,29 +9,20 @@ import (
 	"testing"
 
 	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/keymem/keymemtest"
 	"strongroom/internal/crypto/sealed"
 	"strongroom/internal/errs"
 )
 
-func random(t *testing.T, n int) *keymem.Key {
-	t.Helper()
-	k, err := keymem.Random(n)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { k.Close() })
-	return k
-}
-
 func TestUpdateReopen(t *testing.T) {
 	t.Parallel()
-	path, key := filepath.Join(t.TempDir(), "v"), random(t, sealed.KeySize)
+	path, key := filepath.Join(t.TempDir(), "v"), keymemtest.Random(t, sealed.KeySize)
 	v, err := New(path, key, "test")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer v.Close()
-	a, b := random(t, 32), random(t, 100_000)
+	a, b := keymemtest.Random(t, 32), keymemtest.Random(t, 100_000)
 	if err := v.Update(map[string]*keymem.Key{"a": a, "b": b}); err != nil {
 		t.Fatal(err)
 	}
@@ -61,16 +52,16 @@ func TestUpdateReopen(t *testing.T) {
 
 func TestWrongKeyOrContext(t *testing.T) {
 	t.Parallel()
-	path, key := filepath.Join(t.TempDir(), "v"), random(t, sealed.KeySize)
+	path, key := filepath.Join(t.TempDir(), "v"), keymemtest.Random(t, sealed.KeySize)
 	v, err := New(path, key, "test")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer v.Close()
-	if err := v.Update(map[string]*keymem.Key{"a": random(t, 32)}); err != nil {
+	if err := v.Update(map[string]*keymem.Key{"a": keymemtest.Random(t, 32)}); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Open(path, random(t, sealed.KeySize), "test"); !errors.Is(err, sealed.ErrWrongKey) {
+	if _, err := Open(path, keymemtest.Random(t, sealed.KeySize), "test"); !errors.Is(err, sealed.ErrWrongKey) {
 		t.Errorf("wrong key: %v", err)
 	}
 	if _, err := Open(path, key, "other"); !errors.Is(err, sealed.ErrWrongKey) {
@@ -82,20 +73,20 @@ func TestWrongKeyOrContext(t *testing.T) {
 func TestFailedUpdate(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	path, key := filepath.Join(dir, "v"), random(t, sealed.KeySize)
+	path, key := filepath.Join(dir, "v"), keymemtest.Random(t, sealed.KeySize)
 	v, err := New(path, key, "test")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer v.Close()
-	a := random(t, 32)
+	a := keymemtest.Random(t, 32)
 	if err := v.Update(map[string]*keymem.Key{"a": a}); err != nil {
 		t.Fatal(err)
 	}
 	for name, change := range map[string]map[string]*keymem.Key{
-		"too large":     {"b": random(t, SizeMax)},
-		"name too long": {strings.Repeat("n", NameMax+1): random(t, 1)},
-		"empty name":    {"": random(t, 1)},
+		"too large":     {"b": keymemtest.Random(t, SizeMax)},
+		"name too long": {strings.Repeat("n", NameMax+1): keymemtest.Random(t, 1)},
+		"empty name":    {"": keymemtest.Random(t, 1)},
 	} {
 		if err := v.Update(change); err == nil {
 			t.Errorf("%s: no error", name)
@@ -123,14 +114,14 @@ func TestFailedUpdate(t *testing.T) {
 // what its file is, and the update can be repeated.
 func TestUpdateNotDurable(t *testing.T) {
 	t.Parallel()
-	path, key := filepath.Join(t.TempDir(), "v"), random(t, sealed.KeySize)
+	path, key := filepath.Join(t.TempDir(), "v"), keymemtest.Random(t, sealed.KeySize)
 	v, err := New(path, key, "test")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer v.Close()
 	failure := errors.New("the folder cannot be synced")
-	a, b := random(t, 32), random(t, 32)
+	a, b := keymemtest.Random(t, 32), keymemtest.Random(t, 32)
 	for name, c := range map[string]struct {
 		before bool // the write fails before it does anything
 		want   *keymem.Key
@@ -169,13 +160,13 @@ func TestUpdateNotDurable(t *testing.T) {
 // updates go on. A failure leaves it under the key that the file has.
 func TestRekey(t *testing.T) {
 	t.Parallel()
-	path, old := filepath.Join(t.TempDir(), "v"), random(t, sealed.KeySize)
+	path, old := filepath.Join(t.TempDir(), "v"), keymemtest.Random(t, sealed.KeySize)
 	v, err := New(path, old, "test")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer v.Close()
-	a := random(t, 32)
+	a := keymemtest.Random(t, 32)
 	if err := v.Update(map[string]*keymem.Key{"a": a}); err != nil {
 		t.Fatal(err)
 	}
@@ -190,7 +181,7 @@ func TestRekey(t *testing.T) {
 		}
 		return err
 	}
-	failure, next := errors.New("the folder cannot be synced"), random(t, sealed.KeySize)
+	failure, next := errors.New("the folder cannot be synced"), keymemtest.Random(t, sealed.KeySize)
 	v.write = func(string, *keymem.Key, string, *keymem.Key) error { return failure }
 	if err := v.Rekey(next); !errors.Is(err, failure) {
 		t.Errorf("error %v", err)
@@ -211,7 +202,7 @@ func TestRekey(t *testing.T) {
 	if err := opens(next); err != nil {
 		t.Errorf("after what was not durable: %v", err)
 	}
-	for _, key := range []*keymem.Key{next, random(t, sealed.KeySize)} {
+	for _, key := range []*keymem.Key{next, keymemtest.Random(t, sealed.KeySize)} {
 		if err := v.Rekey(key); err != nil {
 			t.Fatal(err)
 		}
@@ -250,7 +241,7 @@ func FuzzDecode(f *testing.F) {
 
 func TestSigningKey(t *testing.T) {
 	t.Parallel()
-	path, key := filepath.Join(t.TempDir(), "v"), random(t, sealed.KeySize)
+	path, key := filepath.Join(t.TempDir(), "v"), keymemtest.Random(t, sealed.KeySize)
 	v, err := New(path, key, "test")
 	if err != nil {
 		t.Fatal(err)
@@ -271,7 +262,7 @@ func TestSigningKey(t *testing.T) {
 	if other, err := again.SigningKey("other"); err != nil || other.Equal(first) {
 		t.Errorf("two names have one key, %v", err)
 	}
-	if err := again.Update(map[string]*keymem.Key{"short": random(t, 16)}); err != nil {
+	if err := again.Update(map[string]*keymem.Key{"short": keymemtest.Random(t, 16)}); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := again.SigningKey("short"); !errors.Is(err, ErrCorrupt) {

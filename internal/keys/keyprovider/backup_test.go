@@ -18,6 +18,7 @@ import (
 	"software.sslmate.com/src/go-pkcs12"
 
 	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/keymem/keymemtest"
 )
 
 var (
@@ -32,32 +33,13 @@ var (
 // testIterations keeps tests fast; production's count is in one test only.
 const testIterations = 10
 
-func hexKey(t testing.TB, s string) *keymem.Key {
-	t.Helper()
-	b, err := hex.DecodeString(s)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return keyOf(t, b)
-}
-
-func keyOf(t testing.TB, b []byte) *keymem.Key {
-	t.Helper()
-	k, err := keymem.Take(b)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { k.Close() })
-	return k
-}
-
 // password returns nil for "".
 func password(t testing.TB, s string) *keymem.Key {
 	t.Helper()
 	if s == "" {
 		return nil
 	}
-	return keyOf(t, []byte(s))
+	return keymemtest.Of(t, []byte(s))
 }
 
 func newTestNative(t testing.TB, name string) *Native {
@@ -153,7 +135,7 @@ func TestBackupPasswords(t *testing.T) {
 			t.Errorf("%s: %q does not say %q", tt.name, err, tt.text)
 		}
 	}
-	if data, err := n.Export(keyOf(t, []byte("\xff")), testExported); data != nil || !errors.Is(err, ErrInvalidPassword) {
+	if data, err := n.Export(keymemtest.Of(t, []byte("\xff")), testExported); data != nil || !errors.Is(err, ErrInvalidPassword) {
 		t.Errorf("export: %v; want ErrInvalidPassword", err)
 	}
 	if data, err := n.Export(nil, time.Date(10000, 1, 1, 0, 0, 0, 0, time.UTC)); data != nil || !errors.Is(err, ErrInvalidNative) {
@@ -347,7 +329,7 @@ func TestBackupVectors(t *testing.T) {
 	want := map[string]error{
 		"corrupt": ErrCorruptBackup, "wrong password": ErrWrongPassword, "password needed": ErrPasswordNeeded,
 	}
-	kdk := hexKey(t, "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f")
+	kdk := keymemtest.Hex(t, "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f")
 	counts := map[string]int{}
 	for _, v := range loadVectors[struct{ Name, P12, Password, Expect string }](t, "backups.json") {
 		counts[v.Expect]++
@@ -400,7 +382,7 @@ func loadVectors[T any](t testing.TB, name string) []T {
 }
 
 func FuzzImport(f *testing.F) {
-	kdk := keyOf(f, bytes.Repeat([]byte{7}, KDKSize))
+	kdk := keymemtest.Of(f, bytes.Repeat([]byte{7}, KDKSize))
 	n, err := RestoreNative(testInfo, kdk)
 	if err != nil {
 		f.Fatal(err)

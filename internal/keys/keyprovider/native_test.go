@@ -2,7 +2,6 @@ package keyprovider_test
 
 import (
 	"bytes"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -14,6 +13,7 @@ import (
 	"github.com/google/uuid"
 
 	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/keymem/keymemtest"
 	"strongroom/internal/crypto/keysafe"
 	"strongroom/internal/crypto/leaktest"
 	"strongroom/internal/crypto/parcel"
@@ -110,35 +110,21 @@ func TestNativeVectors(t *testing.T) {
 	}
 	for _, v := range vectors {
 		kdkID, objectID, _ := strings.Cut(v.KeyID, "/")
-		n := restore(t, keyprovider.NativeInfo{Name: "kp-1", KeyID: uuid.MustParse(kdkID), Created: created}, hexKey(t, v.KDK))
+		n := restore(t, keyprovider.NativeInfo{Name: "kp-1", KeyID: uuid.MustParse(kdkID), Created: created}, keymemtest.Hex(t, v.KDK))
 		ref, kek, err := n.NewKEK(t.Context(), uuid.MustParse(objectID))
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer kek.Close()
-		if ref.KeyID != v.KeyID || !kek.Equal(hexKey(t, v.KEK)) {
+		if ref.KeyID != v.KeyID || !kek.Equal(keymemtest.Hex(t, v.KEK)) {
 			t.Errorf("%s: got another KEK, at %s", v.KeyID, ref)
 		}
 	}
 }
 
-func hexKey(t testing.TB, s string) *keymem.Key {
-	t.Helper()
-	b, err := hex.DecodeString(s)
-	if err != nil {
-		t.Fatal(err)
-	}
-	k, err := keymem.Take(b)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { k.Close() })
-	return k
-}
-
 func TestNativeLimits(t *testing.T) {
 	t.Parallel()
-	kdk, short := randomKey(t, 32), randomKey(t, 16)
+	kdk, short := keymemtest.Random(t, 32), keymemtest.Random(t, 16)
 	good := keyprovider.NativeInfo{Name: "kp-1", KeyID: uuid.New(), Created: created}
 	for name, change := range map[string]func(*keyprovider.NativeInfo){
 		"no name":         func(i *keyprovider.NativeInfo) { i.Name = "" },
@@ -164,16 +150,6 @@ func TestNativeLimits(t *testing.T) {
 	if ref, kek, err := n.NewKEK(t.Context(), uuid.Nil); !ref.IsZero() || kek != nil || !errors.Is(err, keyprovider.ErrInvalidNative) {
 		t.Errorf("nil object id: %v, %v, %v; want ErrInvalidNative", ref, kek, err)
 	}
-}
-
-func randomKey(t testing.TB, n int) *keymem.Key {
-	t.Helper()
-	k, err := keymem.Random(n)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { k.Close() })
-	return k
 }
 
 func TestNativeTimeIsStoredInSeconds(t *testing.T) {
@@ -260,7 +236,7 @@ func TestSameKeys(t *testing.T) {
 		{"other constraints", restore(t, withTPM, kdk), true},
 		{"another name", restore(t, renamed, kdk), false},
 		{"another key id", restore(t, otherID, kdk), false},
-		{"another KDK", restore(t, n.Info(), randomKey(t, 32)), false},
+		{"another KDK", restore(t, n.Info(), keymemtest.Random(t, 32)), false},
 	} {
 		if got := n.SameKeys(tt.other); got != tt.want {
 			t.Errorf("%s: %t, want %t", tt.name, got, tt.want)
@@ -321,7 +297,7 @@ func TestNativeNoKeyIsPrinted(t *testing.T) {
 	}
 	defer imported.Close()
 	_, _, corrupt := keyprovider.Import(data[1:], nil)
-	collision := set.Add(restore(t, n.Info(), randomKey(t, 32)))
+	collision := set.Add(restore(t, n.Info(), keymemtest.Random(t, 32)))
 	ref, kek := newRef(t, n)
 	unknown := second(set.KEK(t.Context(), keysafe.Ref{Provider: "kp-2", KeyID: ref.KeyID}))
 	leaktest.Refute(t, leaktest.Print(n, set, blob, info, imported, corrupt, collision, unknown, n.Info()), kdk, kek)

@@ -15,6 +15,7 @@ import (
 	"github.com/google/uuid"
 
 	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/keymem/keymemtest"
 	"strongroom/internal/crypto/keysafe"
 	"strongroom/internal/keys/keyprovider"
 )
@@ -121,7 +122,7 @@ func TestSetAddSameName(t *testing.T) {
 	otherID := n.Info()
 	otherID.KeyID = uuid.New()
 	for name, p := range map[string]keyprovider.Provider{
-		"another KDK":            restore(t, n.Info(), randomKey(t, 32)),
+		"another KDK":            restore(t, n.Info(), keymemtest.Random(t, 32)),
 		"another key id":         restore(t, otherID, kdk),
 		"another kind":           fakeProvider{name: "kp-1"},
 		"all of it is different": newNative(t, "kp-1"),
@@ -266,7 +267,7 @@ func TestSecretsRoundTrip(t *testing.T) {
 func TestSecretsLimit(t *testing.T) {
 	t.Parallel()
 	s := newSet(t)
-	kdk := randomKey(t, 32)
+	kdk := keymemtest.Random(t, 32)
 	add := func(i int) {
 		info := keyprovider.NativeInfo{Name: "kp-" + hex.EncodeToString([]byte{byte(i >> 8), byte(i)}), KeyID: uuid.New(), Created: created}
 		if err := s.Add(restore(t, info, kdk)); err != nil {
@@ -316,11 +317,11 @@ func loadSecrets(t testing.TB) []secretsVector {
 func TestSecretsVectors(t *testing.T) {
 	t.Parallel()
 	want := map[string]error{"invalid": keyprovider.ErrInvalidSecrets, "version": keyprovider.ErrSecretsVersion}
-	kdk := hexKey(t, "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f")
+	kdk := keymemtest.Hex(t, "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f")
 	counts := map[string]int{}
 	for _, v := range loadSecrets(t) {
 		counts[v.Expect]++
-		blob := hexKey(t, v.Blob)
+		blob := keymemtest.Hex(t, v.Blob)
 		s, err := keyprovider.UnmarshalSecrets(blob)
 		if v.Expect != "ok" {
 			if s != nil || want[v.Expect] == nil || !errors.Is(err, want[v.Expect]) {

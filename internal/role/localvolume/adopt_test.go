@@ -17,6 +17,7 @@ import (
 	"strongroom/internal/block/luks"
 	"strongroom/internal/block/volume"
 	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/keymem/keymemtest"
 )
 
 func check(t testing.TB, err error) {
@@ -24,14 +25,6 @@ func check(t testing.TB, err error) {
 	if err != nil {
 		t.Fatal(err)
 	}
-}
-
-func random(t testing.TB, n int) *keymem.Key {
-	t.Helper()
-	key, err := keymem.Random(n)
-	check(t, err)
-	t.Cleanup(func() { key.Close() })
-	return key
 }
 
 // foreign makes a volume whose data begin at 64 KiB, writes to it and returns it
@@ -76,7 +69,7 @@ func TestAdoptFaults(t *testing.T) {
 			t.Run(fmt.Sprintf("source=%v/%s", inSource, mode), func(t *testing.T) {
 				t.Parallel()
 				rng := rand.New(rand.NewPCG(blockdevtest.Seed(t), 0))
-				dek := random(t, luks.KeySize)
+				dek := keymemtest.Random(t, luks.KeySize)
 				mem, segment, want := foreign(t, dek)
 				before := mem.Clone()
 				n := 0

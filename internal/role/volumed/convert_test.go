@@ -15,6 +15,7 @@ import (
 	"strongroom/internal/block/volume"
 	"strongroom/internal/block/volumectl"
 	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/keymem/keymemtest"
 	"strongroom/internal/errs"
 	"strongroom/internal/machine/volumeproc"
 )
@@ -158,9 +159,9 @@ func TestConvert(t *testing.T) {
 	wantKind(t, p.HoldConversion(ctx, "disk-0"), errs.InvalidState)
 	wantKind(t, p.SwitchDisk(ctx, "disk-0"), errs.InvalidState)
 	check(t, p.StopConversion(ctx, "disk-0"))
-	wantKind(t, convert(ctx, p, volumectl.LUKS, luks, random(t, volumectl.KeySize)), errs.Corrupt) // not its key
-	wantKind(t, convert(ctx, p, volumectl.Raw, newRaw(t, nil), nil), errs.Invalid)                 // another size
-	wantKind(t, convert(ctx, p, volumectl.Raw, raw, nil), errs.InvalidState)                       // itself
+	wantKind(t, convert(ctx, p, volumectl.LUKS, luks, keymemtest.Random(t, volumectl.KeySize)), errs.Corrupt) // not its key
+	wantKind(t, convert(ctx, p, volumectl.Raw, newRaw(t, nil), nil), errs.Invalid)                            // another size
+	wantKind(t, convert(ctx, p, volumectl.Raw, raw, nil), errs.InvalidState)                                  // itself
 	check(t, convert(ctx, p, volumectl.LUKS, luks, dek))
 	wantKind(t, convert(ctx, p, volumectl.Raw, newRaw(t, make([]byte, diskSize)), nil), errs.Exists)
 	wantKind(t, p.Resize(ctx, "disk-0", 2*diskSize), errs.InvalidState)

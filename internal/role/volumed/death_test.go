@@ -19,6 +19,7 @@ import (
 
 	"strongroom/internal/block/volumectl"
 	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/keymem/keymemtest"
 	"strongroom/internal/crypto/keysafe"
 	"strongroom/internal/machine/volumeproc"
 	"strongroom/internal/role/volumed"
@@ -100,7 +101,7 @@ func TestHostDies(t *testing.T) {
 	var newKEK *keymem.Key
 	rekeys := 0
 	for deadline := time.Now().Add(2 * time.Second); time.Now().Before(deadline); rekeys++ {
-		newKEK = random(t, keysafe.KEKSize)
+		newKEK = keymemtest.Random(t, keysafe.KEKSize)
 		safe, err = safe.Rewrap(oldKEK, newKEK, keysafe.Ref{Provider: "kp-2", KeyID: fmt.Sprint("k", rekeys)})
 		check(t, err)
 		check(t, p.ReplaceSafe(t.Context(), "disk-0", safe))

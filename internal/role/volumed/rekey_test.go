@@ -11,6 +11,7 @@ import (
 	"strongroom/internal/block/volume"
 	"strongroom/internal/block/volumectl"
 	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/keymem/keymemtest"
 	"strongroom/internal/crypto/keysafe"
 	"strongroom/internal/errs"
 	"strongroom/internal/machine/volumeproc"
@@ -39,8 +40,8 @@ func awaitRekey(t *testing.T, p *volumeproc.Process, what string, is func(*volum
 // nextSafe returns a new DEK and a key safe for it.
 func nextSafe(t *testing.T, generation uint64) (*keymem.Key, *keysafe.Safe) {
 	t.Helper()
-	dek := random(t, volumectl.KeySize)
-	safe, err := keysafe.Wrap(random(t, keysafe.KEKSize), dek, keysafe.Ref{Provider: "kp-2", KeyID: "k1"}, volume.Owner(diskUUID), generation)
+	dek := keymemtest.Random(t, volumectl.KeySize)
+	safe, err := keysafe.Wrap(keymemtest.Random(t, keysafe.KEKSize), dek, keysafe.Ref{Provider: "kp-2", KeyID: "k1"}, volume.Owner(diskUUID), generation)
 	check(t, err)
 	return dek, safe
 }

@@ -159,7 +159,7 @@ func TestSuspensionEnds(t *testing.T) {
 	g := newCounter(t, dir)
 
 	check(t, p.Suspend(ctx, 2*time.Second)) // time enough to come to rest on a busy machine
-	g.comesTo(t, g.written.Load()+1) // one may have been under way
+	g.comesTo(t, g.written.Load()+1)        // one may have been under way
 	wantKind(t, p.Resume(ctx), errs.Unavailable)
 
 	// The host is killed.

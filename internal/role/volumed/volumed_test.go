@@ -19,6 +19,7 @@ import (
 	"strongroom/internal/block/volume"
 	"strongroom/internal/block/volumectl"
 	"strongroom/internal/crypto/keymem"
+	"strongroom/internal/crypto/keymem/keymemtest"
 	"strongroom/internal/crypto/keysafe"
 	"strongroom/internal/errs"
 	"strongroom/internal/machine/qemu"
@@ -87,18 +88,10 @@ func start(t *testing.T, c volumeproc.Config) *volumeproc.Process {
 	return p
 }
 
-func random(t *testing.T, n int) *keymem.Key {
-	t.Helper()
-	k, err := keymem.Random(n)
-	check(t, err)
-	t.Cleanup(func() { k.Close() })
-	return k
-}
-
 // newVolume makes an encrypted disk and returns its path and DEK.
 func newVolume(t *testing.T) (path string, dek *keymem.Key, kek *keymem.Key, safe *keysafe.Safe) {
 	t.Helper()
-	dek, kek = random(t, volumectl.KeySize), random(t, keysafe.KEKSize)
+	dek, kek = keymemtest.Random(t, volumectl.KeySize), keymemtest.Random(t, keysafe.KEKSize)
 	safe, err := keysafe.Wrap(kek, dek, keysafe.Ref{Provider: "kp-1", KeyID: "k0"}, volume.Owner(diskUUID), 1)
 	check(t, err)
 	path = filepath.Join(t.TempDir(), "disk-0.luks")
@@ -301,7 +294,7 @@ func TestRefusals(t *testing.T) {
 	path, dek, _, safe := newVolume(t)
 	disk := volumectl.Disk{Name: "disk-0", Format: volumectl.LUKS}
 
-	wantKind(t, add(ctx, p, disk, path, random(t, volumectl.KeySize)), errs.Corrupt) // not its key
+	wantKind(t, add(ctx, p, disk, path, keymemtest.Random(t, volumectl.KeySize)), errs.Corrupt) // not its key
 	large := disk
 	large.SizeMin = diskSize + 512
 	wantKind(t, add(ctx, p, large, path, dek), errs.Corrupt)
@@ -320,7 +313,7 @@ func TestRefusals(t *testing.T) {
 	wantKind(t, p.ReplaceSafe(ctx, "none", safe), errs.NotFound)
 	wantKind(t, p.Resize(ctx, "disk-1", 2<<20), errs.InvalidState)
 	wantKind(t, p.Resize(ctx, "disk-0", 512), errs.Invalid)
-	elsewhere, err := keysafe.Wrap(random(t, keysafe.KEKSize), dek, keysafe.Ref{Provider: "kp-1", KeyID: "k"}, "disk:another", 2)
+	elsewhere, err := keysafe.Wrap(keymemtest.Random(t, keysafe.KEKSize), dek, keysafe.Ref{Provider: "kp-1", KeyID: "k"}, "disk:another", 2)
 	check(t, err)
 	wantKind(t, p.ReplaceSafe(ctx, "disk-0", elsewhere), errs.Invalid)
 	check(t, p.Resize(ctx, "disk-0", 2*diskSize))
