@@ -1,6 +1,9 @@
 // Package durable replaces small files so that a crash or a power loss at any
 // instant leaves the old contents or the new ones, and makes names durable. Sealed
 // contents are package sealed's.
+//
+// All functions are safe for concurrent use, but two writers of one file are not: who
+// writes a file does so alone.
 package durable
 
 import (

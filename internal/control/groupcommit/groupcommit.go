@@ -9,7 +9,7 @@
 // takes. A caller that is alone never waits.
 //
 // Invariants: an item is in one commit at most; while somebody waits, somebody
-// leads.
+// leads. A [Queue] is safe for concurrent use.
 package groupcommit
 
 import (

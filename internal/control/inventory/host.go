@@ -182,11 +182,6 @@ func (inv *Inventory) DeleteHost(ctx context.Context, name string) error {
 	return errs.Wrap(err, "cannot remove host %s", name)
 }
 
-// WatchHosts follows the hosts; see [store.Table.Watch].
-func (inv *Inventory) WatchHosts(ctx context.Context, from int64, f func(store.Change[Host]) error) error {
-	return inv.hosts.Watch(ctx, "", from, f)
-}
-
 // presence is a sign of life that ends by itself.
 type presence struct{}
 
@@ -249,12 +244,6 @@ func (inv *Inventory) forget(ctx context.Context, id string) error {
 		return nil
 	}
 	return l.Revoke(ctx)
-}
-
-// WatchPresence calls f with each change of who is alive; see
-// [store.Table.Watch]. The keys are host ids.
-func (inv *Inventory) WatchPresence(ctx context.Context, f func(op store.Op, hostID string) error) error {
-	return inv.alive.Watch(ctx, "", 0, func(c store.Change[presence]) error { return f(c.Op, c.Key) })
 }
 
 // Sweep makes [NotResponding] each connected host whose last [Inventory.Beat]

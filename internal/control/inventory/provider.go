@@ -470,8 +470,3 @@ func (inv *Inventory) RefreshProviderStates(ctx context.Context) ([]StateChange,
 	}
 	return changes, nil
 }
-
-// WatchProviders follows the key providers; see [store.Table.Watch].
-func (inv *Inventory) WatchProviders(ctx context.Context, from int64, f func(store.Change[Provider]) error) error {
-	return inv.providers.Watch(ctx, "", from, f)
-}

@@ -397,8 +397,3 @@ func (inv *Inventory) removeVM(ctx context.Context, id string, keep bool) error 
 		return inv.release(ctx, tx, "vm", v.Name)
 	})
 }
-
-// WatchVMs follows the VMs; see [store.Table.Watch].
-func (inv *Inventory) WatchVMs(ctx context.Context, from int64, f func(store.Change[VM]) error) error {
-	return inv.vms.Watch(ctx, "", from, f)
-}

@@ -1,6 +1,6 @@
-// Package store keeps the controller's state in an embedded etcd member, as
-// typed tables with optimistic transactions, watches and leases (see
-// docs/adr/0002-etcd-as-store.md).
+// Package store keeps the state of a controller or a key management server in an
+// embedded etcd member, as typed tables with optimistic transactions, watches and
+// leases (see docs/adr/0002-etcd-as-store.md).
 //
 // The member is used in process: it opens no client port, and, as a single
 // member, no peer port either. Members of a [Cluster] talk over mutual TLS.

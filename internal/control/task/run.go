@@ -64,17 +64,6 @@ func (r *Run) SetData(ctx context.Context, v any) error {
 	return err
 }
 
-// SetResult sets what the task leaves to its caller. It is stored when the step
-// succeeds.
-func (r *Run) SetResult(v any) error {
-	b, err := json.Marshal(v)
-	if err != nil {
-		return fmt.Errorf("result of task %s: %w", r.task.ID, err)
-	}
-	r.task.Result = b
-	return nil
-}
-
 // Progress tells how far the step is; total 0 means unknown, unit is "bytes" or
 // "items". It may be called as often as one likes.
 func (r *Run) Progress(ctx context.Context, done, total int64, unit string) {
@@ -291,7 +280,7 @@ func (r *runner) do(ctx context.Context, t Task, k Kind, i int) error {
 	case err == nil:
 		_, err = r.save(ctx, func(t *Task) {
 			t.Steps[i].State, t.Steps[i].Ended = StepDone, time.Now().UTC()
-			t.Result, t.Progress = run.task.Result, nil
+			t.Progress = nil
 		})
 	case ctx.Err() != nil:
 		return ctx.Err() // the engine stops: the step is begun, and goes on another time

@@ -7,14 +7,15 @@
 //   - Do is idempotent: it may run again after it succeeded, failed half-way or
 //     was killed. Undo too, and it must cope with a step that only began.
 //   - Do and Undo return soon after their context ends.
-//   - Arguments, data and results are stored in plain text: no secrets.
+//   - Arguments and data are stored in plain text: no secrets.
 //
 // A task that fails or is canceled undoes its begun steps, last first, unless a
 // step marked NoReturn has begun: then there is no way back, only an error that
 // says how to go forward.
 //
 // All coordination is through the store: [Engine.Submit] and [Engine.Cancel]
-// only write, and [Engine.Run] follows the writes.
+// only write, and [Engine.Run] follows the writes. An [Engine] is safe for
+// concurrent use; of one store one Engine runs at a time.
 package task
 
 import (
@@ -117,7 +118,6 @@ type Task struct {
 	Error   *Failure        `json:"error,omitempty"`
 	Args    json.RawMessage `json:"args,omitempty"`
 	Data    json.RawMessage `json:"data,omitempty"` // what steps leave for later ones
-	Result  json.RawMessage `json:"result,omitempty"`
 	Created time.Time       `json:"created"`
 	Started time.Time       `json:"started,omitzero"`
 	Ended   time.Time       `json:"ended,omitzero"`

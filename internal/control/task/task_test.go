@@ -122,7 +122,6 @@ type outcome struct {
 	Error   string
 	Effects []string
 	Steps   []task.StepState
-	Result  string
 }
 
 // TestKilledAnywhere kills the engine at every point of a task that succeeds,
@@ -206,7 +205,7 @@ func killedAt(t *testing.T, db *store.DB, scenario string, n int) (outcome, int)
 				if strings.HasPrefix(scenario, "fail") {
 					return errs.New(errs.NoSpace, "no room").WithHint("make room")
 				}
-				return r.SetResult("fine")
+				return nil
 			},
 			Undo: func(context.Context, *task.Run) error { return w.remove("three") },
 		},
@@ -274,7 +273,7 @@ func killedAt(t *testing.T, db *store.DB, scenario string, n int) (outcome, int)
 	}
 	drop(t, db, request.Target)
 
-	o := outcome{State: final.State, Effects: w.effects, Result: string(final.Result)}
+	o := outcome{State: final.State, Effects: w.effects}
 	slices.Sort(o.Effects)
 	if final.Error != nil {
 		o.Error = final.Error.Kind + ": " + final.Error.Text + " (" + final.Error.Hint + ")"

@@ -237,19 +237,18 @@ func TestEmbedded(t *testing.T) {
 	}
 }
 
-func TestRefString(t *testing.T) {
+func TestRef(t *testing.T) {
 	t.Parallel()
 	ref := Ref{Provider: "kp-1", KeyID: "a/b"}
-	got, err := ParseRef(ref.String())
-	if err != nil || got != ref {
-		t.Errorf("ParseRef(%q) = %v, %v", ref, got, err)
+	if got := ref.String(); got != "kp-1/a/b" {
+		t.Errorf("String: %q", got)
 	}
 	if !(Ref{}).IsZero() || ref.IsZero() {
 		t.Error("IsZero is wrong")
 	}
-	for _, s := range []string{"", "kp-1", "/key", "kp-1/", "KP/key"} {
-		if got, err := ParseRef(s); !got.IsZero() || !errors.Is(err, ErrInvalidRef) {
-			t.Errorf("ParseRef(%q) = %v, %v; want ErrInvalidRef", s, got, err)
+	for _, r := range []Ref{{}, {KeyID: "key"}, {Provider: "kp-1"}, {Provider: "KP", KeyID: "key"}} {
+		if err := r.Validate(); !errors.Is(err, ErrInvalidRef) {
+			t.Errorf("Validate of %q: %v; want ErrInvalidRef", r, err)
 		}
 	}
 }

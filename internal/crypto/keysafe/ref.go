@@ -3,7 +3,6 @@ package keysafe
 import (
 	"errors"
 	"fmt"
-	"strings"
 )
 
 // Limits of the parts of a [Ref], in bytes.
@@ -25,22 +24,8 @@ type Ref struct {
 	KeyID string
 }
 
-// ParseRef is the reverse of [Ref.String]. It returns an error wrapping
-// [ErrInvalidRef].
-func ParseRef(s string) (Ref, error) {
-	provider, keyID, found := strings.Cut(s, "/")
-	ref := Ref{Provider: provider, KeyID: keyID}
-	if !found {
-		return Ref{}, fmt.Errorf("%w %.*q: it has no slash", ErrInvalidRef, ProviderMax, s)
-	}
-	if err := ref.Validate(); err != nil {
-		return Ref{}, err
-	}
-	return ref, nil
-}
-
-// String returns "provider/keyid". A provider's name has no slash, so it can be
-// taken apart again.
+// String returns "provider/keyid", unambiguous because a provider's name has no
+// slash.
 func (r Ref) String() string { return r.Provider + "/" + r.KeyID }
 
 // IsZero reports whether r is the zero Ref, which addresses nothing.

@@ -9,7 +9,7 @@
 // compromised process would try first ends it, all else fails with EPERM.
 //
 // Invariants: what the kernel has is put in place, or Enter fails; what it lacks
-// is in the [State]. The process must have no_new_privs.
+// is in the [State]. The process must have no_new_privs, and enters once.
 package sandbox
 
 import (
