@@ -342,6 +342,215 @@ func (x *CreateKMSKeyResponse) GetId() string {
 	return ""
 }
 
+type GetKMSImportKeyRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetKMSImportKeyRequest) Reset() {
+	*x = GetKMSImportKeyRequest{}
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetKMSImportKeyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetKMSImportKeyRequest) ProtoMessage() {}
+
+func (x *GetKMSImportKeyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetKMSImportKeyRequest.ProtoReflect.Descriptor instead.
+func (*GetKMSImportKeyRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{3}
+}
+
+// KMSImportKey is a public key to which keys are sealed that come from elsewhere.
+type KMSImportKey struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// 1216 bytes: MLKEM768-X25519 (docs/spec/key-parcel.md).
+	PublicKey []byte `protobuf:"bytes,2,opt,name=public_key,json=publicKey,proto3" json:"public_key,omitempty"`
+	// Parcels that were sealed to it are taken until then: a day at least.
+	Expires       *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=expires,proto3" json:"expires,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KMSImportKey) Reset() {
+	*x = KMSImportKey{}
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KMSImportKey) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KMSImportKey) ProtoMessage() {}
+
+func (x *KMSImportKey) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KMSImportKey.ProtoReflect.Descriptor instead.
+func (*KMSImportKey) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *KMSImportKey) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *KMSImportKey) GetPublicKey() []byte {
+	if x != nil {
+		return x.PublicKey
+	}
+	return nil
+}
+
+func (x *KMSImportKey) GetExpires() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Expires
+	}
+	return nil
+}
+
+type ImportKMSKeyRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Id of the key to which the parcel is sealed.
+	ImportKey string `protobuf:"bytes,1,opt,name=import_key,json=importKey,proto3" json:"import_key,omitempty"`
+	// The key, raw, in a parcel (docs/spec/key-parcel.md) whose context has the
+	// application's full name and key's name and type, as they are here.
+	Parcel []byte `protobuf:"bytes,2,opt,name=parcel,proto3" json:"parcel,omitempty"`
+	// What it is to be. It must have a name, which is what keeps a parcel that is sent
+	// twice from being taken twice. Of the type "AES" or "SECRET" it has as many bits as
+	// there are.
+	Key           *CreateKMSKeyRequest `protobuf:"bytes,3,opt,name=key,proto3" json:"key,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImportKMSKeyRequest) Reset() {
+	*x = ImportKMSKeyRequest{}
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImportKMSKeyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImportKMSKeyRequest) ProtoMessage() {}
+
+func (x *ImportKMSKeyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImportKMSKeyRequest.ProtoReflect.Descriptor instead.
+func (*ImportKMSKeyRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *ImportKMSKeyRequest) GetImportKey() string {
+	if x != nil {
+		return x.ImportKey
+	}
+	return ""
+}
+
+func (x *ImportKMSKeyRequest) GetParcel() []byte {
+	if x != nil {
+		return x.Parcel
+	}
+	return nil
+}
+
+func (x *ImportKMSKeyRequest) GetKey() *CreateKMSKeyRequest {
+	if x != nil {
+		return x.Key
+	}
+	return nil
+}
+
+type ImportKMSKeyResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImportKMSKeyResponse) Reset() {
+	*x = ImportKMSKeyResponse{}
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImportKMSKeyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImportKMSKeyResponse) ProtoMessage() {}
+
+func (x *ImportKMSKeyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImportKMSKeyResponse.ProtoReflect.Descriptor instead.
+func (*ImportKMSKeyResponse) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *ImportKMSKeyResponse) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
 type GetKMSKeyRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -352,7 +561,7 @@ type GetKMSKeyRequest struct {
 
 func (x *GetKMSKeyRequest) Reset() {
 	*x = GetKMSKeyRequest{}
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[3]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -364,7 +573,7 @@ func (x *GetKMSKeyRequest) String() string {
 func (*GetKMSKeyRequest) ProtoMessage() {}
 
 func (x *GetKMSKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[3]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -377,7 +586,7 @@ func (x *GetKMSKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetKMSKeyRequest.ProtoReflect.Descriptor instead.
 func (*GetKMSKeyRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{3}
+	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *GetKMSKeyRequest) GetId() string {
@@ -413,7 +622,7 @@ type ListKMSKeysRequest struct {
 
 func (x *ListKMSKeysRequest) Reset() {
 	*x = ListKMSKeysRequest{}
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[4]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -425,7 +634,7 @@ func (x *ListKMSKeysRequest) String() string {
 func (*ListKMSKeysRequest) ProtoMessage() {}
 
 func (x *ListKMSKeysRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[4]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -438,7 +647,7 @@ func (x *ListKMSKeysRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKMSKeysRequest.ProtoReflect.Descriptor instead.
 func (*ListKMSKeysRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{4}
+	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ListKMSKeysRequest) GetName() string {
@@ -494,7 +703,7 @@ type ListKMSKeysResponse struct {
 
 func (x *ListKMSKeysResponse) Reset() {
 	*x = ListKMSKeysResponse{}
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[5]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -506,7 +715,7 @@ func (x *ListKMSKeysResponse) String() string {
 func (*ListKMSKeysResponse) ProtoMessage() {}
 
 func (x *ListKMSKeysResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[5]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -519,7 +728,7 @@ func (x *ListKMSKeysResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKMSKeysResponse.ProtoReflect.Descriptor instead.
 func (*ListKMSKeysResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{5}
+	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ListKMSKeysResponse) GetKeys() []*KMSKey {
@@ -546,7 +755,7 @@ type ActivateKMSKeyRequest struct {
 
 func (x *ActivateKMSKeyRequest) Reset() {
 	*x = ActivateKMSKeyRequest{}
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[6]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -558,7 +767,7 @@ func (x *ActivateKMSKeyRequest) String() string {
 func (*ActivateKMSKeyRequest) ProtoMessage() {}
 
 func (x *ActivateKMSKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[6]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -571,7 +780,7 @@ func (x *ActivateKMSKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActivateKMSKeyRequest.ProtoReflect.Descriptor instead.
 func (*ActivateKMSKeyRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{6}
+	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ActivateKMSKeyRequest) GetId() string {
@@ -597,7 +806,7 @@ type ActivateKMSKeyResponse struct {
 
 func (x *ActivateKMSKeyResponse) Reset() {
 	*x = ActivateKMSKeyResponse{}
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[7]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -609,7 +818,7 @@ func (x *ActivateKMSKeyResponse) String() string {
 func (*ActivateKMSKeyResponse) ProtoMessage() {}
 
 func (x *ActivateKMSKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[7]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -622,7 +831,7 @@ func (x *ActivateKMSKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActivateKMSKeyResponse.ProtoReflect.Descriptor instead.
 func (*ActivateKMSKeyResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{7}
+	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ActivateKMSKeyResponse) GetId() string {
@@ -642,7 +851,7 @@ type RotateKMSKeyRequest struct {
 
 func (x *RotateKMSKeyRequest) Reset() {
 	*x = RotateKMSKeyRequest{}
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[8]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -654,7 +863,7 @@ func (x *RotateKMSKeyRequest) String() string {
 func (*RotateKMSKeyRequest) ProtoMessage() {}
 
 func (x *RotateKMSKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[8]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -667,7 +876,7 @@ func (x *RotateKMSKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateKMSKeyRequest.ProtoReflect.Descriptor instead.
 func (*RotateKMSKeyRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{8}
+	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *RotateKMSKeyRequest) GetId() string {
@@ -695,7 +904,7 @@ type RotateKMSKeyResponse struct {
 
 func (x *RotateKMSKeyResponse) Reset() {
 	*x = RotateKMSKeyResponse{}
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[9]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -707,7 +916,7 @@ func (x *RotateKMSKeyResponse) String() string {
 func (*RotateKMSKeyResponse) ProtoMessage() {}
 
 func (x *RotateKMSKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[9]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -720,7 +929,7 @@ func (x *RotateKMSKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateKMSKeyResponse.ProtoReflect.Descriptor instead.
 func (*RotateKMSKeyResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{9}
+	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *RotateKMSKeyResponse) GetId() string {
@@ -751,7 +960,7 @@ type RevokeKMSKeyRequest struct {
 
 func (x *RevokeKMSKeyRequest) Reset() {
 	*x = RevokeKMSKeyRequest{}
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[10]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -763,7 +972,7 @@ func (x *RevokeKMSKeyRequest) String() string {
 func (*RevokeKMSKeyRequest) ProtoMessage() {}
 
 func (x *RevokeKMSKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[10]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -776,7 +985,7 @@ func (x *RevokeKMSKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeKMSKeyRequest.ProtoReflect.Descriptor instead.
 func (*RevokeKMSKeyRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{10}
+	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *RevokeKMSKeyRequest) GetId() string {
@@ -816,7 +1025,7 @@ type RevokeKMSKeyResponse struct {
 
 func (x *RevokeKMSKeyResponse) Reset() {
 	*x = RevokeKMSKeyResponse{}
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[11]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -828,7 +1037,7 @@ func (x *RevokeKMSKeyResponse) String() string {
 func (*RevokeKMSKeyResponse) ProtoMessage() {}
 
 func (x *RevokeKMSKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[11]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -841,7 +1050,7 @@ func (x *RevokeKMSKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeKMSKeyResponse.ProtoReflect.Descriptor instead.
 func (*RevokeKMSKeyResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{11}
+	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *RevokeKMSKeyResponse) GetId() string {
@@ -861,7 +1070,7 @@ type DestroyKMSKeyRequest struct {
 
 func (x *DestroyKMSKeyRequest) Reset() {
 	*x = DestroyKMSKeyRequest{}
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[12]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -873,7 +1082,7 @@ func (x *DestroyKMSKeyRequest) String() string {
 func (*DestroyKMSKeyRequest) ProtoMessage() {}
 
 func (x *DestroyKMSKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[12]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -886,7 +1095,7 @@ func (x *DestroyKMSKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DestroyKMSKeyRequest.ProtoReflect.Descriptor instead.
 func (*DestroyKMSKeyRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{12}
+	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *DestroyKMSKeyRequest) GetId() string {
@@ -912,7 +1121,7 @@ type DestroyKMSKeyResponse struct {
 
 func (x *DestroyKMSKeyResponse) Reset() {
 	*x = DestroyKMSKeyResponse{}
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[13]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -924,7 +1133,7 @@ func (x *DestroyKMSKeyResponse) String() string {
 func (*DestroyKMSKeyResponse) ProtoMessage() {}
 
 func (x *DestroyKMSKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[13]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -937,7 +1146,7 @@ func (x *DestroyKMSKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DestroyKMSKeyResponse.ProtoReflect.Descriptor instead.
 func (*DestroyKMSKeyResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{13}
+	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *DestroyKMSKeyResponse) GetId() string {
@@ -960,7 +1169,7 @@ type ExportKMSKeyRequest struct {
 
 func (x *ExportKMSKeyRequest) Reset() {
 	*x = ExportKMSKeyRequest{}
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[14]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -972,7 +1181,7 @@ func (x *ExportKMSKeyRequest) String() string {
 func (*ExportKMSKeyRequest) ProtoMessage() {}
 
 func (x *ExportKMSKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[14]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -985,7 +1194,7 @@ func (x *ExportKMSKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportKMSKeyRequest.ProtoReflect.Descriptor instead.
 func (*ExportKMSKeyRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{14}
+	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ExportKMSKeyRequest) GetId() string {
@@ -1022,7 +1231,7 @@ type ExportKMSKeyResponse struct {
 
 func (x *ExportKMSKeyResponse) Reset() {
 	*x = ExportKMSKeyResponse{}
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[15]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1034,7 +1243,7 @@ func (x *ExportKMSKeyResponse) String() string {
 func (*ExportKMSKeyResponse) ProtoMessage() {}
 
 func (x *ExportKMSKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[15]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1047,7 +1256,7 @@ func (x *ExportKMSKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportKMSKeyResponse.ProtoReflect.Descriptor instead.
 func (*ExportKMSKeyResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{15}
+	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ExportKMSKeyResponse) GetId() string {
@@ -1084,7 +1293,7 @@ type EncryptRequest struct {
 
 func (x *EncryptRequest) Reset() {
 	*x = EncryptRequest{}
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[16]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1096,7 +1305,7 @@ func (x *EncryptRequest) String() string {
 func (*EncryptRequest) ProtoMessage() {}
 
 func (x *EncryptRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[16]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1109,7 +1318,7 @@ func (x *EncryptRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EncryptRequest.ProtoReflect.Descriptor instead.
 func (*EncryptRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{16}
+	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *EncryptRequest) GetId() string {
@@ -1155,7 +1364,7 @@ type EncryptResponse struct {
 
 func (x *EncryptResponse) Reset() {
 	*x = EncryptResponse{}
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[17]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1167,7 +1376,7 @@ func (x *EncryptResponse) String() string {
 func (*EncryptResponse) ProtoMessage() {}
 
 func (x *EncryptResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[17]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1180,7 +1389,7 @@ func (x *EncryptResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EncryptResponse.ProtoReflect.Descriptor instead.
 func (*EncryptResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{17}
+	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *EncryptResponse) GetId() string {
@@ -1216,7 +1425,7 @@ type DecryptRequest struct {
 
 func (x *DecryptRequest) Reset() {
 	*x = DecryptRequest{}
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[18]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1228,7 +1437,7 @@ func (x *DecryptRequest) String() string {
 func (*DecryptRequest) ProtoMessage() {}
 
 func (x *DecryptRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[18]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1241,7 +1450,7 @@ func (x *DecryptRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecryptRequest.ProtoReflect.Descriptor instead.
 func (*DecryptRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{18}
+	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *DecryptRequest) GetId() string {
@@ -1281,7 +1490,7 @@ type DecryptResponse struct {
 
 func (x *DecryptResponse) Reset() {
 	*x = DecryptResponse{}
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[19]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1293,7 +1502,7 @@ func (x *DecryptResponse) String() string {
 func (*DecryptResponse) ProtoMessage() {}
 
 func (x *DecryptResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[19]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1306,7 +1515,7 @@ func (x *DecryptResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecryptResponse.ProtoReflect.Descriptor instead.
 func (*DecryptResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{19}
+	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *DecryptResponse) GetPlaintext() []byte {
@@ -1327,7 +1536,7 @@ type GenerateMACRequest struct {
 
 func (x *GenerateMACRequest) Reset() {
 	*x = GenerateMACRequest{}
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[20]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1339,7 +1548,7 @@ func (x *GenerateMACRequest) String() string {
 func (*GenerateMACRequest) ProtoMessage() {}
 
 func (x *GenerateMACRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[20]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1352,7 +1561,7 @@ func (x *GenerateMACRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GenerateMACRequest.ProtoReflect.Descriptor instead.
 func (*GenerateMACRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{20}
+	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *GenerateMACRequest) GetId() string {
@@ -1386,7 +1595,7 @@ type GenerateMACResponse struct {
 
 func (x *GenerateMACResponse) Reset() {
 	*x = GenerateMACResponse{}
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[21]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1398,7 +1607,7 @@ func (x *GenerateMACResponse) String() string {
 func (*GenerateMACResponse) ProtoMessage() {}
 
 func (x *GenerateMACResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[21]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1411,7 +1620,7 @@ func (x *GenerateMACResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GenerateMACResponse.ProtoReflect.Descriptor instead.
 func (*GenerateMACResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{21}
+	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *GenerateMACResponse) GetId() string {
@@ -1439,7 +1648,7 @@ type VerifyMACRequest struct {
 
 func (x *VerifyMACRequest) Reset() {
 	*x = VerifyMACRequest{}
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[22]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1451,7 +1660,7 @@ func (x *VerifyMACRequest) String() string {
 func (*VerifyMACRequest) ProtoMessage() {}
 
 func (x *VerifyMACRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[22]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1464,7 +1673,7 @@ func (x *VerifyMACRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyMACRequest.ProtoReflect.Descriptor instead.
 func (*VerifyMACRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{22}
+	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *VerifyMACRequest) GetId() string {
@@ -1497,7 +1706,7 @@ type VerifyMACResponse struct {
 
 func (x *VerifyMACResponse) Reset() {
 	*x = VerifyMACResponse{}
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[23]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1509,7 +1718,7 @@ func (x *VerifyMACResponse) String() string {
 func (*VerifyMACResponse) ProtoMessage() {}
 
 func (x *VerifyMACResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_key_proto_msgTypes[23]
+	mi := &file_strongroom_v1_kms_key_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1522,7 +1731,7 @@ func (x *VerifyMACResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyMACResponse.ProtoReflect.Descriptor instead.
 func (*VerifyMACResponse) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{23}
+	return file_strongroom_v1_kms_key_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *VerifyMACResponse) GetValid() bool {
@@ -1572,6 +1781,19 @@ const file_strongroom_v1_kms_key_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"&\n" +
 	"\x14CreateKMSKeyResponse\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\x18\n" +
+	"\x16GetKMSImportKeyRequest\"s\n" +
+	"\fKMSImportKey\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1d\n" +
+	"\n" +
+	"public_key\x18\x02 \x01(\fR\tpublicKey\x124\n" +
+	"\aexpires\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\"\x82\x01\n" +
+	"\x13ImportKMSKeyRequest\x12\x1d\n" +
+	"\n" +
+	"import_key\x18\x01 \x01(\tR\timportKey\x12\x16\n" +
+	"\x06parcel\x18\x02 \x01(\fR\x06parcel\x124\n" +
+	"\x03key\x18\x03 \x01(\v2\".strongroom.v1.CreateKMSKeyRequestR\x03key\"&\n" +
+	"\x14ImportKMSKeyResponse\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"6\n" +
 	"\x10GetKMSKeyRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
@@ -1654,7 +1876,8 @@ const file_strongroom_v1_kms_key_proto_rawDesc = "" +
 	"\x04data\x18\x02 \x01(\fR\x04data\x12\x10\n" +
 	"\x03mac\x18\x03 \x01(\fR\x03mac\")\n" +
 	"\x11VerifyMACResponse\x12\x14\n" +
-	"\x05valid\x18\x01 \x01(\bR\x05valid2\xcb\b\n" +
+	"\x05valid\x18\x01 \x01(\bR\x05valid2\x87\n" +
+	"\n" +
 	"\rKMSKeyService\x12]\n" +
 	"\fCreateKMSKey\x12\".strongroom.v1.CreateKMSKeyRequest\x1a#.strongroom.v1.CreateKMSKeyResponse\"\x04\xa8\xb5\x18\x01\x12I\n" +
 	"\tGetKMSKey\x12\x1f.strongroom.v1.GetKMSKeyRequest\x1a\x15.strongroom.v1.KMSKey\"\x04\xa8\xb5\x18\x01\x12Z\n" +
@@ -1663,7 +1886,9 @@ const file_strongroom_v1_kms_key_proto_rawDesc = "" +
 	"\fRotateKMSKey\x12\".strongroom.v1.RotateKMSKeyRequest\x1a#.strongroom.v1.RotateKMSKeyResponse\"\x04\xa8\xb5\x18\x01\x12]\n" +
 	"\fRevokeKMSKey\x12\".strongroom.v1.RevokeKMSKeyRequest\x1a#.strongroom.v1.RevokeKMSKeyResponse\"\x04\xa8\xb5\x18\x01\x12`\n" +
 	"\rDestroyKMSKey\x12#.strongroom.v1.DestroyKMSKeyRequest\x1a$.strongroom.v1.DestroyKMSKeyResponse\"\x04\xa8\xb5\x18\x01\x12]\n" +
-	"\fExportKMSKey\x12\".strongroom.v1.ExportKMSKeyRequest\x1a#.strongroom.v1.ExportKMSKeyResponse\"\x04\xa8\xb5\x18\x01\x12N\n" +
+	"\fExportKMSKey\x12\".strongroom.v1.ExportKMSKeyRequest\x1a#.strongroom.v1.ExportKMSKeyResponse\"\x04\xa8\xb5\x18\x01\x12[\n" +
+	"\x0fGetKMSImportKey\x12%.strongroom.v1.GetKMSImportKeyRequest\x1a\x1b.strongroom.v1.KMSImportKey\"\x04\xa8\xb5\x18\x01\x12]\n" +
+	"\fImportKMSKey\x12\".strongroom.v1.ImportKMSKeyRequest\x1a#.strongroom.v1.ImportKMSKeyResponse\"\x04\xa8\xb5\x18\x01\x12N\n" +
 	"\aEncrypt\x12\x1d.strongroom.v1.EncryptRequest\x1a\x1e.strongroom.v1.EncryptResponse\"\x04\xa8\xb5\x18\x01\x12N\n" +
 	"\aDecrypt\x12\x1d.strongroom.v1.DecryptRequest\x1a\x1e.strongroom.v1.DecryptResponse\"\x04\xa8\xb5\x18\x01\x12Z\n" +
 	"\vGenerateMAC\x12!.strongroom.v1.GenerateMACRequest\x1a\".strongroom.v1.GenerateMACResponse\"\x04\xa8\xb5\x18\x01\x12T\n" +
@@ -1681,77 +1906,87 @@ func file_strongroom_v1_kms_key_proto_rawDescGZIP() []byte {
 	return file_strongroom_v1_kms_key_proto_rawDescData
 }
 
-var file_strongroom_v1_kms_key_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
+var file_strongroom_v1_kms_key_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
 var file_strongroom_v1_kms_key_proto_goTypes = []any{
 	(*KMSKey)(nil),                 // 0: strongroom.v1.KMSKey
 	(*CreateKMSKeyRequest)(nil),    // 1: strongroom.v1.CreateKMSKeyRequest
 	(*CreateKMSKeyResponse)(nil),   // 2: strongroom.v1.CreateKMSKeyResponse
-	(*GetKMSKeyRequest)(nil),       // 3: strongroom.v1.GetKMSKeyRequest
-	(*ListKMSKeysRequest)(nil),     // 4: strongroom.v1.ListKMSKeysRequest
-	(*ListKMSKeysResponse)(nil),    // 5: strongroom.v1.ListKMSKeysResponse
-	(*ActivateKMSKeyRequest)(nil),  // 6: strongroom.v1.ActivateKMSKeyRequest
-	(*ActivateKMSKeyResponse)(nil), // 7: strongroom.v1.ActivateKMSKeyResponse
-	(*RotateKMSKeyRequest)(nil),    // 8: strongroom.v1.RotateKMSKeyRequest
-	(*RotateKMSKeyResponse)(nil),   // 9: strongroom.v1.RotateKMSKeyResponse
-	(*RevokeKMSKeyRequest)(nil),    // 10: strongroom.v1.RevokeKMSKeyRequest
-	(*RevokeKMSKeyResponse)(nil),   // 11: strongroom.v1.RevokeKMSKeyResponse
-	(*DestroyKMSKeyRequest)(nil),   // 12: strongroom.v1.DestroyKMSKeyRequest
-	(*DestroyKMSKeyResponse)(nil),  // 13: strongroom.v1.DestroyKMSKeyResponse
-	(*ExportKMSKeyRequest)(nil),    // 14: strongroom.v1.ExportKMSKeyRequest
-	(*ExportKMSKeyResponse)(nil),   // 15: strongroom.v1.ExportKMSKeyResponse
-	(*EncryptRequest)(nil),         // 16: strongroom.v1.EncryptRequest
-	(*EncryptResponse)(nil),        // 17: strongroom.v1.EncryptResponse
-	(*DecryptRequest)(nil),         // 18: strongroom.v1.DecryptRequest
-	(*DecryptResponse)(nil),        // 19: strongroom.v1.DecryptResponse
-	(*GenerateMACRequest)(nil),     // 20: strongroom.v1.GenerateMACRequest
-	(*GenerateMACResponse)(nil),    // 21: strongroom.v1.GenerateMACResponse
-	(*VerifyMACRequest)(nil),       // 22: strongroom.v1.VerifyMACRequest
-	(*VerifyMACResponse)(nil),      // 23: strongroom.v1.VerifyMACResponse
-	nil,                            // 24: strongroom.v1.KMSKey.LabelsEntry
-	nil,                            // 25: strongroom.v1.CreateKMSKeyRequest.LabelsEntry
-	nil,                            // 26: strongroom.v1.ListKMSKeysRequest.LabelsEntry
-	(*timestamppb.Timestamp)(nil),  // 27: google.protobuf.Timestamp
+	(*GetKMSImportKeyRequest)(nil), // 3: strongroom.v1.GetKMSImportKeyRequest
+	(*KMSImportKey)(nil),           // 4: strongroom.v1.KMSImportKey
+	(*ImportKMSKeyRequest)(nil),    // 5: strongroom.v1.ImportKMSKeyRequest
+	(*ImportKMSKeyResponse)(nil),   // 6: strongroom.v1.ImportKMSKeyResponse
+	(*GetKMSKeyRequest)(nil),       // 7: strongroom.v1.GetKMSKeyRequest
+	(*ListKMSKeysRequest)(nil),     // 8: strongroom.v1.ListKMSKeysRequest
+	(*ListKMSKeysResponse)(nil),    // 9: strongroom.v1.ListKMSKeysResponse
+	(*ActivateKMSKeyRequest)(nil),  // 10: strongroom.v1.ActivateKMSKeyRequest
+	(*ActivateKMSKeyResponse)(nil), // 11: strongroom.v1.ActivateKMSKeyResponse
+	(*RotateKMSKeyRequest)(nil),    // 12: strongroom.v1.RotateKMSKeyRequest
+	(*RotateKMSKeyResponse)(nil),   // 13: strongroom.v1.RotateKMSKeyResponse
+	(*RevokeKMSKeyRequest)(nil),    // 14: strongroom.v1.RevokeKMSKeyRequest
+	(*RevokeKMSKeyResponse)(nil),   // 15: strongroom.v1.RevokeKMSKeyResponse
+	(*DestroyKMSKeyRequest)(nil),   // 16: strongroom.v1.DestroyKMSKeyRequest
+	(*DestroyKMSKeyResponse)(nil),  // 17: strongroom.v1.DestroyKMSKeyResponse
+	(*ExportKMSKeyRequest)(nil),    // 18: strongroom.v1.ExportKMSKeyRequest
+	(*ExportKMSKeyResponse)(nil),   // 19: strongroom.v1.ExportKMSKeyResponse
+	(*EncryptRequest)(nil),         // 20: strongroom.v1.EncryptRequest
+	(*EncryptResponse)(nil),        // 21: strongroom.v1.EncryptResponse
+	(*DecryptRequest)(nil),         // 22: strongroom.v1.DecryptRequest
+	(*DecryptResponse)(nil),        // 23: strongroom.v1.DecryptResponse
+	(*GenerateMACRequest)(nil),     // 24: strongroom.v1.GenerateMACRequest
+	(*GenerateMACResponse)(nil),    // 25: strongroom.v1.GenerateMACResponse
+	(*VerifyMACRequest)(nil),       // 26: strongroom.v1.VerifyMACRequest
+	(*VerifyMACResponse)(nil),      // 27: strongroom.v1.VerifyMACResponse
+	nil,                            // 28: strongroom.v1.KMSKey.LabelsEntry
+	nil,                            // 29: strongroom.v1.CreateKMSKeyRequest.LabelsEntry
+	nil,                            // 30: strongroom.v1.ListKMSKeysRequest.LabelsEntry
+	(*timestamppb.Timestamp)(nil),  // 31: google.protobuf.Timestamp
 }
 var file_strongroom_v1_kms_key_proto_depIdxs = []int32{
-	24, // 0: strongroom.v1.KMSKey.labels:type_name -> strongroom.v1.KMSKey.LabelsEntry
-	27, // 1: strongroom.v1.KMSKey.created:type_name -> google.protobuf.Timestamp
-	27, // 2: strongroom.v1.KMSKey.activated:type_name -> google.protobuf.Timestamp
-	27, // 3: strongroom.v1.KMSKey.deactivated:type_name -> google.protobuf.Timestamp
-	27, // 4: strongroom.v1.KMSKey.destroyed:type_name -> google.protobuf.Timestamp
-	25, // 5: strongroom.v1.CreateKMSKeyRequest.labels:type_name -> strongroom.v1.CreateKMSKeyRequest.LabelsEntry
-	27, // 6: strongroom.v1.CreateKMSKeyRequest.activation_date:type_name -> google.protobuf.Timestamp
-	27, // 7: strongroom.v1.CreateKMSKeyRequest.deactivation_date:type_name -> google.protobuf.Timestamp
-	26, // 8: strongroom.v1.ListKMSKeysRequest.labels:type_name -> strongroom.v1.ListKMSKeysRequest.LabelsEntry
-	0,  // 9: strongroom.v1.ListKMSKeysResponse.keys:type_name -> strongroom.v1.KMSKey
-	1,  // 10: strongroom.v1.KMSKeyService.CreateKMSKey:input_type -> strongroom.v1.CreateKMSKeyRequest
-	3,  // 11: strongroom.v1.KMSKeyService.GetKMSKey:input_type -> strongroom.v1.GetKMSKeyRequest
-	4,  // 12: strongroom.v1.KMSKeyService.ListKMSKeys:input_type -> strongroom.v1.ListKMSKeysRequest
-	6,  // 13: strongroom.v1.KMSKeyService.ActivateKMSKey:input_type -> strongroom.v1.ActivateKMSKeyRequest
-	8,  // 14: strongroom.v1.KMSKeyService.RotateKMSKey:input_type -> strongroom.v1.RotateKMSKeyRequest
-	10, // 15: strongroom.v1.KMSKeyService.RevokeKMSKey:input_type -> strongroom.v1.RevokeKMSKeyRequest
-	12, // 16: strongroom.v1.KMSKeyService.DestroyKMSKey:input_type -> strongroom.v1.DestroyKMSKeyRequest
-	14, // 17: strongroom.v1.KMSKeyService.ExportKMSKey:input_type -> strongroom.v1.ExportKMSKeyRequest
-	16, // 18: strongroom.v1.KMSKeyService.Encrypt:input_type -> strongroom.v1.EncryptRequest
-	18, // 19: strongroom.v1.KMSKeyService.Decrypt:input_type -> strongroom.v1.DecryptRequest
-	20, // 20: strongroom.v1.KMSKeyService.GenerateMAC:input_type -> strongroom.v1.GenerateMACRequest
-	22, // 21: strongroom.v1.KMSKeyService.VerifyMAC:input_type -> strongroom.v1.VerifyMACRequest
-	2,  // 22: strongroom.v1.KMSKeyService.CreateKMSKey:output_type -> strongroom.v1.CreateKMSKeyResponse
-	0,  // 23: strongroom.v1.KMSKeyService.GetKMSKey:output_type -> strongroom.v1.KMSKey
-	5,  // 24: strongroom.v1.KMSKeyService.ListKMSKeys:output_type -> strongroom.v1.ListKMSKeysResponse
-	7,  // 25: strongroom.v1.KMSKeyService.ActivateKMSKey:output_type -> strongroom.v1.ActivateKMSKeyResponse
-	9,  // 26: strongroom.v1.KMSKeyService.RotateKMSKey:output_type -> strongroom.v1.RotateKMSKeyResponse
-	11, // 27: strongroom.v1.KMSKeyService.RevokeKMSKey:output_type -> strongroom.v1.RevokeKMSKeyResponse
-	13, // 28: strongroom.v1.KMSKeyService.DestroyKMSKey:output_type -> strongroom.v1.DestroyKMSKeyResponse
-	15, // 29: strongroom.v1.KMSKeyService.ExportKMSKey:output_type -> strongroom.v1.ExportKMSKeyResponse
-	17, // 30: strongroom.v1.KMSKeyService.Encrypt:output_type -> strongroom.v1.EncryptResponse
-	19, // 31: strongroom.v1.KMSKeyService.Decrypt:output_type -> strongroom.v1.DecryptResponse
-	21, // 32: strongroom.v1.KMSKeyService.GenerateMAC:output_type -> strongroom.v1.GenerateMACResponse
-	23, // 33: strongroom.v1.KMSKeyService.VerifyMAC:output_type -> strongroom.v1.VerifyMACResponse
-	22, // [22:34] is the sub-list for method output_type
-	10, // [10:22] is the sub-list for method input_type
-	10, // [10:10] is the sub-list for extension type_name
-	10, // [10:10] is the sub-list for extension extendee
-	0,  // [0:10] is the sub-list for field type_name
+	28, // 0: strongroom.v1.KMSKey.labels:type_name -> strongroom.v1.KMSKey.LabelsEntry
+	31, // 1: strongroom.v1.KMSKey.created:type_name -> google.protobuf.Timestamp
+	31, // 2: strongroom.v1.KMSKey.activated:type_name -> google.protobuf.Timestamp
+	31, // 3: strongroom.v1.KMSKey.deactivated:type_name -> google.protobuf.Timestamp
+	31, // 4: strongroom.v1.KMSKey.destroyed:type_name -> google.protobuf.Timestamp
+	29, // 5: strongroom.v1.CreateKMSKeyRequest.labels:type_name -> strongroom.v1.CreateKMSKeyRequest.LabelsEntry
+	31, // 6: strongroom.v1.CreateKMSKeyRequest.activation_date:type_name -> google.protobuf.Timestamp
+	31, // 7: strongroom.v1.CreateKMSKeyRequest.deactivation_date:type_name -> google.protobuf.Timestamp
+	31, // 8: strongroom.v1.KMSImportKey.expires:type_name -> google.protobuf.Timestamp
+	1,  // 9: strongroom.v1.ImportKMSKeyRequest.key:type_name -> strongroom.v1.CreateKMSKeyRequest
+	30, // 10: strongroom.v1.ListKMSKeysRequest.labels:type_name -> strongroom.v1.ListKMSKeysRequest.LabelsEntry
+	0,  // 11: strongroom.v1.ListKMSKeysResponse.keys:type_name -> strongroom.v1.KMSKey
+	1,  // 12: strongroom.v1.KMSKeyService.CreateKMSKey:input_type -> strongroom.v1.CreateKMSKeyRequest
+	7,  // 13: strongroom.v1.KMSKeyService.GetKMSKey:input_type -> strongroom.v1.GetKMSKeyRequest
+	8,  // 14: strongroom.v1.KMSKeyService.ListKMSKeys:input_type -> strongroom.v1.ListKMSKeysRequest
+	10, // 15: strongroom.v1.KMSKeyService.ActivateKMSKey:input_type -> strongroom.v1.ActivateKMSKeyRequest
+	12, // 16: strongroom.v1.KMSKeyService.RotateKMSKey:input_type -> strongroom.v1.RotateKMSKeyRequest
+	14, // 17: strongroom.v1.KMSKeyService.RevokeKMSKey:input_type -> strongroom.v1.RevokeKMSKeyRequest
+	16, // 18: strongroom.v1.KMSKeyService.DestroyKMSKey:input_type -> strongroom.v1.DestroyKMSKeyRequest
+	18, // 19: strongroom.v1.KMSKeyService.ExportKMSKey:input_type -> strongroom.v1.ExportKMSKeyRequest
+	3,  // 20: strongroom.v1.KMSKeyService.GetKMSImportKey:input_type -> strongroom.v1.GetKMSImportKeyRequest
+	5,  // 21: strongroom.v1.KMSKeyService.ImportKMSKey:input_type -> strongroom.v1.ImportKMSKeyRequest
+	20, // 22: strongroom.v1.KMSKeyService.Encrypt:input_type -> strongroom.v1.EncryptRequest
+	22, // 23: strongroom.v1.KMSKeyService.Decrypt:input_type -> strongroom.v1.DecryptRequest
+	24, // 24: strongroom.v1.KMSKeyService.GenerateMAC:input_type -> strongroom.v1.GenerateMACRequest
+	26, // 25: strongroom.v1.KMSKeyService.VerifyMAC:input_type -> strongroom.v1.VerifyMACRequest
+	2,  // 26: strongroom.v1.KMSKeyService.CreateKMSKey:output_type -> strongroom.v1.CreateKMSKeyResponse
+	0,  // 27: strongroom.v1.KMSKeyService.GetKMSKey:output_type -> strongroom.v1.KMSKey
+	9,  // 28: strongroom.v1.KMSKeyService.ListKMSKeys:output_type -> strongroom.v1.ListKMSKeysResponse
+	11, // 29: strongroom.v1.KMSKeyService.ActivateKMSKey:output_type -> strongroom.v1.ActivateKMSKeyResponse
+	13, // 30: strongroom.v1.KMSKeyService.RotateKMSKey:output_type -> strongroom.v1.RotateKMSKeyResponse
+	15, // 31: strongroom.v1.KMSKeyService.RevokeKMSKey:output_type -> strongroom.v1.RevokeKMSKeyResponse
+	17, // 32: strongroom.v1.KMSKeyService.DestroyKMSKey:output_type -> strongroom.v1.DestroyKMSKeyResponse
+	19, // 33: strongroom.v1.KMSKeyService.ExportKMSKey:output_type -> strongroom.v1.ExportKMSKeyResponse
+	4,  // 34: strongroom.v1.KMSKeyService.GetKMSImportKey:output_type -> strongroom.v1.KMSImportKey
+	6,  // 35: strongroom.v1.KMSKeyService.ImportKMSKey:output_type -> strongroom.v1.ImportKMSKeyResponse
+	21, // 36: strongroom.v1.KMSKeyService.Encrypt:output_type -> strongroom.v1.EncryptResponse
+	23, // 37: strongroom.v1.KMSKeyService.Decrypt:output_type -> strongroom.v1.DecryptResponse
+	25, // 38: strongroom.v1.KMSKeyService.GenerateMAC:output_type -> strongroom.v1.GenerateMACResponse
+	27, // 39: strongroom.v1.KMSKeyService.VerifyMAC:output_type -> strongroom.v1.VerifyMACResponse
+	26, // [26:40] is the sub-list for method output_type
+	12, // [12:26] is the sub-list for method input_type
+	12, // [12:12] is the sub-list for extension type_name
+	12, // [12:12] is the sub-list for extension extendee
+	0,  // [0:12] is the sub-list for field type_name
 }
 
 func init() { file_strongroom_v1_kms_key_proto_init() }
@@ -1766,7 +2001,7 @@ func file_strongroom_v1_kms_key_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_strongroom_v1_kms_key_proto_rawDesc), len(file_strongroom_v1_kms_key_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   27,
+			NumMessages:   31,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

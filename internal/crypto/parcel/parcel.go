@@ -110,6 +110,20 @@ func (c ApplicationContext) String() string {
 	return fmt.Sprintf("sender=\"kms\" application=%q key_id=%q", c.Application, c.KeyID)
 }
 
+// ImportContext is that of a parcel with a key from elsewhere, from an application with
+// REST to its KMS.
+type ImportContext struct {
+	Application string // its name, with its account
+	Name        string // that the key is to have
+	Type        string // that the key is to be of, as it is asked for
+}
+
+// String returns a form from which all fields can be told apart, and which no
+// other context has.
+func (c ImportContext) String() string {
+	return fmt.Sprintf("recipient=\"kms\" application=%q name=%q type=%q", c.Application, c.Name, c.Type)
+}
+
 // Recipient is a role's key pair. It must be closed.
 type Recipient struct {
 	public []byte

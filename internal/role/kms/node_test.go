@@ -76,6 +76,7 @@ func TestThreeNodes(t *testing.T) {
 
 	t.Run("cut off", func(t *testing.T) { n.testCutOff(t) })
 	t.Run("revoked elsewhere", func(t *testing.T) { n.testRevoked(t) })
+	t.Run("REST", func(t *testing.T) { n.testREST(t) })
 	t.Run("quorum", func(t *testing.T) { n.testQuorum(t) })
 	t.Run("destroyed while away", func(t *testing.T) { n.testAway(t) })
 	n.check(n.sites[0], keys)

@@ -69,6 +69,11 @@ func callerOf(ctx context.Context) kmipserver.Caller {
 	return c
 }
 
+// applicationOf returns the full name of the application that a request is of.
+func applicationOf(ctx context.Context) string {
+	return strings.TrimPrefix(callerOf(ctx).Client.Name, "application:")
+}
+
 // authenticate finds out who calls. Refusals are on record, as those of KMIP.
 func (a *keyAPI) authenticate(ctx context.Context, r *http.Request) (kmipserver.Client, error) {
 	p, err := proofOf(r)

@@ -474,8 +474,7 @@ func (a *keyAPI) ExportKMSKey(ctx context.Context, req *connect.Request[strongro
 	if err != nil {
 		return nil, err
 	}
-	application := strings.TrimPrefix(callerOf(ctx).Client.Name, "application:")
-	res := &strongroomv1.ExportKMSKeyResponse{Id: id, Context: parcel.ApplicationContext{Application: application, KeyID: id}.String()}
+	res := &strongroomv1.ExportKMSKeyResponse{Id: id, Context: parcel.ApplicationContext{Application: applicationOf(ctx), KeyID: id}.String()}
 	err = a.operations.Export(ctx, callerOf(ctx), id, func(o *kmipserver.Object) (err error) {
 		res.Parcel, err = parcel.Seal(public, res.Context, o.Material)
 		return err

@@ -40,9 +40,15 @@ type restClient struct {
 // "", and a certificate, if one is given.
 func (b *bench) restAt(t testing.TB, authorization string, certificates ...tls.Certificate) *restClient {
 	t.Helper()
-	transport := &http.Transport{TLSClientConfig: tlsOf(t, b.cfg.DataDir, certificates...), ForceAttemptHTTP2: true}
+	return restOf(t, b.cfg.DataDir, b.apiAddress.String(), authorization, certificates...)
+}
+
+// restOf is restAt for the KMS in a folder, at an address.
+func restOf(t testing.TB, dir, addr, authorization string, certificates ...tls.Certificate) *restClient {
+	t.Helper()
+	transport := &http.Transport{TLSClientConfig: tlsOf(t, dir, certificates...), ForceAttemptHTTP2: true}
 	t.Cleanup(transport.CloseIdleConnections)
-	r := &restClient{http: &http.Client{Transport: transport}, url: "https://" + b.apiAddress.String()}
+	r := &restClient{http: &http.Client{Transport: transport}, url: "https://" + addr}
 	r.KMSKeyServiceClient = strongroomv1connect.NewKMSKeyServiceClient(r.http, r.url, connect.WithProtoJSON(), connect.WithInterceptors(
 		connect.UnaryInterceptorFunc(func(next connect.UnaryFunc) connect.UnaryFunc {
 			return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {

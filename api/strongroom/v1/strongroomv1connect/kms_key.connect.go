@@ -56,6 +56,12 @@ const (
 	// KMSKeyServiceExportKMSKeyProcedure is the fully-qualified name of the KMSKeyService's
 	// ExportKMSKey RPC.
 	KMSKeyServiceExportKMSKeyProcedure = "/strongroom.v1.KMSKeyService/ExportKMSKey"
+	// KMSKeyServiceGetKMSImportKeyProcedure is the fully-qualified name of the KMSKeyService's
+	// GetKMSImportKey RPC.
+	KMSKeyServiceGetKMSImportKeyProcedure = "/strongroom.v1.KMSKeyService/GetKMSImportKey"
+	// KMSKeyServiceImportKMSKeyProcedure is the fully-qualified name of the KMSKeyService's
+	// ImportKMSKey RPC.
+	KMSKeyServiceImportKMSKeyProcedure = "/strongroom.v1.KMSKeyService/ImportKMSKey"
 	// KMSKeyServiceEncryptProcedure is the fully-qualified name of the KMSKeyService's Encrypt RPC.
 	KMSKeyServiceEncryptProcedure = "/strongroom.v1.KMSKeyService/Encrypt"
 	// KMSKeyServiceDecryptProcedure is the fully-qualified name of the KMSKeyService's Decrypt RPC.
@@ -92,6 +98,11 @@ type KMSKeyServiceClient interface {
 	// or the group's policy keeps it in the server; a quorum may have to approve it, as
 	// with DestroyKMSKey.
 	ExportKMSKey(context.Context, *connect.Request[v1.ExportKMSKeyRequest]) (*connect.Response[v1.ExportKMSKeyResponse], error)
+	// GetKMSImportKey returns a public key for ImportKMSKey. The nodes of a KMS share it.
+	GetKMSImportKey(context.Context, *connect.Request[v1.GetKMSImportKeyRequest]) (*connect.Response[v1.KMSImportKey], error)
+	// ImportKMSKey takes a key that exists, sealed to the public key of GetKMSImportKey:
+	// Register. "strongroom kms parcel seal" makes the parcel.
+	ImportKMSKey(context.Context, *connect.Request[v1.ImportKMSKeyRequest]) (*connect.Response[v1.ImportKMSKeyResponse], error)
 	// Encrypt encrypts with AES-GCM, under a random nonce: Encrypt.
 	Encrypt(context.Context, *connect.Request[v1.EncryptRequest]) (*connect.Response[v1.EncryptResponse], error)
 	// Decrypt is the reverse of Encrypt: Decrypt. It fails if anything was altered.
@@ -161,6 +172,18 @@ func NewKMSKeyServiceClient(httpClient connect.HTTPClient, baseURL string, opts 
 			connect.WithSchema(kMSKeyServiceMethods.ByName("ExportKMSKey")),
 			connect.WithClientOptions(opts...),
 		),
+		getKMSImportKey: connect.NewClient[v1.GetKMSImportKeyRequest, v1.KMSImportKey](
+			httpClient,
+			baseURL+KMSKeyServiceGetKMSImportKeyProcedure,
+			connect.WithSchema(kMSKeyServiceMethods.ByName("GetKMSImportKey")),
+			connect.WithClientOptions(opts...),
+		),
+		importKMSKey: connect.NewClient[v1.ImportKMSKeyRequest, v1.ImportKMSKeyResponse](
+			httpClient,
+			baseURL+KMSKeyServiceImportKMSKeyProcedure,
+			connect.WithSchema(kMSKeyServiceMethods.ByName("ImportKMSKey")),
+			connect.WithClientOptions(opts...),
+		),
 		encrypt: connect.NewClient[v1.EncryptRequest, v1.EncryptResponse](
 			httpClient,
 			baseURL+KMSKeyServiceEncryptProcedure,
@@ -190,18 +213,20 @@ func NewKMSKeyServiceClient(httpClient connect.HTTPClient, baseURL string, opts 
 
 // kMSKeyServiceClient implements KMSKeyServiceClient.
 type kMSKeyServiceClient struct {
-	createKMSKey   *connect.Client[v1.CreateKMSKeyRequest, v1.CreateKMSKeyResponse]
-	getKMSKey      *connect.Client[v1.GetKMSKeyRequest, v1.KMSKey]
-	listKMSKeys    *connect.Client[v1.ListKMSKeysRequest, v1.ListKMSKeysResponse]
-	activateKMSKey *connect.Client[v1.ActivateKMSKeyRequest, v1.ActivateKMSKeyResponse]
-	rotateKMSKey   *connect.Client[v1.RotateKMSKeyRequest, v1.RotateKMSKeyResponse]
-	revokeKMSKey   *connect.Client[v1.RevokeKMSKeyRequest, v1.RevokeKMSKeyResponse]
-	destroyKMSKey  *connect.Client[v1.DestroyKMSKeyRequest, v1.DestroyKMSKeyResponse]
-	exportKMSKey   *connect.Client[v1.ExportKMSKeyRequest, v1.ExportKMSKeyResponse]
-	encrypt        *connect.Client[v1.EncryptRequest, v1.EncryptResponse]
-	decrypt        *connect.Client[v1.DecryptRequest, v1.DecryptResponse]
-	generateMAC    *connect.Client[v1.GenerateMACRequest, v1.GenerateMACResponse]
-	verifyMAC      *connect.Client[v1.VerifyMACRequest, v1.VerifyMACResponse]
+	createKMSKey    *connect.Client[v1.CreateKMSKeyRequest, v1.CreateKMSKeyResponse]
+	getKMSKey       *connect.Client[v1.GetKMSKeyRequest, v1.KMSKey]
+	listKMSKeys     *connect.Client[v1.ListKMSKeysRequest, v1.ListKMSKeysResponse]
+	activateKMSKey  *connect.Client[v1.ActivateKMSKeyRequest, v1.ActivateKMSKeyResponse]
+	rotateKMSKey    *connect.Client[v1.RotateKMSKeyRequest, v1.RotateKMSKeyResponse]
+	revokeKMSKey    *connect.Client[v1.RevokeKMSKeyRequest, v1.RevokeKMSKeyResponse]
+	destroyKMSKey   *connect.Client[v1.DestroyKMSKeyRequest, v1.DestroyKMSKeyResponse]
+	exportKMSKey    *connect.Client[v1.ExportKMSKeyRequest, v1.ExportKMSKeyResponse]
+	getKMSImportKey *connect.Client[v1.GetKMSImportKeyRequest, v1.KMSImportKey]
+	importKMSKey    *connect.Client[v1.ImportKMSKeyRequest, v1.ImportKMSKeyResponse]
+	encrypt         *connect.Client[v1.EncryptRequest, v1.EncryptResponse]
+	decrypt         *connect.Client[v1.DecryptRequest, v1.DecryptResponse]
+	generateMAC     *connect.Client[v1.GenerateMACRequest, v1.GenerateMACResponse]
+	verifyMAC       *connect.Client[v1.VerifyMACRequest, v1.VerifyMACResponse]
 }
 
 // CreateKMSKey calls strongroom.v1.KMSKeyService.CreateKMSKey.
@@ -242,6 +267,16 @@ func (c *kMSKeyServiceClient) DestroyKMSKey(ctx context.Context, req *connect.Re
 // ExportKMSKey calls strongroom.v1.KMSKeyService.ExportKMSKey.
 func (c *kMSKeyServiceClient) ExportKMSKey(ctx context.Context, req *connect.Request[v1.ExportKMSKeyRequest]) (*connect.Response[v1.ExportKMSKeyResponse], error) {
 	return c.exportKMSKey.CallUnary(ctx, req)
+}
+
+// GetKMSImportKey calls strongroom.v1.KMSKeyService.GetKMSImportKey.
+func (c *kMSKeyServiceClient) GetKMSImportKey(ctx context.Context, req *connect.Request[v1.GetKMSImportKeyRequest]) (*connect.Response[v1.KMSImportKey], error) {
+	return c.getKMSImportKey.CallUnary(ctx, req)
+}
+
+// ImportKMSKey calls strongroom.v1.KMSKeyService.ImportKMSKey.
+func (c *kMSKeyServiceClient) ImportKMSKey(ctx context.Context, req *connect.Request[v1.ImportKMSKeyRequest]) (*connect.Response[v1.ImportKMSKeyResponse], error) {
+	return c.importKMSKey.CallUnary(ctx, req)
 }
 
 // Encrypt calls strongroom.v1.KMSKeyService.Encrypt.
@@ -289,6 +324,11 @@ type KMSKeyServiceHandler interface {
 	// or the group's policy keeps it in the server; a quorum may have to approve it, as
 	// with DestroyKMSKey.
 	ExportKMSKey(context.Context, *connect.Request[v1.ExportKMSKeyRequest]) (*connect.Response[v1.ExportKMSKeyResponse], error)
+	// GetKMSImportKey returns a public key for ImportKMSKey. The nodes of a KMS share it.
+	GetKMSImportKey(context.Context, *connect.Request[v1.GetKMSImportKeyRequest]) (*connect.Response[v1.KMSImportKey], error)
+	// ImportKMSKey takes a key that exists, sealed to the public key of GetKMSImportKey:
+	// Register. "strongroom kms parcel seal" makes the parcel.
+	ImportKMSKey(context.Context, *connect.Request[v1.ImportKMSKeyRequest]) (*connect.Response[v1.ImportKMSKeyResponse], error)
 	// Encrypt encrypts with AES-GCM, under a random nonce: Encrypt.
 	Encrypt(context.Context, *connect.Request[v1.EncryptRequest]) (*connect.Response[v1.EncryptResponse], error)
 	// Decrypt is the reverse of Encrypt: Decrypt. It fails if anything was altered.
@@ -354,6 +394,18 @@ func NewKMSKeyServiceHandler(svc KMSKeyServiceHandler, opts ...connect.HandlerOp
 		connect.WithSchema(kMSKeyServiceMethods.ByName("ExportKMSKey")),
 		connect.WithHandlerOptions(opts...),
 	)
+	kMSKeyServiceGetKMSImportKeyHandler := connect.NewUnaryHandler(
+		KMSKeyServiceGetKMSImportKeyProcedure,
+		svc.GetKMSImportKey,
+		connect.WithSchema(kMSKeyServiceMethods.ByName("GetKMSImportKey")),
+		connect.WithHandlerOptions(opts...),
+	)
+	kMSKeyServiceImportKMSKeyHandler := connect.NewUnaryHandler(
+		KMSKeyServiceImportKMSKeyProcedure,
+		svc.ImportKMSKey,
+		connect.WithSchema(kMSKeyServiceMethods.ByName("ImportKMSKey")),
+		connect.WithHandlerOptions(opts...),
+	)
 	kMSKeyServiceEncryptHandler := connect.NewUnaryHandler(
 		KMSKeyServiceEncryptProcedure,
 		svc.Encrypt,
@@ -396,6 +448,10 @@ func NewKMSKeyServiceHandler(svc KMSKeyServiceHandler, opts ...connect.HandlerOp
 			kMSKeyServiceDestroyKMSKeyHandler.ServeHTTP(w, r)
 		case KMSKeyServiceExportKMSKeyProcedure:
 			kMSKeyServiceExportKMSKeyHandler.ServeHTTP(w, r)
+		case KMSKeyServiceGetKMSImportKeyProcedure:
+			kMSKeyServiceGetKMSImportKeyHandler.ServeHTTP(w, r)
+		case KMSKeyServiceImportKMSKeyProcedure:
+			kMSKeyServiceImportKMSKeyHandler.ServeHTTP(w, r)
 		case KMSKeyServiceEncryptProcedure:
 			kMSKeyServiceEncryptHandler.ServeHTTP(w, r)
 		case KMSKeyServiceDecryptProcedure:
@@ -443,6 +499,14 @@ func (UnimplementedKMSKeyServiceHandler) DestroyKMSKey(context.Context, *connect
 
 func (UnimplementedKMSKeyServiceHandler) ExportKMSKey(context.Context, *connect.Request[v1.ExportKMSKeyRequest]) (*connect.Response[v1.ExportKMSKeyResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.KMSKeyService.ExportKMSKey is not implemented"))
+}
+
+func (UnimplementedKMSKeyServiceHandler) GetKMSImportKey(context.Context, *connect.Request[v1.GetKMSImportKeyRequest]) (*connect.Response[v1.KMSImportKey], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.KMSKeyService.GetKMSImportKey is not implemented"))
+}
+
+func (UnimplementedKMSKeyServiceHandler) ImportKMSKey(context.Context, *connect.Request[v1.ImportKMSKeyRequest]) (*connect.Response[v1.ImportKMSKeyResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.KMSKeyService.ImportKMSKey is not implemented"))
 }
 
 func (UnimplementedKMSKeyServiceHandler) Encrypt(context.Context, *connect.Request[v1.EncryptRequest]) (*connect.Response[v1.EncryptResponse], error) {
