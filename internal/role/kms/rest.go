@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net/http"
 	"strings"
+	"sync"
 	"time"
 
 	"connectrpc.com/connect"
@@ -31,6 +32,7 @@ type keyAPI struct {
 	strongroomv1connect.UnimplementedKMSKeyServiceHandler
 	k          *KMS
 	operations *kmipserver.Server
+	importing  sync.Mutex // held while an import key is looked for and made
 }
 
 // handler returns the path of the service and what serves it. A client is known

@@ -30,6 +30,8 @@ const (
 )
 
 func (a *keyAPI) GetKMSImportKey(ctx context.Context, _ *connect.Request[strongroomv1.GetKMSImportKeyRequest]) (*connect.Response[strongroomv1.KMSImportKey], error) {
+	a.importing.Lock() // of this node one asks for a new one, however many come at once
+	defer a.importing.Unlock()
 	now := time.Now().UTC()
 	out, err := a.k.offeredImportKey(ctx, now)
 	if err == nil && out == nil {
@@ -63,7 +65,7 @@ func (k *KMS) offeredImportKey(ctx context.Context, now time.Time) (out *strongr
 }
 
 // newImportKey makes an import key, and ends those that are not taken any more. Two
-// nodes may make one each at a time, which both are good.
+// nodes may make one each at a time, and both are good.
 func (k *KMS) newImportKey(ctx context.Context, now time.Time) (*strongroomv1.KMSImportKey, error) {
 	r, err := parcel.NewRecipient()
 	if err != nil {

@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -48,7 +49,18 @@ func TestRESTImport(t *testing.T) {
 	b := start(t, dir)
 	r := b.restAt(t, bearer(b.newREST(t, "web", FirstGroup)))
 	conn := dial(t, b.addr, tlsOf(t, dir, first(t, dir)))
+	var atOnce [8]*strongroomv1.KMSImportKey
+	var all sync.WaitGroup
+	for i := range atOnce {
+		all.Go(func() { atOnce[i], _ = client.Call(t.Context(), r.GetKMSImportKey, &strongroomv1.GetKMSImportKeyRequest{}) })
+	}
+	all.Wait()
 	to := do(t, r.GetKMSImportKey, &strongroomv1.GetKMSImportKeyRequest{})
+	for _, other := range atOnce {
+		if other.GetId() != to.GetId() {
+			t.Errorf("asked at once they are %s and %s", other.GetId(), to.GetId())
+		}
+	}
 	if left := time.Until(to.GetExpires().AsTime()); len(to.GetPublicKey()) != parcel.PublicKeySize || left < importTaken-importOffered || left > importTaken {
 		t.Errorf("import key %s of %d bytes, for %v", to.GetId(), len(to.GetPublicKey()), left)
 	}
