@@ -163,6 +163,26 @@ func TestRESTImport(t *testing.T) {
 	do(t, r.ImportKMSKey, m)
 }
 
+// TestImportKeyIsRestored imports what was sealed before the KMS was lost.
+func TestImportKeyIsRestored(t *testing.T) {
+	t.Parallel()
+	dir, restored := filepath.Join(t.TempDir(), "kms"), filepath.Join(t.TempDir(), "kms")
+	b := start(t, dir)
+	apiKey := b.newREST(t, "web", FirstGroup)
+	to := do(t, b.restAt(t, bearer(apiKey)).GetKMSImportKey, &strongroomv1.GetKMSImportKeyRequest{})
+	req, key := newRecipient(t)
+	file, _ := takeBackup(t, backupClient(t, b.cfg.LocalSocket), req)
+	b.stop()
+	if _, err := Restore(t.Context(), configOf(t, restored), file, key, Since{BringBack: true}); err != nil {
+		t.Fatal(err)
+	}
+	b = start(t, restored)
+	do(t, b.restAt(t, bearer(apiKey)).ImportKMSKey, &strongroomv1.ImportKMSKeyRequest{
+		ImportKey: to.GetId(), Parcel: sealFor(t, to, parcel.ImportContext{Application: "web", Name: "late", Type: "AES-256"}, random(32)),
+		Key: &strongroomv1.CreateKMSKeyRequest{Name: "late", Type: "AES-256"},
+	})
+}
+
 // testREST has an application with REST ask whichever node: one node's import key is
 // that of the others, also when that node is gone; what was made is there, and an API
 // key that was revoked opens none of them.
