@@ -97,12 +97,13 @@ func describeSettings(s bundle.Settings) *strongroomv1.VMSettings {
 // does not keep the VM from running, so the VM is not locked by that.
 func (h *Host) describeSnapshots(ctx context.Context, m *machine, dir string, vm *bundle.VM, out *strongroomv1.VM) {
 	out.CurrentSnapshot = vm.Snapshot
+	describe := m.snapshotDisks.look(h, dir, vm)
 	for _, s := range vm.Snapshots {
 		snapshot := &strongroomv1.Snapshot{
 			Id: s.ID, Name: s.Name, Description: s.Description, Created: timestamppb.New(s.Created), Parent: s.Parent, Settings: describeSettings(s.Settings),
 		}
 		for _, d := range s.Disks {
-			disk, keys, err := h.describeDisk(dir, vm, d)
+			disk, keys, err := describe(d)
 			for _, key := range keys {
 				if err == nil {
 					err = h.holdsKEK(ctx, key)

@@ -24,7 +24,8 @@ type machine struct {
 	id string
 	op chan struct{} // holds one token; who has it may change the VM
 
-	describing sync.Mutex // who has it describes the VM
+	describing    sync.Mutex // who has it describes the VM
+	snapshotDisks snapshotDisks
 
 	mu      sync.Mutex // guards what follows
 	reg     registered
@@ -38,7 +39,7 @@ type machine struct {
 }
 
 func newMachine(reg registered) *machine {
-	m := &machine{id: reg.ID, op: make(chan struct{}, 1), reg: reg}
+	m := &machine{id: reg.ID, op: make(chan struct{}, 1), reg: reg, snapshotDisks: snapshotDisks{now: time.Now}}
 	m.op <- struct{}{}
 	return m
 }
