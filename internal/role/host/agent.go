@@ -63,16 +63,7 @@ func (h *Host) agentServer() (*http.Server, error) {
 
 func (a *agent) SyncHost(ctx context.Context, req *connect.Request[strongroomv1.SyncHostRequest]) (*connect.Response[strongroomv1.SyncHostResponse], error) {
 	h := a.host
-	if err := h.syncDatastores(req.Msg.GetDatastores()); err != nil {
-		return nil, err
-	}
-	if err := h.syncProviders(req.Msg.GetProviders()); err != nil {
-		return nil, err
-	}
-	if err := h.syncKeyServers(req.Msg.GetProviders()); err != nil {
-		return nil, err
-	}
-	missing, err := h.syncKEKs(req.Msg.GetProviders(), req.Msg.GetKeks())
+	missing, err := h.sync(req.Msg)
 	if err != nil {
 		return nil, err
 	}
@@ -89,6 +80,23 @@ func (a *agent) SyncHost(ctx context.Context, req *connect.Request[strongroomv1.
 		res.Datastores = append(res.Datastores, space)
 	}
 	return connect.NewResponse(res), nil
+}
+
+// sync makes what is wanted the host's, and returns the keys that it lacks. One at a
+// time: a controller that gave up one may begin the next while that goes on.
+func (h *Host) sync(req *strongroomv1.SyncHostRequest) (missing []*strongroomv1.KeyRef, err error) {
+	h.syncing.Lock()
+	defer h.syncing.Unlock()
+	if err := h.syncDatastores(req.GetDatastores()); err != nil {
+		return nil, err
+	}
+	if err := h.syncProviders(req.GetProviders()); err != nil {
+		return nil, err
+	}
+	if err := h.syncKeyServers(req.GetProviders()); err != nil {
+		return nil, err
+	}
+	return h.syncKEKs(req.GetProviders(), req.GetKeks())
 }
 
 // syncDatastores makes the wanted datastores the host's. One that has

@@ -50,6 +50,7 @@ type Host struct {
 	credential *pki.Credential
 	enroll     strongroomv1connect.EnrollServiceClient
 
+	syncing  sync.Mutex // who has it makes what a controller wants the host's
 	mu       sync.Mutex // guards machines
 	machines map[string]*machine
 

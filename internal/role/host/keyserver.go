@@ -103,11 +103,16 @@ func keyServersFromAPI(provider string, a *strongroomv1.KeyServerAccess) (keySer
 // syncKeyServers makes the wanted ways to key servers the host's, in memory and
 // in the sealed configuration, and wipes the credentials of all others.
 func (h *Host) syncKeyServers(wanted []*strongroomv1.WantedProvider) error {
-	before, credentials, err := h.secrets.keyServers()
+	before, stored, err := h.secrets.keyServers()
 	if err != nil {
 		return err
 	}
-	defer func() { closeCredentials(credentials) }()
+	defer stored.Close() // nil is good
+	credentials, err := credentialsIn(stored)
+	if err != nil {
+		return err
+	}
+	defer closeCredentials(credentials)
 	next, fresh := []keyServers{}, map[string]standard.Credentials{}
 	var failures []error // one bad provider does not keep the others away
 	for _, w := range wanted {
@@ -128,7 +133,7 @@ func (h *Host) syncKeyServers(wanted []*strongroomv1.WantedProvider) error {
 	}
 	defer closeCredentials(fresh)
 	slices.SortFunc(next, func(a, b keyServers) int { return strings.Compare(a.Provider, b.Provider) })
-	return errors.Join(append(failures, h.secrets.setKeyServers(next, fresh))...)
+	return errors.Join(append(failures, h.secrets.setKeyServers(before, stored, next, fresh))...)
 }
 
 // takeKeyServers opens the parcel of a provider's credentials, which the caller
@@ -169,34 +174,32 @@ func closeCredentials(all map[string]standard.Credentials) {
 }
 
 // keyServers returns the ways to key servers, sorted, and the credentials for
-// them by provider, which the caller closes.
-func (s *secrets) keyServers() ([]keyServers, map[string]standard.Credentials, error) {
-	blob, err := s.vault.Get(secretKeyServers)
+// them as they are stored, which the caller closes; nil if there are none.
+func (s *secrets) keyServers() ([]keyServers, *keymem.Key, error) {
+	stored, err := s.vault.Get(secretKeyServers)
 	if errs.KindOf(err) == errs.NotFound {
-		return nil, map[string]standard.Credentials{}, nil
+		return nil, nil, nil
 	}
-	if err != nil {
-		return nil, nil, err
+	return s.snapshot().KeyServers, stored, err
+}
+
+// credentialsIn returns what [secrets.keyServers] has stored, by provider. The
+// caller closes it.
+func credentialsIn(stored *keymem.Key) (map[string]standard.Credentials, error) {
+	if stored == nil {
+		return map[string]standard.Credentials{}, nil
 	}
-	defer blob.Close()
-	all, err := standard.UnmarshalCredentials(blob)
-	return s.snapshot().KeyServers, all, err
+	return standard.UnmarshalCredentials(stored)
 }
 
 // setKeyServers makes next, sorted, with their credentials the ways to key
-// servers, and stores them if that is a change.
-func (s *secrets) setKeyServers(next []keyServers, credentials map[string]standard.Credentials) error {
+// servers, and stores them if that changes what [secrets.keyServers] returned.
+func (s *secrets) setKeyServers(before []keyServers, stored *keymem.Key, next []keyServers, credentials map[string]standard.Credentials) error {
 	blob, err := standard.MarshalCredentials(credentials)
 	if err != nil {
 		return err
 	}
 	defer blob.Close()
-	stored, err := s.vault.Get(secretKeyServers)
-	if err != nil && errs.KindOf(err) != errs.NotFound {
-		return err
-	}
-	defer stored.Close() // nil is good
-	before := s.snapshot().KeyServers
 	if len(next) == len(before) && (len(next) == 0 || stored != nil && reflect.DeepEqual(next, before) && blob.Equal(stored)) {
 		return nil
 	}

@@ -7,10 +7,13 @@ import (
 	"crypto/x509"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
+	"connectrpc.com/connect"
 	"github.com/google/uuid"
+	"golang.org/x/sync/errgroup"
 
 	strongroomv1 "strongroom/api/strongroom/v1"
 	"strongroom/internal/crypto/keymem"
@@ -255,6 +258,45 @@ func TestKeyServersNotTaken(t *testing.T) {
 	}
 	check(t, k.sync(openHost(t, k.cfg), k.access(t, nil), second))
 	k.wantKey(t, k.Host)
+}
+
+// TestSyncsAtTheSameTime: of two, the first of which its controller gave up, the
+// host asks those key servers only that it has stored.
+func TestSyncsAtTheSameTime(t *testing.T) {
+	t.Parallel()
+	k := newKeyServerBench(t)
+	names := []string{"kms-1", "kms-2"}
+	wanted := map[string]*strongroomv1.SyncHostRequest{}
+	for _, name := range names {
+		w := k.access(t, func(a *strongroomv1.KeyServerAccess, _ map[string]standard.Credentials) {
+			a.Parcel = k.seal(t, k.secrets.identity.HostID, name, map[string]standard.Credentials{name: {ClientKey: k.key}})
+		})
+		w.Name = name
+		wanted[name] = &strongroomv1.SyncHostRequest{Providers: []*strongroomv1.WantedProvider{w}}
+	}
+	a := &agent{k.Host}
+	for range 20 {
+		var group errgroup.Group
+		for _, name := range names {
+			group.Go(func() error {
+				_, err := a.SyncHost(t.Context(), connect.NewRequest(wanted[name]))
+				return err
+			})
+		}
+		check(t, group.Wait())
+		var stored, asked []string
+		for _, s := range k.secrets.snapshot().KeyServers {
+			stored = append(stored, s.Provider)
+		}
+		for _, name := range names {
+			if _, err := k.secrets.servers.Lookup(name); err == nil {
+				asked = append(asked, name)
+			}
+		}
+		if len(stored) != 1 || !slices.Equal(stored, asked) {
+			t.Fatalf("stored are the key servers of %v, asked those of %v", stored, asked)
+		}
+	}
 }
 
 // big returns a password as long as may be.

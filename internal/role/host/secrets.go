@@ -176,7 +176,12 @@ func (s *secrets) unpack() error {
 		return err
 	}
 	s.cache = keyprovider.NewCache(s.registry.Standard)
-	ways, credentials, err := s.keyServers()
+	ways, stored, err := s.keyServers()
+	if err != nil {
+		return err
+	}
+	defer stored.Close() // nil is good
+	credentials, err := credentialsIn(stored)
 	if err != nil {
 		return err
 	}
