@@ -129,18 +129,24 @@ func (c *Controller) unmakeKey(ctx context.Context, r *task.Run, h inventory.Hos
 			return nil, nil
 		}
 	}
-	object, err := uuid.Parse(made.Object)
+	return nil, c.discard(ctx, r, a.NewKeyOf, made.Object)
+}
+
+// discard destroys the key of that object at a provider, which a task made for
+// nothing.
+func (c *Controller) discard(ctx context.Context, r *task.Run, provider, object string) error {
+	id, err := uuid.Parse(object)
 	if err != nil {
-		return nil, errs.New(errs.Corrupt, "data of task %s: %w", r.Task().ID, err)
+		return errs.New(errs.Corrupt, "data of task %s: %w", r.Task().ID, err)
 	}
-	p, err := c.servers.Lookup(a.NewKeyOf)
+	p, err := c.servers.Lookup(provider)
 	if err == nil {
-		err = p.Discard(ctx, object)
+		err = p.Discard(ctx, id)
 	}
 	if err != nil {
-		return nil, keyError("destroy the key that was made for nothing, of the name strongroom-"+made.Object+",", a.NewKeyOf, "", err)
+		return keyError("destroy key "+standard.NameOf(object)+", which was made for nothing", provider, "", err)
 	}
-	return nil, nil
+	return nil
 }
 
 // mayUse reports whether a VM uses a key, or cannot be said not to.

@@ -174,18 +174,7 @@ func (c *Controller) unmakeWrappingKey(ctx context.Context, r *task.Run) error {
 		if made.Key != nil && p.Standard != nil && p.Standard.Wrapping.Holds(made.Key.KeyID) {
 			return nil
 		}
-		object, err := uuid.Parse(made.Object)
-		if err != nil {
-			return errs.New(errs.Corrupt, "data of task %s: %w", r.Task().ID, err)
-		}
-		open, err := c.servers.Lookup(name)
-		if err == nil {
-			err = open.Discard(ctx, object)
-		}
-		if err != nil {
-			err = keyError("destroy the key that was made for nothing, of the name "+standard.NameOf(made.Object)+",", name, "", err)
-		}
-		return errors.Join(err, c.noteProblem(ctx, name, ""))
+		return errors.Join(c.discard(ctx, r, name, made.Object), c.noteProblem(ctx, name, ""))
 	})
 }
 

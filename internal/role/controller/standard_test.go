@@ -238,6 +238,9 @@ func TestStandardOutage(t *testing.T) {
 		t.Errorf("power-on: %v (%v, %s)", err, errs.KindOf(err), errs.ReasonOf(err))
 	}
 	_, err = s.ended(must[strongroomv1.Task](t)(client.Call(t.Context(), s.admin.VM().RekeyVM, &strongroomv1.RekeyVMRequest{Name: "web-1"})))
+	if err == nil || !strings.Contains(err.Error(), ", which was made for nothing: ") {
+		t.Errorf("of the key that may have been made the rekey says: %v", err)
+	}
 	if errs.KindOf(err) != errs.Unavailable || errs.ReasonOf(err) != standard.ReasonUnreachable {
 		t.Errorf("rekey: %v (%v, %s)", err, errs.KindOf(err), errs.ReasonOf(err))
 	}
