@@ -2528,6 +2528,121 @@ func (x *AddKMSCertificateRequest) GetCertificate() []byte {
 	return nil
 }
 
+type SignKMSCertificateRequest struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	Application string                 `protobuf:"bytes,1,opt,name=application,proto3" json:"application,omitempty"`
+	// PKCS#10, DER: of it the key counts alone.
+	Request []byte `protobuf:"bytes,2,opt,name=request,proto3" json:"request,omitempty"`
+	// From 1 s to 20 years; 0: one year.
+	LifetimeSeconds int64 `protobuf:"varint,3,opt,name=lifetime_seconds,json=lifetimeSeconds,proto3" json:"lifetime_seconds,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *SignKMSCertificateRequest) Reset() {
+	*x = SignKMSCertificateRequest{}
+	mi := &file_strongroom_v1_kms_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SignKMSCertificateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SignKMSCertificateRequest) ProtoMessage() {}
+
+func (x *SignKMSCertificateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_kms_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SignKMSCertificateRequest.ProtoReflect.Descriptor instead.
+func (*SignKMSCertificateRequest) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{43}
+}
+
+func (x *SignKMSCertificateRequest) GetApplication() string {
+	if x != nil {
+		return x.Application
+	}
+	return ""
+}
+
+func (x *SignKMSCertificateRequest) GetRequest() []byte {
+	if x != nil {
+		return x.Request
+	}
+	return nil
+}
+
+func (x *SignKMSCertificateRequest) GetLifetimeSeconds() int64 {
+	if x != nil {
+		return x.LifetimeSeconds
+	}
+	return 0
+}
+
+type SignKMSCertificateResponse struct {
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Credential *KMSCredential         `protobuf:"bytes,1,opt,name=credential,proto3" json:"credential,omitempty"`
+	// X.509, DER.
+	Certificate   []byte `protobuf:"bytes,2,opt,name=certificate,proto3" json:"certificate,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SignKMSCertificateResponse) Reset() {
+	*x = SignKMSCertificateResponse{}
+	mi := &file_strongroom_v1_kms_proto_msgTypes[44]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SignKMSCertificateResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SignKMSCertificateResponse) ProtoMessage() {}
+
+func (x *SignKMSCertificateResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_strongroom_v1_kms_proto_msgTypes[44]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SignKMSCertificateResponse.ProtoReflect.Descriptor instead.
+func (*SignKMSCertificateResponse) Descriptor() ([]byte, []int) {
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{44}
+}
+
+func (x *SignKMSCertificateResponse) GetCredential() *KMSCredential {
+	if x != nil {
+		return x.Credential
+	}
+	return nil
+}
+
+func (x *SignKMSCertificateResponse) GetCertificate() []byte {
+	if x != nil {
+		return x.Certificate
+	}
+	return nil
+}
+
 type RevokeKMSCredentialRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Application   string                 `protobuf:"bytes,1,opt,name=application,proto3" json:"application,omitempty"`
@@ -2538,7 +2653,7 @@ type RevokeKMSCredentialRequest struct {
 
 func (x *RevokeKMSCredentialRequest) Reset() {
 	*x = RevokeKMSCredentialRequest{}
-	mi := &file_strongroom_v1_kms_proto_msgTypes[43]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2550,7 +2665,7 @@ func (x *RevokeKMSCredentialRequest) String() string {
 func (*RevokeKMSCredentialRequest) ProtoMessage() {}
 
 func (x *RevokeKMSCredentialRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_strongroom_v1_kms_proto_msgTypes[43]
+	mi := &file_strongroom_v1_kms_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2563,7 +2678,7 @@ func (x *RevokeKMSCredentialRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeKMSCredentialRequest.ProtoReflect.Descriptor instead.
 func (*RevokeKMSCredentialRequest) Descriptor() ([]byte, []int) {
-	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{43}
+	return file_strongroom_v1_kms_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *RevokeKMSCredentialRequest) GetApplication() string {
@@ -2754,10 +2869,19 @@ const file_strongroom_v1_kms_proto_rawDesc = "" +
 	"\x03key\x18\x02 \x01(\fR\x03key\"^\n" +
 	"\x18AddKMSCertificateRequest\x12 \n" +
 	"\vapplication\x18\x01 \x01(\tR\vapplication\x12 \n" +
+	"\vcertificate\x18\x02 \x01(\fR\vcertificate\"\x82\x01\n" +
+	"\x19SignKMSCertificateRequest\x12 \n" +
+	"\vapplication\x18\x01 \x01(\tR\vapplication\x12\x18\n" +
+	"\arequest\x18\x02 \x01(\fR\arequest\x12)\n" +
+	"\x10lifetime_seconds\x18\x03 \x01(\x03R\x0flifetimeSeconds\"|\n" +
+	"\x1aSignKMSCertificateResponse\x12<\n" +
+	"\n" +
+	"credential\x18\x01 \x01(\v2\x1c.strongroom.v1.KMSCredentialR\n" +
+	"credential\x12 \n" +
 	"\vcertificate\x18\x02 \x01(\fR\vcertificate\"N\n" +
 	"\x1aRevokeKMSCredentialRequest\x12 \n" +
 	"\vapplication\x18\x01 \x01(\tR\vapplication\x12\x0e\n" +
-	"\x02id\x18\x02 \x01(\tR\x02id2\xc1\x1a\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id2\xd1\x1b\n" +
 	"\n" +
 	"KMSService\x12`\n" +
 	"\x06GetKMS\x12\x1c.strongroom.v1.GetKMSRequest\x1a\x12.strongroom.v1.KMS\"$\x8a\xb5\x18 Cryptographer.ReadKeyServersInfo\x12y\n" +
@@ -2784,7 +2908,8 @@ const file_strongroom_v1_kms_proto_rawDesc = "" +
 	"\x14DeleteKMSApplication\x12*.strongroom.v1.DeleteKMSApplicationRequest\x1a+.strongroom.v1.DeleteKMSApplicationResponse\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x8a\x01\n" +
 	"\x11CreateKMSPassword\x12'.strongroom.v1.CreateKMSPasswordRequest\x1a(.strongroom.v1.CreateKMSPasswordResponse\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x84\x01\n" +
 	"\x0fCreateKMSAPIKey\x12%.strongroom.v1.CreateKMSAPIKeyRequest\x1a&.strongroom.v1.CreateKMSAPIKeyResponse\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12~\n" +
-	"\x11AddKMSCertificate\x12'.strongroom.v1.AddKMSCertificateRequest\x1a\x1c.strongroom.v1.KMSCredential\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x83\x01\n" +
+	"\x11AddKMSCertificate\x12'.strongroom.v1.AddKMSCertificateRequest\x1a\x1c.strongroom.v1.KMSCredential\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x8d\x01\n" +
+	"\x12SignKMSCertificate\x12(.strongroom.v1.SignKMSCertificateRequest\x1a).strongroom.v1.SignKMSCertificateResponse\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServers\x12\x83\x01\n" +
 	"\x13RevokeKMSCredential\x12).strongroom.v1.RevokeKMSCredentialRequest\x1a\x1d.strongroom.v1.KMSApplication\"\"\x8a\xb5\x18\x1eCryptographer.ManageKeyServersB+Z)strongroom/api/strongroom/v1;strongroomv1b\x06proto3"
 
 var (
@@ -2799,7 +2924,7 @@ func file_strongroom_v1_kms_proto_rawDescGZIP() []byte {
 	return file_strongroom_v1_kms_proto_rawDescData
 }
 
-var file_strongroom_v1_kms_proto_msgTypes = make([]protoimpl.MessageInfo, 44)
+var file_strongroom_v1_kms_proto_msgTypes = make([]protoimpl.MessageInfo, 46)
 var file_strongroom_v1_kms_proto_goTypes = []any{
 	(*GetKMSRequest)(nil),                    // 0: strongroom.v1.GetKMSRequest
 	(*KMS)(nil),                              // 1: strongroom.v1.KMS
@@ -2844,30 +2969,32 @@ var file_strongroom_v1_kms_proto_goTypes = []any{
 	(*CreateKMSAPIKeyRequest)(nil),           // 40: strongroom.v1.CreateKMSAPIKeyRequest
 	(*CreateKMSAPIKeyResponse)(nil),          // 41: strongroom.v1.CreateKMSAPIKeyResponse
 	(*AddKMSCertificateRequest)(nil),         // 42: strongroom.v1.AddKMSCertificateRequest
-	(*RevokeKMSCredentialRequest)(nil),       // 43: strongroom.v1.RevokeKMSCredentialRequest
-	(*timestamppb.Timestamp)(nil),            // 44: google.protobuf.Timestamp
+	(*SignKMSCertificateRequest)(nil),        // 43: strongroom.v1.SignKMSCertificateRequest
+	(*SignKMSCertificateResponse)(nil),       // 44: strongroom.v1.SignKMSCertificateResponse
+	(*RevokeKMSCredentialRequest)(nil),       // 45: strongroom.v1.RevokeKMSCredentialRequest
+	(*timestamppb.Timestamp)(nil),            // 46: google.protobuf.Timestamp
 }
 var file_strongroom_v1_kms_proto_depIdxs = []int32{
-	44, // 0: strongroom.v1.KMS.certificate_expires:type_name -> google.protobuf.Timestamp
-	44, // 1: strongroom.v1.KMSUsage.last_use:type_name -> google.protobuf.Timestamp
-	44, // 2: strongroom.v1.KMSUsage.period_ends:type_name -> google.protobuf.Timestamp
-	44, // 3: strongroom.v1.KMSAccount.created:type_name -> google.protobuf.Timestamp
+	46, // 0: strongroom.v1.KMS.certificate_expires:type_name -> google.protobuf.Timestamp
+	46, // 1: strongroom.v1.KMSUsage.last_use:type_name -> google.protobuf.Timestamp
+	46, // 2: strongroom.v1.KMSUsage.period_ends:type_name -> google.protobuf.Timestamp
+	46, // 3: strongroom.v1.KMSAccount.created:type_name -> google.protobuf.Timestamp
 	3,  // 4: strongroom.v1.KMSAccount.quota:type_name -> strongroom.v1.KMSQuota
 	5,  // 5: strongroom.v1.KMSAccount.usage:type_name -> strongroom.v1.KMSUsage
 	6,  // 6: strongroom.v1.ListKMSAccountsResponse.accounts:type_name -> strongroom.v1.KMSAccount
 	3,  // 7: strongroom.v1.SetKMSAccountQuotaRequest.quota:type_name -> strongroom.v1.KMSQuota
 	2,  // 8: strongroom.v1.KMSGroup.policy:type_name -> strongroom.v1.KMSPolicy
-	44, // 9: strongroom.v1.KMSGroup.created:type_name -> google.protobuf.Timestamp
+	46, // 9: strongroom.v1.KMSGroup.created:type_name -> google.protobuf.Timestamp
 	3,  // 10: strongroom.v1.KMSGroup.quota:type_name -> strongroom.v1.KMSQuota
 	5,  // 11: strongroom.v1.KMSGroup.usage:type_name -> strongroom.v1.KMSUsage
 	4,  // 12: strongroom.v1.KMSGroup.rotation:type_name -> strongroom.v1.KMSRotation
 	17, // 13: strongroom.v1.KMSGroup.quorum:type_name -> strongroom.v1.KMSQuorum
 	19, // 14: strongroom.v1.KMSApplication.credentials:type_name -> strongroom.v1.KMSCredential
-	44, // 15: strongroom.v1.KMSApplication.created:type_name -> google.protobuf.Timestamp
+	46, // 15: strongroom.v1.KMSApplication.created:type_name -> google.protobuf.Timestamp
 	3,  // 16: strongroom.v1.KMSApplication.quota:type_name -> strongroom.v1.KMSQuota
 	5,  // 17: strongroom.v1.KMSApplication.usage:type_name -> strongroom.v1.KMSUsage
-	44, // 18: strongroom.v1.KMSCredential.expires:type_name -> google.protobuf.Timestamp
-	44, // 19: strongroom.v1.KMSCredential.created:type_name -> google.protobuf.Timestamp
+	46, // 18: strongroom.v1.KMSCredential.expires:type_name -> google.protobuf.Timestamp
+	46, // 19: strongroom.v1.KMSCredential.created:type_name -> google.protobuf.Timestamp
 	2,  // 20: strongroom.v1.CreateKMSGroupRequest.policy:type_name -> strongroom.v1.KMSPolicy
 	16, // 21: strongroom.v1.ListKMSGroupsResponse.groups:type_name -> strongroom.v1.KMSGroup
 	2,  // 22: strongroom.v1.SetKMSGroupPolicyRequest.policy:type_name -> strongroom.v1.KMSPolicy
@@ -2878,63 +3005,66 @@ var file_strongroom_v1_kms_proto_depIdxs = []int32{
 	18, // 27: strongroom.v1.ListKMSApplicationsResponse.applications:type_name -> strongroom.v1.KMSApplication
 	19, // 28: strongroom.v1.CreateKMSPasswordResponse.credential:type_name -> strongroom.v1.KMSCredential
 	19, // 29: strongroom.v1.CreateKMSAPIKeyResponse.credential:type_name -> strongroom.v1.KMSCredential
-	0,  // 30: strongroom.v1.KMSService.GetKMS:input_type -> strongroom.v1.GetKMSRequest
-	7,  // 31: strongroom.v1.KMSService.CreateKMSAccount:input_type -> strongroom.v1.CreateKMSAccountRequest
-	8,  // 32: strongroom.v1.KMSService.ListKMSAccounts:input_type -> strongroom.v1.ListKMSAccountsRequest
-	10, // 33: strongroom.v1.KMSService.GetKMSAccount:input_type -> strongroom.v1.GetKMSAccountRequest
-	11, // 34: strongroom.v1.KMSService.DescribeKMSAccount:input_type -> strongroom.v1.DescribeKMSAccountRequest
-	12, // 35: strongroom.v1.KMSService.SetKMSAccountQuota:input_type -> strongroom.v1.SetKMSAccountQuotaRequest
-	13, // 36: strongroom.v1.KMSService.SetKMSAccountDisabled:input_type -> strongroom.v1.SetKMSAccountDisabledRequest
-	14, // 37: strongroom.v1.KMSService.DeleteKMSAccount:input_type -> strongroom.v1.DeleteKMSAccountRequest
-	20, // 38: strongroom.v1.KMSService.CreateKMSGroup:input_type -> strongroom.v1.CreateKMSGroupRequest
-	21, // 39: strongroom.v1.KMSService.GetKMSGroup:input_type -> strongroom.v1.GetKMSGroupRequest
-	22, // 40: strongroom.v1.KMSService.ListKMSGroups:input_type -> strongroom.v1.ListKMSGroupsRequest
-	24, // 41: strongroom.v1.KMSService.SetKMSGroupPolicy:input_type -> strongroom.v1.SetKMSGroupPolicyRequest
-	25, // 42: strongroom.v1.KMSService.SetKMSGroupQuota:input_type -> strongroom.v1.SetKMSGroupQuotaRequest
-	27, // 43: strongroom.v1.KMSService.SetKMSGroupRotation:input_type -> strongroom.v1.SetKMSGroupRotationRequest
-	28, // 44: strongroom.v1.KMSService.SetKMSGroupQuorum:input_type -> strongroom.v1.SetKMSGroupQuorumRequest
-	29, // 45: strongroom.v1.KMSService.DeleteKMSGroup:input_type -> strongroom.v1.DeleteKMSGroupRequest
-	31, // 46: strongroom.v1.KMSService.CreateKMSApplication:input_type -> strongroom.v1.CreateKMSApplicationRequest
-	32, // 47: strongroom.v1.KMSService.ListKMSApplications:input_type -> strongroom.v1.ListKMSApplicationsRequest
-	34, // 48: strongroom.v1.KMSService.GetKMSApplication:input_type -> strongroom.v1.GetKMSApplicationRequest
-	35, // 49: strongroom.v1.KMSService.SetKMSApplicationDisabled:input_type -> strongroom.v1.SetKMSApplicationDisabledRequest
-	26, // 50: strongroom.v1.KMSService.SetKMSApplicationQuota:input_type -> strongroom.v1.SetKMSApplicationQuotaRequest
-	36, // 51: strongroom.v1.KMSService.DeleteKMSApplication:input_type -> strongroom.v1.DeleteKMSApplicationRequest
-	38, // 52: strongroom.v1.KMSService.CreateKMSPassword:input_type -> strongroom.v1.CreateKMSPasswordRequest
-	40, // 53: strongroom.v1.KMSService.CreateKMSAPIKey:input_type -> strongroom.v1.CreateKMSAPIKeyRequest
-	42, // 54: strongroom.v1.KMSService.AddKMSCertificate:input_type -> strongroom.v1.AddKMSCertificateRequest
-	43, // 55: strongroom.v1.KMSService.RevokeKMSCredential:input_type -> strongroom.v1.RevokeKMSCredentialRequest
-	1,  // 56: strongroom.v1.KMSService.GetKMS:output_type -> strongroom.v1.KMS
-	6,  // 57: strongroom.v1.KMSService.CreateKMSAccount:output_type -> strongroom.v1.KMSAccount
-	9,  // 58: strongroom.v1.KMSService.ListKMSAccounts:output_type -> strongroom.v1.ListKMSAccountsResponse
-	6,  // 59: strongroom.v1.KMSService.GetKMSAccount:output_type -> strongroom.v1.KMSAccount
-	6,  // 60: strongroom.v1.KMSService.DescribeKMSAccount:output_type -> strongroom.v1.KMSAccount
-	6,  // 61: strongroom.v1.KMSService.SetKMSAccountQuota:output_type -> strongroom.v1.KMSAccount
-	6,  // 62: strongroom.v1.KMSService.SetKMSAccountDisabled:output_type -> strongroom.v1.KMSAccount
-	15, // 63: strongroom.v1.KMSService.DeleteKMSAccount:output_type -> strongroom.v1.DeleteKMSAccountResponse
-	16, // 64: strongroom.v1.KMSService.CreateKMSGroup:output_type -> strongroom.v1.KMSGroup
-	16, // 65: strongroom.v1.KMSService.GetKMSGroup:output_type -> strongroom.v1.KMSGroup
-	23, // 66: strongroom.v1.KMSService.ListKMSGroups:output_type -> strongroom.v1.ListKMSGroupsResponse
-	16, // 67: strongroom.v1.KMSService.SetKMSGroupPolicy:output_type -> strongroom.v1.KMSGroup
-	16, // 68: strongroom.v1.KMSService.SetKMSGroupQuota:output_type -> strongroom.v1.KMSGroup
-	16, // 69: strongroom.v1.KMSService.SetKMSGroupRotation:output_type -> strongroom.v1.KMSGroup
-	16, // 70: strongroom.v1.KMSService.SetKMSGroupQuorum:output_type -> strongroom.v1.KMSGroup
-	30, // 71: strongroom.v1.KMSService.DeleteKMSGroup:output_type -> strongroom.v1.DeleteKMSGroupResponse
-	18, // 72: strongroom.v1.KMSService.CreateKMSApplication:output_type -> strongroom.v1.KMSApplication
-	33, // 73: strongroom.v1.KMSService.ListKMSApplications:output_type -> strongroom.v1.ListKMSApplicationsResponse
-	18, // 74: strongroom.v1.KMSService.GetKMSApplication:output_type -> strongroom.v1.KMSApplication
-	18, // 75: strongroom.v1.KMSService.SetKMSApplicationDisabled:output_type -> strongroom.v1.KMSApplication
-	18, // 76: strongroom.v1.KMSService.SetKMSApplicationQuota:output_type -> strongroom.v1.KMSApplication
-	37, // 77: strongroom.v1.KMSService.DeleteKMSApplication:output_type -> strongroom.v1.DeleteKMSApplicationResponse
-	39, // 78: strongroom.v1.KMSService.CreateKMSPassword:output_type -> strongroom.v1.CreateKMSPasswordResponse
-	41, // 79: strongroom.v1.KMSService.CreateKMSAPIKey:output_type -> strongroom.v1.CreateKMSAPIKeyResponse
-	19, // 80: strongroom.v1.KMSService.AddKMSCertificate:output_type -> strongroom.v1.KMSCredential
-	18, // 81: strongroom.v1.KMSService.RevokeKMSCredential:output_type -> strongroom.v1.KMSApplication
-	56, // [56:82] is the sub-list for method output_type
-	30, // [30:56] is the sub-list for method input_type
-	30, // [30:30] is the sub-list for extension type_name
-	30, // [30:30] is the sub-list for extension extendee
-	0,  // [0:30] is the sub-list for field type_name
+	19, // 30: strongroom.v1.SignKMSCertificateResponse.credential:type_name -> strongroom.v1.KMSCredential
+	0,  // 31: strongroom.v1.KMSService.GetKMS:input_type -> strongroom.v1.GetKMSRequest
+	7,  // 32: strongroom.v1.KMSService.CreateKMSAccount:input_type -> strongroom.v1.CreateKMSAccountRequest
+	8,  // 33: strongroom.v1.KMSService.ListKMSAccounts:input_type -> strongroom.v1.ListKMSAccountsRequest
+	10, // 34: strongroom.v1.KMSService.GetKMSAccount:input_type -> strongroom.v1.GetKMSAccountRequest
+	11, // 35: strongroom.v1.KMSService.DescribeKMSAccount:input_type -> strongroom.v1.DescribeKMSAccountRequest
+	12, // 36: strongroom.v1.KMSService.SetKMSAccountQuota:input_type -> strongroom.v1.SetKMSAccountQuotaRequest
+	13, // 37: strongroom.v1.KMSService.SetKMSAccountDisabled:input_type -> strongroom.v1.SetKMSAccountDisabledRequest
+	14, // 38: strongroom.v1.KMSService.DeleteKMSAccount:input_type -> strongroom.v1.DeleteKMSAccountRequest
+	20, // 39: strongroom.v1.KMSService.CreateKMSGroup:input_type -> strongroom.v1.CreateKMSGroupRequest
+	21, // 40: strongroom.v1.KMSService.GetKMSGroup:input_type -> strongroom.v1.GetKMSGroupRequest
+	22, // 41: strongroom.v1.KMSService.ListKMSGroups:input_type -> strongroom.v1.ListKMSGroupsRequest
+	24, // 42: strongroom.v1.KMSService.SetKMSGroupPolicy:input_type -> strongroom.v1.SetKMSGroupPolicyRequest
+	25, // 43: strongroom.v1.KMSService.SetKMSGroupQuota:input_type -> strongroom.v1.SetKMSGroupQuotaRequest
+	27, // 44: strongroom.v1.KMSService.SetKMSGroupRotation:input_type -> strongroom.v1.SetKMSGroupRotationRequest
+	28, // 45: strongroom.v1.KMSService.SetKMSGroupQuorum:input_type -> strongroom.v1.SetKMSGroupQuorumRequest
+	29, // 46: strongroom.v1.KMSService.DeleteKMSGroup:input_type -> strongroom.v1.DeleteKMSGroupRequest
+	31, // 47: strongroom.v1.KMSService.CreateKMSApplication:input_type -> strongroom.v1.CreateKMSApplicationRequest
+	32, // 48: strongroom.v1.KMSService.ListKMSApplications:input_type -> strongroom.v1.ListKMSApplicationsRequest
+	34, // 49: strongroom.v1.KMSService.GetKMSApplication:input_type -> strongroom.v1.GetKMSApplicationRequest
+	35, // 50: strongroom.v1.KMSService.SetKMSApplicationDisabled:input_type -> strongroom.v1.SetKMSApplicationDisabledRequest
+	26, // 51: strongroom.v1.KMSService.SetKMSApplicationQuota:input_type -> strongroom.v1.SetKMSApplicationQuotaRequest
+	36, // 52: strongroom.v1.KMSService.DeleteKMSApplication:input_type -> strongroom.v1.DeleteKMSApplicationRequest
+	38, // 53: strongroom.v1.KMSService.CreateKMSPassword:input_type -> strongroom.v1.CreateKMSPasswordRequest
+	40, // 54: strongroom.v1.KMSService.CreateKMSAPIKey:input_type -> strongroom.v1.CreateKMSAPIKeyRequest
+	42, // 55: strongroom.v1.KMSService.AddKMSCertificate:input_type -> strongroom.v1.AddKMSCertificateRequest
+	43, // 56: strongroom.v1.KMSService.SignKMSCertificate:input_type -> strongroom.v1.SignKMSCertificateRequest
+	45, // 57: strongroom.v1.KMSService.RevokeKMSCredential:input_type -> strongroom.v1.RevokeKMSCredentialRequest
+	1,  // 58: strongroom.v1.KMSService.GetKMS:output_type -> strongroom.v1.KMS
+	6,  // 59: strongroom.v1.KMSService.CreateKMSAccount:output_type -> strongroom.v1.KMSAccount
+	9,  // 60: strongroom.v1.KMSService.ListKMSAccounts:output_type -> strongroom.v1.ListKMSAccountsResponse
+	6,  // 61: strongroom.v1.KMSService.GetKMSAccount:output_type -> strongroom.v1.KMSAccount
+	6,  // 62: strongroom.v1.KMSService.DescribeKMSAccount:output_type -> strongroom.v1.KMSAccount
+	6,  // 63: strongroom.v1.KMSService.SetKMSAccountQuota:output_type -> strongroom.v1.KMSAccount
+	6,  // 64: strongroom.v1.KMSService.SetKMSAccountDisabled:output_type -> strongroom.v1.KMSAccount
+	15, // 65: strongroom.v1.KMSService.DeleteKMSAccount:output_type -> strongroom.v1.DeleteKMSAccountResponse
+	16, // 66: strongroom.v1.KMSService.CreateKMSGroup:output_type -> strongroom.v1.KMSGroup
+	16, // 67: strongroom.v1.KMSService.GetKMSGroup:output_type -> strongroom.v1.KMSGroup
+	23, // 68: strongroom.v1.KMSService.ListKMSGroups:output_type -> strongroom.v1.ListKMSGroupsResponse
+	16, // 69: strongroom.v1.KMSService.SetKMSGroupPolicy:output_type -> strongroom.v1.KMSGroup
+	16, // 70: strongroom.v1.KMSService.SetKMSGroupQuota:output_type -> strongroom.v1.KMSGroup
+	16, // 71: strongroom.v1.KMSService.SetKMSGroupRotation:output_type -> strongroom.v1.KMSGroup
+	16, // 72: strongroom.v1.KMSService.SetKMSGroupQuorum:output_type -> strongroom.v1.KMSGroup
+	30, // 73: strongroom.v1.KMSService.DeleteKMSGroup:output_type -> strongroom.v1.DeleteKMSGroupResponse
+	18, // 74: strongroom.v1.KMSService.CreateKMSApplication:output_type -> strongroom.v1.KMSApplication
+	33, // 75: strongroom.v1.KMSService.ListKMSApplications:output_type -> strongroom.v1.ListKMSApplicationsResponse
+	18, // 76: strongroom.v1.KMSService.GetKMSApplication:output_type -> strongroom.v1.KMSApplication
+	18, // 77: strongroom.v1.KMSService.SetKMSApplicationDisabled:output_type -> strongroom.v1.KMSApplication
+	18, // 78: strongroom.v1.KMSService.SetKMSApplicationQuota:output_type -> strongroom.v1.KMSApplication
+	37, // 79: strongroom.v1.KMSService.DeleteKMSApplication:output_type -> strongroom.v1.DeleteKMSApplicationResponse
+	39, // 80: strongroom.v1.KMSService.CreateKMSPassword:output_type -> strongroom.v1.CreateKMSPasswordResponse
+	41, // 81: strongroom.v1.KMSService.CreateKMSAPIKey:output_type -> strongroom.v1.CreateKMSAPIKeyResponse
+	19, // 82: strongroom.v1.KMSService.AddKMSCertificate:output_type -> strongroom.v1.KMSCredential
+	44, // 83: strongroom.v1.KMSService.SignKMSCertificate:output_type -> strongroom.v1.SignKMSCertificateResponse
+	18, // 84: strongroom.v1.KMSService.RevokeKMSCredential:output_type -> strongroom.v1.KMSApplication
+	58, // [58:85] is the sub-list for method output_type
+	31, // [31:58] is the sub-list for method input_type
+	31, // [31:31] is the sub-list for extension type_name
+	31, // [31:31] is the sub-list for extension extendee
+	0,  // [0:31] is the sub-list for field type_name
 }
 
 func init() { file_strongroom_v1_kms_proto_init() }
@@ -2949,7 +3079,7 @@ func file_strongroom_v1_kms_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_strongroom_v1_kms_proto_rawDesc), len(file_strongroom_v1_kms_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   44,
+			NumMessages:   46,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

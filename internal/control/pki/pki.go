@@ -18,6 +18,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
@@ -277,17 +278,41 @@ func FingerprintOf(cert *x509.Certificate) Fingerprint {
 // subject, names and extensions are the CA's to say. names are DNS names and IP
 // addresses, which a server needs for clients that know it by address.
 func (ca *CA) IssueFromCSR(csr []byte, id Identity, names []string) (*x509.Certificate, error) {
+	pub, err := requested(csr)
+	if err != nil {
+		return nil, errs.Wrap(err, "cannot issue certificate")
+	}
+	return ca.issue(pub, id, names, CertLife)
+}
+
+// requested returns the public key of a certificate request, which was signed with it.
+func requested(csr []byte) (crypto.PublicKey, error) {
 	if len(csr) > maxCSR {
-		return nil, errs.New(errs.Invalid, "cannot issue certificate: the request has %d bytes, limit %d", len(csr), maxCSR)
+		return nil, errs.New(errs.Invalid, "the request has %d bytes, limit %d", len(csr), maxCSR)
 	}
 	req, err := x509.ParseCertificateRequest(csr)
+	if err == nil {
+		err = req.CheckSignature()
+	}
 	if err != nil {
-		return nil, errs.New(errs.Invalid, "cannot issue certificate: request: %w", err)
+		return nil, errs.New(errs.Invalid, "request: %w", err)
 	}
-	if err := req.CheckSignature(); err != nil {
-		return nil, errs.New(errs.Invalid, "cannot issue certificate: request: %w", err)
+	return req.PublicKey, nil
+}
+
+// SignClient signs the public key in a certificate request, RSA with 2048 bits or more,
+// ECDSA or Ed25519, for a client that is no part of an installation: it has no
+// [Identity], and no part takes it for another. name is its common name; of the request
+// nothing else counts.
+func (ca *CA) SignClient(csr []byte, name string, life time.Duration) (*x509.Certificate, error) {
+	pub, err := requested(csr)
+	if key, ok := pub.(*rsa.PublicKey); ok && (key.N.BitLen() < 2048 || key.N.BitLen() > 8192) {
+		err = errs.New(errs.Invalid, "an RSA key of %d bits: it has 2048 to 8192", key.N.BitLen())
 	}
-	return ca.issue(req.PublicKey, id, names, CertLife)
+	if err != nil {
+		return nil, errs.Wrap(err, "cannot issue certificate")
+	}
+	return ca.sign(&x509.Certificate{Subject: pkix.Name{CommonName: name}, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}, pub, life)
 }
 
 // IssueLong signs pub for id with a life of its own, for servers whose clients
@@ -308,19 +333,10 @@ func (ca *CA) issue(pub crypto.PublicKey, id Identity, names []string, life time
 	if err != nil {
 		return nil, errs.New(errs.Invalid, "cannot issue certificate: %w", err)
 	}
-	now := ca.now()
 	tmpl := &x509.Certificate{
-		SerialNumber:          serial(),
-		Subject:               pkix.Name{CommonName: string(id.Role) + " " + id.Name},
-		NotBefore:             now.Add(-backdate),
-		NotAfter:              now.Add(life),
-		URIs:                  []*url.URL{uri},
-		BasicConstraintsValid: true,
-		KeyUsage:              x509.KeyUsageDigitalSignature,
-		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
-	}
-	if tmpl.NotAfter.After(ca.cert.NotAfter) {
-		tmpl.NotAfter = ca.cert.NotAfter
+		Subject:     pkix.Name{CommonName: string(id.Role) + " " + id.Name},
+		URIs:        []*url.URL{uri},
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
 	}
 	if id.Role != Client {
 		tmpl.ExtKeyUsage = append(tmpl.ExtKeyUsage, x509.ExtKeyUsageServerAuth)
@@ -332,6 +348,17 @@ func (ca *CA) issue(pub crypto.PublicKey, id Identity, names []string, life time
 			}
 		}
 	}
+	return ca.sign(tmpl, pub, life)
+}
+
+// sign completes tmpl, whose subject, names and extended usages are set, and signs it.
+func (ca *CA) sign(tmpl *x509.Certificate, pub crypto.PublicKey, life time.Duration) (*x509.Certificate, error) {
+	now := ca.now()
+	tmpl.SerialNumber, tmpl.NotBefore, tmpl.NotAfter = serial(), now.Add(-backdate), now.Add(life)
+	if tmpl.NotAfter.After(ca.cert.NotAfter) {
+		tmpl.NotAfter = ca.cert.NotAfter
+	}
+	tmpl.BasicConstraintsValid, tmpl.KeyUsage = true, x509.KeyUsageDigitalSignature
 	der, err := x509.CreateCertificate(rand.Reader, tmpl, ca.cert, pub, ca.key)
 	if err != nil {
 		return nil, fmt.Errorf("cannot issue certificate: %w", err)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -201,7 +202,7 @@ func newKMSCredentialCmd(env *Env) *cobra.Command {
 		`An application proves who it is by a client certificate or by a user name and
 password; one whose interface is REST by an API key, too. To change one without a
 gap, create the new one, give it to the application, and revoke the old one.`,
-		newKMSCredentialCreateCmd(env), newKMSCredentialAPIKeyCmd(env), newKMSCredentialLsCmd(env), newKMSCredentialCertificateCmd(env), newKMSCredentialTrustCmd(env), newKMSCredentialRevokeCmd(env))
+		newKMSCredentialCreateCmd(env), newKMSCredentialAPIKeyCmd(env), newKMSCredentialLsCmd(env), newKMSCredentialCertificateCmd(env), newKMSCredentialTrustCmd(env), newKMSCredentialSignCmd(env), newKMSCredentialRevokeCmd(env))
 }
 
 func newKMSCredentialCreateCmd(env *Env) *cobra.Command {
@@ -354,6 +355,47 @@ issuer; when the application gets another one, trust that as well.`,
 			return env.printDone(made, "credential %s of %s: certificate sha256:%s", made.GetId(), args[0], made.GetFingerprint())
 		}),
 	}
+}
+
+func newKMSCredentialSignCmd(env *Env) *cobra.Command {
+	var certFile string
+	var lifetime time.Duration
+	cmd := &cobra.Command{
+		Use:   "sign APPLICATION REQUEST.csr",
+		Short: "Sign an application's certificate request",
+		Long: `Have the server sign a certificate request (PKCS#10, PEM) of an application, such
+as vCenter makes with "New Certificate Signing Request", and know the application
+by the certificate. Of the request only the key counts. A file that exists is not
+replaced.`,
+		Example: "  strongroom kms credential sign vcenter-1 vcenter.csr --cert vcenter.pem",
+		Args:    exactArgs("the application's name", "the request's file"),
+		RunE: env.withClient("sign the certificate", func(cmd *cobra.Command, c *client.Client, args []string) error {
+			text, err := os.ReadFile(args[1])
+			if err != nil {
+				return err
+			}
+			block, _ := pem.Decode(text)
+			if block == nil || !strings.HasSuffix(block.Type, "CERTIFICATE REQUEST") {
+				return errs.New(errs.Invalid, "%s does not begin with a PEM certificate request", args[1])
+			}
+			if _, err := os.Lstat(certFile); !errors.Is(err, os.ErrNotExist) {
+				return errs.New(errs.Exists, "%s exists already", certFile)
+			}
+			made, err := client.Call(cmd.Context(), c.KMS().SignKMSCertificate, &strongroomv1.SignKMSCertificateRequest{
+				Application: args[0], Request: block.Bytes, LifetimeSeconds: int64(lifetime / time.Second),
+			})
+			if err != nil {
+				return err
+			}
+			if err := writeNew(certFile, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: made.GetCertificate()})); err != nil {
+				return errs.New(errs.InvalidState, "the certificate is made, and not written: %w", err).WithHint("strongroom kms credential revoke %s %s", args[0], made.GetCredential().GetId())
+			}
+			return env.printDone(made, "credential %s of %s: certificate in %s", made.GetCredential().GetId(), args[0], certFile)
+		}),
+	}
+	cmd.Flags().StringVar(&certFile, "cert", "client.pem", "`file` for the certificate")
+	addDuration(cmd, &lifetime, "lifetime", 365*24*time.Hour, "how long it is valid")
+	return cmd
 }
 
 func newKMSCredentialRevokeCmd(env *Env) *cobra.Command {

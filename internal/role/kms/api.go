@@ -1,6 +1,7 @@
 package kms
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"crypto/x509"
@@ -27,6 +28,8 @@ const (
 	certificateMax = 16 << 10
 	// lifetimeMax bounds the life of a password or API key.
 	lifetimeMax = 20 * 365 * 24 * time.Hour
+	// usualLifetime is that of a certificate which is signed here.
+	usualLifetime = 365 * 24 * time.Hour
 )
 
 // api serves the administration of a KMS.
@@ -275,6 +278,25 @@ func (a *api) AddKMSCertificate(ctx context.Context, req *connect.Request[strong
 		return nil, err
 	}
 	return connect.NewResponse(credentialOf(c)), nil
+}
+
+func (a *api) SignKMSCertificate(ctx context.Context, req *connect.Request[strongroomv1.SignKMSCertificateRequest]) (*connect.Response[strongroomv1.SignKMSCertificateResponse], error) {
+	life, err := lifetimeOf(req.Msg.GetLifetimeSeconds())
+	if err != nil {
+		return nil, err
+	}
+	if _, err := a.k.directory.Application(req.Msg.GetApplication()); err != nil {
+		return nil, err
+	}
+	cert, err := a.k.ca.SignClient(req.Msg.GetRequest(), req.Msg.GetApplication(), cmp.Or(life, usualLifetime))
+	if err != nil {
+		return nil, err
+	}
+	c, err := a.k.directory.AddCertificate(ctx, req.Msg.GetApplication(), cert)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&strongroomv1.SignKMSCertificateResponse{Credential: credentialOf(c), Certificate: cert.Raw}), nil
 }
 
 func (a *api) RevokeKMSCredential(ctx context.Context, req *connect.Request[strongroomv1.RevokeKMSCredentialRequest]) (*connect.Response[strongroomv1.KMSApplication], error) {

@@ -52,7 +52,9 @@ func TestRESTImport(t *testing.T) {
 	var atOnce [8]*strongroomv1.KMSImportKey
 	var all sync.WaitGroup
 	for i := range atOnce {
-		all.Go(func() { atOnce[i], _ = client.Call(t.Context(), r.GetKMSImportKey, &strongroomv1.GetKMSImportKeyRequest{}) })
+		all.Go(func() {
+			atOnce[i], _ = client.Call(t.Context(), r.GetKMSImportKey, &strongroomv1.GetKMSImportKeyRequest{})
+		})
 	}
 	all.Wait()
 	to := do(t, r.GetKMSImportKey, &strongroomv1.GetKMSImportKeyRequest{})

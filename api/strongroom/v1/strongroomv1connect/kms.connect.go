@@ -106,6 +106,9 @@ const (
 	// KMSServiceAddKMSCertificateProcedure is the fully-qualified name of the KMSService's
 	// AddKMSCertificate RPC.
 	KMSServiceAddKMSCertificateProcedure = "/strongroom.v1.KMSService/AddKMSCertificate"
+	// KMSServiceSignKMSCertificateProcedure is the fully-qualified name of the KMSService's
+	// SignKMSCertificate RPC.
+	KMSServiceSignKMSCertificateProcedure = "/strongroom.v1.KMSService/SignKMSCertificate"
 	// KMSServiceRevokeKMSCredentialProcedure is the fully-qualified name of the KMSService's
 	// RevokeKMSCredential RPC.
 	KMSServiceRevokeKMSCredentialProcedure = "/strongroom.v1.KMSService/RevokeKMSCredential"
@@ -172,6 +175,9 @@ type KMSServiceClient interface {
 	// AddKMSCertificate has an application known by a client certificate,
 	// whoever issued it.
 	AddKMSCertificate(context.Context, *connect.Request[v1.AddKMSCertificateRequest]) (*connect.Response[v1.KMSCredential], error)
+	// SignKMSCertificate signs a certificate request of an application with the KMS's CA,
+	// and has the application known by the certificate.
+	SignKMSCertificate(context.Context, *connect.Request[v1.SignKMSCertificateRequest]) (*connect.Response[v1.SignKMSCertificateResponse], error)
 	// RevokeKMSCredential has a credential refused from the next request on.
 	RevokeKMSCredential(context.Context, *connect.Request[v1.RevokeKMSCredentialRequest]) (*connect.Response[v1.KMSApplication], error)
 }
@@ -337,6 +343,12 @@ func NewKMSServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...
 			connect.WithSchema(kMSServiceMethods.ByName("AddKMSCertificate")),
 			connect.WithClientOptions(opts...),
 		),
+		signKMSCertificate: connect.NewClient[v1.SignKMSCertificateRequest, v1.SignKMSCertificateResponse](
+			httpClient,
+			baseURL+KMSServiceSignKMSCertificateProcedure,
+			connect.WithSchema(kMSServiceMethods.ByName("SignKMSCertificate")),
+			connect.WithClientOptions(opts...),
+		),
 		revokeKMSCredential: connect.NewClient[v1.RevokeKMSCredentialRequest, v1.KMSApplication](
 			httpClient,
 			baseURL+KMSServiceRevokeKMSCredentialProcedure,
@@ -373,6 +385,7 @@ type kMSServiceClient struct {
 	createKMSPassword         *connect.Client[v1.CreateKMSPasswordRequest, v1.CreateKMSPasswordResponse]
 	createKMSAPIKey           *connect.Client[v1.CreateKMSAPIKeyRequest, v1.CreateKMSAPIKeyResponse]
 	addKMSCertificate         *connect.Client[v1.AddKMSCertificateRequest, v1.KMSCredential]
+	signKMSCertificate        *connect.Client[v1.SignKMSCertificateRequest, v1.SignKMSCertificateResponse]
 	revokeKMSCredential       *connect.Client[v1.RevokeKMSCredentialRequest, v1.KMSApplication]
 }
 
@@ -501,6 +514,11 @@ func (c *kMSServiceClient) AddKMSCertificate(ctx context.Context, req *connect.R
 	return c.addKMSCertificate.CallUnary(ctx, req)
 }
 
+// SignKMSCertificate calls strongroom.v1.KMSService.SignKMSCertificate.
+func (c *kMSServiceClient) SignKMSCertificate(ctx context.Context, req *connect.Request[v1.SignKMSCertificateRequest]) (*connect.Response[v1.SignKMSCertificateResponse], error) {
+	return c.signKMSCertificate.CallUnary(ctx, req)
+}
+
 // RevokeKMSCredential calls strongroom.v1.KMSService.RevokeKMSCredential.
 func (c *kMSServiceClient) RevokeKMSCredential(ctx context.Context, req *connect.Request[v1.RevokeKMSCredentialRequest]) (*connect.Response[v1.KMSApplication], error) {
 	return c.revokeKMSCredential.CallUnary(ctx, req)
@@ -567,6 +585,9 @@ type KMSServiceHandler interface {
 	// AddKMSCertificate has an application known by a client certificate,
 	// whoever issued it.
 	AddKMSCertificate(context.Context, *connect.Request[v1.AddKMSCertificateRequest]) (*connect.Response[v1.KMSCredential], error)
+	// SignKMSCertificate signs a certificate request of an application with the KMS's CA,
+	// and has the application known by the certificate.
+	SignKMSCertificate(context.Context, *connect.Request[v1.SignKMSCertificateRequest]) (*connect.Response[v1.SignKMSCertificateResponse], error)
 	// RevokeKMSCredential has a credential refused from the next request on.
 	RevokeKMSCredential(context.Context, *connect.Request[v1.RevokeKMSCredentialRequest]) (*connect.Response[v1.KMSApplication], error)
 }
@@ -728,6 +749,12 @@ func NewKMSServiceHandler(svc KMSServiceHandler, opts ...connect.HandlerOption) 
 		connect.WithSchema(kMSServiceMethods.ByName("AddKMSCertificate")),
 		connect.WithHandlerOptions(opts...),
 	)
+	kMSServiceSignKMSCertificateHandler := connect.NewUnaryHandler(
+		KMSServiceSignKMSCertificateProcedure,
+		svc.SignKMSCertificate,
+		connect.WithSchema(kMSServiceMethods.ByName("SignKMSCertificate")),
+		connect.WithHandlerOptions(opts...),
+	)
 	kMSServiceRevokeKMSCredentialHandler := connect.NewUnaryHandler(
 		KMSServiceRevokeKMSCredentialProcedure,
 		svc.RevokeKMSCredential,
@@ -786,6 +813,8 @@ func NewKMSServiceHandler(svc KMSServiceHandler, opts ...connect.HandlerOption) 
 			kMSServiceCreateKMSAPIKeyHandler.ServeHTTP(w, r)
 		case KMSServiceAddKMSCertificateProcedure:
 			kMSServiceAddKMSCertificateHandler.ServeHTTP(w, r)
+		case KMSServiceSignKMSCertificateProcedure:
+			kMSServiceSignKMSCertificateHandler.ServeHTTP(w, r)
 		case KMSServiceRevokeKMSCredentialProcedure:
 			kMSServiceRevokeKMSCredentialHandler.ServeHTTP(w, r)
 		default:
@@ -895,6 +924,10 @@ func (UnimplementedKMSServiceHandler) CreateKMSAPIKey(context.Context, *connect.
 
 func (UnimplementedKMSServiceHandler) AddKMSCertificate(context.Context, *connect.Request[v1.AddKMSCertificateRequest]) (*connect.Response[v1.KMSCredential], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.KMSService.AddKMSCertificate is not implemented"))
+}
+
+func (UnimplementedKMSServiceHandler) SignKMSCertificate(context.Context, *connect.Request[v1.SignKMSCertificateRequest]) (*connect.Response[v1.SignKMSCertificateResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("strongroom.v1.KMSService.SignKMSCertificate is not implemented"))
 }
 
 func (UnimplementedKMSServiceHandler) RevokeKMSCredential(context.Context, *connect.Request[v1.RevokeKMSCredentialRequest]) (*connect.Response[v1.KMSApplication], error) {
