@@ -27,9 +27,9 @@ const detachedZone = 32 << 10
 // in one go and in as many calls as there are zones.
 func TestEncryptDetached(t *testing.T) {
 	t.Parallel()
-	rng := rand.New(rand.NewPCG(blockdevtest.Seed(t), 0))
+	seed := blockdevtest.Seed(t)
 	const kib = 1 << 10
-	for _, c := range []struct {
+	for i, c := range []struct {
 		size  int64
 		block int
 		zone  int64
@@ -44,6 +44,7 @@ func TestEncryptDetached(t *testing.T) {
 	} {
 		t.Run(fmt.Sprint(c), func(t *testing.T) {
 			t.Parallel()
+			rng := rand.New(rand.NewPCG(seed, uint64(i)))
 			dek := keymemtest.Random(t, 64)
 			plain, want := plainDisk(t, rand.New(rand.NewPCG(uint64(c.size), 0)), c.size, c.holes...)
 			data := blockdev.NewMemory(c.size, c.block)
