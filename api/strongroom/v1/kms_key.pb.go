@@ -448,9 +448,9 @@ type ImportKMSKeyRequest struct {
 	// The key, raw, in a parcel (docs/spec/key-parcel.md) whose context has the
 	// application's full name and key's name and type, as they are here.
 	Parcel []byte `protobuf:"bytes,2,opt,name=parcel,proto3" json:"parcel,omitempty"`
-	// What it is to be. It must have a name, which is what keeps a parcel that is sent
-	// twice from being taken twice. Of the type "AES" or "SECRET" it has as many bits as
-	// there are.
+	// What it is to be. It must have a name: the parcel is for that. Of the type "AES" or
+	// "SECRET" it has as many bits as there are. A parcel is taken once, whatever becomes
+	// of the key.
 	Key           *CreateKMSKeyRequest `protobuf:"bytes,3,opt,name=key,proto3" json:"key,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

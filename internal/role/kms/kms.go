@@ -331,6 +331,7 @@ func (k *KMS) run(ctx context.Context, ready func(*KMS) error) error {
 		group.Go(func() error { return k.keepCertificate(ctx) })
 	}
 	group.Go(func() error { return k.keepApprovals(ctx) })
+	group.Go(func() error { return k.keepImportKeys(ctx) })
 	if l.metrics != nil {
 		group.Go(func() error { return daemon.Serve(ctx, k.metricsServer(), l.metrics) })
 	}

@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"net/http"
 	"strings"
-	"sync"
 	"time"
 
 	"connectrpc.com/connect"
@@ -32,7 +31,7 @@ type keyAPI struct {
 	strongroomv1connect.UnimplementedKMSKeyServiceHandler
 	k          *KMS
 	operations *kmipserver.Server
-	importing  sync.Mutex // held while an import key is looked for and made
+	imports    importKeys
 }
 
 // handler returns the path of the service and what serves it. A client is known

@@ -37,11 +37,14 @@ func FuzzRESTRequest(f *testing.F) {
 		{"DestroyKMSKey", `{"id":"x"}`},
 		{"ActivateKMSKey", `{}`},
 		{"GetKMSKey", `[]`},
+		{"GetKMSImportKey", `{}`},
+		{"ImportKMSKey", `{"importKey":"01a21abd-5b98-7f16-87b5-10b6ce5c8aeb","parcel":"AAAA","key":{"name":"k","type":"AES-256"}}`},
 	} {
 		f.Add(seed[0], []byte(seed[1]))
 	}
+	store := kmipserver.NewMemory()
 	operations, err := kmipserver.New(kmipserver.Config{
-		Store: kmipserver.NewMemory(), TLS: &tls.Config{}, Log: slog.New(slog.DiscardHandler),
+		Store: store, TLS: &tls.Config{}, Log: slog.New(slog.DiscardHandler),
 		Authenticate: func(context.Context, tls.ConnectionState, []kmip.Credential) (kmipserver.Client, error) {
 			return kmipserver.Client{}, errs.New(errs.Denied, "nobody")
 		},
@@ -49,7 +52,7 @@ func FuzzRESTRequest(f *testing.F) {
 	if err != nil {
 		f.Fatal(err)
 	}
-	_, service := strongroomv1connect.NewKMSKeyServiceHandler(&keyAPI{operations: operations}, connect.WithInterceptors(restErrors), connect.WithReadMaxBytes(requestMax))
+	_, service := strongroomv1connect.NewKMSKeyServiceHandler(&keyAPI{operations: operations, imports: importKeys{store: store}}, connect.WithInterceptors(restErrors), connect.WithReadMaxBytes(requestMax))
 	ctx := context.WithValue(context.Background(), applicationKey{}, kmipserver.Caller{Client: kmipserver.Client{Account: "g", Name: "application:a"}})
 	f.Fuzz(func(t *testing.T, method string, body []byte) {
 		if strings.Trim(method, "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz") != "" {

@@ -12,6 +12,7 @@ import (
 	"github.com/ovh/kmip-go"
 	"github.com/ovh/kmip-go/payloads"
 
+	"strongroom/api/apierr"
 	strongroomv1 "strongroom/api/strongroom/v1"
 	"strongroom/client"
 	"strongroom/internal/crypto/keymem"
@@ -76,7 +77,7 @@ func TestRESTImport(t *testing.T) {
 		}
 	}
 	var id string
-	for kind, size := range map[string]int{"AES-256": 32, "AES": 16, "HMAC-SHA256": 32, "SECRET": 21, "SECRET-512": 64} {
+	for kind, size := range map[string]int{"AES-256": 32, "AES": 16, "HMAC-SHA256": 32, "SECRET": 21, "SECRET-512": 64, "3DES": 24} {
 		secret := random(size)
 		m := request("of type "+kind, kind, secret)
 		id = do(t, r.ImportKMSKey, m).GetId()
@@ -91,11 +92,18 @@ func TestRESTImport(t *testing.T) {
 		if held, err := materialOf(got); err != nil || !bytes.Equal(held, secret) {
 			t.Errorf("%s: another key came in: %v", kind, err)
 		}
-		failure(t, kind+" sent twice", r.ImportKMSKey, m, errs.Invalid, "")
+		failure(t, kind+" sent twice", r.ImportKMSKey, m, errs.Exists, "")
 	}
 	if e := do(t, r.Encrypt, &strongroomv1.EncryptRequest{Name: "of type AES", Plaintext: []byte("text")}); len(e.GetCiphertext()) != 4+gcmTag {
 		t.Errorf("encrypted: %v", e)
 	}
+
+	t.Log("a parcel is taken once, also when what came of it is gone")
+	gone := request("gone", "AES-256", random(32))
+	id = do(t, r.ImportKMSKey, gone).GetId()
+	do(t, r.RevokeKMSKey, &strongroomv1.RevokeKMSKeyRequest{Id: id})
+	do(t, r.DestroyKMSKey, &strongroomv1.DestroyKMSKeyRequest{Id: id})
+	failure(t, "a key that was destroyed", r.ImportKMSKey, gone, errs.Exists, "")
 
 	t.Log("what is refused")
 	other := b.restAt(t, bearer(b.newREST(t, "other", FirstGroup)))
@@ -129,20 +137,20 @@ func TestRESTImport(t *testing.T) {
 	do(t, local.SetKMSGroupPolicy, &strongroomv1.SetKMSGroupPolicyRequest{Name: FirstGroup})
 
 	t.Log("an import key's life")
-	k := b.KMS
+	keys := importKeys{store: b.objects}
 	made := to.GetExpires().AsTime().Add(-importTaken)
-	if offered, err := k.offeredImportKey(t.Context(), made.Add(importOffered)); err != nil || offered != nil {
+	if offered, err := keys.offered(t.Context(), made.Add(importOffered)); err != nil || offered != nil {
 		t.Errorf("after a day it is still given out: %v, %v", offered, err)
 	}
-	a := &keyAPI{k: k}
-	if _, err := a.openImport(t.Context(), m, made.Add(importTaken)); errs.KindOf(err) != errs.Invalid || !strings.Contains(errs.HintOf(err), "GetKMSImportKey") {
+	bound := parcel.ImportContext{Application: "web", Name: "mine", Type: "AES-256"}.String()
+	if _, err := keys.open(t.Context(), to.GetId(), m.GetParcel(), bound, made.Add(importTaken)); errs.KindOf(err) != errs.Invalid || !strings.Contains(errs.HintOf(err), "GetKMSImportKey") {
 		t.Errorf("after two days: %v", err)
 	}
-	next, err := k.newImportKey(t.Context(), made.Add(importTaken))
+	next, err := keys.offer(t.Context(), made.Add(importTaken))
 	if err != nil {
 		t.Fatal(err)
 	}
-	err = k.objects.View(t.Context(), importAccount, func(v kmipserver.Reader) error {
+	err = b.objects.View(t.Context(), importAccount, func(v kmipserver.Reader) error {
 		for id, destroyed := range map[string]bool{to.GetId(): true, next.GetId(): false} {
 			if o, err := v.Get(id); err != nil || o.Destroyed() != destroyed || (o.Material == nil) != destroyed {
 				t.Errorf("%s: %v, destroyed %v", id, err, !destroyed)
@@ -235,9 +243,7 @@ func (n *trio) testREST(t *testing.T) {
 		return err == nil || errs.KindOf(err) == errs.NotFound
 	})
 	for _, s := range n.sites {
-		if _, err := client.Call(t.Context(), at(s).GetKMSKey, &strongroomv1.GetKMSKeyRequest{Id: id}); err == nil {
-			t.Errorf("node %s takes an API key that was revoked", s.name)
-		}
+		failure(t, "an API key that was revoked, at node "+s.name, at(s).GetKMSKey, &strongroomv1.GetKMSKeyRequest{Id: id}, errs.Denied, apierr.ReasonUnauthenticated)
 	}
 }
 

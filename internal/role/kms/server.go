@@ -100,7 +100,7 @@ func (k *KMS) apiServer(o *kmipserver.Server) (*guard.Server, error) {
 		root: strongroomv1connect.UnimplementedKMSRootServiceHandler{}, cluster: strongroomv1connect.UnimplementedKMSClusterServiceHandler{},
 		backup: strongroomv1connect.UnimplementedKMSBackupServiceHandler{},
 	}
-	path, keys, err := (&keyAPI{k: k, operations: o}).handler()
+	path, keys, err := (&keyAPI{k: k, operations: o, imports: importKeys{store: k.objects}}).handler()
 	if err != nil {
 		return nil, err
 	}

@@ -65,6 +65,27 @@ func (s *Server) Export(ctx context.Context, c Caller, id string, seal func(*Obj
 	})
 }
 
+// Import carries out Register of what open returns, which is asked once the operation
+// is allowed and admitted; what is secret of it is wiped. It returns the identifier of
+// the object.
+func (s *Server) Import(ctx context.Context, c Caller, open func() (*payloads.RegisterRequestPayload, error)) (id string, err error) {
+	it := &item{operation: kmip.OperationRegister, payload: &payloads.RegisterRequestPayload{}}
+	err = s.direct(ctx, c, it, func(r *request) error {
+		p, err := open()
+		if err != nil {
+			return err
+		}
+		r.concealPayload(p)
+		out, err := r.register(p)
+		if err != nil {
+			return err
+		}
+		id = out.(*payloads.RegisterResponsePayload).UniqueIdentifier
+		return nil
+	})
+	return id, err
+}
+
 // Found is an object that was found.
 type Found struct {
 	ID string
