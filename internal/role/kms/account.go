@@ -130,11 +130,12 @@ func (a *api) account(ctx context.Context, name string) (*connect.Response[stron
 
 func (a *api) CreateKMSAccount(ctx context.Context, req *connect.Request[strongroomv1.CreateKMSAccountRequest]) (*connect.Response[strongroomv1.KMSAccount], error) {
 	m := req.Msg
-	if _, err := a.k.directory.Account(m.GetName()); err != nil {
-		// Of an earlier one whose deletion was broken off.
-		if err := a.k.usage.Forget(ctx, usage.Account(short(m.GetName()))); err != nil {
-			return nil, err
-		}
+	err := a.k.forgetEarlier(ctx, func() error {
+		_, err := a.k.directory.Account(m.GetName())
+		return err
+	}, func() error { return a.k.usage.Forget(ctx, usage.Account(short(m.GetName()))) })
+	if err != nil {
+		return nil, err
 	}
 	if err := a.k.directory.CreateAccount(ctx, directory.Account{Name: m.GetName(), Title: m.GetTitle(), Description: m.GetDescription()}); err != nil {
 		return nil, err

@@ -71,11 +71,12 @@ func (a *api) CreateKMSGroup(ctx context.Context, req *connect.Request[strongroo
 	if err != nil {
 		return nil, errs.Wrap(err, "cannot create group %.100s", m.GetName())
 	}
-	if _, err := a.k.directory.Group(m.GetName()); err != nil {
-		// Of an earlier one whose deletion was broken off.
-		if err := a.k.forgetGroup(ctx, m.GetName()); err != nil {
-			return nil, err
-		}
+	err = a.k.forgetEarlier(ctx, func() error {
+		_, err := a.k.directory.Group(m.GetName())
+		return err
+	}, func() error { return a.k.forgetGroup(ctx, m.GetName()) })
+	if err != nil {
+		return nil, err
 	}
 	if err := a.k.directory.CreateGroup(ctx, directory.Group{Name: m.GetName(), Title: m.GetTitle(), Description: m.GetDescription(), Policy: policy}); err != nil {
 		return nil, err
@@ -137,12 +138,14 @@ func (a *api) CreateKMSApplication(ctx context.Context, req *connect.Request[str
 	if err != nil {
 		return nil, errs.Wrap(err, "cannot create application %.100s", m.GetName())
 	}
-	if _, err := a.k.directory.Application(m.GetName()); err != nil {
-		// Of an earlier one whose deletion was broken off.
-		err := errors.Join(a.k.approvals.Forget(ctx, m.GetGroup(), "application:"+m.GetName()), a.k.usage.Forget(ctx, usage.Application(short(m.GetName()))))
-		if err != nil {
-			return nil, err
-		}
+	err = a.k.forgetEarlier(ctx, func() error {
+		_, err := a.k.directory.Application(m.GetName())
+		return err
+	}, func() error {
+		return errors.Join(a.k.approvals.Forget(ctx, m.GetGroup(), "application:"+m.GetName()), a.k.usage.Forget(ctx, usage.Application(short(m.GetName()))))
+	})
+	if err != nil {
+		return nil, err
 	}
 	app := directory.Application{Name: m.GetName(), Title: m.GetTitle(), Description: m.GetDescription(), Group: m.GetGroup(), Interface: i}
 	if err := a.k.directory.CreateApplication(ctx, app); err != nil {
@@ -217,6 +220,9 @@ func (a *api) SetKMSApplicationDisabled(ctx context.Context, req *connect.Reques
 }
 
 func (a *api) DeleteKMSApplication(ctx context.Context, req *connect.Request[strongroomv1.DeleteKMSApplicationRequest]) (*connect.Response[strongroomv1.DeleteKMSApplicationResponse], error) {
+	if err := a.k.directory.Refresh(ctx); err != nil {
+		return nil, err
+	}
 	app, err := a.k.directory.Application(req.Msg.GetName())
 	if err != nil {
 		return nil, errs.Wrap(err, "cannot delete application %.100s", req.Msg.GetName())

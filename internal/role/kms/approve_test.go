@@ -356,3 +356,34 @@ func (n *trio) testQuorum(t *testing.T) {
 	})
 	n.has(b, id, nil)
 }
+
+// testStale has a node that was asked nothing for a while make a group which another
+// has made meanwhile: that is refused, and harms nothing of it. After testQuorum, ann
+// can approve.
+func (n *trio) testStale(t *testing.T) {
+	stale, other := n.sites[0], n.sites[1]
+	at := func(s *site) *client.Client {
+		c, err := client.New(client.Config{Server: "unix:" + s.cfg.LocalSocket})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(c.Close)
+		return c
+	}
+	kms := at(other).KMS()
+	do(t, kms.CreateKMSGroup, &strongroomv1.CreateKMSGroupRequest{Name: "meanwhile"})
+	do(t, kms.SetKMSGroupQuorum, &strongroomv1.SetKMSGroupQuorumRequest{Name: "meanwhile", Quorum: &strongroomv1.KMSQuorum{Approvers: []string{"ann"}, Needed: 1, Export: true}})
+	do(t, kms.CreateKMSApplication, &strongroomv1.CreateKMSApplicationRequest{Name: "meanwhile", Group: "meanwhile"})
+	as := user("meanwhile", string(do(t, kms.CreateKMSPassword, &strongroomv1.CreateKMSPasswordRequest{Application: "meanwhile"}).GetPassword()))
+	conn := dial(t, other.cfg.Listen, tlsOf(t, other.cfg.DataDir))
+	id := ask(t, conn, as, newAES("")).ResponsePayload.(*payloads.CreateResponsePayload).UniqueIdentifier
+	request := requestIn(t, ask(t, conn, as, &payloads.GetRequestPayload{UniqueIdentifier: id}).ResultMessage)
+
+	_, err := client.Call(t.Context(), at(stale).KMS().CreateKMSApplication, &strongroomv1.CreateKMSApplicationRequest{Name: "meanwhile", Group: "meanwhile"})
+	wantKind(t, "an application that another node has made", err, errs.Exists)
+	_, err = client.Call(t.Context(), at(stale).KMS().CreateKMSGroup, &strongroomv1.CreateKMSGroupRequest{Name: "meanwhile"})
+	wantKind(t, "a group that another node has made", err, errs.Exists)
+	if got := requestIn(t, ask(t, conn, as, &payloads.GetRequestPayload{UniqueIdentifier: id}).ResultMessage); got != request {
+		t.Errorf("request %s is gone: now there is %s", request, got)
+	}
+}

@@ -51,6 +51,19 @@ func (a *api) DeleteKMSGroup(ctx context.Context, req *connect.Request[strongroo
 	return connect.NewResponse(&strongroomv1.DeleteKMSGroupResponse{}), nil
 }
 
+// forgetEarlier has forget drop what is left of an earlier owner of a name, whose
+// deletion was broken off, if nobody has the name now, by get: as all nodes have it, for
+// what this one remembers may be old.
+func (k *KMS) forgetEarlier(ctx context.Context, get, forget func() error) error {
+	if err := k.directory.Refresh(ctx); err != nil {
+		return err
+	}
+	if get() == nil {
+		return nil
+	}
+	return forget()
+}
+
 // forgetGroup drops what is kept of a group beside the directory and its objects.
 func (k *KMS) forgetGroup(ctx context.Context, name string) error {
 	if err := k.approvals.Forget(ctx, name, ""); err != nil {

@@ -78,6 +78,7 @@ func TestThreeNodes(t *testing.T) {
 	t.Run("revoked elsewhere", func(t *testing.T) { n.testRevoked(t) })
 	t.Run("REST", func(t *testing.T) { n.testREST(t) })
 	t.Run("quorum", func(t *testing.T) { n.testQuorum(t) })
+	t.Run("stale", func(t *testing.T) { n.testStale(t) })
 	t.Run("destroyed while away", func(t *testing.T) { n.testAway(t) })
 	n.check(n.sites[0], keys)
 	t.Run("removed", func(t *testing.T) { n.testRemoved(t, keys) })
