@@ -67,9 +67,9 @@ func (inv *Inventory) Circle(ctx context.Context, v VM, provider string) (string
 	return inv.Site(providers, vms).circle(v, []string{provider}), nil
 }
 
-// NewCircle returns the first VM that would wait for itself if changed, a provider,
-// were as it is given, and does not now, and how: "" and "" if there is none.
-func (inv *Inventory) NewCircle(ctx context.Context, changed Provider) (vm, circle string, err error) {
+// NewCircle returns the first VM that would wait for itself if a standard provider were
+// as changed says, and does not now, and how: "" and "" if there is none.
+func (inv *Inventory) NewCircle(ctx context.Context, provider string, changed Standard) (vm, circle string, err error) {
 	providers, err := inv.Providers(ctx)
 	if err != nil {
 		return "", "", err
@@ -81,8 +81,8 @@ func (inv *Inventory) NewCircle(ctx context.Context, changed Provider) (vm, circ
 	now := inv.Site(providers, vms)
 	next := slices.Clone(providers)
 	for i := range next {
-		if next[i].Name == changed.Name {
-			next[i] = changed
+		if next[i].Name == provider {
+			next[i].Standard = &changed
 		}
 	}
 	then := inv.Site(next, vms)

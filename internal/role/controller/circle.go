@@ -45,19 +45,9 @@ func (c *Controller) refuseCircle(ctx context.Context, args *vmArgs, provider st
 }
 
 // refuseNewCircle returns an error if a VM would wait for itself to be started once a
-// standard provider is changed so, and does not now; or puts it on record, if that is
-// allowed.
-func (c *Controller) refuseNewCircle(ctx context.Context, p inventory.Provider, settings *strongroomv1.StandardSettings, allow bool) error {
-	next := *p.Standard
-	next.HostAccess = cmp.Or(settings.GetHostAccess(), next.HostAccess)
-	if servers := settings.GetServers(); len(servers) > 0 {
-		next.Servers = nil
-		for _, s := range servers {
-			next.Servers = append(next.Servers, inventory.KeyServer{Address: s.GetAddress()})
-		}
-	}
-	p.Standard = &next
-	vm, circle, err := c.inv.NewCircle(ctx, p)
+// standard provider is next, and does not now; or puts it on record, if that is allowed.
+func (c *Controller) refuseNewCircle(ctx context.Context, provider string, next inventory.Standard, allow bool) error {
+	vm, circle, err := c.inv.NewCircle(ctx, provider, next)
 	if err != nil || vm == "" {
 		return err
 	}
@@ -67,7 +57,7 @@ func (c *Controller) refuseNewCircle(ctx context.Context, p inventory.Provider, 
 			WithHint("strongroom vm rekey %s --provider NAME, such as a native one, before; if you know a way to start it, --allow-circular", vm)
 	}
 	_, err = c.audit.Append(audit.Entry{
-		Actor: callerName(ctx), Action: "provider.update", Object: "/provider/" + p.Name, Outcome: audit.Success, Details: map[string]string{"circular": circle, "vm": vm},
+		Actor: callerName(ctx), Action: "provider.update", Object: "/provider/" + provider, Outcome: audit.Success, Details: map[string]string{"circular": circle, "vm": vm},
 	})
 	return errs.Wrap(err, "cannot write the audit log")
 }

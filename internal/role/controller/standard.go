@@ -150,7 +150,10 @@ func (c *Controller) addStandard(ctx context.Context, name string, settings *str
 	if err := checkKeys(nil, settings); err != nil {
 		return inventory.Provider{}, err
 	}
-	if err := c.applySettings(name, &s, settings); err != nil {
+	if err := applyPlain(name, &s, settings); err != nil {
+		return inventory.Provider{}, err
+	}
+	if err := c.applySecrets(name, &s, settings); err != nil {
 		return inventory.Provider{}, err
 	}
 	if err := c.applyKeys(&s, settings); err != nil {
@@ -192,10 +195,13 @@ func (c *Controller) updateSettings(ctx context.Context, name string, settings *
 	if err := checkKeys(s.Wrapping, settings); err != nil {
 		return err
 	}
-	if err := c.refuseNewCircle(ctx, p, settings, allowCircular); err != nil {
+	if err := applyPlain(name, &s, settings); err != nil {
 		return err
 	}
-	if err := c.applySettings(name, &s, settings); err != nil {
+	if err := c.refuseNewCircle(ctx, name, s, allowCircular); err != nil {
+		return err
+	}
+	if err := c.applySecrets(name, &s, settings); err != nil {
 		return err
 	}
 	if p, err = c.updateStandard(ctx, name, func(old *inventory.Standard) error {
@@ -222,9 +228,9 @@ func settle(s *inventory.Standard, next inventory.Standard, settings *strongroom
 	*s = next
 }
 
-// applySettings changes s as settings say, and stores new secrets beside those
-// in use: a private key takes its place when the record has its certificate.
-func (c *Controller) applySettings(name string, s *inventory.Standard, settings *strongroomv1.StandardSettings) error {
+// applyPlain changes s as settings say, as far as that is no secret, and refuses what
+// is not right.
+func applyPlain(name string, s *inventory.Standard, settings *strongroomv1.StandardSettings) error {
 	if len(settings.GetServers()) > 0 {
 		s.Servers = nil
 		for _, server := range settings.GetServers() {
@@ -244,12 +250,11 @@ func (c *Controller) applySettings(name string, s *inventory.Standard, settings 
 	if settings.GetTimeoutSeconds() != 0 {
 		s.TimeoutSeconds = settings.GetTimeoutSeconds()
 	}
-	newUser := settings.GetUser() != "" || len(settings.GetPassword()) > 0
-	if newUser {
+	if newUser(settings) {
 		s.User = settings.GetUser()
-	}
-	if newUser && (s.User == "" || len(settings.GetPassword()) > standard.PasswordMax) {
-		return errs.New(errs.Invalid, "the credential needs a user name, and a password of at most %d bytes", standard.PasswordMax)
+		if s.User == "" || len(settings.GetPassword()) > standard.PasswordMax {
+			return errs.New(errs.Invalid, "the credential needs a user name, and a password of at most %d bytes", standard.PasswordMax)
+		}
 	}
 	if settings.GetHostAccess() != "" {
 		s.HostAccess = settings.GetHostAccess()
@@ -257,11 +262,19 @@ func (c *Controller) applySettings(name string, s *inventory.Standard, settings 
 	if err := checkStandard(s); err != nil {
 		return err
 	}
-	if err := checkHostAccess(s.HostAccess, cmp.Or(settings.GetClientMethod(), s.ClientMethod), name); err != nil {
-		return err
-	}
+	return checkHostAccess(s.HostAccess, cmp.Or(settings.GetClientMethod(), s.ClientMethod), name)
+}
+
+// newUser reports whether settings have a user name or a password.
+func newUser(settings *strongroomv1.StandardSettings) bool {
+	return settings.GetUser() != "" || len(settings.GetPassword()) > 0
+}
+
+// applySecrets stores the new secrets of settings beside those in use: a private key
+// takes its place when the record, s, has its certificate.
+func (c *Controller) applySecrets(name string, s *inventory.Standard, settings *strongroomv1.StandardSettings) error {
 	return c.keys.setCredentials(name, func(secrets *standard.Credentials) error {
-		if newUser {
+		if newUser(settings) {
 			secrets.Password.Close()
 			secrets.Password = nil
 			if len(settings.GetPassword()) > 0 {
