@@ -73,10 +73,17 @@ func (i *importKeys) offered(ctx context.Context, now time.Time) (out *strongroo
 			if o.Destroyed() || now.Sub(made) >= importOffered || parcelsOf(o) >= importParcels {
 				return nil
 			}
-			return withImportKey(v, o.ID, func(r *parcel.Recipient) error {
-				out = importKeyToAPI(o.ID, r, made)
-				return nil
-			})
+			full, err := v.Get(o.ID)
+			if err != nil {
+				return err
+			}
+			r, err := parcel.RestoreRecipient(full.Material)
+			if err != nil {
+				return err
+			}
+			defer r.Close()
+			out = importKeyToAPI(o.ID, r, made)
+			return nil
 		}
 		return nil
 	})
@@ -198,21 +205,6 @@ func importKeyMade(o *kmipserver.Object) time.Time {
 		}
 	}
 	return time.Time{}
-}
-
-// withImportKey calls f with the import key of that identifier. The recipient is
-// closed after that.
-func withImportKey(v kmipserver.Reader, id string, f func(*parcel.Recipient) error) error {
-	o, err := v.Get(id)
-	if err != nil {
-		return err
-	}
-	r, err := parcel.RestoreRecipient(o.Material)
-	if err != nil {
-		return err
-	}
-	defer r.Close()
-	return f(r)
 }
 
 // keepImportKeys ends import keys in time until ctx ends.
