@@ -72,12 +72,14 @@ func (r *request) register(p *payloads.RegisterRequestPayload) (kmip.OperationPa
 		return nil, err
 	}
 	if len(bytes) > 0 {
+		r.conceal(bytes) // and not before the answer: a batch may run this again
 		if len(bytes) > keymem.SizeMax {
 			return nil, refuse(kmip.ResultReasonInvalidField, "an object of over %d bytes", keymem.SizeMax)
 		}
-		if o.Material, err = keymem.Take(bytes); err != nil {
+		if o.Material, err = keymem.New(len(bytes)); err != nil {
 			return nil, err
 		}
+		copy(o.Material.Bytes(), bytes)
 	} else if o.Type != kmip.ObjectTypeTemplate && !r.valueless(p.Object) {
 		return nil, refuse(kmip.ResultReasonInvalidField, "the object is empty")
 	}
