@@ -19,6 +19,7 @@ import (
 	"strongroom/client"
 	"strongroom/internal/keys/hsm"
 	"strongroom/internal/keys/hsm/token"
+	"strongroom/test/port"
 	"strongroom/test/softhsm"
 )
 
@@ -173,17 +174,16 @@ func waitForKMS(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// findPort is "freeport VARIABLE": sets it to a TCP port that was free just now.
+// findPort is "freeport VARIABLE": sets it to a TCP port that nobody else gets.
 func findPort(ts *testscript.TestScript, neg bool, args []string) {
 	if len(args) != 1 || neg {
 		ts.Fatalf("usage: freeport VARIABLE")
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	addr, err := port.Reserve()
 	ts.Check(err)
-	_, port, err := net.SplitHostPort(l.Addr().String())
+	_, number, err := net.SplitHostPort(addr)
 	ts.Check(err)
-	ts.Check(l.Close())
-	ts.Setenv(args[0], port)
+	ts.Setenv(args[0], number)
 }
 
 // waitForSize is "waitsize FILE BYTES": until the file has that size, because a

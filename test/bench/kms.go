@@ -22,6 +22,7 @@ import (
 	"github.com/ovh/kmip-go/ttlv"
 
 	"strongroom/internal/crypto/clientcert"
+	"strongroom/test/port"
 )
 
 // kmsSpeed is the median of the rounds of one load on one key management server.
@@ -149,16 +150,8 @@ func medianRun(runs []kmsSpeed) kmsSpeed {
 	return runs[len(runs)/2]
 }
 
-func freeAddress() (string, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", err
-	}
-	return l.Addr().String(), l.Close()
-}
-
 func prepareOurs(_ context.Context, dir, binary string) (*kmsServer, error) {
-	addr, err := freeAddress()
+	addr, err := port.Reserve()
 	if err != nil {
 		return nil, err
 	}
@@ -176,7 +169,7 @@ func prepareOurs(_ context.Context, dir, binary string) (*kmsServer, error) {
 }
 
 func preparePyKMIP(_ context.Context, dir, _ string) (*kmsServer, error) {
-	addr, err := freeAddress()
+	addr, err := port.Reserve()
 	if err != nil {
 		return nil, err
 	}

@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"syscall"
 	"time"
+
+	"strongroom/test/port"
 )
 
 // prepareNodes starts a key management server of ours on three nodes, all on this
@@ -44,7 +46,7 @@ func prepareNodes(ctx context.Context, dir, binary string) (*kmsServer, error) {
 	for i, name := range []string{"kms", "b", "c"} {
 		var addresses [3]string
 		for i := range addresses {
-			if addresses[i], err = freeAddress(); err != nil {
+			if addresses[i], err = port.Reserve(); err != nil {
 				return nil, err
 			}
 		}

@@ -23,6 +23,7 @@ import (
 
 	"strongroom/internal/keys/kmip/kmipserver"
 	"strongroom/internal/keys/kmip/testca"
+	"strongroom/test/port"
 )
 
 // program is where Debian puts PyKMIP.
@@ -64,7 +65,7 @@ func StartPyKMIP(t testing.TB, ca *testca.Authority, clients []byte, versions ..
 	if _, err := os.Stat(program); err != nil {
 		t.Fatalf("%v (scripts/setup.sh installs it)", err)
 	}
-	s := &PyKMIP{Addr: freeAddress(t), dir: t.TempDir(), speaks: versions}
+	s := &PyKMIP{Addr: address(t), dir: t.TempDir(), speaks: versions}
 	host, port, _ := net.SplitHostPort(s.Addr)
 	cert, key := testca.KeyPEM(t, ca.Server(t))
 	policies := filepath.Join(s.dir, "policies")
@@ -136,14 +137,13 @@ func (s *PyKMIP) Kill() {
 	s.cmd = nil
 }
 
-func freeAddress(t testing.TB) string {
+func address(t testing.TB) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	addr, err := port.Reserve()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close()
-	return l.Addr().String()
+	return addr
 }
 
 // Server is our own KMIP server with a store in memory, which outlives a stop
@@ -167,7 +167,7 @@ type Server struct {
 // NewServer returns a server that is not started yet.
 func NewServer(t testing.TB, ca *testca.Authority) *Server {
 	t.Helper()
-	s := &Server{Addr: freeAddress(t), Store: kmipserver.NewMemory(), Certificate: ca.Server(t), Clients: ca.Pool()}
+	s := &Server{Addr: address(t), Store: kmipserver.NewMemory(), Certificate: ca.Server(t), Clients: ca.Pool()}
 	t.Cleanup(func() {
 		if err := errors.Join(s.Stop(), s.Store.Close()); err != nil {
 			t.Error(err)

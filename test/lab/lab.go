@@ -20,6 +20,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"strongroom/test/port"
 )
 
 // startTimeout bounds the start of a process, on a machine that is busy with
@@ -206,11 +208,11 @@ type Controller struct {
 // StartController makes a controller with a cluster of the name "demo" and
 // starts it.
 func (l *Lab) StartController(ctx context.Context, name string) (*Controller, error) {
-	port, err := freePort()
+	address, err := port.Reserve()
 	if err != nil {
 		return nil, err
 	}
-	c := &Controller{Name: name, Address: "127.0.0.1:" + port, lab: l, dir: filepath.Join(l.Dir, name)}
+	c := &Controller{Name: name, Address: address, lab: l, dir: filepath.Join(l.Dir, name)}
 	if err := l.makeDir(c.dir); err != nil {
 		return nil, err
 	}
@@ -268,7 +270,7 @@ type Host struct {
 
 // StartHost joins a new host to a cluster of c and starts it.
 func (c *Controller) StartHost(ctx context.Context, name, cluster string) (*Host, error) {
-	port, err := freePort()
+	address, err := port.Reserve()
 	if err != nil {
 		return nil, err
 	}
@@ -276,7 +278,7 @@ func (c *Controller) StartHost(ctx context.Context, name, cluster string) (*Host
 	if err := c.lab.makeDir(h.dir); err != nil {
 		return nil, err
 	}
-	config := fmt.Sprintf("data_dir = %q\nrun_dir = %q\nlisten = %q\n", filepath.Join(h.dir, "data"), filepath.Join(h.dir, "run"), "127.0.0.1:"+port)
+	config := fmt.Sprintf("data_dir = %q\nrun_dir = %q\nlisten = %q\n", filepath.Join(h.dir, "data"), filepath.Join(h.dir, "run"), address)
 	if err := c.lab.writeFile(h.configPath(), config); err != nil {
 		return nil, err
 	}
@@ -400,11 +402,11 @@ type KMS struct {
 
 // StartKMS makes a key server with a first application and starts it.
 func (l *Lab) StartKMS(name string) (*KMS, error) {
-	port, err := freePort()
+	address, err := port.Reserve()
 	if err != nil {
 		return nil, err
 	}
-	k := &KMS{Name: name, Address: "127.0.0.1:" + port, lab: l, dir: filepath.Join(l.Dir, name)}
+	k := &KMS{Name: name, Address: address, lab: l, dir: filepath.Join(l.Dir, name)}
 	if err := l.makeDir(k.dir); err != nil {
 		return nil, err
 	}
@@ -468,14 +470,4 @@ func listening(network, address string) bool {
 	}
 	_ = conn.Close()
 	return true
-}
-
-func freePort() (string, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", err
-	}
-	defer l.Close()
-	_, port, err := net.SplitHostPort(l.Addr().String())
-	return port, err
 }

@@ -20,6 +20,7 @@ import (
 	"strongroom/internal/control/audit"
 	"strongroom/internal/control/inventory"
 	"strongroom/internal/errs"
+	"strongroom/test/port"
 )
 
 func TestMain(m *testing.M) {
@@ -68,9 +69,14 @@ func newSite(t testing.TB) *site {
 	return s
 }
 
+// listenLoopback listens at an address at which a test can listen again.
 func listenLoopback(t testing.TB) net.Listener {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	addr, err := port.Reserve()
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("tcp", addr)
 	if err != nil {
 		t.Fatal(err)
 	}

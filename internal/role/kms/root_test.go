@@ -3,7 +3,6 @@ package kms
 import (
 	"context"
 	"log/slog"
-	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -36,18 +35,14 @@ func startSealed(t testing.TB, dir string) *waiting {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	w := &waiting{t: t, cfg: configOf(t, dir), ready: make(chan *KMS, 1), ended: make(chan error, 1)}
-	l, err := net.Listen("tcp", "127.0.0.1:0") // its address is not told before it is unsealed
-	if err != nil {
-		t.Fatal(err)
-	}
-	w.cfg.MetricsListen = l.Addr().String()
-	l.Close()
+	w.cfg.MetricsListen = address(t) // it is not told before the KMS is unsealed
 	go func() {
 		w.ended <- RunReady(ctx, w.cfg, slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelError})), func(k *KMS) error {
 			w.ready <- k
 			return k.EnsureFirstApplication(ctx)
 		})
 	}()
+	var err error
 	if w.local, err = client.New(client.Config{Server: "unix:" + w.cfg.LocalSocket}); err != nil {
 		t.Fatal(err)
 	}

@@ -26,6 +26,7 @@ import (
 	strongroomv1 "strongroom/api/strongroom/v1"
 	"strongroom/api/strongroom/v1/strongroomv1connect"
 	"strongroom/internal/errs"
+	"strongroom/test/port"
 )
 
 // nodeChild makes the test's binary a node with that configuration.
@@ -63,15 +64,14 @@ type site struct {
 	conn   *http.Transport
 }
 
-// freePort returns a port that nobody listens on.
-func freePort(t *testing.T) int {
+// address returns one at which a node can listen as often as wanted.
+func address(t testing.TB) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	addr, err := port.Reserve()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).Port
+	return addr
 }
 
 func newSite(t *testing.T, name string) *site {
@@ -79,15 +79,15 @@ func newSite(t *testing.T, name string) *site {
 	dir := t.TempDir()
 	s := &site{t: t, name: name, config: filepath.Join(dir, "kms.toml")}
 	text := fmt.Sprintf(`data_dir = %q
-listen = "127.0.0.1:%d"
-metrics_listen = "127.0.0.1:%d"
+listen = %q
+metrics_listen = %q
 local_socket = %q
-api_listen = "127.0.0.1:%d"
+api_listen = %q
 [cluster]
 name = %q
-listen = "127.0.0.1:%d"
-store_listen = "127.0.0.1:%d"
-`, filepath.Join(dir, "kms"), freePort(t), freePort(t), filepath.Join(socketDir(t), "s"), freePort(t), name, freePort(t), freePort(t))
+listen = %q
+store_listen = %q
+`, filepath.Join(dir, "kms"), address(t), address(t), filepath.Join(socketDir(t), "s"), address(t), name, address(t), address(t))
 	if err := os.WriteFile(s.config, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}

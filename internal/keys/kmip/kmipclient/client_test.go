@@ -24,6 +24,7 @@ import (
 	"strongroom/internal/keys/kmip/kmipserver"
 	"strongroom/internal/keys/kmip/testca"
 	"strongroom/test/kms"
+	"strongroom/test/port"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -70,6 +71,16 @@ func start(t *testing.T, ca *testca.Authority, store kmipserver.Store, addr stri
 	}
 	t.Cleanup(stop)
 	return l, stop
+}
+
+// address returns one at which a server can be stopped and started again.
+func address(t *testing.T) string {
+	t.Helper()
+	addr, err := port.Reserve()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return addr
 }
 
 func newClient(t *testing.T, ca *testca.Authority, edit func(*Config), servers ...string) *Client {

@@ -57,9 +57,9 @@ func TestFailoverAndReturn(t *testing.T) {
 	ca := testca.New(t)
 	store := kmipserver.NewMemory()
 	defer store.Close()
-	first, stopFirst := start(t, ca, store, "127.0.0.1:0")
+	addr := address(t)
+	_, stopFirst := start(t, ca, store, addr)
 	second, stopSecond := start(t, ca, store, "127.0.0.1:0")
-	addr := first.Addr().String()
 	c := newClient(t, ca, nil, addr, second.Addr().String())
 	life(t, c)
 	if len(c.servers[1].idle) != 0 {
@@ -231,9 +231,9 @@ func TestReturnToPreferred(t *testing.T) {
 	ca := testca.New(t)
 	store := kmipserver.NewMemory()
 	defer store.Close()
-	first, stopFirst := start(t, ca, store, "127.0.0.1:0")
+	addr := address(t)
+	first, stopFirst := start(t, ca, store, addr)
 	second, _ := start(t, ca, store, "127.0.0.1:0")
-	addr := first.Addr().String()
 	c := newClient(t, ca, func(c *Config) { c.Retry = time.Hour }, addr, second.Addr().String())
 	id, err := c.Create(t.Context())
 	if err != nil {

@@ -19,6 +19,7 @@ import (
 	"strongroom/internal/errs"
 	"strongroom/internal/keys/keyring"
 	"strongroom/internal/role/kms/objectstore"
+	"strongroom/test/port"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -75,16 +76,15 @@ func newBench(t *testing.T, nodes int) *bench {
 		}
 	})
 	for i := range nodes {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
+		addr, err := port.Reserve()
 		if err != nil {
 			t.Fatal(err)
 		}
 		n := &node{bench: b, self: Member{
 			ID: "00000000-0000-4000-8000-00000000000" + string(rune('a'+i)), Name: string(rune('a' + i)),
 			// All have the one database, at the address that it says it has.
-			Address: l.Addr().String(), StoreAddress: "127.0.0.1:2380", Voter: true, Format: 1,
+			Address: addr, StoreAddress: "127.0.0.1:2380", Voter: true, Format: 1,
 		}}
-		l.Close()
 		if i > 0 {
 			excerpt, err := b.nodes[0].ring.Excerpt()
 			if err != nil {
@@ -495,6 +495,12 @@ func TestJoinAgain(t *testing.T) {
 		if _, err := join(m); errs.KindOf(err) != errs.Exists || errs.HintOf(err) == "" {
 			t.Errorf("%s: %v", what, err)
 		}
+	}
+	// Who has no token is told nothing of the members.
+	wrong := token
+	wrong.Secret[0] ^= 1
+	if _, err := Join(t.Context(), a.self.Address, wrong.String(), Member{Name: "y", Address: x.Address, StoreAddress: x.StoreAddress}); errs.KindOf(err) != errs.Denied {
+		t.Errorf("without a token: %v", err)
 	}
 	refused("its name, elsewhere", Member{Name: "x", Address: "127.0.0.1:7003", StoreAddress: "127.0.0.1:7004"})
 	refused("its address", Member{Name: "y", Address: x.Address, StoreAddress: "127.0.0.1:7004"})
