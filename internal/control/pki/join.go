@@ -115,22 +115,24 @@ func (j *Joins) Create(ctx context.Context, clusterID string, life time.Duration
 	return t, rec.Expires, nil
 }
 
+// Check returns what [Joins.Redeem] would, and leaves the token as it is. Who asks
+// to join is told nothing of others before it.
+func (j *Joins) Check(ctx context.Context, t JoinToken) (clusterID string, err error) {
+	err = j.db.View(ctx, func(tx *store.Tx) error {
+		rec, err := j.valid(ctx, tx, t)
+		clusterID = rec.Cluster
+		return err
+	})
+	return clusterID, errs.Wrap(err, "cannot join")
+}
+
 // Redeem uses a token up and returns the id of its cluster. A token that is
 // unknown, used or expired gives the same Denied error.
 func (j *Joins) Redeem(ctx context.Context, t JoinToken) (clusterID string, err error) {
-	denied := errs.New(errs.Denied, "the join token is unknown, used or expired").
-		WithHint("make a new one: strongroom host join-token --cluster NAME")
-	hash := sha256.Sum256(t.Secret[:])
 	err = j.db.Txn(ctx, func(tx *store.Tx) error {
-		rec, err := j.tokens.In(tx).Get(ctx, t.ID)
-		if errors.Is(err, store.ErrNotFound) || errors.Is(err, store.ErrInvalidKey) {
-			return denied
-		}
+		rec, err := j.valid(ctx, tx, t)
 		if err != nil {
 			return err
-		}
-		if subtle.ConstantTimeCompare([]byte(hex.EncodeToString(hash[:])), []byte(rec.Hash)) != 1 || !j.now().Before(rec.Expires) {
-			return denied
 		}
 		clusterID = rec.Cluster
 		return j.tokens.In(tx).Delete(ctx, t.ID)
@@ -139,4 +141,22 @@ func (j *Joins) Redeem(ctx context.Context, t JoinToken) (clusterID string, err 
 		return "", errs.Wrap(err, "cannot join")
 	}
 	return clusterID, nil
+}
+
+// valid returns the record of a token with which somebody may join now.
+func (j *Joins) valid(ctx context.Context, tx *store.Tx, t JoinToken) (joinRecord, error) {
+	denied := errs.New(errs.Denied, "the join token is unknown, used or expired").
+		WithHint("make a new one: strongroom host join-token --cluster NAME")
+	rec, err := j.tokens.In(tx).Get(ctx, t.ID)
+	if errors.Is(err, store.ErrNotFound) || errors.Is(err, store.ErrInvalidKey) {
+		return joinRecord{}, denied
+	}
+	if err != nil {
+		return joinRecord{}, err
+	}
+	hash := sha256.Sum256(t.Secret[:])
+	if subtle.ConstantTimeCompare([]byte(hex.EncodeToString(hash[:])), []byte(rec.Hash)) != 1 || !j.now().Before(rec.Expires) {
+		return joinRecord{}, denied
+	}
+	return rec, nil
 }

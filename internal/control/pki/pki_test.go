@@ -465,6 +465,14 @@ func TestJoinTokens(t *testing.T) {
 	if _, err := j.Redeem(ctx, wrong); errs.KindOf(err) != errs.Denied {
 		t.Errorf("wrong secret: %v", err)
 	}
+	if _, err := j.Check(ctx, wrong); errs.KindOf(err) != errs.Denied {
+		t.Errorf("wrong secret: %v", err)
+	}
+	for range 2 { // it does not use the token up
+		if cluster, err := j.Check(ctx, tok); err != nil || cluster != "c-1" {
+			t.Errorf("checked: %q, %v", cluster, err)
+		}
+	}
 	// Many at once: exactly one joins.
 	var wg sync.WaitGroup
 	results := make([]error, 5)
@@ -488,6 +496,9 @@ func TestJoinTokens(t *testing.T) {
 	}
 	if won != 1 {
 		t.Errorf("%d joined with one token", won)
+	}
+	if _, err := j.Check(ctx, tok); errs.KindOf(err) != errs.Denied {
+		t.Errorf("used: %v", err)
 	}
 	tok, _, err = j.Create(ctx, "c-1", time.Minute, ca)
 	if err != nil {

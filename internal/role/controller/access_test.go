@@ -353,8 +353,13 @@ func TestJoin(t *testing.T) {
 		spoil func(*strongroomv1.JoinRequest)
 		want  connect.Code
 	}{
-		"no token":        {func(r *strongroomv1.JoinRequest) { r.Token = "" }, connect.CodeInvalidArgument},
-		"other secret":    {func(r *strongroomv1.JoinRequest) { other := token; other.Secret[0] ^= 1; r.Token = other.String() }, connect.CodePermissionDenied},
+		"no token":     {func(r *strongroomv1.JoinRequest) { r.Token = "" }, connect.CodeInvalidArgument},
+		"other secret": {func(r *strongroomv1.JoinRequest) { other := token; other.Secret[0] ^= 1; r.Token = other.String() }, connect.CodePermissionDenied},
+		"other secret, name taken": {func(r *strongroomv1.JoinRequest) {
+			other := token
+			other.Secret[0] ^= 1
+			r.Token, r.Name = other.String(), "host-1"
+		}, connect.CodePermissionDenied},
 		"name taken":      {func(r *strongroomv1.JoinRequest) { r.Name = "host-1" }, connect.CodeAlreadyExists},
 		"bad name":        {func(r *strongroomv1.JoinRequest) { r.Name = "../host" }, connect.CodeInvalidArgument},
 		"short parcelkey": {func(r *strongroomv1.JoinRequest) { r.ParcelPublicKey = r.ParcelPublicKey[1:] }, connect.CodeInvalidArgument},

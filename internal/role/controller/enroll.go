@@ -50,6 +50,9 @@ func (c enroll) Join(ctx context.Context, req *connect.Request[strongroomv1.Join
 	if err != nil {
 		return nil, err
 	}
+	if _, err := c.joins.Check(ctx, token); err != nil { // who has none is not told which hosts there are
+		return nil, err
+	}
 	if _, err := c.inv.Host(ctx, m.GetName()); err == nil {
 		return nil, errs.New(errs.Exists, "there is a host %s already", m.GetName()).WithHint("strongroom host remove %s, or choose another name", m.GetName())
 	}

@@ -116,6 +116,9 @@ func (s service) join(ctx context.Context, req *strongroomv1.KMSJoinRequest, m M
 	if len(req.GetParcelPublicKey()) != parcel.PublicKeySize {
 		return nil, errs.New(errs.Invalid, "the node's parcel key has %d bytes, not %d", len(req.GetParcelPublicKey()), parcel.PublicKeySize)
 	}
+	if err := s.forThis(s.joins.Check(ctx, token)); err != nil { // who has none is not told which members there are
+		return nil, err
+	}
 	all, err := s.members.List(ctx)
 	if err != nil {
 		return nil, err
@@ -124,12 +127,8 @@ func (s service) join(ctx context.Context, req *strongroomv1.KMSJoinRequest, m M
 	if err := free(slices.DeleteFunc(all, func(o Member) bool { return o.leftBy(m) }), m); err != nil { // before the token is used up
 		return nil, err
 	}
-	cluster, err := s.joins.Redeem(ctx, token)
-	if err == nil && cluster != s.Node.cluster {
-		err = errs.New(errs.Denied, "the join token is for something else")
-	}
-	if err != nil {
-		return nil, withTokenHint(err)
+	if err := s.forThis(s.joins.Redeem(ctx, token)); err != nil {
+		return nil, err
 	}
 	for _, o := range left {
 		if err := s.remove(ctx, o); err != nil {
@@ -166,6 +165,17 @@ func (s service) join(ctx context.Context, req *strongroomv1.KMSJoinRequest, m M
 	}
 	res.Ring, err = s.ringParcel(req.GetParcelPublicKey(), m.ID, nil)
 	return res, err
+}
+
+// forThis refuses a join token that is no good, as err says, or for another KMS.
+func (s service) forThis(cluster string, err error) error {
+	if err == nil && cluster != s.Node.cluster {
+		err = errs.New(errs.Denied, "the join token is for something else")
+	}
+	if err != nil {
+		return withTokenHint(err)
+	}
+	return nil
 }
 
 func withTokenHint(err error) error {
