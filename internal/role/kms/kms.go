@@ -257,48 +257,6 @@ func (k *KMS) close() error {
 	return err
 }
 
-// listeners are where a KMS is reached.
-type listeners struct{ kmip, local, api, metrics, members net.Listener }
-
-func (l *listeners) close() {
-	for _, one := range []net.Listener{l.kmip, l.local, l.api, l.metrics, l.members} {
-		if one != nil {
-			one.Close()
-		}
-	}
-}
-
-func (k *KMS) listen() (l listeners, err error) {
-	defer func() {
-		if err != nil {
-			l.close()
-		}
-	}()
-	if l.kmip, err = net.Listen("tcp", k.cfg.Listen); err != nil {
-		return l, errs.New(errs.Unavailable, "cannot listen for KMIP clients: %w", err)
-	}
-	if l.local, err = daemon.ListenLocal(k.cfg.LocalSocket); err != nil {
-		return l, err
-	}
-	if k.cfg.APIListen != "" {
-		if l.api, err = net.Listen("tcp", k.cfg.APIListen); err != nil {
-			return l, errs.New(errs.Unavailable, "cannot listen for users: %w", err)
-		}
-		k.apiAddress = l.api.Addr()
-	}
-	if k.cfg.MetricsListen != "" {
-		if l.metrics, err = net.Listen("tcp", k.cfg.MetricsListen); err != nil {
-			return l, errs.New(errs.Unavailable, "cannot listen for metrics: %w", err)
-		}
-	}
-	if k.cluster != nil {
-		if l.members, err = net.Listen("tcp", k.cfg.Cluster.Listen); err != nil {
-			return l, errs.New(errs.Unavailable, "cannot listen for other nodes: %w", err)
-		}
-	}
-	return l, nil
-}
-
 // run serves until ctx ends.
 func (k *KMS) run(ctx context.Context, ready func(*KMS) error) error {
 	kmip, err := kmipserver.New(kmipserver.Config{
@@ -318,11 +276,14 @@ func (k *KMS) run(ctx context.Context, ready func(*KMS) error) error {
 			return err
 		}
 	}
-	l, err := k.listen()
+	l, err := listen(k.cfg)
 	if err != nil {
 		return err
 	}
 	k.address = l.kmip.Addr()
+	if l.api != nil {
+		k.apiAddress = l.api.Addr()
+	}
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return kmip.Serve(ctx, l.kmip) })
 	group.Go(func() error { return daemon.Serve(ctx, local, l.local) })

@@ -112,6 +112,9 @@ func (k *KMS) openNode(ctx context.Context, m *membership) (err error) {
 	cfg.Cluster = &store.Cluster{Name: m.ID, Listen: c.StoreListen, Advertise: c.StoreAdvertise}
 	cfg.Cluster.CertFile, cfg.Cluster.KeyFile, cfg.Cluster.CAFile = k.node.Files()
 	if len(m.Peers) > 0 && !store.HasData(cfg.Dir) {
+		if err := tryListening(k.cfg); err != nil {
+			return err
+		}
 		if cfg.Cluster.Initial, err = k.node.Enter(ctx, m.Peers); err != nil {
 			return err
 		}

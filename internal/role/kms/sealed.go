@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"log/slog"
-	"net"
 	"net/http"
 	"sync"
 	"time"
@@ -65,8 +64,8 @@ func (u *unlocked) serveSealed(ctx context.Context, cfg Config, log *slog.Logger
 		return err
 	}
 	if cfg.MetricsListen != "" {
-		if l.metrics, err = net.Listen("tcp", cfg.MetricsListen); err != nil {
-			return errs.New(errs.Unavailable, "cannot listen for metrics: %w", err)
+		if l.metrics, err = listenFor("metrics", cfg.MetricsListen); err != nil {
+			return err
 		}
 	}
 	serving, done := context.WithCancel(ctx)
