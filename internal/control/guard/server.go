@@ -115,6 +115,7 @@ type door struct {
 
 // ServeHTTP implements [http.Handler].
 func (d *door) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	w.Header().Set("Cache-Control", "no-store") // tokens, API keys and names are for who asks
 	now := time.Now()
 	leave := func() {}
 	if r.TLS == nil || len(r.TLS.VerifiedChains) == 0 {

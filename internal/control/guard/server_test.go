@@ -132,8 +132,12 @@ func (d *door) post(c *http.Client, body io.Reader) (*http.Response, string) {
 
 func (d *door) mustAnswer(from string) {
 	d.t.Helper()
-	if res, text := d.post(d.client(from, true), strings.NewReader("{}")); res.StatusCode != http.StatusOK || text != "2" {
+	res, text := d.post(d.client(from, true), strings.NewReader("{}"))
+	if res.StatusCode != http.StatusOK || text != "2" {
 		d.t.Errorf("from %s: %s, %q", from, res.Status, text)
+	}
+	if kept := res.Header.Get("Cache-Control"); kept != "no-store" {
+		d.t.Errorf("from %s: an answer may be kept: %q", from, kept)
 	}
 }
 
