@@ -12,6 +12,12 @@ import (
 	"github.com/ovh/kmip-go/ttlv"
 )
 
+// attributesMax is how many attributes clients can give an object, or a template to
+// objects, each value counted.
+const attributesMax = 1024
+
+var errAttributes = refuse(kmip.ResultReasonInvalidField, "an object with over %d attributes", attributesMax)
+
 // rule says what may be done with an attribute (the table at each attribute in
 // KMIP 1.4 section 3).
 type rule struct {
@@ -56,7 +62,7 @@ var attributeRules = map[kmip.AttributeName]rule{
 	kmip.AttributeNameDigitalSignatureAlgorithm:      {since: kmip.V1_1, multi: true},
 	kmip.AttributeNameDigest:                         {multi: true},
 	kmip.AttributeNameOperationPolicyName:            {initial: true},
-	kmip.AttributeNameCryptographicUsageMask:         {initial: true, add: true, modify: true},
+	kmip.AttributeNameCryptographicUsageMask:         {initial: true, add: true},
 	kmip.AttributeNameLeaseTime:                      {},
 	kmip.AttributeNameUsageLimits:                    {initial: true, add: true, modify: true, delete: true},
 	kmip.AttributeNameState:                          {},
@@ -116,10 +122,14 @@ func (r *request) initial(o *Object, attributes []kmip.Attribute) error {
 		if err := r.checkValue(o, a); err != nil {
 			return err
 		}
-		has := slices.ContainsFunc(o.Attributes, func(b kmip.Attribute) bool { return b.AttributeName == a.AttributeName })
-		if has && !rule.multi {
-			return refuse(kmip.ResultReasonIndexOutofBounds, "attribute %q can have one value only", a.AttributeName)
+		has := o.has(a.AttributeName)
+		if !rule.multi && (has || indexOf(a) != 0) {
+			return refuse(kmip.ResultReasonIndexOutofBounds, "attribute %q can have one value only, with index 0", a.AttributeName)
 		}
+		if len(o.Attributes) >= attributesMax {
+			return errAttributes
+		}
+		a.AttributeValue = uncounted(a.AttributeValue)
 		if indexOf(a) < 0 || o.index(a.AttributeName, indexOf(a)) >= 0 && a.AttributeIndex != nil {
 			return refuse(kmip.ResultReasonInvalidField, "attribute %q is given twice with index %d", a.AttributeName, indexOf(a))
 		}
@@ -149,9 +159,7 @@ func (r *request) checkValue(o *Object, a kmip.Attribute) error {
 	case int32:
 		invalid = a.AttributeName == kmip.AttributeNameCryptographicLength && v < 0
 	case time.Time:
-		if v.Unix() < 0 {
-			invalid = true
-		}
+		invalid = !validDate(v)
 		state := o.state()
 		if a.AttributeName == kmip.AttributeNameActivationDate && state != 0 && state != kmip.StatePreActive {
 			return refuse(kmip.ResultReasonPermissionDenied, "the object has been activated")
@@ -159,6 +167,49 @@ func (r *request) checkValue(o *Object, a kmip.Attribute) error {
 	}
 	if invalid {
 		return refuse(kmip.ResultReasonInvalidField, "attribute %q has an invalid value", a.AttributeName)
+	}
+	return nil
+}
+
+// dateMax is the last date that is kept: the clock of Go goes wrong before that of
+// KMIP ends.
+var dateMax = time.Date(9999, time.December, 31, 23, 59, 59, 0, time.UTC)
+
+func validDate(t time.Time) bool { return t.Unix() >= 0 && t.Unix() <= dateMax.Unix() }
+
+// uncounted returns an attribute's value without what only the server counts (KMIP 1.4
+// section 3.21).
+func uncounted(value any) any {
+	if limits, ok := value.(kmip.UsageLimits); ok {
+		limits.UsageLimitsCount = nil
+		return limits
+	}
+	return value
+}
+
+// checkChange refuses a change of an attribute that would give back what was taken, or
+// used up: to is its new value, nil for none (KMIP 1.4 sections 3.21, 3.25 to 3.27,
+// 3.48 and 3.50).
+func (r *request) checkChange(o *Object, name kmip.AttributeName, to any) error {
+	denied := false
+	switch name {
+	case kmip.AttributeNameUsageLimits:
+		limits, ok := attribute[kmip.UsageLimits](o, name)
+		denied = ok && limits.UsageLimitsCount != nil && *limits.UsageLimitsCount != limits.UsageLimitsTotal
+	case kmip.AttributeNameSensitive:
+		sensitive, _ := attribute[bool](o, name)
+		denied = sensitive && to != true
+	case kmip.AttributeNameExtractable:
+		extractable, ok := attribute[bool](o, name)
+		denied = ok && !extractable && to != false
+	case kmip.AttributeNameDeactivationDate, kmip.AttributeNameProcessStartDate, kmip.AttributeNameProtectStopDate:
+		state := o.state()
+		at, ok := o.date(name)
+		denied = hasState(o.Type) && state != kmip.StatePreActive && state != kmip.StateActive ||
+			name != kmip.AttributeNameDeactivationDate && ok && !at.After(r.now)
+	}
+	if denied {
+		return refuse(kmip.ResultReasonPermissionDenied, "attribute %q can no longer be changed so", name)
 	}
 	return nil
 }
@@ -210,15 +261,21 @@ func (r *request) addAttribute(p *payloads.AddAttributeRequestPayload) (kmip.Ope
 		if err := r.checkValue(o, a); err != nil {
 			return err
 		}
-		if !rule.multi && o.index(a.AttributeName, 0) >= 0 {
+		if !rule.multi && o.has(a.AttributeName) {
 			return refuse(kmip.ResultReasonIndexOutofBounds, "attribute %q has a value and can have one only", a.AttributeName)
+		}
+		if len(o.Attributes) >= attributesMax {
+			return errAttributes
+		}
+		if err := r.checkChange(o, a.AttributeName, a.AttributeValue); err != nil {
+			return err
 		}
 		if name, ok := a.AttributeValue.(kmip.Name); ok {
 			if err := uniqueName(tx, o.ID, name.NameValue); err != nil {
 				return err
 			}
 		}
-		out.UniqueIdentifier, out.Attribute = o.ID, o.add(a.AttributeName, a.AttributeValue)
+		out.UniqueIdentifier, out.Attribute = o.ID, o.add(a.AttributeName, uncounted(a.AttributeValue))
 		if a.AttributeName == kmip.AttributeNameUsageLimits {
 			o.startUsage()
 			out.Attribute = o.Attributes[o.index(a.AttributeName, 0)]
@@ -251,7 +308,10 @@ func (r *request) modifyAttribute(p *payloads.ModifyAttributeRequestPayload) (km
 				return err
 			}
 		}
-		o.Attributes[i].AttributeValue = a.AttributeValue
+		if err := r.checkChange(o, a.AttributeName, a.AttributeValue); err != nil {
+			return err
+		}
+		o.Attributes[i].AttributeValue = uncounted(a.AttributeValue)
 		o.startUsage()
 		out.UniqueIdentifier, out.Attribute = o.ID, o.Attributes[i]
 		return nil
@@ -276,6 +336,9 @@ func (r *request) deleteAttribute(p *payloads.DeleteAttributeRequestPayload) (km
 		i := o.index(p.AttributeName, index)
 		if i < 0 {
 			return refuse(kmip.ResultReasonItemNotFound, "the object has no attribute %q with index %d", p.AttributeName, index)
+		}
+		if err := r.checkChange(o, p.AttributeName, nil); err != nil {
+			return err
 		}
 		out.UniqueIdentifier, out.Attribute = o.ID, o.Attributes[i]
 		o.Attributes = slices.Delete(o.Attributes, i, i+1)

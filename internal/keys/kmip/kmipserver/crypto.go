@@ -96,7 +96,7 @@ func (r *request) encrypt(p *payloads.EncryptRequestPayload) (kmip.OperationPayl
 	if err := whole(p.CorrelationValue, p.InitIndicator, p.FinalIndicator); err != nil {
 		return nil, err
 	}
-	err := r.spend(p.UniqueIdentifier, p.Data, func(o *Object) (err error) {
+	err := r.spend(p.UniqueIdentifier, len(p.Data), func(o *Object) (err error) {
 		if err := r.keyFor(o, kmip.CryptographicUsageEncrypt, true); err != nil {
 			return err
 		}
@@ -135,9 +135,9 @@ func (r *request) encrypt(p *payloads.EncryptRequestPayload) (kmip.OperationPayl
 	return out, err
 }
 
-// spend protects data with the key that an item is about, by use, at the cost of
-// the key's usage limits if it has any.
-func (r *request) spend(given string, data []byte, use func(*Object) error) error {
+// spend protects size bytes with the key that an item is about, by use, at the cost
+// of the key's usage limits if it has any.
+func (r *request) spend(given string, size int, use func(*Object) error) error {
 	id, err := r.id(given)
 	if err != nil {
 		return err
@@ -156,15 +156,15 @@ func (r *request) spend(given string, data []byte, use func(*Object) error) erro
 		if err := use(o); err != nil {
 			return err
 		}
-		return allocate(o, uses(o, data))
+		return allocate(o, uses(o, size))
 	})
 }
 
-// uses counts data in the unit of o's usage limits.
-func uses(o *Object, data []byte) int64 {
+// uses counts what size bytes take of o's usage limits.
+func uses(o *Object, size int) int64 {
 	limits, _ := attribute[kmip.UsageLimits](o, kmip.AttributeNameUsageLimits)
 	if limits.UsageLimitsUnit == kmip.UsageLimitsUnitByte {
-		return int64(len(data))
+		return int64(size)
 	}
 	return 1
 }
@@ -382,7 +382,7 @@ func (r *request) mac(p *MACRequest) (kmip.OperationPayload, error) {
 	if err := whole(p.CorrelationValue, p.InitIndicator, p.FinalIndicator); err != nil {
 		return nil, err
 	}
-	err := r.view(p.UniqueIdentifier, func(_ Reader, o *Object) (err error) {
+	err := r.spend(p.UniqueIdentifier, len(p.Data), func(o *Object) (err error) {
 		if err := r.keyFor(o, kmip.CryptographicUsageMACGenerate, true); err != nil {
 			return err
 		}

@@ -103,6 +103,9 @@ func (r *request) deriveKey(p *deriveRequest) (kmip.OperationPayload, error) {
 		if o.Material, err = keymem.Take(derived[:size]); err != nil {
 			return err
 		}
+		if err := allocate(base, uses(base, len(p.DerivationParameters.DerivationData))); err != nil {
+			return err
+		}
 		o.add(kmip.AttributeNameLink, kmip.Link{LinkType: kmip.LinkTypeDerivationBaseObjectLink, LinkedObjectIdentifier: base.ID})
 		base.add(kmip.AttributeNameLink, kmip.Link{LinkType: kmip.LinkTypeDerivedKeyLink, LinkedObjectIdentifier: o.ID})
 		r.created(o)

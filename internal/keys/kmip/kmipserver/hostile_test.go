@@ -2,7 +2,9 @@ package kmipserver
 
 import (
 	"bytes"
+	"fmt"
 	"testing"
+	"time"
 
 	"github.com/ovh/kmip-go"
 	"github.com/ovh/kmip-go/payloads"
@@ -10,6 +12,10 @@ import (
 
 func with(name kmip.AttributeName, value any) kmip.Attribute {
 	return kmip.Attribute{AttributeName: name, AttributeValue: value}
+}
+
+func indexed(name kmip.AttributeName, index int32, value any) kmip.Attribute {
+	return kmip.Attribute{AttributeName: name, AttributeIndex: &index, AttributeValue: value}
 }
 
 // registering returns a request to register an AES key of these bytes.
@@ -51,5 +57,254 @@ func TestRegisterRunAgain(t *testing.T) {
 				t.Errorf("the key that was stored is %x, not the one that was sent", got)
 			}
 		})
+	}
+}
+
+// TestSingleValues: an attribute that can have one value has it at index 0, where the
+// server looks for it and sets it.
+func TestSingleValues(t *testing.T) {
+	t.Parallel()
+	s := newSplitter(t)
+	kept := s.create(with(kmip.AttributeNameSensitive, true), with(kmip.AttributeNameExtractable, false))
+	p := splitting(kept, 2, 2, byXOR)
+	p.TemplateAttribute.Attribute = []kmip.Attribute{indexed(kmip.AttributeNameSensitive, 1, false), indexed(kmip.AttributeNameExtractable, 1, true)}
+	if out, reason := ask[createSplitKeyResponse](s, p); reason == 0 {
+		if _, reason := s.material(out.UniqueIdentifier[0]); reason != kmip.ResultReasonSensitive {
+			t.Errorf("a part of a sensitive key is given out: %v", reason)
+		}
+	}
+	far := time.Now().Add(time.Hour)
+	for _, a := range []kmip.Attribute{
+		indexed(kmip.AttributeNameSensitive, 1, false),
+		indexed(kmip.AttributeNameActivationDate, 1, far),
+		indexed(kmip.AttributeNameUsageLimits, 1, kmip.UsageLimits{UsageLimitsTotal: 1, UsageLimitsUnit: kmip.UsageLimitsUnitObject}),
+	} {
+		if reason := s.reason(newKey(a), nil); reason != kmip.ResultReasonInvalidField && reason != kmip.ResultReasonIndexOutofBounds {
+			t.Errorf("%s at index 1: reason %v", a.AttributeName, reason)
+		}
+	}
+	if id := s.create(indexed(kmip.AttributeNameSensitive, 0, true)); id != "" {
+		if _, reason := s.material(id); reason != kmip.ResultReasonSensitive {
+			t.Errorf("index 0: reason %v", reason)
+		}
+	}
+}
+
+// TestRightsDoNotGrow: what narrows the use of an object is not widened by its client
+// (KMIP 1.4 sections 3.19, 3.21, 3.25 to 3.27, 3.48, 3.50).
+func TestRightsDoNotGrow(t *testing.T) {
+	t.Parallel()
+	b := newBench(t, Limits{})
+	s := &splitter{t: t, server: b.server, client: Client{Account: "one"}}
+	date := func(d time.Duration) time.Time { return time.Unix(b.clock.Load(), 0).Add(d) }
+	modify := func(id string, a kmip.Attribute) kmip.ResultReason {
+		return s.reason(&payloads.ModifyAttributeRequestPayload{UniqueIdentifier: id, Attribute: a}, nil)
+	}
+	add := func(id string, a kmip.Attribute) kmip.ResultReason {
+		return s.reason(&payloads.AddAttributeRequestPayload{UniqueIdentifier: id, Attribute: a}, nil)
+	}
+	limits := func(total int64) kmip.Attribute {
+		return with(kmip.AttributeNameUsageLimits, kmip.UsageLimits{UsageLimitsTotal: total, UsageLimitsUnit: kmip.UsageLimitsUnitObject})
+	}
+	const denied = kmip.ResultReasonPermissionDenied
+	check := func(what string, got, want kmip.ResultReason) {
+		t.Helper()
+		if got != want {
+			t.Errorf("%s: reason %v, want %v", what, got, want)
+		}
+	}
+
+	key := s.create(with(kmip.AttributeNameSensitive, true), with(kmip.AttributeNameExtractable, false))
+	check("another usage mask", modify(key, usage(kmip.CryptographicUsageDeriveKey)), denied)
+	check("no longer sensitive", modify(key, with(kmip.AttributeNameSensitive, false)), denied)
+	check("extractable again", modify(key, with(kmip.AttributeNameExtractable, true)), denied)
+	open := s.create(with(kmip.AttributeNameSensitive, false), with(kmip.AttributeNameExtractable, true))
+	check("sensitive", modify(open, with(kmip.AttributeNameSensitive, true)), 0)
+	check("not extractable", modify(open, with(kmip.AttributeNameExtractable, false)), 0)
+
+	dated := s.create(with(kmip.AttributeNameActivationDate, date(0)), with(kmip.AttributeNameProtectStopDate, date(time.Minute)),
+		with(kmip.AttributeNameProcessStartDate, date(time.Minute)), with(kmip.AttributeNameDeactivationDate, date(time.Hour)))
+	for _, name := range []kmip.AttributeName{kmip.AttributeNameProtectStopDate, kmip.AttributeNameProcessStartDate} {
+		check(string(name)+" before it", modify(dated, with(name, date(2*time.Minute))), 0)
+	}
+	b.pass(2 * time.Minute)
+	for _, name := range []kmip.AttributeName{kmip.AttributeNameProtectStopDate, kmip.AttributeNameProcessStartDate} {
+		check(string(name)+" that has passed", modify(dated, with(name, date(time.Hour))), denied)
+	}
+	check("Deactivation Date", modify(dated, with(kmip.AttributeNameDeactivationDate, date(2*time.Hour))), 0)
+	b.pass(3 * time.Hour)
+	check("Deactivation Date that has passed", modify(dated, with(kmip.AttributeNameDeactivationDate, date(time.Hour))), denied)
+	late := s.create(with(kmip.AttributeNameActivationDate, date(0)))
+	must[payloads.RevokeResponsePayload](s, &payloads.RevokeRequestPayload{UniqueIdentifier: late, RevocationReason: kmip.RevocationReason{RevocationReasonCode: kmip.RevocationReasonCodeKeyCompromise}})
+	check("Protect Stop Date of a compromised key", add(late, with(kmip.AttributeNameProtectStopDate, date(time.Hour))), denied)
+
+	counted := s.create(limits(2), with(kmip.AttributeNameActivationDate, date(0)))
+	check("limits before use", modify(counted, limits(3)), 0)
+	allocate := &payloads.GetUsageAllocationRequestPayload{UniqueIdentifier: counted, UsageLimitsCount: 3}
+	check("the new limit", s.reason(allocate, nil), 0)
+	check("limits after use", modify(counted, limits(100)), denied)
+	check("no limits after use", s.reason(&payloads.DeleteAttributeRequestPayload{UniqueIdentifier: counted, AttributeName: kmip.AttributeNameUsageLimits}, nil), denied)
+	check("over the limit", s.reason(allocate, nil), denied)
+	many := int64(1000)
+	counting := limits(1)
+	counting.AttributeValue = kmip.UsageLimits{UsageLimitsTotal: 1, UsageLimitsCount: &many, UsageLimitsUnit: kmip.UsageLimitsUnitObject}
+	allocate.UsageLimitsCount = 2
+	for what, make := range map[string]func() string{
+		"made":     func() string { return s.create(counting) },
+		"added":    func() string { id := s.create(); check("adding", add(id, counting), 0); return id },
+		"modified": func() string { id := s.create(limits(1)); check("modifying", modify(id, counting), 0); return id },
+	} {
+		allocate.UniqueIdentifier = make()
+		check("a count of the client's own, "+what, s.reason(allocate, nil), denied)
+	}
+}
+
+// TestRekeyKeepsToPolicy: a replacement is of a type that the client may have.
+func TestRekeyKeepsToPolicy(t *testing.T) {
+	t.Parallel()
+	s := newSplitter(t)
+	s.client.Policy = &Policy{KeyTypes: []KeyType{{Algorithm: kmip.CryptographicAlgorithmAES, Bits: 256}}}
+	id := s.create()
+	asked := &kmip.TemplateAttribute{Attribute: []kmip.Attribute{
+		with(kmip.AttributeNameCryptographicAlgorithm, kmip.CryptographicAlgorithm3DES), with(kmip.AttributeNameCryptographicLength, int32(168)),
+	}}
+	if reason := s.reason(&payloads.RekeyRequestPayload{UniqueIdentifier: id, TemplateAttribute: asked}, nil); reason != kmip.ResultReasonPermissionDenied {
+		t.Errorf("a key of a type that is not allowed: reason %v", reason)
+	}
+	must[payloads.RekeyResponsePayload](s, &payloads.RekeyRequestPayload{UniqueIdentifier: id})
+}
+
+// TestSensitiveOpaque: an object that cannot be wrapped is not given out in the clear to
+// who asks for it wrapped.
+func TestSensitiveOpaque(t *testing.T) {
+	t.Parallel()
+	s := newSplitter(t)
+	id := must[payloads.RegisterResponsePayload](s, &payloads.RegisterRequestPayload{
+		ObjectType: kmip.ObjectTypeOpaqueObject, Object: &kmip.OpaqueObject{OpaqueDataType: 0x80000001, OpaqueDataValue: []byte("secret")},
+		TemplateAttribute: kmip.TemplateAttribute{Attribute: []kmip.Attribute{with(kmip.AttributeNameSensitive, true)}},
+	}).UniqueIdentifier
+	if _, reason := s.material(id); reason != kmip.ResultReasonSensitive {
+		t.Errorf("plain: reason %v", reason)
+	}
+	get := &payloads.GetRequestPayload{UniqueIdentifier: id, KeyWrappingSpecification: &kmip.KeyWrappingSpecification{WrappingMethod: kmip.WrappingMethodEncrypt}}
+	if reason := s.reason(get, nil); reason == 0 {
+		t.Error("it is given out in the clear to who asks for it wrapped")
+	}
+}
+
+// TestAttributesAreBounded: neither templates nor one attribute after the other make an
+// object larger than can be worked with.
+func TestAttributesAreBounded(t *testing.T) {
+	t.Parallel()
+	s := newSplitter(t)
+	var content []kmip.Attribute
+	for i := range 200 {
+		content = append(content, with(kmip.AttributeName(fmt.Sprintf("x-%d", i)), "b"))
+	}
+	name := kmip.Name{NameValue: "t", NameType: kmip.NameTypeUninterpretedTextString}
+	must[payloads.RegisterResponsePayload](s, &payloads.RegisterRequestPayload{
+		ObjectType: kmip.ObjectTypeTemplate, Object: &kmip.Template{Attribute: append(content, with(kmip.AttributeNameName, name))},
+	})
+	p := newKey()
+	must[payloads.CreateResponsePayload](s, p)
+	for range 300 {
+		p.TemplateAttribute.Name = append(p.TemplateAttribute.Name, name)
+	}
+	began := time.Now()
+	if reason := s.reason(p, nil); reason != kmip.ResultReasonInvalidField {
+		t.Errorf("one template 300 times: reason %v after %v", reason, time.Since(began))
+	}
+	id := s.create()
+	for i := range 3000 {
+		if reason := s.reason(&payloads.AddAttributeRequestPayload{UniqueIdentifier: id, Attribute: with("x-a", "b")}, nil); reason != 0 {
+			if i < 200 {
+				t.Errorf("attribute %d: reason %v", i, reason)
+			}
+			return
+		}
+	}
+	t.Error("an object has 3000 attributes")
+}
+
+// TestDates: a date that the clock cannot reach is refused, not taken for one that
+// has come.
+func TestDates(t *testing.T) {
+	t.Parallel()
+	s := newSplitter(t)
+	for _, seconds := range []int64{-1, 1<<63 - 1, 1 << 55} {
+		at := with(kmip.AttributeNameActivationDate, time.Unix(seconds, 0))
+		if reason := s.reason(newKey(at), nil); reason != kmip.ResultReasonInvalidField {
+			t.Errorf("activation at %d: reason %v", seconds, reason)
+		}
+		occurred := time.Unix(seconds, 0)
+		revoke := &payloads.RevokeRequestPayload{
+			UniqueIdentifier: s.create(), RevocationReason: kmip.RevocationReason{RevocationReasonCode: kmip.RevocationReasonCodeKeyCompromise}, CompromiseOccurrenceDate: &occurred,
+		}
+		if reason := s.reason(revoke, nil); reason != kmip.ResultReasonInvalidField {
+			t.Errorf("compromised at %d: reason %v", seconds, reason)
+		}
+	}
+	year := with(kmip.AttributeNameDeactivationDate, time.Date(9999, 12, 31, 0, 0, 0, 0, time.UTC))
+	must[payloads.CreateResponsePayload](s, newKey(year))
+}
+
+// TestUsesAreCounted: everything that a key with usage limits protects counts.
+func TestUsesAreCounted(t *testing.T) {
+	t.Parallel()
+	b := newBench(t, Limits{})
+	s := &splitter{t: t, server: b.server, client: Client{Account: "one"}}
+	now := with(kmip.AttributeNameActivationDate, time.Unix(b.clock.Load(), 0))
+	limits := func(unit kmip.UsageLimitsUnit, total int64) kmip.Attribute {
+		return with(kmip.AttributeNameUsageLimits, kmip.UsageLimits{UsageLimitsTotal: total, UsageLimitsUnit: unit})
+	}
+	key := func(mask kmip.CryptographicUsageMask, more ...kmip.Attribute) string {
+		p := newKey(append(more, now)...)
+		p.TemplateAttribute.Attribute[2] = usage(mask)
+		return must[payloads.CreateResponsePayload](s, p).UniqueIdentifier
+	}
+	once := limits(kmip.UsageLimitsUnitObject, 1)
+	sha := &kmip.CryptographicParameters{HashingAlgorithm: kmip.HashingAlgorithmSHA_256}
+	pair := newPair(kmip.CryptographicAlgorithmECDSA, 256)
+	pair.PrivateKeyTemplateAttribute = &kmip.TemplateAttribute{Attribute: []kmip.Attribute{limits(kmip.UsageLimitsUnitByte, 32), now}}
+	for name, p := range map[string]kmip.OperationPayload{
+		"MAC": &MACRequest{
+			UniqueIdentifier: key(kmip.CryptographicUsageMACGenerate, once), Data: []byte("data"),
+			CryptographicParameters: &kmip.CryptographicParameters{CryptographicAlgorithm: kmip.CryptographicAlgorithmHMACSHA256},
+		},
+		"Derive Key": &deriveRequest{
+			ObjectType: kmip.ObjectTypeSymmetricKey, UniqueIdentifier: []string{key(kmip.CryptographicUsageDeriveKey, once)}, DerivationMethod: byHMAC,
+			DerivationParameters: derivationParameters{CryptographicParameters: sha, DerivationData: []byte("data")}, TemplateAttribute: kmip.TemplateAttribute{Attribute: aes256()},
+		},
+		"Sign of a digest": &payloads.SignRequestPayload{
+			UniqueIdentifier:        must[payloads.CreateKeyPairResponsePayload](s, pair).PrivateKeyUniqueIdentifier,
+			CryptographicParameters: sha, DigestedData: make([]byte, 32),
+		},
+	} {
+		if reason := s.reason(p, nil); reason != 0 {
+			t.Errorf("%s within the limit: reason %v", name, reason)
+		}
+		if reason := s.reason(p, nil); reason != kmip.ResultReasonPermissionDenied {
+			t.Errorf("%s over the limit: reason %v", name, reason)
+		}
+	}
+
+	wrapped := func(kek string) kmip.ResultReason {
+		return s.reason(&payloads.GetRequestPayload{UniqueIdentifier: key(kmip.CryptographicUsageEncrypt), KeyWrappingSpecification: &kmip.KeyWrappingSpecification{
+			WrappingMethod: kmip.WrappingMethodEncrypt, EncodingOption: kmip.EncodingOptionNoEncoding,
+			EncryptionKeyInformation: &kmip.EncryptionKeyInformation{
+				UniqueIdentifier: kek, CryptographicParameters: &kmip.CryptographicParameters{BlockCipherMode: kmip.BlockCipherModeNISTKeyWrap},
+			},
+		}}, nil)
+	}
+	if reason := wrapped(key(kmip.CryptographicUsageWrapKey, once)); reason != kmip.ResultReasonPermissionDenied {
+		t.Errorf("a key whose uses are limited wraps: reason %v", reason)
+	}
+	kek := key(kmip.CryptographicUsageWrapKey, with(kmip.AttributeNameProtectStopDate, time.Unix(b.clock.Load(), 0).Add(time.Minute)))
+	if reason := wrapped(kek); reason != 0 {
+		t.Errorf("before the Protect Stop Date: reason %v", reason)
+	}
+	b.pass(time.Minute)
+	if reason := wrapped(kek); reason != kmip.ResultReasonPermissionDenied {
+		t.Errorf("at the Protect Stop Date: reason %v", reason)
 	}
 }

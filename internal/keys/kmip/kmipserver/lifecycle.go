@@ -29,6 +29,9 @@ func (r *request) template(v Reader, t kmip.TemplateAttribute) ([]kmip.Attribute
 				continue
 			}
 			found = true
+			if len(list)+len(o.Template) > attributesMax {
+				return nil, errAttributes
+			}
 			for _, a := range o.Template {
 				rule, ok := ruleOf(a.AttributeName, r.version)
 				own := !rule.multi && slices.ContainsFunc(t.Attribute, func(b kmip.Attribute) bool { return b.AttributeName == a.AttributeName })
@@ -254,6 +257,8 @@ func (r *request) revoke(p *payloads.RevokeRequestPayload) (kmip.OperationPayloa
 		switch {
 		case code == 0:
 			return refuse(kmip.ResultReasonInvalidField, "Revocation Reason Code is missing")
+		case p.CompromiseOccurrenceDate != nil && !validDate(*p.CompromiseOccurrenceDate):
+			return refuse(kmip.ResultReasonInvalidField, "Compromise Occurrence Date has an invalid value")
 		case !hasState(o.Type):
 			return refuse(kmip.ResultReasonPermissionDenied, "this type of object has no state")
 		case compromised && state == kmip.StateDestroyed:

@@ -350,6 +350,9 @@ func (r *request) export(v Reader, o *Object, p *payloads.GetRequestPayload) (km
 	if err := r.checkExport(o, p.KeyWrappingSpecification != nil); err != nil {
 		return nil, err
 	}
+	if p.KeyWrappingSpecification != nil && keyless(o.Type) {
+		return nil, refuse(kmip.ResultReasonIllegalOperation, "objects of this type have no key that can be wrapped")
+	}
 	switch o.Type {
 	case kmip.ObjectTypeTemplate:
 		return &kmip.Template{Attribute: o.Template}, nil
@@ -377,6 +380,11 @@ func (r *request) export(v Reader, o *Object, p *payloads.GetRequestPayload) (km
 		return &kmip.SymmetricKey{KeyBlock: block}, nil
 	}
 	return nil, refuse(kmip.ResultReasonInvalidField, "objects of type %d are not given out here", o.Type)
+}
+
+// keyless tells the objects that have no Key Block.
+func keyless(t kmip.ObjectType) bool {
+	return t == kmip.ObjectTypeTemplate || t == kmip.ObjectTypeOpaqueObject || t == kmip.ObjectTypeCertificate
 }
 
 // checkExport refuses to give out o's material, wrapped by another key or not.
@@ -460,17 +468,14 @@ func (r *request) wrap(v Reader, o *Object, block *kmip.KeyBlock, spec *kmip.Key
 	if err != nil {
 		return err
 	}
-	if err := usable(kek); err != nil {
+	if err := r.keyFor(kek, kmip.CryptographicUsageWrapKey, true); err != nil {
 		return err
 	}
-	if kek.Type != kmip.ObjectTypeSymmetricKey || kek.Layout.Algorithm != kmip.CryptographicAlgorithmAES || kek.Layout.Wrapping != nil {
+	if kek.Layout.Algorithm != kmip.CryptographicAlgorithmAES {
 		return refuse(kmip.ResultReasonInvalidField, "the wrapping key is not an AES key")
 	}
-	if kek.Material == nil {
-		return errElsewhere
-	}
-	if kek.usage()&kmip.CryptographicUsageWrapKey == 0 || kek.state() != kmip.StateActive {
-		return refuse(kmip.ResultReasonPermissionDenied, "the wrapping key must be active and meant for wrapping")
+	if kek.has(kmip.AttributeNameUsageLimits) {
+		return refuse(kmip.ResultReasonPermissionDenied, "a key with usage limits cannot wrap: here it would not be counted")
 	}
 	params := info.CryptographicParameters
 	if params == nil {

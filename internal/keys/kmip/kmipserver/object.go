@@ -147,12 +147,13 @@ func indexOf(a kmip.Attribute) int32 {
 
 // set gives the single-valued attribute name a value.
 func (o *Object) set(name kmip.AttributeName, value any) {
-	a := kmip.Attribute{AttributeName: name, AttributeValue: value}
-	if i := o.index(name, 0); i >= 0 {
-		o.Attributes[i] = a
-		return
-	}
-	o.Attributes = append(o.Attributes, a)
+	o.unset(name)
+	o.Attributes = append(o.Attributes, kmip.Attribute{AttributeName: name, AttributeValue: value})
+}
+
+// has reports whether o has any value of attribute name.
+func (o *Object) has(name kmip.AttributeName) bool {
+	return slices.ContainsFunc(o.Attributes, func(a kmip.Attribute) bool { return a.AttributeName == name })
 }
 
 func (o *Object) unset(name kmip.AttributeName) {

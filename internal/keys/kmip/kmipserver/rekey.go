@@ -46,6 +46,9 @@ func (r *request) replace(p *payloads.RekeyRequestPayload, allow func(*Object) e
 		if err := generate(n); err != nil {
 			return err
 		}
+		if err := r.client.Policy.checkType(n); err != nil {
+			return err
+		}
 		r.created(n)
 		if err := uniqueName(tx, old.ID, namesOf(n)...); err != nil {
 			return err

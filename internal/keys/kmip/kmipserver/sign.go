@@ -91,7 +91,7 @@ func (r *request) sign(p *payloads.SignRequestPayload) (kmip.OperationPayload, e
 	if err := whole(p.CorrelationValue, p.InitIndicator, p.FinalIndicator); err != nil {
 		return nil, err
 	}
-	err := r.spend(p.UniqueIdentifier, p.Data, func(o *Object) error {
+	err := r.spend(p.UniqueIdentifier, len(p.Data)+len(p.DigestedData), func(o *Object) error {
 		if err := r.keyOf(kmip.ObjectTypePrivateKey, o, kmip.CryptographicUsageSign, true); err != nil {
 			return err
 		}
