@@ -76,6 +76,10 @@ var (
 // othersMax bounds the alternative names of one certificate that become attributes.
 const othersMax = 256
 
+// nameMax bounds the names of a certificate, in bytes: to write one out takes time that
+// grows with its square.
+const nameMax = 16 << 10
+
 // describeCertificate gives o, a certificate, the attributes that its content tells
 // (KMIP 1.4 sections 3.8 to 3.16). It does not check the certificate's signature or
 // dates: whom to trust is the client's business.
@@ -134,6 +138,9 @@ var errCertificate = refuse(kmip.ResultReasonInvalidField, "the certificate is n
 
 // distinguished returns a Name in the form of RFC 2253.
 func distinguished(der []byte) (string, error) {
+	if len(der) > nameMax {
+		return "", refuse(kmip.ResultReasonInvalidField, "a certificate with a name of over %d bytes", nameMax)
+	}
 	var name pkix.RDNSequence
 	if rest, err := asn1.Unmarshal(der, &name); err != nil || len(rest) > 0 {
 		return "", errCertificate

@@ -2,12 +2,23 @@ package kmipserver
 
 import (
 	"bytes"
+	"context"
+	"crypto/rsa"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/asn1"
+	"errors"
 	"fmt"
+	"io"
+	"log/slog"
+	"math/big"
 	"testing"
 	"time"
 
 	"github.com/ovh/kmip-go"
 	"github.com/ovh/kmip-go/payloads"
+	"github.com/ovh/kmip-go/ttlv"
 )
 
 func with(name kmip.AttributeName, value any) kmip.Attribute {
@@ -306,5 +317,89 @@ func TestUsesAreCounted(t *testing.T) {
 	b.pass(time.Minute)
 	if reason := wrapped(kek); reason != kmip.ResultReasonPermissionDenied {
 		t.Errorf("at the Protect Stop Date: reason %v", reason)
+	}
+}
+
+// TestHugeNumbers: no request computes for longer than a deadline can be held with
+// what is too large to be a key or a name.
+func TestHugeNumbers(t *testing.T) {
+	t.Parallel()
+	b := newBench(t, Limits{})
+	s := &splitter{t: t, server: b.server, client: Client{Account: "one"}}
+	verify := func(bits uint) kmip.ResultReason {
+		modulus := new(big.Int).SetBit(big.NewInt(1), int(bits)-1, 1)
+		der := x509.MarshalPKCS1PublicKey(&rsa.PublicKey{N: modulus, E: 1<<31 - 1})
+		id := must[payloads.RegisterResponsePayload](s, &payloads.RegisterRequestPayload{
+			ObjectType: kmip.ObjectTypePublicKey,
+			TemplateAttribute: kmip.TemplateAttribute{Attribute: []kmip.Attribute{
+				usage(kmip.CryptographicUsageVerify), with(kmip.AttributeNameActivationDate, time.Unix(b.clock.Load(), 0)),
+				with(kmip.AttributeNameCryptographicAlgorithm, kmip.CryptographicAlgorithmRSA), with(kmip.AttributeNameCryptographicLength, int32(bits)),
+			}},
+			Object: &kmip.PublicKey{KeyBlock: kmip.KeyBlock{
+				KeyFormatType: kmip.KeyFormatTypePKCS_1, KeyValue: &kmip.KeyValue{Plain: &kmip.PlainKeyValue{KeyMaterial: kmip.KeyMaterial{Bytes: &der}}},
+			}},
+		}).UniqueIdentifier
+		return s.reason(&payloads.SignatureVerifyRequestPayload{
+			UniqueIdentifier: id, Data: []byte("data"), SignatureData: big.NewInt(2).FillBytes(make([]byte, bits/8)),
+			CryptographicParameters: &kmip.CryptographicParameters{PaddingMethod: kmip.PaddingMethodPKCS1V1_5, HashingAlgorithm: kmip.HashingAlgorithmSHA_256},
+		}, nil)
+	}
+	if reason := verify(4096); reason != 0 {
+		t.Errorf("4096 bits: reason %v", reason)
+	}
+	for _, bits := range []uint{32768, 262144} {
+		if reason := verify(bits); reason != kmip.ResultReasonKeyFormatTypeNotSupported {
+			t.Errorf("%d bits are computed with: reason %v", bits, reason)
+		}
+	}
+
+	var c x509Certificate
+	if _, err := asn1.Unmarshal(newCertificate(t), &c); err != nil {
+		t.Fatal(err)
+	}
+	name := make(pkix.RDNSequence, 4000)
+	for i := range name {
+		name[i] = pkix.RelativeDistinguishedNameSET{{Type: asn1.ObjectIdentifier{2, 5, 4, 3}, Value: "a"}}
+	}
+	raw, err := asn1.Marshal(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Body.Issuer = asn1.RawValue{FullBytes: raw}
+	der, err := asn1.Marshal(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if reason := s.reason(certificate(der), nil); reason != kmip.ResultReasonInvalidField {
+		t.Errorf("a name of %d bytes: reason %v", len(raw), reason)
+	}
+}
+
+// TestLateItems: items of a batch that are reached after the deadline of the request
+// are not carried out.
+func TestLateItems(t *testing.T) {
+	t.Parallel()
+	b := newBench(t, Limits{Request: 50 * time.Millisecond}, func(s *Server) {
+		s.log = slog.New(slog.DiscardHandler)
+		s.authenticate = func(ctx context.Context, _ tls.ConnectionState, _ []kmip.Credential) (Client, error) {
+			<-ctx.Done()
+			return Client{Account: "one"}, nil
+		}
+	})
+	s := b.dial(t, "one")
+	m := kmip.NewRequestMessage(kmip.V1_4, newKey())
+	if _, err := s.Write(ttlv.MarshalTTLV(&m)); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := s.Read(make([]byte, 1)); n != 0 || !errors.Is(err, io.EOF) {
+		t.Errorf("read %d bytes, %v; want the connection closed", n, err)
+	}
+	if err := b.server.store.View(context.Background(), "one", func(v Reader) error {
+		for o := range v.Find(Query{}) {
+			t.Errorf("key %s was made", o.ID)
+		}
+		return nil
+	}); err != nil {
+		t.Error(err)
 	}
 }

@@ -364,6 +364,9 @@ func (r *request) allowed(op kmip.Operation) error {
 
 // admitted runs an item if it is admitted.
 func (r *request) admitted(it *item, run func() error) (err error) {
+	if err := r.ctx.Err(); err != nil { // what is left of a batch would take longer still
+		return errs.New(errs.Unavailable, "the request took too long: %w", err)
+	}
 	if err := r.admit(it); err != nil {
 		return err
 	}

@@ -25,6 +25,15 @@ import (
 // errUnread says that this server keeps a key that it cannot compute with.
 var errUnread = refuse(kmip.ResultReasonKeyFormatTypeNotSupported, "this server keeps the key, but cannot compute with keys of its kind")
 
+const (
+	// numberMax bounds the numbers of RSA keys that this server computes with, in bits:
+	// one operation with a larger one takes longer than any deadline.
+	numberMax = 16384
+	// pairMax bounds the encoding of a half of a key pair that this server reads, in
+	// bytes: a private key of numberMax bits takes under 10 KiB.
+	pairMax = 12 << 10
+)
+
 // isKey tells the objects that are keys by themselves.
 func isKey(t kmip.ObjectType) bool {
 	return t == kmip.ObjectTypeSymmetricKey || t == kmip.ObjectTypePrivateKey || t == kmip.ObjectTypePublicKey
@@ -42,6 +51,9 @@ func (o *Object) isPublic() bool {
 
 // private parses the material of a private key, which must be in the clear.
 func (o *Object) private() (crypto.Signer, error) {
+	if o.Material.Len() > pairMax {
+		return nil, errUnread
+	}
 	var key any
 	var err error
 	switch der := o.Material.Bytes(); o.Layout.Format {
@@ -59,7 +71,9 @@ func (o *Object) private() (crypto.Signer, error) {
 	}
 	switch key := key.(type) {
 	case *rsa.PrivateKey:
-		return key, nil
+		if key.N.BitLen() <= numberMax {
+			return key, nil
+		}
 	case *ecdsa.PrivateKey:
 		return key, nil
 	}
@@ -68,6 +82,9 @@ func (o *Object) private() (crypto.Signer, error) {
 
 // public parses the material of a public key, which must be in the clear.
 func (o *Object) public() (crypto.PublicKey, error) {
+	if o.Material.Len() > pairMax {
+		return nil, errUnread
+	}
 	var key any
 	var err error
 	switch der := o.Material.Bytes(); o.Layout.Format {
@@ -79,6 +96,9 @@ func (o *Object) public() (crypto.PublicKey, error) {
 		key, err = x509.ParsePKIXPublicKey(der)
 	}
 	if err != nil {
+		return nil, errUnread
+	}
+	if key, ok := key.(*rsa.PublicKey); ok && key.N.BitLen() > numberMax {
 		return nil, errUnread
 	}
 	return key, nil

@@ -12,10 +12,6 @@ import (
 // TTLV encoding of its Key Material structure: that is what its digest is of, and
 // what a client gets back is what it registered.
 
-// transparentMax bounds the RSA keys in transparent formats that this server computes
-// with, in bits.
-const transparentMax = 16384
-
 // transparent reports whether a format is one of a structure in TTLV.
 func transparent(f kmip.KeyFormatType) bool {
 	return f == kmip.KeyFormatTypeTransparentRSAPrivateKey || f == kmip.KeyFormatTypeTransparentRSAPublicKey
@@ -109,7 +105,7 @@ func transparentPublic(encoded []byte) (*rsa.PublicKey, error) {
 }
 
 func rsaPublic(modulus, exponent *big.Int) (*rsa.PublicKey, error) {
-	if modulus.Sign() <= 0 || modulus.BitLen() > transparentMax || exponent.Sign() <= 0 || exponent.BitLen() > 31 {
+	if modulus.Sign() <= 0 || modulus.BitLen() > numberMax || exponent.Sign() <= 0 || exponent.BitLen() > 31 {
 		return nil, errUnread
 	}
 	return &rsa.PublicKey{N: modulus, E: int(exponent.Int64())}, nil
