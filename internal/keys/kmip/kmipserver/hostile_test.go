@@ -13,6 +13,10 @@ import (
 	"io"
 	"log/slog"
 	"math/big"
+	"net"
+	"os"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -402,4 +406,74 @@ func TestLateItems(t *testing.T) {
 	}); err != nil {
 		t.Error(err)
 	}
+}
+
+// hungry is a listener that has no descriptor left for so many connections.
+type hungry struct {
+	net.Listener
+	fail atomic.Int32
+}
+
+func (l *hungry) Accept() (net.Conn, error) {
+	if l.fail.Add(-1) >= 0 {
+		return nil, &net.OpError{Op: "accept", Err: os.NewSyscallError("accept4", syscall.EMFILE)}
+	}
+	return l.Listener.Accept()
+}
+
+// TestDescriptorsRunOut: whoever takes the last file descriptor of the process does not
+// end its server.
+func TestDescriptorsRunOut(t *testing.T) {
+	t.Parallel()
+	b := newBench(t, Limits{}, func(s *Server) { s.log = slog.New(slog.DiscardHandler) })
+	plain, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.addr = plain.Addr().String()
+	l := &hungry{Listener: plain}
+	l.fail.Store(3)
+	ctx, cancel := context.WithCancel(t.Context())
+	served := make(chan error, 1)
+	go func() { served <- b.server.Serve(ctx, l) }()
+	defer func() {
+		cancel()
+		if err := <-served; err != nil {
+			t.Error(err)
+		}
+	}()
+	do[payloads.CreateResponsePayload](b.dial(t, "one"), newKey())
+}
+
+// TestRefusedConnectionsAreFewLines: connections that are refused for their number do
+// not fill the log.
+func TestRefusedConnectionsAreFewLines(t *testing.T) {
+	t.Parallel()
+	var lines counter
+	b := newBench(t, Limits{Connections: 1}, func(s *Server) { s.log = slog.New(slog.NewTextHandler(&lines, nil)) })
+	b.dial(t, "one")
+	const tries = 50
+	began := time.Now()
+	for range tries {
+		over, err := net.Dial("tcp", b.addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		over.SetDeadline(time.Now().Add(10 * time.Second))
+		if n, _ := over.Read(make([]byte, 1)); n != 0 {
+			t.Error("a connection over the limit got an answer")
+		}
+		over.Close()
+	}
+	if most := int64(time.Since(began)/time.Second) + 2; lines.Load() > most {
+		t.Errorf("%d lines for %d connections, want %d at most", lines.Load(), tries, most)
+	}
+}
+
+// counter counts writes.
+type counter struct{ atomic.Int64 }
+
+func (c *counter) Write(b []byte) (int, error) {
+	c.Add(1)
+	return len(b), nil
 }

@@ -28,6 +28,7 @@ import (
 	"time"
 
 	"github.com/ovh/kmip-go"
+	"golang.org/x/time/rate"
 
 	"strongroom/internal/admission"
 	"strongroom/internal/crypto/keymem"
@@ -131,6 +132,9 @@ func New(c Config) (*Server, error) {
 	return s, nil
 }
 
+// acceptPause is how long the server waits for a descriptor when it has none.
+const acceptPause = 50 * time.Millisecond
+
 // Serve accepts connections from l until ctx is done, then closes l and all
 // connections, waits for their requests and returns nil. It returns an error
 // if accepting fails for another reason. l must be a plain TCP or unix
@@ -145,6 +149,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		stop()
 		l.Close()
 	}()
+	say := rate.Sometimes{Interval: time.Second} // a flood must not fill the log
 	slots := admission.NewSlots(s.limits.Connections, s.limits.PerAddress)
 	for {
 		raw, err := l.Accept()
@@ -152,15 +157,22 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 			if ctx.Err() != nil {
 				return nil
 			}
-			var passing net.Error
-			if errors.As(err, &passing) && passing.Timeout() {
+			// Descriptors and memory come back; a server that ended would not.
+			if passing := (interface{ Temporary() bool })(nil); errors.As(err, &passing) && passing.Temporary() {
+				say.Do(func() { s.log.LogAttrs(ctx, slog.LevelError, "kmip connections not accepted", slog.Any("err", err)) })
+				select {
+				case <-ctx.Done():
+				case <-time.After(acceptPause):
+				}
 				continue
 			}
 			return fmt.Errorf("cannot accept KMIP connections: %w", err)
 		}
 		leave, ok := slots.Enter(raw.RemoteAddr().String())
 		if !ok {
-			s.log.LogAttrs(ctx, slog.LevelWarn, "kmip connection refused: too many are open", slog.String("peer", raw.RemoteAddr().String()))
+			say.Do(func() {
+				s.log.LogAttrs(ctx, slog.LevelWarn, "kmip connection refused: too many are open", slog.String("peer", raw.RemoteAddr().String()))
+			})
 			raw.Close()
 			continue
 		}
