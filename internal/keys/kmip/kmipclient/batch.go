@@ -45,14 +45,15 @@ func (b *batch) take(s *server, got []kmip.ResponseBatchItem) error {
 		if at < 0 {
 			return lose(errors.New("an item has no answer"))
 		}
-		switch item := got[at]; {
-		case item.ResultStatus != kmip.ResultStatusSuccess:
-			b.answers[i].err = &KMIPError{Server: s.addr, Operation: p.Operation(), Reason: item.ResultReason, Message: item.ResultMessage}
-		case item.Operation != p.Operation() || item.ResponsePayload == nil:
-			return lose(errors.New("an item is for another operation"))
-		default:
-			b.answers[i].payload = item.ResponsePayload
+		item := got[at]
+		if item.ResultStatus != kmip.ResultStatusSuccess {
+			b.answers[i].err = &KMIPError{Server: s.addr, Operation: p.Operation(), Reason: item.ResultReason, Message: printable(item.ResultMessage)}
+			continue
 		}
+		if err := answers(p, item); err != nil {
+			return err
+		}
+		b.answers[i].payload = item.ResponsePayload
 	}
 	return nil
 }

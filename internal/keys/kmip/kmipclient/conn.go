@@ -12,6 +12,8 @@ import (
 	"net/http"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/ovh/kmip-go"
 	"github.com/ovh/kmip-go/payloads"
@@ -28,6 +30,7 @@ type conn struct {
 	*tls.Conn
 	used   time.Time
 	reused bool // it has been idle: the server may have closed it since
+	ended  bool // the context of a request over it was, and its deadline with it, now or soon
 }
 
 // dial connects within the deadlines of c.
@@ -147,20 +150,24 @@ func (c *Client) exchange(ctx context.Context, s *server, p kmip.OperationPayloa
 			continue
 		}
 		if err != nil {
-			s.mark(err)
+			s.blame(ctx, err)
 			return nil, err
 		}
 		out, err := c.ask(ctx, s, k, p, key)
 		var refused *KMIPError
 		if err == nil || errors.As(err, &refused) {
 			s.mark(nil)
-			c.give(s, k)
+			if k.ended {
+				k.Close()
+			} else {
+				c.give(s, k)
+			}
 			return out, err
 		}
 		k.Close()
 		if !k.reused {
 			if again || change && errors.Is(err, errLost) || !broke(err) || ctx.Err() != nil {
-				s.mark(err)
+				s.blame(ctx, err)
 				return nil, err
 			}
 			again = true
@@ -214,6 +221,13 @@ func (s *server) mark(err error) {
 	}
 	s.failed = time.Now()
 	s.version = kmip.ProtocolVersion{} // it may come back as another
+}
+
+// blame is mark, unless the caller gave up: that says nothing about s.
+func (s *server) blame(ctx context.Context, err error) {
+	if !errors.Is(ctx.Err(), context.Canceled) {
+		s.mark(err)
+	}
 }
 
 var versions = []kmip.ProtocolVersion{kmip.V1_4, kmip.V1_3, kmip.V1_2, kmip.V1_1, kmip.V1_0}
@@ -302,7 +316,7 @@ func (c *Client) roundTrip(ctx context.Context, s *server, k *conn, version kmip
 	defer keymem.Wipe(message)
 	k.SetDeadline(time.Now().Add(c.config.Request))
 	stop := context.AfterFunc(ctx, func() { k.SetDeadline(time.Now()) })
-	defer stop()
+	defer func() { k.ended = !stop() || k.ended }()
 	if _, err := k.Write(message); err != nil {
 		return nil, lose(err)
 	}
@@ -315,7 +329,8 @@ func (c *Client) roundTrip(ctx context.Context, s *server, k *conn, version kmip
 	if err != nil {
 		return nil, lose(err)
 	}
-	if many, ok := p.(*batch); ok && len(response.BatchItem) == len(many.items) {
+	many, isBatch := p.(*batch)
+	if isBatch && len(response.BatchItem) == len(many.items) {
 		return p, many.take(s, response.BatchItem)
 	}
 	if len(response.BatchItem) != 1 {
@@ -323,12 +338,74 @@ func (c *Client) roundTrip(ctx context.Context, s *server, k *conn, version kmip
 	}
 	item := response.BatchItem[0]
 	if item.ResultStatus != kmip.ResultStatusSuccess {
-		return nil, &KMIPError{Server: s.addr, Operation: p.Operation(), Key: key, Reason: item.ResultReason, Message: item.ResultMessage}
+		return nil, &KMIPError{Server: s.addr, Operation: p.Operation(), Key: key, Reason: item.ResultReason, Message: printable(item.ResultMessage)}
 	}
+	if isBatch {
+		return nil, lose(errors.New("it is for one item of many"))
+	}
+	return item.ResponsePayload, answers(p, item)
+}
+
+// answers refuses an item that answers something else than p.
+func answers(p kmip.OperationPayload, item kmip.ResponseBatchItem) error {
 	if item.Operation != p.Operation() || item.ResponsePayload == nil {
-		return nil, lose(errors.New("it is for another operation"))
+		return lose(errors.New("it is for another operation"))
 	}
-	return item.ResponsePayload, nil
+	if asked, got := subject(p), subject(item.ResponsePayload); asked != "" && got != "" && asked != got {
+		return lose(errors.New("it is about another key"))
+	}
+	return nil
+}
+
+// subject returns the identifier of the key that a request or an answer is about; "" for
+// others.
+func subject(p kmip.OperationPayload) string {
+	switch p := p.(type) {
+	case *payloads.GetRequestPayload:
+		return p.UniqueIdentifier
+	case *payloads.GetResponsePayload:
+		return p.UniqueIdentifier
+	case *payloads.GetAttributesRequestPayload:
+		return p.UniqueIdentifier
+	case *payloads.GetAttributesResponsePayload:
+		return p.UniqueIdentifier
+	case *payloads.AddAttributeRequestPayload:
+		return p.UniqueIdentifier
+	case *payloads.AddAttributeResponsePayload:
+		return p.UniqueIdentifier
+	case *payloads.ActivateRequestPayload:
+		return p.UniqueIdentifier
+	case *payloads.ActivateResponsePayload:
+		return p.UniqueIdentifier
+	case *payloads.RevokeRequestPayload:
+		return p.UniqueIdentifier
+	case *payloads.RevokeResponsePayload:
+		return p.UniqueIdentifier
+	case *payloads.DestroyRequestPayload:
+		return p.UniqueIdentifier
+	case *payloads.DestroyResponsePayload:
+		return p.UniqueIdentifier
+	}
+	return ""
+}
+
+// messageMax bounds what an error has of a server's own words, in characters.
+const messageMax = 256
+
+// printable returns the beginning of a server's message without what a terminal or a
+// log would act on.
+func printable(message string) string {
+	runes := make([]rune, 0, messageMax)
+	for _, r := range message {
+		if len(runes) == messageMax {
+			break
+		}
+		if r == utf8.RuneError || !unicode.IsPrint(r) {
+			r = ' '
+		}
+		runes = append(runes, r)
+	}
+	return string(runes)
 }
 
 // decode turns the codec's panics, which some values of the wrong type cause,

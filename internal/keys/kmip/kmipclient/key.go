@@ -19,6 +19,12 @@ import (
 func (c *Client) settle(ctx context.Context, p kmip.OperationPayload, key string, done func() (bool, error)) (kmip.OperationPayload, error) {
 	for attempt := 0; ; attempt++ {
 		out, err := c.try(ctx, p, key, true)
+		var refused *KMIPError
+		if attempt > 0 && errors.As(err, &refused) { // the first may have been done late
+			if was, asked := done(); asked == nil && was {
+				return nil, nil
+			}
+		}
 		if !errors.Is(err, errLost) {
 			return out, err
 		}
@@ -81,8 +87,13 @@ func (c *Client) Keys(ctx context.Context) ([]string, error) {
 	return found, c.describe("list the keys", err)
 }
 
-// pageMax is how many identifiers are asked for at a time.
-const pageMax = 5000
+const (
+	// pageMax is how many identifiers are asked for at a time.
+	pageMax = 5000
+	// listMax bounds the identifiers that are held, in bytes: a server can make up any
+	// number.
+	listMax = 64 << 20
+)
 
 // Labelled returns the identifiers of all keys whose custom attribute has that
 // value, as the servers say: not all of them look at custom attributes, so that
@@ -98,6 +109,7 @@ func (c *Client) Labelled(ctx context.Context, name, value string) ([]string, er
 // older) shows the first one again, and is asked for all at once.
 func (c *Client) pages(ctx context.Context, by kmip.Attribute) ([]string, error) {
 	var ids []string
+	size := 0
 	seen := map[string]bool{}
 	for limit := int32(pageMax); ; {
 		out, err := c.try(ctx, &payloads.LocateRequestPayload{MaximumItems: limit, OffsetItems: int32(len(ids)), Attribute: []kmip.Attribute{by}}, "", false)
@@ -110,9 +122,12 @@ func (c *Client) pages(ctx context.Context, by kmip.Attribute) ([]string, error)
 			if !seen[id] {
 				seen[id] = true
 				ids = append(ids, id)
+				size += len(id)
 			}
 		}
 		switch {
+		case size > listMax:
+			return nil, fmt.Errorf("the identifiers of its keys are over %d bytes", listMax)
 		case limit == 0, len(ids) == before && len(page) < pageMax:
 			return ids, nil
 		case len(ids) == before:
