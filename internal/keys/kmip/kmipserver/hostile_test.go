@@ -15,6 +15,7 @@ import (
 	"math/big"
 	"net"
 	"os"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -476,4 +477,31 @@ type counter struct{ atomic.Int64 }
 func (c *counter) Write(b []byte) (int, error) {
 	c.Add(1)
 	return len(b), nil
+}
+
+// TestAnswersAreBounded: what a request of a few bytes asks for does not fill the
+// server's memory.
+func TestAnswersAreBounded(t *testing.T) {
+	t.Parallel()
+	s := newBench(t, Limits{Answer: 64 << 10}).dial(t, "one")
+	large := strings.Repeat("x", 40<<10)
+	id := do[payloads.RegisterResponsePayload](s, &payloads.RegisterRequestPayload{
+		ObjectType: kmip.ObjectTypeOpaqueObject, Object: &kmip.OpaqueObject{OpaqueDataType: 0x80000001, OpaqueDataValue: []byte(large)},
+		TemplateAttribute: kmip.TemplateAttribute{Attribute: []kmip.Attribute{with("x-a", large)}},
+	}).UniqueIdentifier
+	for name, p := range map[string]kmip.OperationPayload{
+		"Get":            &payloads.GetRequestPayload{UniqueIdentifier: id},
+		"Get Attributes": &payloads.GetAttributesRequestPayload{UniqueIdentifier: id},
+	} {
+		m := kmip.NewRequestMessage(kmip.V1_4, p)
+		if item := s.send(&m).BatchItem[0]; item.Err() != nil {
+			t.Errorf("%s: %v", name, item.Err())
+		}
+		m = kmip.NewRequestMessage(kmip.V1_4, p, p, p)
+		for i, item := range s.send(&m).BatchItem {
+			if item.ResultReason != kmip.ResultReasonResponseTooLarge || item.ResponsePayload != nil {
+				t.Errorf("%s, item %d: reason %v", name, i, item.ResultReason)
+			}
+		}
+	}
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"runtime/debug"
 	"slices"
 	"time"
@@ -247,7 +248,11 @@ func (s *Server) answer(ctx context.Context, c *connection, message []byte) []by
 		response.BatchItem = append(response.BatchItem, out...)
 		i += len(out)
 	}
-	return encodeResponse(response, r.secretSize, e.header.MaximumResponseSize)
+	limit := s.limits.Answer
+	if most := int(e.header.MaximumResponseSize); most > 0 {
+		limit = min(limit, most)
+	}
+	return encodeResponse(response, r.secretSize, limit)
 }
 
 // checkHeader refuses what a whole message may not ask for.
@@ -344,6 +349,8 @@ func (r *request) perform(it *item) (payload kmip.OperationPayload, err error) {
 		return nil, refuse(kmip.ResultReasonOperationNotSupported, "operation %s is not supported in KMIP %v", ttlv.EnumStr(it.operation), r.version)
 	case it.extension != nil && it.extension.CriticalityIndicator:
 		return nil, refuse(kmip.ResultReasonFeatureNotSupported, "message extension of %q is not supported", it.extension.VendorIdentification)
+	case r.secretSize > r.server.limits.Answer:
+		return nil, refuse(kmip.ResultReasonResponseTooLarge, "the response would be over %d bytes", r.server.limits.Answer)
 	case it.err != nil:
 		return nil, refuse(kmip.ResultReasonInvalidMessage, "the payload of %s is not well formed", ttlv.EnumStr(it.operation))
 	}
@@ -430,7 +437,7 @@ func (s *Server) refuseMessage(v kmip.ProtocolVersion, err error) []byte {
 	var out kmip.ResponseBatchItem
 	fail(&out, err)
 	response.BatchItem = append(response.BatchItem, out)
-	return encodeResponse(response, 0, 0)
+	return encodeResponse(response, 0, math.MaxInt)
 }
 
 // answerMalformed returns the answer to what is not TTLV; there is none for a
@@ -443,23 +450,22 @@ func (s *Server) answerMalformed(err error) ([]byte, bool) {
 }
 
 // encodeResponse encodes response, whose payloads hold secrets bytes of key
-// material. If that takes more than limit bytes (0: any number), every payload
-// is replaced by Response Too Large (KMIP 1.4 section 6.3).
-func encodeResponse(response *kmip.ResponseMessage, secrets int, limit int32) []byte {
+// material. If that takes more than limit bytes, every payload is replaced by
+// Response Too Large (KMIP 1.4 section 6.3).
+func encodeResponse(response *kmip.ResponseMessage, secrets, limit int) []byte {
 	response.Header.BatchCount = int32(len(response.BatchItem))
 	room := 0
 	if secrets > 0 {
 		room = 4096 + 1024*len(response.BatchItem) + 2*secrets
 	}
-	answer := encode(response, room)
-	if limit == 0 || len(answer) <= int(limit) {
+	if answer, ok := encode(response, room, limit); ok {
 		return answer
 	}
-	keymem.Wipe(answer)
 	for i := range response.BatchItem {
 		fail(&response.BatchItem[i], refuse(kmip.ResultReasonResponseTooLarge, "the response would be over %d bytes", limit))
 	}
-	return encode(response, 0)
+	answer, _ := encode(response, 0, math.MaxInt)
+	return answer
 }
 
 // blank is what the encoder is given to make room; most answers need less. It is
@@ -467,8 +473,9 @@ func encodeResponse(response *kmip.ResponseMessage, secrets int, limit int32) []
 var blank [16 << 10]byte
 
 // encode makes room bytes of room first, so that with key material the
-// encoder's buffer does not grow and leave a copy in an abandoned one.
-func encode(message any, room int) []byte {
+// encoder's buffer does not grow and leave a copy in an abandoned one. It gives up
+// at the first item that takes the answer over limit bytes.
+func encode(response *kmip.ResponseMessage, room, limit int) (answer []byte, ok bool) {
 	enc := ttlv.NewTTLVEncoder()
 	if room > 0 {
 		zeros := blank[:]
@@ -478,6 +485,19 @@ func encode(message any, room int) []byte {
 		enc.ByteString(kmip.TagKeyMaterial, zeros[:room])
 		enc.Clear()
 	}
-	enc.Any(message)
-	return enc.Bytes()
+	ok = true
+	enc.Struct(kmip.TagResponseMessage, func(enc *ttlv.Encoder) {
+		enc.TagAny(kmip.TagResponseHeader, &response.Header)
+		for i := range response.BatchItem {
+			if enc.TagAny(kmip.TagBatchItem, &response.BatchItem[i]); len(enc.Bytes()) > limit {
+				ok = false
+				return
+			}
+		}
+	})
+	if !ok {
+		keymem.Wipe(enc.Bytes())
+		return nil, false
+	}
+	return enc.Bytes(), true
 }

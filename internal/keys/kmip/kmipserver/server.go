@@ -47,6 +47,7 @@ type Limits struct {
 	Depth       int           // nested structures, 16
 	Values      int           // values in a message, 8192
 	Batch       int           // items of a batch, 64
+	Answer      int           // bytes of an answer, 4 MiB
 }
 
 func (l Limits) withDefaults() Limits {
@@ -69,6 +70,7 @@ func (l Limits) withDefaults() Limits {
 	orElse(&l.Depth, 16)
 	orElse(&l.Values, 8192)
 	orElse(&l.Batch, 64)
+	orElse(&l.Answer, 4<<20)
 	return l
 }
 
