@@ -1,5 +1,7 @@
 package kmipserver
 
+//lint:file-ignore SA1019 clients of older versions use what KMIP 1.3 deprecates
+
 import (
 	"bytes"
 	"context"
