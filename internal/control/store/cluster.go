@@ -39,10 +39,13 @@ const (
 )
 
 // Cluster has a database replicated with those of other processes. Members know
-// each other by certificates of one CA.
+// each other by certificates of one CA, which bear a name that no other has.
 type Cluster struct {
 	// Name is the member's, unique in the cluster.
 	Name string
+	// PeerName is the DNS name in every member's certificate, and in none that the CA
+	// issues to others: whoever has it can read and write everything.
+	PeerName string
 	// Listen and Advertise are where this member listens for others, an IP
 	// address and a port, and how they reach it, "host:port".
 	Listen, Advertise string
@@ -81,13 +84,16 @@ func (c *Cluster) configure(ec *embed.Config) error {
 	if strings.ContainsAny(c.Name, "=,") || c.Name == "" {
 		return errs.New(errs.Invalid, "member name %.64q is empty or has '=' or ','", c.Name)
 	}
+	if c.PeerName == "" {
+		return errs.New(errs.Invalid, "no name tells members from others that have a certificate")
+	}
 	ec.Name = c.Name
 	ec.ListenPeerUrls = []url.URL{{Scheme: "https", Host: c.Listen}}
 	ec.AdvertisePeerUrls = []url.URL{{Scheme: "https", Host: c.Advertise}}
 	ec.PeerTLSInfo = transport.TLSInfo{
 		CertFile: c.CertFile, KeyFile: c.KeyFile, TrustedCAFile: c.CAFile, ClientCertAuth: true,
-		// A client is known by the CA: its address may be translated on its way.
-		SkipClientSANVerify: true,
+		// A client's address may be translated on its way.
+		SkipClientSANVerify: true, AllowedHostnames: []string{c.PeerName},
 	}
 	ec.TlsMinVersion = "TLS1.3"
 	ec.InitialCluster = ec.InitialClusterFromName(c.Name)

@@ -109,7 +109,7 @@ func (k *KMS) openNode(ctx context.Context, m *membership) (err error) {
 		return err
 	}
 	cfg := storeConfig(k.cfg, k.log)
-	cfg.Cluster = &store.Cluster{Name: m.ID, Listen: c.StoreListen, Advertise: c.StoreAdvertise}
+	cfg.Cluster = &store.Cluster{Name: m.ID, PeerName: cluster.PeerName, Listen: c.StoreListen, Advertise: c.StoreAdvertise}
 	cfg.Cluster.CertFile, cfg.Cluster.KeyFile, cfg.Cluster.CAFile = k.node.Files()
 	if len(m.Peers) > 0 && !store.HasData(cfg.Dir) {
 		if err := tryListening(k.cfg); err != nil {

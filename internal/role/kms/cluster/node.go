@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -18,6 +19,10 @@ import (
 
 // renewEvery is how often a node looks whether its certificate is due.
 const renewEvery = time.Hour
+
+// PeerName stands in the certificate of every node, and in no other that the CA
+// issues: those of applications are not to open the database's port.
+const PeerName = "node.kms.strongroom.internal"
 
 // Node is who a node is to others: a certificate that it issues itself, for each
 // has the CA, and that is nowhere but in memory. It must be closed.
@@ -39,7 +44,7 @@ func ClusterID(ca *x509.Certificate) string {
 
 // NewNode returns who the node of that id is; names are those in its addresses.
 func NewNode(ca *pki.CA, id string, names []string) (_ *Node, err error) {
-	n := &Node{ca: ca, cluster: ClusterID(ca.Certificate()), id: id, names: names}
+	n := &Node{ca: ca, cluster: ClusterID(ca.Certificate()), id: id, names: append(slices.Clone(names), PeerName)}
 	defer func() {
 		if err != nil {
 			n.Close()
