@@ -53,8 +53,12 @@ func (k *KMS) checkObject(ctx context.Context, tx *store.Tx, on access.Object) e
 	return k.directory.CheckAccount(ctx, tx, account)
 }
 
-// seen returns where the caller may see what there is.
+// seen returns where the caller may see what there is, and has this node know what
+// there is.
 func (a *api) seen(ctx context.Context) (access.Scope, error) {
+	if err := a.k.directory.Refresh(ctx); err != nil {
+		return access.Scope{}, err
+	}
 	return a.k.users().May(ctx, "Cryptographer.ReadKeyServersInfo")
 }
 
@@ -144,6 +148,9 @@ func (a *api) CreateKMSAccount(ctx context.Context, req *connect.Request[strongr
 }
 
 func (a *api) GetKMSAccount(ctx context.Context, req *connect.Request[strongroomv1.GetKMSAccountRequest]) (*connect.Response[strongroomv1.KMSAccount], error) {
+	if err := a.k.directory.Refresh(ctx); err != nil {
+		return nil, err
+	}
 	return a.account(ctx, req.Msg.GetName())
 }
 

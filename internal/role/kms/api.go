@@ -110,6 +110,9 @@ func (a *api) groupOf(ctx context.Context, g directory.Group) (*strongroomv1.KMS
 }
 
 func (a *api) GetKMSGroup(ctx context.Context, req *connect.Request[strongroomv1.GetKMSGroupRequest]) (*connect.Response[strongroomv1.KMSGroup], error) {
+	if err := a.k.directory.Refresh(ctx); err != nil {
+		return nil, err
+	}
 	return a.group(ctx, req.Msg.GetName())
 }
 
@@ -208,7 +211,10 @@ func (a *api) ListKMSApplications(ctx context.Context, req *connect.Request[stro
 	return connect.NewResponse(out), nil
 }
 
-func (a *api) GetKMSApplication(_ context.Context, req *connect.Request[strongroomv1.GetKMSApplicationRequest]) (*connect.Response[strongroomv1.KMSApplication], error) {
+func (a *api) GetKMSApplication(ctx context.Context, req *connect.Request[strongroomv1.GetKMSApplicationRequest]) (*connect.Response[strongroomv1.KMSApplication], error) {
+	if err := a.k.directory.Refresh(ctx); err != nil {
+		return nil, err
+	}
 	return a.application(req.Msg.GetName())
 }
 

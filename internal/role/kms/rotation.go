@@ -32,10 +32,8 @@ const scheduler = "scheduler"
 func (k *KMS) keepDates(ctx context.Context, server *kmipserver.Server) error {
 	for {
 		began := time.Now()
-		for _, g := range k.directory.Groups() {
-			if err := k.keepDatesOf(ctx, server, g); err != nil && ctx.Err() == nil {
-				k.log.LogAttrs(ctx, slog.LevelError, "scheduled steps of a group not done", slog.String("group", g.Name), slog.Any("err", err))
-			}
+		if err := k.keepDatesOnce(ctx, server); err != nil && ctx.Err() == nil {
+			k.log.LogAttrs(ctx, slog.LevelError, "scheduled steps not done", slog.Any("err", err))
 		}
 		select {
 		case <-ctx.Done():
@@ -43,6 +41,19 @@ func (k *KMS) keepDates(ctx context.Context, server *kmipserver.Server) error {
 		case <-time.After(max(datesEvery, datesRatio*time.Since(began))):
 		}
 	}
+}
+
+// keepDatesOnce does what is due now, for the groups as all nodes have them.
+func (k *KMS) keepDatesOnce(ctx context.Context, server *kmipserver.Server) error {
+	if err := k.directory.Refresh(ctx); err != nil {
+		return err
+	}
+	for _, g := range k.directory.Groups() {
+		if err := k.keepDatesOf(ctx, server, g); err != nil && ctx.Err() == nil {
+			k.log.LogAttrs(ctx, slog.LevelError, "scheduled steps of a group not done", slog.String("group", g.Name), slog.Any("err", err))
+		}
+	}
+	return nil
 }
 
 func (k *KMS) keepDatesOf(ctx context.Context, server *kmipserver.Server, g directory.Group) error {

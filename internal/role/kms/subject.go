@@ -12,9 +12,20 @@ import (
 	"strongroom/internal/control/guard"
 )
 
-// subject returns what a call is about. A method that is not named here is about
-// everything: its privilege is needed on [access.Root].
+// subject returns what a call is about, as all nodes know it. Where this one cannot
+// learn that, it is about everything, with its name on record.
 func (k *KMS) subject(ctx context.Context, procedure string, message any) guard.Subject {
+	err := k.directory.Refresh(ctx)
+	s := k.subjectOf(ctx, procedure, message)
+	if err != nil {
+		s.On = access.Root
+	}
+	return s
+}
+
+// subjectOf returns what a call is about. A method that is not named here is about
+// everything: its privilege is needed on [access.Root].
+func (k *KMS) subjectOf(ctx context.Context, procedure string, message any) guard.Subject {
 	switch m := message.(type) {
 	case *strongroomv1.GetKMSRequest, *strongroomv1.ListKMSAccountsRequest, *strongroomv1.ListKMSGroupsRequest, *strongroomv1.ListKMSApplicationsRequest,
 		*strongroomv1.ListKMSApprovalsRequest, *strongroomv1.ListKMSAuditRequest, *strongroomv1.ListUsersRequest, *strongroomv1.ListRolesRequest:

@@ -255,7 +255,7 @@ func TestStrangersFillNoDisk(t *testing.T) {
 	k := &KMS{metrics: newMetrics(), audit: log, now: func() time.Time { return now }}
 	record := func(outcome string) {
 		t.Helper()
-		e := audit.Entry{Actor: guard.Anonymous, Action: "SessionService/Login", Object: k.subject(t.Context(), "", &strongroomv1.LoginRequest{User: strings.Repeat("\u00e4", 500)}).Name, Outcome: outcome}
+		e := audit.Entry{Actor: guard.Anonymous, Action: "SessionService/Login", Object: k.subjectOf(t.Context(), "", &strongroomv1.LoginRequest{User: strings.Repeat("\u00e4", 500)}).Name, Outcome: outcome}
 		if err := k.recordCall(e); err != nil {
 			t.Fatal(err)
 		}
