@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"io/fs"
-	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
@@ -18,7 +17,6 @@ import (
 
 	"strongroom/internal/control/audit"
 	"strongroom/internal/control/store"
-	"strongroom/internal/daemon"
 	"strongroom/internal/durable"
 	"strongroom/internal/errs"
 	"strongroom/internal/role/kms/cluster"
@@ -155,7 +153,7 @@ func (k *KMS) recordMember(actor, action, object string, err error) error {
 	if err != nil {
 		e.Outcome, e.Details = audit.Failed, map[string]string{"kind": errs.KindOf(err).String()}
 	}
-	return k.audit.AppendDurably(e)
+	return k.recordCall(e)
 }
 
 // memberMetrics gives Prometheus what nodes have to do.
@@ -190,8 +188,7 @@ func (k *KMS) serveMembers(ctx context.Context, group *errgroup.Group, l net.Lis
 	if err != nil {
 		return err
 	}
-	server.ErrorLog = slog.NewLogLogger(k.log.Handler(), slog.LevelWarn)
-	group.Go(func() error { return daemon.Serve(ctx, server, l) })
+	group.Go(func() error { return server.Serve(ctx, l) })
 	group.Go(func() error { return k.cluster.Run(ctx, k.objects.Wake) })
 	group.Go(func() error {
 		k.node.KeepFresh(ctx, k.log)

@@ -62,7 +62,8 @@ type Config struct {
 	DB   *store.DB
 	Ring *keyring.Ring
 	Log  *slog.Logger
-	// Record puts what members did on record, durably. Objects are members.
+	// Record puts what members did on record, durably, and what [guard.Anonymous] was
+	// refused, so far as that fills no disk. Objects are members.
 	Record func(actor, action, object string, err error) error
 }
 

@@ -149,13 +149,12 @@ func (n *node) start() {
 	if err != nil {
 		n.t.Fatal(err)
 	}
-	server.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)
 	l, err := net.Listen("tcp", n.self.Address)
 	if err != nil {
 		n.t.Fatal(err)
 	}
-	n.server, n.served = server, make(chan error, 1)
-	go func() { n.served <- server.ServeTLS(l, "", "") }()
+	n.server, n.served = server.HTTP, make(chan error, 1)
+	go func() { n.served <- server.HTTP.ServeTLS(l, "", "") }()
 }
 
 // kill ends a node, if it runs.

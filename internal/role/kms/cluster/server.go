@@ -14,11 +14,11 @@ import (
 	"strongroom/api/rule"
 	strongroomv1 "strongroom/api/strongroom/v1"
 	"strongroom/api/strongroom/v1/strongroomv1connect"
+	"strongroom/internal/control/guard"
 	"strongroom/internal/control/pki"
 	"strongroom/internal/control/store"
 	"strongroom/internal/crypto/keymem"
 	"strongroom/internal/crypto/parcel"
-	"strongroom/internal/daemon"
 	"strongroom/internal/errs"
 	"strongroom/internal/keys/keyring"
 )
@@ -36,14 +36,15 @@ type service struct{ *Cluster }
 
 type callerKey struct{}
 
-// Server returns the server for other members.
-func (c *Cluster) Server() (*http.Server, error) {
+// Server returns the server for other members. Who is none, and asks to join, is held
+// to what an API on the network allows.
+func (c *Cluster) Server() (*guard.Server, error) {
 	rules, err := rule.Of(strongroomv1connect.KMSMemberServiceName)
 	if err != nil {
 		return nil, err
 	}
 	mux := http.NewServeMux()
-	mux.Handle(strongroomv1connect.NewKMSMemberServiceHandler(service{c}, connect.WithReadMaxBytes(requestMax), connect.WithInterceptors(c.guard(rules))))
+	mux.Handle(strongroomv1connect.NewKMSMemberServiceHandler(service{c}, connect.WithReadMaxBytes(requestMax), connect.WithInterceptors(c.membersOnly(rules))))
 	known := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.TLS != nil && len(r.TLS.PeerCertificates) > 0 {
 			if id, err := pki.PeerIdentity(*r.TLS); err == nil {
@@ -52,16 +53,15 @@ func (c *Cluster) Server() (*http.Server, error) {
 		}
 		mux.ServeHTTP(w, r)
 	})
-	return &http.Server{
-		Handler: known, TLSConfig: pki.ServerConfig(c.Node.credential, c.CA.Certificate(), true, c.Node.accept),
-		ReadHeaderTimeout: daemon.HeaderTimeout, MaxHeaderBytes: daemon.HeaderMax,
-		HTTP2: &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 15 * time.Second},
-	}, nil
+	server := guard.NewServer(known, guard.Limits{}, c.Log)
+	server.HTTP.TLSConfig = pki.ServerConfig(c.Node.credential, c.CA.Certificate(), true, c.Node.accept)
+	server.HTTP.HTTP2.SendPingTimeout, server.HTTP.HTTP2.PingTimeout = 15*time.Second, 15*time.Second
+	return server, nil
 }
 
-// guard lets members through to what members may do, and nobody else: one that
+// membersOnly lets members through to what members may do, and nobody else: one that
 // was removed still has a certificate.
-func (c *Cluster) guard(rules rule.Rules) connect.UnaryInterceptorFunc {
+func (c *Cluster) membersOnly(rules rule.Rules) connect.UnaryInterceptorFunc {
 	return func(next connect.UnaryFunc) connect.UnaryFunc {
 		return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
 			r := rules[req.Spec().Procedure]
@@ -96,7 +96,11 @@ func (s service) Join(ctx context.Context, req *connect.Request[strongroomv1.KMS
 		ID: uuid.NewString(), Name: req.Msg.GetName(), Address: req.Msg.GetAddress(), StoreAddress: req.Msg.GetStoreAddress(), Joined: time.Now().UTC(),
 	}
 	res, err := s.join(ctx, req.Msg, m)
-	if recordErr := s.Record("join token", "KMSMemberService/Join", "node/"+m.Name, err); err == nil {
+	actor := "join token"
+	if err != nil { // whatever it showed, it may be anybody
+		actor = guard.Anonymous
+	}
+	if recordErr := s.Record(actor, "KMSMemberService/Join", "node/"+m.Name, err); err == nil {
 		err = recordErr
 	}
 	if err != nil {
