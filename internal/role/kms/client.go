@@ -39,35 +39,48 @@ func (k *KMS) authenticate(ctx context.Context, state tls.ConnectionState, crede
 
 // clientOf returns the client that a proof is of, when its next request is due.
 func (k *KMS) clientOf(ctx context.Context, p directory.Proof) (kmipserver.Client, error) {
+	client, app, err := k.provenClient(ctx, p)
+	if err != nil {
+		return client, err
+	}
+	waited, err := k.pace.wait(ctx, app, k.cfg.MaxRequestsPerSecond)
+	if err != nil {
+		return client, &kmipserver.Refusal{Reason: kmip.ResultReasonGeneralFailure, Message: "too many requests in a short time; try again later"}
+	}
+	if waited { // and what was proven may have been revoked meanwhile
+		client, _, err = k.provenClient(ctx, p)
+	}
+	return client, err
+}
+
+// provenClient returns the client that a proof is of now, and its application.
+func (k *KMS) provenClient(ctx context.Context, p directory.Proof) (client kmipserver.Client, application string, err error) {
 	if k.cluster != nil {
 		if err := k.directory.Refresh(ctx); err != nil {
-			return kmipserver.Client{}, errs.New(errs.Unavailable, "this node does not reach a majority of the nodes: %w", err)
+			return kmipserver.Client{}, "", errs.New(errs.Unavailable, "this node does not reach a majority of the nodes: %w", err)
 		}
 	}
 	who, err := k.directory.Authenticate(p)
 	app, group := who.Application, who.Group
-	client := kmipserver.Client{Account: group.Name, Name: "application:" + app.Name, Interface: string(p.Interface)}
+	client = kmipserver.Client{Account: group.Name, Name: "application:" + app.Name, Interface: string(p.Interface)}
 	if errors.Is(err, directory.ErrAccountDisabled) {
 		// KMIP 1.4 has no reason of its own for that.
-		return client, &kmipserver.Refusal{Reason: kmip.ResultReasonPermissionDenied, Message: "your account is disabled", Cause: causeDisabled}
+		return client, "", &kmipserver.Refusal{Reason: kmip.ResultReasonPermissionDenied, Message: "your account is disabled", Cause: causeDisabled}
 	}
 	if err != nil {
-		return kmipserver.Client{}, err
+		return kmipserver.Client{}, "", err
 	}
 	account, err := k.directory.Account(directory.AccountOf(group.Name))
 	if err != nil {
-		return kmipserver.Client{}, err
-	}
-	if err := k.pace.wait(ctx, app.Name, k.cfg.MaxRequestsPerSecond); err != nil {
-		return client, &kmipserver.Refusal{Reason: kmip.ResultReasonGeneralFailure, Message: "too many requests in a short time; try again later"}
+		return kmipserver.Client{}, "", err
 	}
 	policy, err := policyOf(group.Policy)
 	if err != nil {
-		return kmipserver.Client{}, errs.Wrap(err, "policy of group %s", group.Name)
+		return kmipserver.Client{}, "", errs.Wrap(err, "policy of group %s", group.Name)
 	}
 	client.Policy, client.Approvals = policy, k.approvalsOf(who)
 	client.Admit = k.admit(usage.Client{Application: app, Group: group, Account: account, Groups: func() []string { return k.groupNamesOf(account.Name) }})
-	return client, nil
+	return client, app.Name, nil
 }
 
 // The causes of refusals, for records, begin so.
@@ -84,10 +97,10 @@ type pace struct {
 }
 
 // wait returns when one more request of app is due at most so many a second (0:
-// at once), or an error if that is later than ctx ends.
-func (p *pace) wait(ctx context.Context, app string, perSecond int) error {
+// at once), and whether that was later, or an error if it is later than ctx ends.
+func (p *pace) wait(ctx context.Context, app string, perSecond int) (waited bool, err error) {
 	if perSecond == 0 {
-		return nil
+		return false, nil
 	}
 	p.mu.Lock()
 	l := p.limiters[app]
@@ -99,7 +112,10 @@ func (p *pace) wait(ctx context.Context, app string, perSecond int) error {
 		p.limiters[app] = l
 	}
 	p.mu.Unlock()
-	return l.Wait(ctx)
+	if l.Allow() {
+		return false, nil
+	}
+	return true, l.Wait(ctx)
 }
 
 // policyOf returns what a policy says in KMIP's terms. A name that is not known

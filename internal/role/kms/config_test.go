@@ -58,27 +58,27 @@ func TestPace(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	for range 1000 {
-		if err := p.wait(ctx, "free", 0); err != nil {
+		if _, err := p.wait(ctx, "free", 0); err != nil {
 			t.Fatal(err)
 		}
 	}
 	// A burst of one second's worth, then one request every 20 ms.
 	begin := time.Now()
 	for range 60 {
-		if err := p.wait(ctx, "a", 50); err != nil {
+		if _, err := p.wait(ctx, "a", 50); err != nil {
 			t.Fatal(err)
 		}
 	}
 	if took := time.Since(begin); took < 150*time.Millisecond {
 		t.Errorf("60 requests at 50 a second took %v", took)
 	}
-	if err := p.wait(ctx, "b", 50); err != nil {
+	if _, err := p.wait(ctx, "b", 50); err != nil {
 		t.Errorf("another application: %v", err)
 	}
 	short, cancelShort := context.WithTimeout(ctx, time.Millisecond)
 	defer cancelShort()
 	for range 3 {
-		if err := p.wait(short, "slow", 1); err != nil {
+		if _, err := p.wait(short, "slow", 1); err != nil {
 			return
 		}
 	}

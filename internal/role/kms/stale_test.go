@@ -3,9 +3,11 @@ package kms
 import (
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/ovh/kmip-go"
 	"github.com/ovh/kmip-go/payloads"
+	"golang.org/x/time/rate"
 
 	strongroomv1 "strongroom/api/strongroom/v1"
 	"strongroom/client"
@@ -100,4 +102,30 @@ func keysOf(t *testing.T, b *bench, group string) (n int) {
 		t.Fatal(err)
 	}
 	return n
+}
+
+// TestRevokedWhileWaiting revokes a credential while a request that came with it is
+// made to wait: it is refused.
+func TestRevokedWhileWaiting(t *testing.T) {
+	t.Parallel()
+	b := start(t, filepath.Join(t.TempDir(), "kms"))
+	c, password, err := b.directory.AddPassword(t.Context(), FirstApplication, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Its next request is due in some seconds.
+	limiter := rate.NewLimiter(rate.Every(3*time.Second), 1)
+	limiter.Allow()
+	k := &KMS{directory: b.directory, objects: b.objects, usage: b.usage, cfg: Config{MaxRequestsPerSecond: 1}}
+	k.pace.limiters = map[string]*rate.Limiter{FirstApplication: limiter}
+	answer := make(chan error)
+	go func() {
+		_, err := k.clientOf(t.Context(), directory.Proof{User: FirstApplication, Password: password})
+		answer <- err
+	}()
+	eventually(t, "the request waits", func() bool { return limiter.Tokens() < 0 })
+	if err := b.directory.Revoke(t.Context(), FirstApplication, c.ID); err != nil {
+		t.Fatal(err)
+	}
+	wantKind(t, "a request whose credential was revoked while it waited", <-answer, errs.Denied)
 }
