@@ -117,6 +117,9 @@ func (r *request) encrypt(p *payloads.EncryptRequestPayload) (kmip.OperationPayl
 			rand.Read(iv)
 			out.IVCounterNonce = iv
 		}
+		if len(iv) == 0 && params.BlockCipherMode == kmip.BlockCipherModeCTR { // zeros twice would give both texts away
+			return refuse(kmip.ResultReasonInvalidMessage, "the initial counter is missing")
+		}
 		if params.BlockCipherMode == kmip.BlockCipherModeGCM {
 			g, tag, err := gcm(b, params, len(iv))
 			if err != nil {
@@ -238,7 +241,7 @@ func checkIV(b cipher.Block, iv []byte) ([]byte, error) {
 
 func encryptBlocks(b cipher.Block, params kmip.CryptographicParameters, iv, data []byte) ([]byte, error) {
 	size := b.BlockSize()
-	out := bytes.Clone(data)
+	out := append(make([]byte, 0, len(data)+size), data...) // with padding in the same place
 	switch params.PaddingMethod {
 	case 0, kmip.PaddingMethodNone:
 	case kmip.PaddingMethodPKCS5:

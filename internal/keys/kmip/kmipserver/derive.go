@@ -183,6 +183,9 @@ func derive(base *Object, method derivationMethod, p derivationParameters, size 
 		if len(p.DerivationData) > 0 {
 			return nil, refuse(kmip.ResultReasonInvalidField, "the hash is that of the key alone")
 		}
+		if params.HashingAlgorithm == kmip.HashingAlgorithmSHA_256 { // see born
+			return nil, refuse(kmip.ResultReasonInvalidField, "this hash is the key's Digest, which is no secret: derive by another, or by HMAC")
+		}
 		h := hasher()
 		h.Write(secret)
 		return h.Sum(nil), nil
@@ -199,8 +202,8 @@ func derive(base *Object, method derivationMethod, p derivationParameters, size 
 // stretch is PBKDF2 of RFC 8018 section 5.2. The library's wants the password as a
 // string, which cannot be wiped.
 func stretch(hasher func() hash.Hash, password, salt []byte, iterations, size int) []byte {
-	var out, u []byte
 	h := hmac.New(hasher, password)
+	out, u := make([]byte, 0, size+h.Size()), make([]byte, 0, h.Size()) // they do not grow and leave copies
 	for i := uint32(1); len(out) < size; i++ {
 		h.Reset()
 		h.Write(salt)
@@ -222,8 +225,8 @@ func stretch(hasher func() hash.Hash, password, salt []byte, iterations, size in
 // counterKDF is the KDF in counter mode of NIST SP 800-108 section 5.1 with HMAC, a
 // counter of 32 bits in front, and data as the fixed input.
 func counterKDF(hasher func() hash.Hash, key, data []byte, size int) []byte {
-	var out []byte
 	h := hmac.New(hasher, key)
+	out := make([]byte, 0, size+h.Size())
 	for i := uint32(1); len(out) < size; i++ {
 		h.Reset()
 		h.Write(binary.BigEndian.AppendUint32(nil, i))

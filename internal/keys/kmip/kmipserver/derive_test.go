@@ -6,6 +6,7 @@ import (
 	"crypto/hmac"
 	"crypto/pbkdf2"
 	"crypto/sha256"
+	"crypto/sha512"
 	"testing"
 
 	"github.com/ovh/kmip-go"
@@ -74,7 +75,7 @@ func TestDeriveKey(t *testing.T) {
 		}
 		return h.Sum(nil)
 	}
-	hashed := sha256.Sum256(secret)
+	hashed := sha512.Sum384(secret)
 	stretched, err := pbkdf2.Key(sha256.New, string(secret), []byte("salt"), 1000, 32)
 	if err != nil {
 		t.Fatal(err)
@@ -94,7 +95,7 @@ func TestDeriveKey(t *testing.T) {
 		want   []byte
 	}{
 		"pbkdf2":  {password, byPBKDF2, derivationParameters{CryptographicParameters: sha, Salt: []byte("salt"), IterationCount: 1000}, stretched},
-		"hash":    {key, byHash, derivationParameters{CryptographicParameters: sha}, hashed[:]},
+		"hash":    {key, byHash, derivationParameters{CryptographicParameters: &kmip.CryptographicParameters{HashingAlgorithm: kmip.HashingAlgorithmSHA_384}}, hashed[:32]},
 		"hmac":    {key, byHMAC, derivationParameters{CryptographicParameters: sha, DerivationData: data}, sum(data)},
 		"counter": {key, byCounter, derivationParameters{CryptographicParameters: sha, DerivationData: data}, sum([]byte{0, 0, 0, 1}, data)},
 		"encrypt": {key, byEncrypt, derivationParameters{CryptographicParameters: &kmip.CryptographicParameters{BlockCipherMode: kmip.BlockCipherModeECB}, DerivationData: bytes.Repeat([]byte{7}, 32)}, encrypted},

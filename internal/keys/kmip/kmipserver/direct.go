@@ -12,7 +12,6 @@ import (
 	"github.com/ovh/kmip-go/payloads"
 	"github.com/ovh/kmip-go/ttlv"
 
-	"strongroom/internal/crypto/keymem"
 	"strongroom/internal/errs"
 )
 
@@ -134,9 +133,7 @@ func (s *Server) direct(ctx context.Context, c Caller, it *item, run func(*reque
 			err = errPanicked
 		}
 		err = r.record(err, r.event(op, time.Since(began), err))
-		for _, b := range r.wipe {
-			keymem.Wipe(b)
-		}
+		r.clean()
 	}()
 	if err := r.allowed(op); err != nil {
 		return err

@@ -157,10 +157,16 @@ func (r *request) dueTo(o *Object, rot Rotation) (Step, bool) {
 	case now != kmip.StateActive:
 	case replaced && !hasDeactivation && rot.DeactivateAfter > 0:
 		return Step{Kind: StepSchedule, Object: o.ID, Replacement: replacement}, true
-	case !replaced && hasActivation && rot.Every > 0 && !activated.Add(rot.Every).After(r.now) && o.Type == kmip.ObjectTypeSymmetricKey && o.Layout.Wrapping == nil && !o.elsewhere():
+	case !replaced && hasActivation && rot.Every > 0 && !activated.Add(rot.Every).After(r.now) && o.replaceable():
 		return Step{Kind: StepRekey, Object: o.ID, Date: activated.Add(rot.Every)}, true
 	}
 	return Step{}, false
+}
+
+// replaceable reports whether a key like o can be made here.
+func (o *Object) replaceable() bool {
+	_, err := keySize(o.Layout.Algorithm, o.Layout.Length)
+	return err == nil && o.Type == kmip.ObjectTypeSymmetricKey && o.Layout.Wrapping == nil && !o.elsewhere()
 }
 
 // take takes a step, if it still is due, and completes it.

@@ -84,6 +84,16 @@ func (r *request) reveal(k *keymem.Key) []byte {
 // conceal has b wiped when the answer has been encoded.
 func (r *request) conceal(b []byte) { r.wipe = append(r.wipe, b) }
 
+// clean wipes what was revealed and concealed.
+func (r *request) clean() {
+	for _, b := range r.wipe {
+		keymem.Wipe(b)
+	}
+	for _, m := range r.forget {
+		forget(m)
+	}
+}
+
 // item is one decoded item of a batch.
 type item struct {
 	operation kmip.Operation
@@ -197,14 +207,7 @@ func (s *Server) answer(ctx context.Context, c *connection, message []byte) []by
 		return s.refuseMessage(kmip.V1_4, refuse(kmip.ResultReasonInvalidMessage, "protocol version %v is not supported", version))
 	}
 	r := &request{ctx: ctx, server: s, conn: c, version: version, now: s.now().Truncate(time.Second).UTC()}
-	defer func() {
-		for _, b := range r.wipe {
-			keymem.Wipe(b)
-		}
-		for _, m := range r.forget {
-			forget(m)
-		}
-	}()
+	defer r.clean()
 	for _, it := range e.items {
 		r.concealPayload(it.payload)
 	}
@@ -322,6 +325,9 @@ func (r *request) run(it *item) (out kmip.ResponseBatchItem) {
 	payload, err := r.perform(it)
 	err = r.record(err, r.event(it.operation, time.Since(began), err))
 	if err != nil {
+		if it.operation == kmip.OperationLocate || makes(it.payload) > 0 {
+			r.placeholder = "" // what follows is not about an object of before
+		}
 		r.failed(it.operation, &out, err)
 		return out
 	}
