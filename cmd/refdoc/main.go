@@ -70,6 +70,7 @@ func generate(protos string) (map[string][]byte, error) {
 	}
 	pages["api.md"] = apiPage(comments)
 	pages["privileges.md"] = privilegesPage()
+	pages["kmip.md"] = kmipPage()
 	return pages, nil
 }
 

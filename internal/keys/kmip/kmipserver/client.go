@@ -5,7 +5,6 @@ package kmipserver
 import (
 	"context"
 	"errors"
-	"maps"
 	"slices"
 	"time"
 
@@ -122,6 +121,3 @@ func (r *request) record(err error, events ...Event) error {
 	}
 	return err
 }
-
-// Operations returns all operations that servers of this package can do.
-func Operations() []kmip.Operation { return slices.Sorted(maps.Keys(operations())) }
