@@ -83,7 +83,10 @@ func makes(p kmip.OperationPayload) int {
 	case *payloads.CreateKeyPairRequestPayload, *payloads.RekeyKeyPairRequestPayload:
 		return 2
 	case *createSplitKeyRequest:
-		return max(0, int(p.SplitKeyParts))
+		if p.SplitKeyParts < 0 || p.SplitKeyParts > partsMax {
+			return 0 // it fails, and takes nothing of what others may make
+		}
+		return int(p.SplitKeyParts)
 	}
 	return 0
 }

@@ -252,8 +252,13 @@ func TestSplitCounts(t *testing.T) {
 		made[op] += makes
 		return func(error) {}, nil
 	}
-	parts := must[createSplitKeyResponse](s, splitting(s.create(), 5, 2, byGF28)).UniqueIdentifier
+	key := s.create()
+	parts := must[createSplitKeyResponse](s, splitting(key, 5, 2, byGF28)).UniqueIdentifier
 	must[joinSplitKeyResponse](s, joining(parts[:2]...))
+	before := made[kmip.OperationCreateSplitKey]
+	if _, reason := ask[createSplitKeyResponse](s, splitting(key, 1<<31-1, 2, byGF28)); reason != kmip.ResultReasonInvalidField || made[kmip.OperationCreateSplitKey] != before {
+		t.Errorf("more parts than there can be: reason %v, admitted %d", reason, made[kmip.OperationCreateSplitKey]-before)
+	}
 	if made[kmip.OperationCreate] != 1 || made[kmip.OperationCreateSplitKey] != 5 || made[kmip.OperationJoinSplitKey] != 1 || made[kmip.OperationGet] != 0 {
 		t.Errorf("admitted: %v", made)
 	}
