@@ -158,6 +158,36 @@ func TestHostileServer(t *testing.T) {
 	})
 }
 
+// TestNamesAreLookedAt: a server that lists keys whatever their Name gives nobody
+// another's key.
+func TestNamesAreLookedAt(t *testing.T) {
+	t.Parallel()
+	ca := testca.New(t)
+	name := func(s string) []kmip.Attribute {
+		return []kmip.Attribute{{AttributeName: kmip.AttributeNameName, AttributeValue: kmip.Name{NameValue: s, NameType: kmip.NameTypeUninterpretedTextString}}}
+	}
+	for _, keys := range []int{3, 1000} {
+		c := newClient(t, ca, nil, answering(t, ca, func(m *kmip.RequestMessage) []kmip.ResponseBatchItem {
+			item := kmip.ResponseBatchItem{Operation: m.BatchItem[0].Operation, UniqueBatchItemID: m.BatchItem[0].UniqueBatchItemID}
+			switch p := m.BatchItem[0].RequestPayload.(type) {
+			case *payloads.LocateRequestPayload:
+				found := &payloads.LocateResponsePayload{}
+				for i := range keys {
+					found.UniqueIdentifier = append(found.UniqueIdentifier, fmt.Sprint(i))
+				}
+				item.ResponsePayload = found
+			case *payloads.GetAttributesRequestPayload:
+				item.ResponsePayload = &payloads.GetAttributesResponsePayload{UniqueIdentifier: p.UniqueIdentifier, Attribute: name("key-" + p.UniqueIdentifier)}
+			}
+			return []kmip.ResponseBatchItem{item}
+		}))
+		found, err := c.Find(t.Context(), "key-1")
+		if keys == 3 && (err != nil || len(found) != 1 || found[0] != "1") || keys > 3 && err == nil {
+			t.Errorf("of %d keys: %v, %v", keys, found, err)
+		}
+	}
+}
+
 // TestLateChange: a change that is done late, after it was looked for and repeated, is
 // no failure.
 func TestLateChange(t *testing.T) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/google/uuid"
@@ -173,8 +174,38 @@ func descriptionOf(list []kmip.Attribute) Description {
 	return d
 }
 
+// namesakesMax is how many keys of one Name are believed: there is one, or a few that
+// are destroyed.
+const namesakesMax = 64
+
+// locate returns the keys that have a Name, as each of them says: what a server finds
+// may be destroyed, and not every server looks at what it is asked for.
 func (c *Client) locate(ctx context.Context, name kmip.Name) ([]string, error) {
-	return c.locateBy(ctx, name.NameValue, kmip.Attribute{AttributeName: kmip.AttributeNameName, AttributeValue: name})
+	found, err := c.locateBy(ctx, name.NameValue, kmip.Attribute{AttributeName: kmip.AttributeNameName, AttributeValue: name})
+	if err != nil || len(found) == 0 {
+		return nil, err
+	}
+	if len(found) > namesakesMax {
+		return nil, fmt.Errorf("the server has %d keys of the name %s: it does not look at names", len(found), name.NameValue)
+	}
+	var named []string
+	for _, id := range found {
+		list, err := c.attributes(ctx, id, kmip.AttributeNameName)
+		var refused *KMIPError
+		if errors.As(err, &refused) && refused.Reason == kmip.ResultReasonItemNotFound {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		if slices.ContainsFunc(list, func(a kmip.Attribute) bool {
+			is, ok := a.AttributeValue.(kmip.Name)
+			return ok && is.NameValue == name.NameValue
+		}) {
+			named = append(named, id)
+		}
+	}
+	return named, nil
 }
 
 func (c *Client) locateBy(ctx context.Context, key string, by kmip.Attribute) ([]string, error) {
