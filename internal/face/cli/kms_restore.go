@@ -185,7 +185,8 @@ where it comes from. Other nodes join it anew.
 A key that was destroyed after the backup was made is in the backup. So that it
 does not come back, the command needs to know what was destroyed: from the audit
 logs of the old nodes (--audit-log, each with audit-key.pem beside it), or from a
-list (--destroyed). Keys that were made after the backup are lost.
+list (--destroyed). Keys that were made after the backup are lost. Requests for
+approval are not in a backup: whoever waits for one asks again.
 
 The old server must be gone for good: two servers of the same keys drift apart.
 
