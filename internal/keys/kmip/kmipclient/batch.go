@@ -47,7 +47,7 @@ func (b *batch) take(s *server, got []kmip.ResponseBatchItem) error {
 		}
 		item := got[at]
 		if item.ResultStatus != kmip.ResultStatusSuccess {
-			b.answers[i].err = &KMIPError{Server: s.addr, Operation: p.Operation(), Reason: item.ResultReason, Message: printable(item.ResultMessage)}
+			b.answers[i].err = &KMIPError{Server: s.addr, Operation: p.Operation(), Reason: item.ResultReason, Message: printable(item.ResultMessage, messageMax)}
 			continue
 		}
 		if err := answers(p, item); err != nil {

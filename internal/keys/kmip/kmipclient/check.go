@@ -113,7 +113,8 @@ func (c *Client) Check(ctx context.Context, addr string) Condition {
 	found := Condition{Server: addr}
 	for _, s := range c.servers {
 		if s.addr == addr {
-			found.Problem, found.Err = c.check(ctx, s, &found)
+			problem, err := c.check(ctx, s, &found)
+			found.Problem, found.Err = problem, tell(err)
 			return found
 		}
 	}

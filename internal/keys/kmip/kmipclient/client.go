@@ -240,11 +240,19 @@ func (c *Client) describe(doing string, err error) error {
 	if errors.Is(err, context.Canceled) {
 		kind = errs.Canceled
 	}
-	text := strings.ReplaceAll(err.Error(), "\n", "; ")
-	return errs.New(kind, "cannot %s at key provider %s: %w", doing, c.config.Provider, &told{text: text, err: err}).WithReason(reason)
+	return errs.New(kind, "cannot %s at key provider %s: %w", doing, c.config.Provider, tell(err)).WithReason(reason)
 }
 
-// told is an error on one line.
+// tell returns err on one line of printable characters, of at most errorMax: servers,
+// their certificates, and proxies have a say in it.
+func tell(err error) error {
+	if err == nil {
+		return nil
+	}
+	return &told{text: printable(strings.ReplaceAll(err.Error(), "\n", "; "), errorMax), err: err}
+}
+
+// told is what tell returns.
 type told struct {
 	text string
 	err  error

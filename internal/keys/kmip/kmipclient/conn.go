@@ -105,7 +105,7 @@ func throughProxy(ctx context.Context, raw net.Conn, addr string) error {
 	}
 	r.Body.Close()
 	if r.StatusCode != http.StatusOK {
-		return fmt.Errorf("the proxy refused the connection: %s", r.Status)
+		return fmt.Errorf("the proxy refused the connection: %s", printable(r.Status, messageMax))
 	}
 	return raw.SetDeadline(time.Time{})
 }
@@ -260,7 +260,7 @@ func (c *Client) negotiate(ctx context.Context, s *server, k *conn) (kmip.Protoc
 			}
 		}
 		if version == (kmip.ProtocolVersion{}) {
-			return version, fmt.Errorf("it speaks no KMIP version that we do: %v", theirs)
+			return version, fmt.Errorf("it speaks no KMIP version that we do: %v", theirs[:min(len(theirs), len(versions))])
 		}
 	}
 	s.mu.Lock()
@@ -338,7 +338,7 @@ func (c *Client) roundTrip(ctx context.Context, s *server, k *conn, version kmip
 	}
 	item := response.BatchItem[0]
 	if item.ResultStatus != kmip.ResultStatusSuccess {
-		return nil, &KMIPError{Server: s.addr, Operation: p.Operation(), Key: key, Reason: item.ResultReason, Message: printable(item.ResultMessage)}
+		return nil, &KMIPError{Server: s.addr, Operation: p.Operation(), Key: key, Reason: item.ResultReason, Message: printable(item.ResultMessage, messageMax)}
 	}
 	if isBatch {
 		return nil, lose(errors.New("it is for one item of many"))
@@ -389,15 +389,17 @@ func subject(p kmip.OperationPayload) string {
 	return ""
 }
 
-// messageMax bounds what an error has of a server's own words, in characters.
-const messageMax = 256
+const (
+	messageMax = 256  // of a server's or proxy's own words, in characters
+	errorMax   = 4096 // of a whole error
+)
 
-// printable returns the beginning of a server's message without what a terminal or a
-// log would act on.
-func printable(message string) string {
-	runes := make([]rune, 0, messageMax)
-	for _, r := range message {
-		if len(runes) == messageMax {
+// printable returns up to limit characters of a text that others can have written,
+// without what a terminal or a log would act on.
+func printable(text string, limit int) string {
+	runes := make([]rune, 0, min(limit, len(text)))
+	for _, r := range text {
+		if len(runes) == limit {
 			break
 		}
 		if r == utf8.RuneError || !unicode.IsPrint(r) {

@@ -1,16 +1,19 @@
 package kmipclient
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
+	"net/http"
 	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
+	"unicode"
 
 	"github.com/ovh/kmip-go"
 	"github.com/ovh/kmip-go/payloads"
@@ -24,6 +27,12 @@ import (
 
 // answering is a server that answers what reply says.
 func answering(t *testing.T, ca *testca.Authority, reply func(*kmip.RequestMessage) []kmip.ResponseBatchItem) (addr string) {
+	t.Helper()
+	return speaking(t, ca, versions, reply)
+}
+
+// speaking is answering by a server of those versions.
+func speaking(t *testing.T, ca *testca.Authority, theirs []kmip.ProtocolVersion, reply func(*kmip.RequestMessage) []kmip.ResponseBatchItem) (addr string) {
 	t.Helper()
 	l, err := tls.Listen("tcp", "127.0.0.1:0", &tls.Config{Certificates: []tls.Certificate{ca.Server(t)}})
 	if err != nil {
@@ -47,7 +56,7 @@ func answering(t *testing.T, ca *testca.Authority, reply func(*kmip.RequestMessa
 					}
 					r := kmip.ResponseMessage{Header: kmip.ResponseHeader{ProtocolVersion: m.Header.ProtocolVersion, TimeStamp: time.Unix(0, 0)}}
 					if m.BatchItem[0].Operation == kmip.OperationDiscoverVersions {
-						r.BatchItem = []kmip.ResponseBatchItem{{Operation: kmip.OperationDiscoverVersions, ResponsePayload: &payloads.DiscoverVersionsResponsePayload{ProtocolVersion: versions}}}
+						r.BatchItem = []kmip.ResponseBatchItem{{Operation: kmip.OperationDiscoverVersions, ResponsePayload: &payloads.DiscoverVersionsResponsePayload{ProtocolVersion: theirs}}}
 					} else {
 						r.BatchItem = reply(&m)
 					}
@@ -297,4 +306,45 @@ func TestCanceledConnectionIsNotKept(t *testing.T) {
 	}
 	late.apply <- struct{}{}
 	<-late.apply
+}
+
+// TestForeignWords: what a proxy, a certificate or a server says is told on one line, of
+// bounded length, that no terminal acts on.
+func TestForeignWords(t *testing.T) {
+	t.Parallel()
+	ca := testca.New(t)
+	proxy, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			conn, err := proxy.Accept()
+			if err != nil {
+				return
+			}
+			http.ReadRequest(bufio.NewReader(conn))
+			fmt.Fprint(conn, "HTTP/1.1 403 no\x1b[2J"+strings.Repeat("!", 7000)+"\r\n\r\n")
+			conn.Close()
+		}
+	}()
+	defer func() { proxy.Close(); <-done }()
+	many := make([]kmip.ProtocolVersion, 30000)
+	for i := range many {
+		many[i] = kmip.ProtocolVersion{ProtocolVersionMajor: 9, ProtocolVersionMinor: int32(i)}
+	}
+	const asked = "server.example:5696"
+	for name, c := range map[string]*Client{
+		"proxy":    newClient(t, ca, func(c *Config) { c.Proxy = proxy.Addr().String() }, asked),
+		"versions": newClient(t, ca, nil, speaking(t, ca, many, nil)),
+	} {
+		_, err := c.Get(t.Context(), "mine")
+		for what, err := range map[string]error{"get": err, "check": c.Check(t.Context(), c.servers[0].addr).Err} {
+			if err == nil || len(err.Error()) > 2000 || strings.ContainsFunc(err.Error(), func(r rune) bool { return !unicode.IsPrint(r) }) {
+				t.Errorf("%s, %s: %.300q", name, what, fmt.Sprint(err))
+			}
+		}
+	}
 }
