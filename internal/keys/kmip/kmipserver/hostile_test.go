@@ -393,13 +393,15 @@ func TestLateItems(t *testing.T) {
 			return Client{Account: "one"}, nil
 		}
 	})
-	s := b.dial(t, "one")
-	m := kmip.NewRequestMessage(kmip.V1_4, newKey())
-	if _, err := s.Write(ttlv.MarshalTTLV(&m)); err != nil {
-		t.Fatal(err)
-	}
-	if n, err := s.Read(make([]byte, 1)); n != 0 || !errors.Is(err, io.EOF) {
-		t.Errorf("read %d bytes, %v; want the connection closed", n, err)
+	for _, items := range [][]kmip.OperationPayload{{newKey()}, {newKey(), newKey()}} {
+		s := b.dial(t, "one")
+		m := kmip.NewRequestMessage(kmip.V1_4, items...)
+		if _, err := s.Write(ttlv.MarshalTTLV(&m)); err != nil {
+			t.Fatal(err)
+		}
+		if n, err := s.Read(make([]byte, 1)); n != 0 || !errors.Is(err, io.EOF) {
+			t.Errorf("read %d bytes, %v; want the connection closed", n, err)
+		}
 	}
 	if err := b.server.store.View(context.Background(), "one", func(v Reader) error {
 		for o := range v.Find(Query{}) {

@@ -31,6 +31,9 @@ const sharingMax = 8
 // shared returns how many of the first items can share a transaction.
 func (r *request) shared(items []item) int {
 	items = items[:min(len(items), sharingMax)]
+	if r.ctx.Err() != nil {
+		return 0 // the first is refused
+	}
 	n := slices.IndexFunc(items, func(it item) bool {
 		op, known := r.server.operations[it.operation]
 		critical := it.extension != nil && it.extension.CriticalityIndicator
