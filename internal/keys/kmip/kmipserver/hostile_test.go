@@ -497,9 +497,11 @@ func TestAnswersAreBounded(t *testing.T) {
 		"Get":            &payloads.GetRequestPayload{UniqueIdentifier: id},
 		"Get Attributes": &payloads.GetAttributesRequestPayload{UniqueIdentifier: id},
 	} {
-		m := kmip.NewRequestMessage(kmip.V1_4, p)
-		if item := s.send(&m).BatchItem[0]; item.Err() != nil {
-			t.Errorf("%s: %v", name, item.Err())
+		m := kmip.NewRequestMessage(kmip.V1_4, p, &payloads.QueryRequestPayload{})
+		for i, item := range s.send(&m).BatchItem { // also the first Get, which makes the object stale
+			if item.Err() != nil {
+				t.Errorf("%s, item %d: %v", name, i, item.Err())
+			}
 		}
 		m = kmip.NewRequestMessage(kmip.V1_4, p, p, p)
 		for i, item := range s.send(&m).BatchItem {

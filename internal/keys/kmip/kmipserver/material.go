@@ -286,7 +286,9 @@ func (r *request) get(p *payloads.GetRequestPayload) (kmip.OperationPayload, err
 // made stale for the first to get it.
 func (r *request) giveOut(given string, read func(Reader, *Object) error) error {
 	fresh, guarded := false, false
+	secrets := r.secretSize
 	readable := func(v Reader, o *Object) error {
+		r.secretSize = secrets // what was read before is not in the answer
 		if destroyed(o) {
 			return refuse(kmip.ResultReasonItemNotFound, "the object is destroyed")
 		}
