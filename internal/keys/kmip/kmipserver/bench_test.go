@@ -2,7 +2,6 @@ package kmipserver
 
 import (
 	"testing"
-	"time"
 
 	"github.com/ovh/kmip-go/payloads"
 )
@@ -15,7 +14,6 @@ func BenchmarkGet(b *testing.B) {
 	b.SetParallelism(4)
 	b.RunParallel(func(pb *testing.PB) {
 		conn := s.dial(b, "one")
-		conn.SetDeadline(time.Now().Add(time.Minute))
 		for pb.Next() {
 			do[payloads.GetResponsePayload](conn, &payloads.GetRequestPayload{UniqueIdentifier: id})
 		}
@@ -27,7 +25,6 @@ func BenchmarkCreate(b *testing.B) {
 	b.SetParallelism(4)
 	b.RunParallel(func(pb *testing.PB) {
 		conn := s.dial(b, "one")
-		conn.SetDeadline(time.Now().Add(time.Minute))
 		for pb.Next() {
 			do[payloads.CreateResponsePayload](conn, newKey())
 		}

@@ -156,7 +156,6 @@ func TestSocketSurvivesNoise(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		conn.SetDeadline(time.Now().Add(30 * time.Second))
 		return conn
 	}
 	var random [8]byte
@@ -171,6 +170,7 @@ func TestSocketSurvivesNoise(t *testing.T) {
 			// Not the message's own header: then it would be waited for.
 			message[8+(int(random[2*j])<<8|int(random[2*j+1]))%(len(message)-8)] ^= 1 << (random[7] % 8)
 		}
+		conn.SetDeadline(time.Now().Add(patience))
 		if _, err := conn.Write(message); err == nil {
 			header := make([]byte, 8)
 			if _, err := io.ReadFull(conn, header); err == nil {

@@ -44,7 +44,7 @@ func Files(folder string) ([]string, error) {
 }
 
 const (
-	answerTimeout = 10 * time.Second
+	answerTimeout = time.Minute
 	answerMax     = 4 << 20
 )
 
