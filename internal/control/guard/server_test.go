@@ -280,9 +280,9 @@ func TestManyConnections(t *testing.T) {
 // meanwhile, and so is who shows a certificate.
 func TestFlood(t *testing.T) {
 	t.Parallel()
-	d := serve(t, guard.Limits{RequestsPerSecond: 5}, echo)
+	d := serve(t, guard.Limits{RequestsPerSecond: 1}, echo)
 	flooder := d.client("127.0.0.2", true)
-	refused := 0
+	began, refused := time.Now(), 0
 	for i := range 100 {
 		res, text := d.post(flooder, strings.NewReader("{}"))
 		if res.StatusCode == http.StatusTooManyRequests {
@@ -295,8 +295,9 @@ func TestFlood(t *testing.T) {
 			d.mustAnswer("127.0.0.3")
 		}
 	}
-	if refused < 20 {
-		t.Errorf("of 100 requests %d were refused", refused)
+	// Two at once, and then one in a second.
+	if took := time.Since(began); float64(100-refused) > 2+took.Seconds() {
+		t.Errorf("of 100 requests in %v %d were refused", took, refused)
 	}
 	handler := guard.NewServer(echo, guard.Limits{RequestsPerSecond: 1}, slog.New(slog.DiscardHandler)).HTTP.Handler
 	for range 100 {
@@ -314,7 +315,8 @@ func TestFlood(t *testing.T) {
 // client can have received at once.
 func TestLargeRequests(t *testing.T) {
 	t.Parallel()
-	d := serve(t, guard.Limits{PerAddress: 100, RequestsPerSecond: 1000}, echo)
+	// The bodies that do not come are waited for as long as the test may take.
+	d := serve(t, guard.Limits{PerAddress: 100, RequestsPerSecond: 1000, Request: 10 * time.Minute}, echo)
 	for _, http2 := range []bool{true, false} {
 		c := d.client("127.0.0.1", http2)
 		if res, _ := d.post(c, bytes.NewReader(make([]byte, 1<<20))); res.StatusCode != http.StatusOK {
@@ -343,7 +345,7 @@ func TestLargeRequests(t *testing.T) {
 		}
 	}
 	late := d.client("127.0.0.2", true)
-	for deadline := time.Now().Add(25 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
 		res, _ := d.post(late, strings.NewReader("{}"))
 		if res.StatusCode == http.StatusTooManyRequests {
 			break
