@@ -283,7 +283,7 @@ func TestComputeState(t *testing.T) {
 
 func TestPresence(t *testing.T) {
 	t.Parallel()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	l := newLab(t)
 	wantKind(t, "beat of an unknown host", l.Beat(ctx, "nope", time.Second), errs.NotFound)
@@ -296,12 +296,26 @@ func TestPresence(t *testing.T) {
 	if h.State != inventory.Connected || h.LastSeen.IsZero() {
 		t.Errorf("after a beat: %+v", h)
 	}
-	if lost := must(l.Sweep(ctx))(t); len(lost) != 0 {
-		t.Errorf("lost although it beats: %+v", lost)
+	for {
+		began := time.Now()
+		if err := l.Beat(ctx, l.host.ID, time.Second); err != nil {
+			t.Fatal(err)
+		}
+		lost := must(l.Sweep(ctx))(t)
+		if len(lost) == 0 {
+			break
+		}
+		if time.Since(began) < time.Second { // else it is true on a busy machine
+			t.Fatalf("lost although it beats: %+v", lost)
+		}
 	}
 	gone := fmt.Errorf("gone")
+	there := false
 	err := l.WatchPresence(ctx, func(op store.Op, id string) error {
-		if op == store.Deleted && id == l.host.ID {
+		switch {
+		case op == store.Put && id == l.host.ID:
+			there = true
+		case op == store.Deleted && id == l.host.ID, op == store.Synced && !there: // before the watch began
 			return gone
 		}
 		return nil
