@@ -133,7 +133,7 @@ func waitForSocket(ts *testscript.TestScript, neg bool, args []string) {
 	if len(args) != 1 || neg {
 		ts.Fatalf("usage: waitfor SOCKET")
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
 	defer cancel()
 	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()
@@ -159,7 +159,7 @@ func waitForKMS(ts *testscript.TestScript, neg bool, args []string) {
 	c, err := client.New(client.Config{Server: ts.Getenv("STRONGROOM_SERVER")})
 	ts.Check(err)
 	defer c.Close()
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
 	defer cancel()
 	for {
 		_, err := client.Call(ctx, c.KMS().GetKMS, &strongroomv1.GetKMSRequest{})

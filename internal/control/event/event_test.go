@@ -173,7 +173,7 @@ func TestManyAtOnceAndRetention(t *testing.T) {
 
 func TestWatch(t *testing.T) {
 	t.Parallel()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	l := event.Open(open(t), 0)
 	post := func() {

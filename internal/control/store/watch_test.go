@@ -32,7 +32,7 @@ var errEnough = errors.New("enough")
 
 func TestWatchFromTheBeginningAndFromARevision(t *testing.T) {
 	t.Parallel()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	tbl := store.NewTable[thing](db, own("watch"), 1)
 	for i, k := range []string{"a", "b", "z/other"} {
@@ -76,7 +76,7 @@ func TestWatchFromTheBeginningAndFromARevision(t *testing.T) {
 
 func TestWatchSurvivesCompaction(t *testing.T) {
 	t.Parallel()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	// A member of its own: compaction is of the whole database.
 	d, err := store.Open(ctx, store.Config{Dir: t.TempDir()})
@@ -164,7 +164,7 @@ func TestWatchEndsWithItsContextAndWithTheDatabase(t *testing.T) {
 // there is nobody who tells a second time.
 func TestWatchedIsThere(t *testing.T) {
 	t.Parallel()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	tbl := store.NewTable[thing](db, own("watched"), 1)
 	const n = 2000

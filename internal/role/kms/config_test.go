@@ -55,7 +55,7 @@ func TestParseConfig(t *testing.T) {
 func TestPace(t *testing.T) {
 	t.Parallel()
 	var p pace
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	for range 1000 {
 		if _, err := p.wait(ctx, "free", 0); err != nil {

@@ -405,7 +405,7 @@ func TestRemovedWhileDue(t *testing.T) {
 	}
 	away := b.nodes[2]
 	away.kill()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	if err := objectstore.EpochTable(b.db).Put(ctx, objectstore.EpochKey(gone), objectstore.Epoch{State: objectstore.EpochDirty}); err != nil {
 		t.Fatal(err)

@@ -16,7 +16,7 @@ import (
 
 func (n *node) wantKeys(t *testing.T, account string, want int64) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	if got, err := n.Keys(ctx, account); err != nil || got != want {
 		t.Errorf("%d keys (%v), want %d", got, err, want)
