@@ -55,7 +55,7 @@ func NewProber(binary, dir string) *Prober {
 func (p *Prober) Probe() (Accel, error) {
 	p.once.Do(func() {
 		p.accel = KVM
-		if p.why = try(p.binary, p.dir, KVM); p.why != nil {
+		if p.why = try(p.binary, p.dir, KVM, probeTimeout); p.why != nil {
 			p.accel = TCG
 		}
 	})
@@ -75,8 +75,8 @@ func (p *Prober) VhostUser() error {
 // exitCode is what QEMU makes of 0x10 written to the debug-exit device.
 const exitCode = 0x10<<1 | 1
 
-// try boots a guest that ends at once.
-func try(binary, dir string, accel Accel) error {
+// try boots a guest that ends at once, if it does in time.
+func try(binary, dir string, accel Accel, timeout time.Duration) error {
 	if accel == KVM {
 		f, err := os.OpenFile("/dev/kvm", os.O_RDWR|syscall.O_NONBLOCK, 0)
 		if err != nil {
@@ -92,7 +92,7 @@ func try(binary, dir string, accel Accel) error {
 	if err := os.WriteFile(disk, bootSector(), 0o600); err != nil {
 		return err
 	}
-	return boot(binary, dir, accel, probeTimeout, "-machine", "pc", "-drive", "file="+escape(disk)+",format=raw,if=ide,snapshot=on")
+	return boot(binary, dir, accel, timeout, "-machine", "pc", "-drive", "file="+escape(disk)+",format=raw,if=ide,snapshot=on")
 }
 
 // tryVhostUser boots the same guest from a vhost-user disk of ours.
