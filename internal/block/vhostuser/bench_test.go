@@ -6,6 +6,7 @@ package vhostuser_test
 
 import (
 	"fmt"
+	"math"
 	"path/filepath"
 	"testing"
 
@@ -65,8 +66,13 @@ func TestNoAllocations(t *testing.T) {
 			q := dial(t, path, vhostusertest.Options{Scatter: scatter}).Queues[0]
 			pump(t, q, l.op, l.depth, l.bytes, mem.Size(), 20*l.depth)
 			requests := 20 * l.depth
-			// Another worker may start at any time, which is not per request.
-			if n := testing.AllocsPerRun(5, func() { pump(t, q, l.op, l.depth, l.bytes, mem.Size(), requests) }); int(n) > max(1, requests/20) {
+			// Another worker may start at any time, which is not per request: what is
+			// would be there every time.
+			n := math.Inf(1)
+			for range 3 {
+				n = min(n, testing.AllocsPerRun(5, func() { pump(t, q, l.op, l.depth, l.bytes, mem.Size(), requests) }))
+			}
+			if int(n) > max(1, requests/20) {
 				t.Errorf("%v, scattered %v: %v allocations in %d requests, want none", l, scatter, n, requests)
 			}
 		}

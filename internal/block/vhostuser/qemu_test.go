@@ -22,7 +22,7 @@ import (
 // and sees the disk grow.
 func TestQEMU(t *testing.T) {
 	t.Parallel()
-	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
 	defer cancel()
 	image, err := guest.Build(ctx, guest.Options{
 		Programs: []string{"mke2fs"},

@@ -229,7 +229,7 @@ func TestLinearizable(t *testing.T) {
 	if len(h.ops) < clients*rounds*10 {
 		t.Errorf("a history of %d accesses shows nothing", len(h.ops))
 	}
-	if result := porcupine.CheckOperationsTimeout(sectors, h.ops, time.Minute); result != porcupine.Ok {
+	if result := porcupine.CheckOperationsTimeout(sectors, h.ops, 10*time.Minute); result != porcupine.Ok {
 		t.Errorf("a history of %d accesses is %s", len(h.ops), result)
 	}
 }

@@ -563,10 +563,10 @@ func random(rng *rand.Rand, n int) []byte {
 	return p
 }
 
-// Eventually waits until ok reports true, and fails the test after ten seconds.
+// Eventually waits until ok reports true, and fails the test after a minute.
 func Eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	deadline := time.NewTimer(10 * time.Second)
+	deadline := time.NewTimer(time.Minute)
 	defer deadline.Stop()
 	poll := time.NewTicker(time.Millisecond)
 	defer poll.Stop()

@@ -89,7 +89,7 @@ type Options struct {
 	// Memory, if not nil, makes the file of the guest's memory. Default: a memfd
 	// that may be sealed.
 	Memory func(size int64) (*os.File, error)
-	// Timeout is for every reply and completion. Default 10 s.
+	// Timeout is for every reply and completion. Default one minute.
 	Timeout time.Duration
 }
 
@@ -122,7 +122,7 @@ func Dial(path string, opts Options) (*Frontend, error) {
 	def(&opts.Slots, 32)
 	def(&opts.DataSize, 1<<20)
 	if opts.Timeout == 0 {
-		opts.Timeout = 10 * time.Second
+		opts.Timeout = time.Minute
 	}
 	if opts.Memory == nil {
 		opts.Memory = func(size int64) (*os.File, error) {
