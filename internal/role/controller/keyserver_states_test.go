@@ -75,12 +75,23 @@ func blackHole(t *testing.T) (addr string) {
 		t.Fatal(err)
 	}
 	addr = (&net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: name.(*unix.SockaddrInet4).Port}).String()
-	for range 8 {
-		c, err := net.DialTimeout("tcp", addr, 300*time.Millisecond)
+	for i := range uint32(8) {
+		c, err := net.DialTimeout("tcp", addr, patience)
 		if err != nil {
-			return addr
+			t.Fatal(err)
 		}
 		t.Cleanup(func() { c.Close() })
+		// Of a listener, what waits in its queue is unacked, and what may sacked.
+		var queue *unix.TCPInfo
+		eventually(t, "the connection to be in the queue", func() bool {
+			if queue, err = unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO); err != nil {
+				t.Fatal(err)
+			}
+			return queue.Unacked > i
+		})
+		if queue.Unacked > queue.Sacked {
+			return addr
+		}
 	}
 	t.Fatal("the queue of a listener does not fill")
 	return ""

@@ -440,6 +440,7 @@ func TestSilentHostAndLockedVM(t *testing.T) {
 	wantKind(t, err, errs.Unavailable)
 
 	on := s.events(event.VMPoweredOn, "vm/web-1")
+	s.c.beatLife = 10 * time.Minute // it is not silent again
 	h.beat()
 	eventually(t, "the alarm ends", func() bool { return len(s.alarms("host/host-1")) == 0 })
 	if got := s.vm("web-1"); got.PowerState != inventory.PoweredOn {
