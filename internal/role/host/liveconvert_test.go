@@ -90,13 +90,15 @@ func TestSettle(t *testing.T) {
 		c := conversion{format: bundle.FormatLUKS, ref: b.newRef(t)}
 		_, err = b.beginConversion(ctx, m, run, dir, vm.Disks[0], c)
 		check(t, err)
-		for {
+		for deadline := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
 			s, err := conversionOf(ctx, process, "disk-0")
 			check(t, err)
 			if s.Phase == volumectl.Synced {
 				break
 			}
-			time.Sleep(time.Millisecond)
+			if time.Now().After(deadline) {
+				t.Fatalf("the conversion is still %+v", s)
+			}
 		}
 		check(t, process.HoldConversion(ctx, "disk-0"))
 		_, steps, err := switchSteps(dir, vm, "disk-0", c)

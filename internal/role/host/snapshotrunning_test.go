@@ -258,7 +258,10 @@ func TestSnapshotsRunningRefused(t *testing.T) {
 	check(t, err)
 	defer dek.Close()
 	check(t, process.Rekey(ctx, "disk-1", dek, safe, 1)) // for ever
-	for deadline := time.Now().Add(time.Minute); safes.Next == nil && time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); safes.Next == nil; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the rekey does not begin")
+		}
 		if now, _, err := peek(filepath.Join(root, "web-1", "disk-1.luks")); err == nil { // it is being written
 			safes = now
 		}
