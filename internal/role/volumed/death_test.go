@@ -76,11 +76,13 @@ func TestHostDies(t *testing.T) {
 	}
 
 	fio := exec.CommandContext(t.Context(), "fio", "--name=guest", "--ioengine=nbd", "--uri="+uri(dir, "disk-0"),
-		"--rw=randwrite", "--bs=4k", "--iodepth=8", "--size=4M", "--time_based", "--runtime=3", "--verify=crc32c", "--verify_backlog=64")
+		"--rw=randwrite", "--bs=4k", "--iodepth=8", "--size=4M", "--loops=8", "--verify=crc32c", "--verify_backlog=64")
 	var fioOut bytes.Buffer
 	fio.Stdout, fio.Stderr = &fioOut, &fioOut
 	fio.Dir = t.TempDir() // it leaves files behind
 	check(t, fio.Start())
+	fioEnded := make(chan error, 1)
+	go func() { fioEnded <- fio.Wait() }()
 
 	check(t, host.Process.Kill())
 	host.Wait()
@@ -97,19 +99,24 @@ func TestHostDies(t *testing.T) {
 		t.Error("adopted as another VM's")
 	}
 
-	// Shallow rekey, again and again, while the guest writes.
+	// Shallow rekey, again and again, for as long as the guest writes.
 	var newKEK *keymem.Key
 	rekeys := 0
-	for deadline := time.Now().Add(2 * time.Second); time.Now().Before(deadline); rekeys++ {
+	for writes := true; writes; rekeys++ {
+		select {
+		case err := <-fioEnded:
+			if err != nil {
+				t.Errorf("the guest noticed: %v\n%s", err, fioOut.Bytes())
+			}
+			writes = false
+		default:
+		}
 		newKEK = keymemtest.Random(t, keysafe.KEKSize)
 		safe, err = safe.Rewrap(oldKEK, newKEK, keysafe.Ref{Provider: "kp-2", KeyID: fmt.Sprint("k", rekeys)})
 		check(t, err)
 		check(t, p.ReplaceSafe(t.Context(), "disk-0", safe))
 		checkSafe(t, path, safe)
 		oldKEK = newKEK
-	}
-	if err := fio.Wait(); err != nil {
-		t.Errorf("the guest noticed: %v\n%s", err, fioOut.Bytes())
 	}
 	status, err := p.Status(t.Context())
 	check(t, err)
