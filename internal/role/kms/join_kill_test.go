@@ -13,9 +13,6 @@ import (
 	"strings"
 	"testing"
 
-	"connectrpc.com/connect"
-
-	strongroomv1 "strongroom/api/strongroom/v1"
 	"strongroom/internal/errs"
 )
 
@@ -90,11 +87,8 @@ func (s *site) child(env ...string) *exec.Cmd {
 // joinKilled has the site join a KMS and kills it behind its nth step.
 func (s *site) joinKilled(at *site, n int) (steps []string, ended bool) {
 	s.t.Helper()
-	token, err := at.members().CreateKMSJoinToken(s.t.Context(), connect.NewRequest(&strongroomv1.CreateKMSJoinTokenRequest{}))
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	cmd := s.child(childVariable+"_JOIN="+token.Msg.GetAddress(), childVariable+"_TOKEN="+token.Msg.GetToken())
+	token := at.joinToken()
+	cmd := s.child(childVariable+"_JOIN="+token.GetAddress(), childVariable+"_TOKEN="+token.GetToken())
 	return killBehind(s.t, cmd, nil, func(steps []string) bool { return len(steps) == n })
 }
 

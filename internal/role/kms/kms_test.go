@@ -148,7 +148,7 @@ func dial(t testing.TB, addr string, cfg *tls.Config) *tls.Conn {
 	if err != nil {
 		t.Fatal(err)
 	}
-	conn.SetDeadline(time.Now().Add(time.Minute))
+	conn.SetDeadline(time.Now().Add(patience))
 	t.Cleanup(func() { conn.Close() })
 	return conn
 }
@@ -177,6 +177,7 @@ func ask(t testing.TB, conn net.Conn, edit func(*kmip.RequestHeader), p kmip.Ope
 	if edit != nil {
 		edit(&m.Header)
 	}
+	conn.SetDeadline(time.Now().Add(patience)) // for this answer, however many there were
 	r, err := exchange(conn, &m)
 	if err != nil {
 		t.Fatal(err)

@@ -15,7 +15,7 @@ import (
 type load struct {
 	mu     sync.Mutex
 	keys   map[string][]byte // acknowledged: what Get gave
-	pause  time.Duration     // longest time between two acknowledgements
+	pause  time.Duration     // longest time between two acknowledgements, since it was asked for
 	last   time.Time
 	failed int
 	stop   atomic.Bool
@@ -66,6 +66,16 @@ func (l *load) count() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return len(l.keys)
+}
+
+// paused returns for how long at most nothing was acknowledged since it was called
+// last.
+func (l *load) paused() time.Duration {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	pause := l.pause
+	l.pause = 0
+	return pause
 }
 
 // more waits until so many more keys were acknowledged.

@@ -14,7 +14,6 @@ import (
 	"connectrpc.com/connect"
 	"github.com/ovh/kmip-go/payloads"
 
-	"strongroom/api/apierr"
 	strongroomv1 "strongroom/api/strongroom/v1"
 	"strongroom/api/strongroom/v1/strongroomv1connect"
 	"strongroom/internal/errs"
@@ -38,15 +37,25 @@ func TestThreeNodes(t *testing.T) {
 
 	t.Run("leader killed under load", func(t *testing.T) {
 		l := n.load(4)
-		l.more(t, 30)
-		l.mu.Lock()
-		busy := l.pause // with nothing wrong: a loaded machine pauses, too
-		l.mu.Unlock()
-		leader := n.leader()
-		leader.stop()
-		l.more(t, 30)
-		leader.run()
-		l.more(t, 10)
+		for try := 1; ; try++ {
+			l.more(t, 30)
+			busy := l.paused() // with nothing wrong: a loaded machine pauses, too
+			leader := n.leader()
+			leader.stop()
+			l.more(t, 30)
+			pause, limit := l.paused(), pauseMax+3*busy
+			leader.run()
+			l.more(t, 10)
+			l.paused()
+			t.Logf("writes paused for at most %v, and before that for %v", pause, busy)
+			if pause <= limit {
+				break
+			}
+			if try == 3 { // a machine can be busy at the wrong moment, but not each time
+				t.Errorf("writes paused for %v, want less than %v", pause, limit)
+				break
+			}
+		}
 		l.stop.Store(true)
 		l.all.Wait()
 		for _, s := range n.sites {
@@ -54,10 +63,7 @@ func TestThreeNodes(t *testing.T) {
 				n.has(s, id, want)
 			}
 		}
-		if limit := pauseMax + 3*busy; l.pause > limit {
-			t.Errorf("writes paused for %v, want less than %v", l.pause, limit)
-		}
-		t.Logf("%d keys acknowledged, %d requests failed, writes paused for at most %v", len(l.keys), l.failed, l.pause)
+		t.Logf("%d keys acknowledged, %d requests failed", len(l.keys), l.failed)
 	})
 
 	t.Run("restarted one by one", func(t *testing.T) {
@@ -71,7 +77,7 @@ func TestThreeNodes(t *testing.T) {
 		l.stop.Store(true)
 		l.all.Wait()
 		n.check(n.sites[1], l.keysGot())
-		t.Logf("%d keys acknowledged, %d requests failed, writes paused for at most %v", len(l.keys), l.failed, l.pause)
+		t.Logf("%d keys acknowledged, %d requests failed, writes paused for at most %v", len(l.keys), l.failed, l.paused())
 	})
 
 	t.Run("cut off", func(t *testing.T) { n.testCutOff(t) })
@@ -131,18 +137,22 @@ func isNotFound(err error) bool { return err != nil && strings.Contains(err.Erro
 // next request on.
 func (n *trio) testRevoked(t *testing.T) {
 	admin := strongroomv1connect.NewKMSServiceClient(&http.Client{Transport: n.sites[0].conn}, "http://kms")
-	for range 5 {
-		if _, err := admin.SetKMSApplicationDisabled(t.Context(), connect.NewRequest(&strongroomv1.SetKMSApplicationDisabledRequest{Name: FirstApplication, Disabled: true})); err != nil {
+	disable := func(disabled bool) {
+		t.Helper()
+		if _, err := ledBy(t, func() (*connect.Response[strongroomv1.KMSApplication], error) {
+			return admin.SetKMSApplicationDisabled(t.Context(), connect.NewRequest(&strongroomv1.SetKMSApplicationDisabledRequest{Name: FirstApplication, Disabled: disabled}))
+		}); err != nil {
 			t.Fatal(err)
 		}
+	}
+	for range 5 {
+		disable(true)
 		for _, s := range n.sites {
 			if _, err := n.do(s, newAES("")); err == nil {
 				t.Errorf("node %s does not know that the application is disabled", s.name)
 			}
 		}
-		if _, err := admin.SetKMSApplicationDisabled(t.Context(), connect.NewRequest(&strongroomv1.SetKMSApplicationDisabledRequest{Name: FirstApplication})); err != nil {
-			t.Fatal(err)
-		}
+		disable(false)
 		for _, s := range n.sites {
 			n.create(s)
 		}
@@ -181,13 +191,13 @@ func (n *trio) testAway(t *testing.T) {
 // anew.
 func (n *trio) testRemoved(t *testing.T, keys map[string][]byte) {
 	gone := n.sites[2]
-	if _, err := n.sites[2].members().RemoveKMSMember(t.Context(), connect.NewRequest(&strongroomv1.RemoveKMSMemberRequest{Name: "c"})); err == nil {
+	if err := gone.remove("c"); err == nil {
 		t.Error("a node removed itself")
 	}
-	if _, err := n.sites[0].members().RemoveKMSMember(t.Context(), connect.NewRequest(&strongroomv1.RemoveKMSMemberRequest{Name: "d"})); errs.KindOf(apierr.From(err)) != errs.NotFound {
+	if err := n.sites[0].remove("d"); errs.KindOf(err) != errs.NotFound {
 		t.Errorf("removing who is not there: %v", err)
 	}
-	if _, err := n.sites[0].members().RemoveKMSMember(t.Context(), connect.NewRequest(&strongroomv1.RemoveKMSMemberRequest{Name: "c"})); err != nil {
+	if err := n.sites[0].remove("c"); err != nil && errs.KindOf(err) != errs.NotFound { // or a first attempt was not answered
 		t.Fatal(err)
 	}
 	if members := n.sites[0].list(); len(members) != 2 {

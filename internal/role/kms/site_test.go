@@ -152,28 +152,47 @@ func (s *site) members() strongroomv1connect.KMSClusterServiceClient {
 // join makes the site a node of the KMS that at is one of.
 func (s *site) join(at *site) {
 	s.t.Helper()
-	token, err := at.members().CreateKMSJoinToken(s.t.Context(), connect.NewRequest(&strongroomv1.CreateKMSJoinTokenRequest{}))
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	if err := Join(s.t.Context(), s.cfg, token.Msg.GetAddress(), token.Msg.GetToken()); err != nil {
+	token := at.joinToken()
+	if err := Join(s.t.Context(), s.cfg, token.GetAddress(), token.GetToken()); err != nil {
 		s.t.Fatal(err)
 	}
 	// It is used up.
 	other := newSite(s.t, s.name+"-again")
-	if err := Join(s.t.Context(), other.cfg, token.Msg.GetAddress(), token.Msg.GetToken()); errs.KindOf(err) != errs.Denied {
+	if err := Join(s.t.Context(), other.cfg, token.GetAddress(), token.GetToken()); errs.KindOf(err) != errs.Denied {
 		s.t.Errorf("a second join with the same token: %v", err)
 	}
+}
+
+// joinToken returns a token of the site's node for another one.
+func (s *site) joinToken() *strongroomv1.CreateKMSJoinTokenResponse {
+	s.t.Helper()
+	res, err := ledBy(s.t, func() (*connect.Response[strongroomv1.CreateKMSJoinTokenResponse], error) {
+		return s.members().CreateKMSJoinToken(s.t.Context(), connect.NewRequest(&strongroomv1.CreateKMSJoinTokenRequest{}))
+	})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return res.Msg
 }
 
 // list returns the members as the site's node knows them.
 func (s *site) list() []*strongroomv1.KMSMember {
 	s.t.Helper()
-	res, err := s.members().ListKMSMembers(s.t.Context(), connect.NewRequest(&strongroomv1.ListKMSMembersRequest{}))
+	res, err := ledBy(s.t, func() (*connect.Response[strongroomv1.ListKMSMembersResponse], error) {
+		return s.members().ListKMSMembers(s.t.Context(), connect.NewRequest(&strongroomv1.ListKMSMembersRequest{}))
+	})
 	if err != nil {
-		s.t.Fatal(apierr.From(err))
+		s.t.Fatal(err)
 	}
 	return res.Msg.GetMembers()
+}
+
+// remove has the site's node remove another one.
+func (s *site) remove(name string) error {
+	_, err := ledBy(s.t, func() (*connect.Response[strongroomv1.RemoveKMSMemberResponse], error) {
+		return s.members().RemoveKMSMember(s.t.Context(), connect.NewRequest(&strongroomv1.RemoveKMSMemberRequest{Name: name}))
+	})
+	return err
 }
 
 // metrics returns what Prometheus gets from the site's node.
@@ -191,13 +210,33 @@ func (s *site) metrics() string {
 	return string(text)
 }
 
+// patience bounds everything that a test waits for.
+const patience = 2 * time.Minute
+
 // eventually waits for what must come.
 func eventually(t *testing.T, what string, f func() bool) {
 	t.Helper()
 	for begin := time.Now(); !f(); time.Sleep(20 * time.Millisecond) {
-		if time.Since(begin) > 2*time.Minute {
-			t.Fatalf("still not: %s", what)
+		if time.Since(begin) > patience {
+			t.Fatalf("in %v it did not happen: %s", patience, what)
 		}
+	}
+}
+
+// ledBy calls f until it says something else than that the nodes have no leader: on
+// a busy machine they may lose one at any time. f may have done what it said that it
+// could not do.
+func ledBy[Res any](t *testing.T, f func() (Res, error)) (res Res, err error) {
+	t.Helper()
+	begin := time.Now()
+	for {
+		if res, err = f(); errs.KindOf(apierr.From(err)) != errs.Unavailable {
+			return res, apierr.From(err)
+		}
+		if time.Since(begin) > patience {
+			t.Fatalf("for %v there was no leader: %v", patience, err)
+		}
+		time.Sleep(20 * time.Millisecond)
 	}
 }
 
