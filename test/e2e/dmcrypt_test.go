@@ -44,7 +44,7 @@ func dmGuest(t *testing.T, programs []string, steps ...guest.Step) guest.Image {
 // boot runs a guest to its end; it fails the test if a step did not succeed.
 func boot(t *testing.T, image guest.Image, drives ...string) string {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	// Argon2 in the guest needs memory.
 	console, err := guest.Run(ctx, guest.Machine{Image: image, Drives: drives, Memory: 256})

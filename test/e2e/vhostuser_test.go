@@ -36,7 +36,7 @@ func serveVhost(t *testing.T, dir string, more ...string) *exec.Cmd {
 // again while it writes.
 func TestServeVhostUser(t *testing.T) {
 	t.Parallel()
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	image, err := guest.Build(ctx, guest.Options{
 		Programs: []string{"mke2fs"},

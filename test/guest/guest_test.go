@@ -32,7 +32,7 @@ func newDisk(t *testing.T, size int64) string {
 // start runs a guest with a time limit.
 func start(t *testing.T, m guest.Machine) (string, error) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	return guest.Run(ctx, m)
 }

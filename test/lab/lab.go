@@ -340,7 +340,7 @@ func (h *Host) Crash() error {
 	for _, pid := range pids {
 		_ = syscall.Kill(pid, syscall.SIGKILL)
 	}
-	deadline := time.Now().Add(10 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	for _, pid := range pids {
 		for processRuns(pid) {
 			if time.Now().After(deadline) {
