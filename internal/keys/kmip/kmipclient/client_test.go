@@ -83,10 +83,12 @@ func address(t *testing.T) string {
 	return addr
 }
 
+// newClient returns a client that is patient, unless edit says otherwise: a machine
+// may be busy.
 func newClient(t *testing.T, ca *testca.Authority, edit func(*Config), servers ...string) *Client {
 	t.Helper()
 	c := Config{
-		Provider: "kp-1", Servers: servers, Retry: time.Nanosecond,
+		Provider: "kp-1", Servers: servers, Retry: time.Nanosecond, Connect: time.Minute, Handshake: time.Minute, Request: time.Minute,
 		TLS: &tls.Config{RootCAs: ca.Pool(), Certificates: []tls.Certificate{ca.Client(t, "controller")}},
 	}
 	if edit != nil {
@@ -126,7 +128,7 @@ func TestLabelled(t *testing.T) {
 		t.Fatal(err)
 	}
 	l, _ := start(t, ca, store, "127.0.0.1:0")
-	c := newClient(t, ca, func(c *Config) { c.Request = time.Minute }, l.Addr().String())
+	c := newClient(t, ca, nil, l.Addr().String())
 	for _, version := range []kmip.ProtocolVersion{kmip.V1_4, kmip.V1_2} {
 		s := c.servers[0]
 		s.mu.Lock()

@@ -302,7 +302,7 @@ func TestServersThatDoNotAnswer(t *testing.T) {
 			t.Errorf("%s: got %v, want %q and the server's address", c.name, err, c.want)
 		}
 	}
-	t.Log("a black hole in front does not hurt for long")
-	patient := func(c *Config) { c.Handshake = 2 * time.Second }
+	t.Log("a black hole in front does not hurt for long: once, and then it is left alone")
+	patient := func(c *Config) { c.Handshake, c.Retry = 5*time.Second, time.Hour }
 	life(t, newClient(t, ca, patient, hole.Addr().String(), l.Addr().String()))
 }
