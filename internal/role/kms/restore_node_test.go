@@ -8,9 +8,6 @@ import (
 	"path/filepath"
 	"testing"
 
-	"connectrpc.com/connect"
-
-	strongroomv1 "strongroom/api/strongroom/v1"
 	"strongroom/internal/errs"
 )
 
@@ -104,11 +101,8 @@ func TestRollingUpgrade(t *testing.T) {
 	id, secret := n.create(n.sites[0]) // the others go on
 	keys[id] = secret
 	stranger := newSite(t, "d")
-	token, err := n.sites[0].members().CreateKMSJoinToken(t.Context(), connect.NewRequest(&strongroomv1.CreateKMSJoinTokenRequest{}))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := Join(t.Context(), stranger.cfg, token.Msg.GetAddress(), token.Msg.GetToken()); errs.KindOf(err) != errs.InvalidState || errs.HintOf(err) == "" {
+	token := n.sites[0].joinToken()
+	if err := Join(t.Context(), stranger.cfg, token.GetAddress(), token.GetToken()); errs.KindOf(err) != errs.InvalidState || errs.HintOf(err) == "" {
 		t.Errorf("a release that is too old joins: %v", err)
 	}
 	if list := n.sites[0].list(); len(list) != 3 || list[0].GetRelease() != Version {
