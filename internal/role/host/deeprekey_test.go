@@ -42,11 +42,10 @@ func TestRekeyRateChanges(t *testing.T) {
 			}
 		})
 	}()
-	<-moved
 	select {
+	case <-moved:
 	case err := <-ended:
 		t.Fatalf("it has ended: %v", err)
-	default:
 	}
 	wantKind(t, "a negative rate", b.setRekeyRate(id, -1), errs.Invalid)
 	check(t, b.setRekeyRate(id, 0))
@@ -89,7 +88,11 @@ func TestDeepRekeyGivesWay(t *testing.T) {
 			}
 		})
 	}()
-	<-moved
+	select {
+	case <-moved:
+	case err := <-ended:
+		t.Fatalf("it has ended: %v", err)
+	}
 	_, err = m.acquire(ctx) // does not go first
 	wantKind(t, "another operation", err, errs.InvalidState)
 	release, err := m.acquireFirst(ctx)
