@@ -66,7 +66,16 @@ type Ring struct {
 	change sync.Mutex // one change at a time
 	mu     sync.RWMutex
 	keks   map[uint64]*keymem.Key
-	newest uint64 // highest number ever used, as far as the ring tells
+	newest uint64   // highest number ever used, as far as the ring tells
+	erased []func() // [Ring.OnErase]
+}
+
+// OnErase has f called whenever KEKs went off the ring, before [Ring.Shred] returns:
+// what was opened with them is to go, too. f may read the ring, and not change it.
+func (r *Ring) OnErase(f func()) {
+	r.change.Lock()
+	defer r.change.Unlock()
+	r.erased = append(r.erased, f)
 }
 
 // New returns a ring with the metadata epoch alone, which it has saved.
@@ -156,6 +165,15 @@ func (r *Ring) Shred(epochs ...uint64) error {
 	if err := r.write(next); err != nil {
 		return errs.Wrap(err, "cannot shred epochs %d", epochs)
 	}
+	r.drop(next)
+	for _, f := range r.erased {
+		f()
+	}
+	return nil
+}
+
+// drop wipes the KEKs that are not in next, which is what is on the ring then.
+func (r *Ring) drop(next map[uint64]*keymem.Key) {
 	r.mu.Lock() // waits for whoever uses a KEK
 	defer r.mu.Unlock()
 	for n, kek := range r.keks {
@@ -164,7 +182,6 @@ func (r *Ring) Shred(epochs ...uint64) error {
 		}
 	}
 	r.keks = next
-	return nil
 }
 
 // Has reports whether an epoch is on the ring.

@@ -24,17 +24,20 @@ func (e *entry) release() {
 }
 
 // cache keeps the records that were used last, opened. What it returns is never
-// stale: it is asked for a revision, which the database tells at every use.
+// stale: it is asked for a revision, which the database tells at every use. What was
+// opened with a KEK that was erased since it does not keep: it may be a key that another
+// node has destroyed.
 type cache struct {
 	limit int
+	lives func(epoch uint64) bool // its KEK is not erased
 
 	mu      sync.Mutex
 	entries map[string]*list.Element // of *entry
 	recent  list.List                // most recent first
 }
 
-func newCache(limit int) *cache {
-	return &cache{limit: limit, entries: map[string]*list.Element{}}
+func newCache(limit int, lives func(epoch uint64) bool) *cache {
+	return &cache{limit: limit, lives: lives, entries: map[string]*list.Element{}}
 }
 
 // get returns the entry of key if it is of that revision; the caller releases
@@ -55,10 +58,14 @@ func (c *cache) get(key string, revision int64) *entry {
 	return e
 }
 
-// put adds e, which its caller goes on to hold, unless there is a newer one.
+// put adds e, which its caller goes on to hold, unless there is a newer one, or its KEK
+// has been erased.
 func (c *cache) put(e *entry) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if !c.lives(e.epoch) {
+		return
+	}
 	if at := c.entries[e.key]; at != nil {
 		if at.Value.(*entry).revision >= e.revision {
 			return
@@ -85,6 +92,19 @@ func (c *cache) drop(at *list.Element) {
 	e := c.recent.Remove(at).(*entry)
 	delete(c.entries, e.key)
 	e.release()
+}
+
+// erase drops what was opened with KEKs that are erased.
+func (c *cache) erase() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for at := c.recent.Front(); at != nil; {
+		next := at.Next()
+		if !c.lives(at.Value.(*entry).epoch) {
+			c.drop(at)
+		}
+		at = next
+	}
 }
 
 // clear drops everything.

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"io/fs"
+	"log/slog"
 	"maps"
 	"os"
 	"path/filepath"
@@ -287,4 +288,44 @@ func TestCreateRacesShred(t *testing.T) {
 	for id, secret := range secrets {
 		n.want(t, id, secret)
 	}
+}
+
+// TestShreddedLeavesMemory destroys a key that another node has in memory: with its KEK
+// the key goes there, too, although nobody asks that node for it.
+func TestShreddedLeavesMemory(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	other := New(n.db, n.ring, slog.New(slog.DiscardHandler))
+	defer other.Close()
+	gone, _ := n.create(t, "")
+	lives, secret := n.create(t, "")
+	look := func(s *Store, id string) {
+		t.Helper()
+		if err := s.View(t.Context(), account, func(v kmipserver.Reader) error {
+			_, err := v.Get(id)
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var cached []*entry
+	for _, s := range []*Store{n.Store, other} {
+		for _, id := range []string{gone, lives} {
+			look(s, id)
+			if id == gone {
+				cached = append(cached, s.cache.entries[accountPrefix(account)+id].Value.(*entry))
+			}
+		}
+	}
+	n.change(t, gone, destroy)
+	if err := n.Shred(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for i, e := range cached {
+		if e.holders.Load() != 0 { // else it is wiped
+			t.Errorf("node %d has the destroyed key in memory", i)
+		}
+	}
+	look(other, lives)
+	n.want(t, lives, secret)
 }

@@ -71,12 +71,14 @@ func New(db *store.DB, ring *keyring.Ring, log *slog.Logger) *Store {
 // NewShared returns a store in db of one of several nodes, whose epochs keeper
 // brings to the others.
 func NewShared(db *store.DB, ring *keyring.Ring, keeper Keeper, log *slog.Logger) *Store {
-	return &Store{
+	s := &Store{
 		db: db, objects: store.NewRawTable(db, Objects), names: newNames(db), dates: newDateIndex(db),
 		epochs: EpochTable(db),
-		ring:   ring, keeper: keeper, log: log, cache: newCache(cacheLimit), dirty: make(chan struct{}, 1),
+		ring:   ring, keeper: keeper, log: log, cache: newCache(cacheLimit, ring.Has), dirty: make(chan struct{}, 1),
 		counts: newCounts(),
 	}
+	ring.OnErase(s.cache.erase)
+	return s
 }
 
 // RequireAccount has check asked, in the transaction, when an object is made: its
