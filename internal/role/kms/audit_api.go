@@ -36,6 +36,9 @@ const (
 // accountOfRecord returns the account that a record is about; false if it is about
 // none, but the whole KMS.
 func accountOfRecord(r audit.Record) (string, bool) {
+	if name, ok := strings.CutPrefix(r.Object, userFolder); ok && access.Home(name) == access.Root {
+		return "", false // whatever an earlier release wrote
+	}
 	if account, ok := r.Details["account"]; ok {
 		return account, account != ""
 	}

@@ -66,6 +66,13 @@ func TestAuditOverTheAPI(t *testing.T) {
 	group := textOf(list(op.Client, &strongroomv1.ListKMSAuditRequest{}))
 	wants("who may see a group", group, true, "CreateKMSGroup group/acme/test success")
 	wants("who may see a group", group, false, "acme/prod", "account/acme", "user/")
+	// Users whose names name no account are of the whole KMS, not of the account default.
+	do(t, b.local(t).KMS().CreateKMSGroup, &strongroomv1.CreateKMSGroupRequest{Name: "own"})
+	dora := b.person(t, "dora", true)
+	do(t, b.local(t).Access().GrantRoles, &strongroomv1.GrantRolesRequest{Name: "dora", Roles: []string{access.Auditor}, Object: "/account/default"})
+	byDefault := textOf(list(dora.Client, &strongroomv1.ListKMSAuditRequest{Limit: 1000}))
+	wants("an auditor of the account default", byDefault, true, "KMSService/CreateKMSGroup group/own success")
+	wants("an auditor of the account default", byDefault, false, "user/", "acme", "evil")
 	for _, by := range []*client.Client{acme.admin.Client, evil.admin.Client} {
 		if text := textOf(list(by, &strongroomv1.ListKMSAuditRequest{Account: "none"})); text != "" {
 			t.Errorf("an account that there is not: %s", text)

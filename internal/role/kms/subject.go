@@ -57,7 +57,7 @@ func (k *KMS) subjectOf(ctx context.Context, procedure string, message any) guar
 		name := m.GetName()
 		switch {
 		case strings.Contains(procedure, ".AccessService/"):
-			return of(directory.AccountOf(name), access.Home(name), "user/"+short(name))
+			return ofUser(name, access.Home(name))
 		case strings.Contains(procedure, "KMSGroup"):
 			return of(directory.AccountOf(name), groupObject(name), "group/"+short(name))
 		case strings.Contains(procedure, "KMSApplication"):
@@ -66,7 +66,7 @@ func (k *KMS) subjectOf(ctx context.Context, procedure string, message any) guar
 			return guard.Subject{On: access.Root, Name: "node/" + short(name)}
 		}
 	case interface{ GetUser() string }:
-		return of(directory.AccountOf(m.GetUser()), access.Root, "user/"+short(m.GetUser()))
+		return ofUser(m.GetUser(), access.Root)
 	case interface{ GetId() string }:
 		if strings.Contains(procedure, ".KMSApprovalService/") {
 			return k.ofApproval(ctx, m.GetId())
@@ -78,8 +78,20 @@ func (k *KMS) subjectOf(ctx context.Context, procedure string, message any) guar
 // ofRoles is the subject of a change of a user's roles: the user. The handler looks
 // at the object.
 func ofRoles(name string, roles []string, object string) guard.Subject {
-	s := of(directory.AccountOf(name), access.Home(name), "user/"+short(name))
+	s := ofUser(name, access.Home(name))
 	s.Details["roles"], s.Details["on"] = strings.Join(roles, ","), cmp.Or(object, string(access.Home(name)))
+	return s
+}
+
+// userFolder is in front of a user's name on record.
+const userFolder = "user/"
+
+// ofUser is a user as a subject. One whose name names no account is of none.
+func ofUser(name string, on access.Object) guard.Subject {
+	s := of(directory.AccountOf(name), on, userFolder+short(name))
+	if access.Home(name) == access.Root {
+		delete(s.Details, "account")
+	}
 	return s
 }
 
