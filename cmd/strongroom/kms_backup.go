@@ -110,7 +110,7 @@ func restoreKMS(ctx context.Context, c cli.KMSRestore) (r cli.KMSRestoreReport, 
 	}
 	err = withBackupKey(c.Backup, func(key backup.Key) error {
 		d, err := kms.Restore(ctx, cfg, c.Backup.File, key, kms.Since{AuditLogs: c.AuditLogs, Lists: c.Lists, BringBack: c.BringBackDestroyed})
-		r = cli.KMSRestoreReport{Backup: kmsBackupReport(d.Header, d.About, d.End), Dir: cfg.DataDir, KeyFile: cfg.KeyFile, Destroyed: append([]string{}, d.Destroyed...)}
+		r = cli.KMSRestoreReport{Backup: kmsBackupReport(d.Header, d.About, d.End), Dir: cfg.DataDir, KeyFile: cfg.KeyFile, Destroyed: append([]string{}, d.Destroyed...), Revoked: append([]string{}, d.Revoked...)}
 		return err
 	})
 	return r, err

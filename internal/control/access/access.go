@@ -164,7 +164,7 @@ func New(cfg Config) (*Control, error) {
 	return &Control{
 		db:       cfg.DB,
 		users:    store.NewTable[user](cfg.DB, "user", 1),
-		tokens:   store.NewTable[token](cfg.DB, "token", 1),
+		tokens:   store.NewTable[token](cfg.DB, tokenTable, 1),
 		roles:    store.NewTable[Role](cfg.DB, "role", 1),
 		perms:    store.NewTable[Permission](cfg.DB, "permission", 1),
 		hashing:  cfg.Hashing,
@@ -176,6 +176,11 @@ func New(cfg Config) (*Control, error) {
 		now:      now,
 	}, nil
 }
+
+const tokenTable = "token"
+
+// KeepsTokens reports whether a table of the database is that of sessions and tokens.
+func KeepsTokens(table string) bool { return table == tokenTable }
 
 // Check returns nil if p has the privilege on the object, else an error of kind
 // Denied that names what is missing.

@@ -61,6 +61,7 @@ type KMSRestoreReport struct {
 	Dir       string          `json:"dir"`
 	KeyFile   string          `json:"keyFile"`
 	Destroyed []string        `json:"destroyed"` // keys that were destroyed since the backup, and are again
+	Revoked   []string        `json:"revoked"`   // applications and credentials that were deleted or revoked since, and are again
 }
 
 // addBackupKey adds the flags that say what opens a backup.
@@ -213,6 +214,9 @@ restore that breaks off leaves nothing that runs; repeat it.`,
 			}
 			if n := len(done.Destroyed); n > 0 {
 				env.notef("%d keys of the backup were destroyed since, and are destroyed again:\n%s", n, strings.Join(done.Destroyed, "\n"))
+			}
+			if n := len(done.Revoked); n > 0 {
+				env.notef("%d applications or credentials were deleted or revoked since, and are again:\n%s", n, strings.Join(done.Revoked, "\n"))
 			}
 			if r.BringBackDestroyed {
 				env.notef("Keys that were destroyed after %s and that nothing given here names are back.", done.Backup.Created.Format(time.RFC3339))

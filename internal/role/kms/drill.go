@@ -68,7 +68,7 @@ func drill(ctx context.Context, file string, key backup.Key, dir string, log *sl
 	}
 	defer root.Close()
 	began := time.Now()
-	if _, err := install(ctx, cfg, root, f, size, key, nil, func(string) {}); err != nil {
+	if _, err := install(ctx, cfg, root, f, size, key, later{}, func(string) {}); err != nil {
 		return Drilled{}, err
 	}
 	d.Restore, began = time.Since(began), time.Now()

@@ -9,12 +9,15 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/google/uuid"
 
+	"strongroom/internal/control/access"
 	"strongroom/internal/control/audit"
+	"strongroom/internal/control/directory"
 	"strongroom/internal/control/pki"
 	"strongroom/internal/control/store"
 	"strongroom/internal/crypto/keymem"
@@ -51,6 +54,9 @@ type Restored struct {
 	// Destroyed are the keys of the backup that are not back, for they were destroyed
 	// since.
 	Destroyed []string
+	// Revoked are the applications and credentials of the backup that are not back, as
+	// "APPLICATION" or "APPLICATION CREDENTIAL": they were deleted or revoked since.
+	Revoked []string
 }
 
 // Restore makes the data folder of a new KMS, of one node, from a backup: with the
@@ -80,7 +86,7 @@ func restore(ctx context.Context, cfg Config, file string, key backup.Key, since
 	if err != nil {
 		return Restored{}, err
 	}
-	destroyed, err := since.destroyed(verified.About)
+	after, err := since.read(verified.About)
 	if err != nil {
 		return Restored{}, err
 	}
@@ -106,7 +112,7 @@ func restore(ctx context.Context, cfg Config, file string, key backup.Key, since
 	defer u.lock.Close()
 	defer u.root.Close()
 	done("root key made")
-	r, err := install(ctx, cfg, u.root, f, size, key, destroyed, done)
+	r, err := install(ctx, cfg, u.root, f, size, key, after, done)
 	if err != nil {
 		return Restored{}, err
 	}
@@ -165,13 +171,13 @@ func emptyDir(dir string) error {
 
 // install makes everything in the data folder but the root key and what says where
 // that comes from.
-func install(ctx context.Context, cfg Config, root *keymem.Key, src io.ReaderAt, size int64, key backup.Key, destroyed map[string]time.Time, done func(step string)) (_ Restored, err error) {
+func install(ctx context.Context, cfg Config, root *keymem.Key, src io.ReaderAt, size int64, key backup.Key, after later, done func(step string)) (_ Restored, err error) {
 	b, err := backup.NewReader(ctx, src, size, key)
 	if err != nil {
 		return Restored{}, err
 	}
 	defer b.Close()
-	in := &installation{cfg: cfg, root: root, backup: b, destroyed: destroyed, done: done, out: Restored{Header: b.Header, About: b.About}}
+	in := &installation{cfg: cfg, root: root, backup: b, after: after, done: done, out: Restored{Header: b.Header, About: b.About}}
 	defer func() { err = errors.Join(err, in.close()) }()
 	for {
 		item, err := b.Next()
@@ -193,12 +199,12 @@ func install(ctx context.Context, cfg Config, root *keymem.Key, src io.ReaderAt,
 
 // installation is a data folder that is being made.
 type installation struct {
-	cfg       Config
-	root      *keymem.Key
-	backup    *backup.Reader
-	destroyed map[string]time.Time
-	done      func(step string)
-	out       Restored
+	cfg    Config
+	root   *keymem.Key
+	backup *backup.Reader
+	after  later
+	done   func(step string)
+	out    Restored
 
 	secrets *secrets // nil until the key ring was there
 	db      *store.DB
@@ -246,14 +252,16 @@ func (in *installation) record(ctx context.Context, r backup.Record) (err error)
 	if in.secrets == nil {
 		return errs.New(errs.Corrupt, "it has no key ring")
 	}
-	if table, _, _ := strings.Cut(r.Name, "/"); approval.Keeps(table) {
-		return nil // what was approved of the KMS of that day is not approved of this one
+	// What was approved of the KMS of that day is not approved of this one, and who was
+	// logged in then may not be any more.
+	if table, _, _ := strings.Cut(r.Name, "/"); approval.Keeps(table) || access.KeepsTokens(table) {
+		return nil
 	}
 	stored := []store.Record{{Name: r.Name, Value: r.Value}}
 	if key, ok := strings.CutPrefix(r.Name, objectstore.Objects+"/"); ok {
 		_, id, _ := strings.Cut(key, "/")
 		var had, has bool
-		if stored, had, has, err = objectstore.Unpack(in.secrets.ring, key, r.Value, in.destroyed[id], in.backup.Digest()); err != nil {
+		if stored, had, has, err = objectstore.Unpack(in.secrets.ring, key, r.Value, in.after.destroyed[id], in.backup.Digest()); err != nil {
 			return err
 		}
 		in.backup.Count(had)
@@ -297,7 +305,40 @@ func (in *installation) finish(ctx context.Context) error {
 		return err
 	}
 	in.out.End = in.backup.End()
+	if err := in.revoke(ctx); err != nil {
+		return errs.Wrap(err, "cannot revoke what was revoked since")
+	}
 	return in.note()
+}
+
+// revoke takes from the directory what was revoked since. An application that was made
+// later than one of its name was deleted stays.
+func (in *installation) revoke(ctx context.Context) error {
+	d, err := directory.Open(ctx, in.db)
+	if err != nil {
+		return err
+	}
+	for _, r := range in.after.revoked {
+		app, err := d.Application(r.application)
+		if err != nil {
+			continue
+		}
+		has := func(c directory.Credential) bool { return c.ID == r.credential }
+		switch {
+		case r.credential == "" && app.Created.Before(r.at):
+			err = d.DeleteApplication(ctx, r.application)
+		case slices.ContainsFunc(app.Credentials, has):
+			err = d.Revoke(ctx, r.application, r.credential)
+		default:
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		in.out.Revoked = append(in.out.Revoked, r.String())
+	}
+	in.done("revoked")
+	return nil
 }
 
 // note begins the audit log of the new KMS with where it comes from.
@@ -320,13 +361,20 @@ func (in *installation) note() (err error) {
 	}
 	err = record("kms.restore", "kms", map[string]string{
 		"backup": h.ID, "cluster": h.Cluster, "created": h.Created.Format(time.RFC3339), "revision": fmt.Sprint(about.Revision), "audit_head": about.AuditHead,
-		"objects": fmt.Sprint(in.out.End.Objects), "keys": fmt.Sprint(in.out.End.Keys), "destroyed_since": fmt.Sprint(len(in.out.Destroyed)),
+		"objects": fmt.Sprint(in.out.End.Objects), "keys": fmt.Sprint(in.out.End.Keys), "destroyed_since": fmt.Sprint(len(in.out.Destroyed)), "revoked_since": fmt.Sprint(len(in.out.Revoked)),
 	})
 	if err != nil {
 		return err
 	}
 	for _, id := range in.out.Destroyed {
 		if err := record(destroyAgain, "key/"+id, map[string]string{"backup": h.ID}); err != nil {
+			return err
+		}
+	}
+	for _, name := range in.out.Revoked {
+		application, credential, _ := strings.Cut(name, " ")
+		details := map[string]string{"backup": h.ID, "account": directory.AccountOf(application), credentialDetail: credential}
+		if err := record(revokeAgain, applicationFolder+application, details); err != nil {
 			return err
 		}
 	}

@@ -21,11 +21,16 @@ import (
 )
 
 // destroyAgain is the action under which a restored KMS has on record that a key of
-// its backup was destroyed since.
-const destroyAgain = "kms.destroyAgain"
+// its backup was destroyed since, revokeAgain that an application was deleted or a
+// credential revoked.
+const (
+	destroyAgain = "kms.destroyAgain"
+	revokeAgain  = "kms.revokeAgain"
+)
 
-// Since says which keys were destroyed after a backup was made. What it does not
-// tell comes back with the backup, so something of it must be set.
+// Since says which keys were destroyed, and which credentials revoked, after a backup
+// was made. What it does not tell comes back with the backup, so something of it must
+// be set.
 type Since struct {
 	// AuditLogs are folders of audit logs of the KMS's nodes, each with the public
 	// key that signs it, audit-key.pem, beside the folder.
@@ -45,26 +50,40 @@ func (s Since) check() error {
 		WithHint("give the audit logs of the old nodes (--audit-log DIR) or a list (--destroyed FILE); without either: --bring-back-destroyed")
 }
 
-// destroyed returns the identifiers of keys that were destroyed, with the time as
-// far as it is known.
-func (s Since) destroyed(about backup.About) (map[string]time.Time, error) {
-	all := map[string]time.Time{}
+// later is what was done after a backup was made.
+type later struct {
+	destroyed map[string]time.Time // keys, with the time as far as it is known
+	revoked   []revocation
+}
+
+// revocation is that of a credential, or of a whole application, which was deleted.
+type revocation struct {
+	application, credential string // the credential is "" for all
+	at                      time.Time
+}
+
+// String names what was revoked.
+func (r revocation) String() string { return strings.TrimSuffix(r.application+" "+r.credential, " ") }
+
+// read returns what Since tells.
+func (s Since) read(about backup.About) (later, error) {
+	all := later{destroyed: map[string]time.Time{}}
 	for _, dir := range s.AuditLogs {
-		if err := readDestroyed(all, dir, about); err != nil {
-			return nil, err
+		if err := all.addLog(dir, about); err != nil {
+			return later{}, err
 		}
 	}
 	for _, file := range s.Lists {
-		if err := listDestroyed(all, file); err != nil {
-			return nil, errs.Wrap(err, "cannot read the list of destroyed keys %s", file)
+		if err := listDestroyed(all.destroyed, file); err != nil {
+			return later{}, errs.Wrap(err, "cannot read the list of destroyed keys %s", file)
 		}
 	}
 	return all, nil
 }
 
-// readDestroyed adds what an audit log tells, after it was verified. The log of the
-// node that made the backup must reach back to where it was then.
-func readDestroyed(all map[string]time.Time, dir string, about backup.About) error {
+// addLog adds what an audit log tells, after it was verified. The log of the node that
+// made the backup must reach back to where it was then.
+func (l *later) addLog(dir string, about backup.About) error {
 	path := filepath.Join(filepath.Dir(filepath.Clean(dir)), auditKeyName)
 	text, err := os.ReadFile(path)
 	if err != nil {
@@ -81,15 +100,28 @@ func readDestroyed(all map[string]time.Time, dir string, about backup.About) err
 		}
 	}
 	_, err = audit.Verify(dir, want, func(r audit.Record) error {
-		if r.Outcome != audit.Success || r.Action != destroyAgain && !strings.HasSuffix(r.Action, ".Destroy") {
-			return nil
-		}
-		if i := strings.LastIndex(r.Object, "key/"); i >= 0 {
-			all[r.Object[i+len("key/"):]] = r.Time
+		if r.Outcome == audit.Success {
+			l.add(r)
 		}
 		return nil
 	})
 	return err
+}
+
+func (l *later) add(r audit.Record) {
+	application, ofApplication := strings.CutPrefix(r.Object, applicationFolder)
+	credential := r.Details[credentialDetail]
+	switch {
+	case r.Action == destroyAgain || strings.HasSuffix(r.Action, ".Destroy"):
+		if i := strings.LastIndex(r.Object, "key/"); i >= 0 {
+			l.destroyed[r.Object[i+len("key/"):]] = r.Time
+		}
+	case !ofApplication:
+	case r.Action == revokeAgain, r.Action == "KMSService/RevokeKMSCredential" && credential != "":
+		l.revoked = append(l.revoked, revocation{application, credential, r.Time})
+	case r.Action == "KMSService/DeleteKMSApplication":
+		l.revoked = append(l.revoked, revocation{application, "", r.Time})
+	}
 }
 
 func parseAuditKey(text []byte) (ed25519.PublicKey, error) {

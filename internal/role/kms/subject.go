@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"strconv"
 	"strings"
 
 	strongroomv1 "strongroom/api/strongroom/v1"
@@ -19,6 +20,9 @@ func (k *KMS) subject(ctx context.Context, procedure string, message any) guard.
 	s := k.subjectOf(ctx, procedure, message)
 	if err != nil {
 		s.On = access.Root
+	}
+	if m, ok := message.(interface{ GetDisabled() bool }); ok && s.Details != nil {
+		s.Details["disabled"] = strconv.FormatBool(m.GetDisabled())
 	}
 	return s
 }
@@ -44,13 +48,17 @@ func (k *KMS) subjectOf(ctx context.Context, procedure string, message any) guar
 		account := directory.AccountOf(m.GetName())
 		return of(account, accountObject(account), "group/"+short(m.GetName()))
 	case *strongroomv1.CreateKMSApplicationRequest:
-		return of(directory.AccountOf(m.GetGroup()), groupObject(m.GetGroup()), "application/"+short(m.GetName()))
+		return of(directory.AccountOf(m.GetGroup()), groupObject(m.GetGroup()), applicationFolder+short(m.GetName()))
 
 	case *strongroomv1.GrantRolesRequest:
 		return ofRoles(m.GetName(), m.GetRoles(), m.GetObject())
 	case *strongroomv1.RevokeRolesRequest:
 		return ofRoles(m.GetName(), m.GetRoles(), m.GetObject())
 
+	case *strongroomv1.RevokeKMSCredentialRequest:
+		s := k.ofApplication(m.GetApplication())
+		s.Details[credentialDetail] = short(m.GetId())
+		return s
 	case interface{ GetApplication() string }:
 		return k.ofApplication(m.GetApplication())
 	case interface{ GetName() string }:
@@ -100,8 +108,15 @@ func of(account string, on access.Object, name string) guard.Subject {
 	return guard.Subject{On: on, Name: name, Details: map[string]string{"account": short(account)}}
 }
 
+// applicationFolder is in front of an application's name on record, and its credential
+// stands in this detail.
+const (
+	applicationFolder = "application/"
+	credentialDetail  = "credential"
+)
+
 func (k *KMS) ofApplication(name string) guard.Subject {
-	return of(directory.AccountOf(name), k.applicationObject(name), "application/"+short(name))
+	return of(directory.AccountOf(name), k.applicationObject(name), applicationFolder+short(name))
 }
 
 // ofApproval is the subject of a request for approval: its group's. Of one that

@@ -39,10 +39,7 @@ func login(t testing.TB, server, dir, name, password string) *person {
 // tryLogin is login at a server that may be looking for a leader.
 func tryLogin(t testing.TB, server, dir, name, password string) (*person, error) {
 	t.Helper()
-	ca, err := os.ReadFile(filepath.Join(dir, caCertName))
-	if err != nil {
-		t.Fatal(err)
-	}
+	ca := caOf(t, dir)
 	dial := func(token string) *client.Client {
 		c, err := client.New(client.Config{Server: "https://" + server, CA: ca, Token: token})
 		if err != nil {
@@ -56,6 +53,16 @@ func tryLogin(t testing.TB, server, dir, name, password string) (*person, error)
 		return nil, err
 	}
 	return &person{dial(res.GetToken()), name, password}, nil
+}
+
+// caOf returns the authority of the KMS in dir.
+func caOf(t testing.TB, dir string) []byte {
+	t.Helper()
+	ca, err := os.ReadFile(filepath.Join(dir, caCertName))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return ca
 }
 
 // administrator logs in as the first user.
