@@ -181,9 +181,10 @@ func (h *fakeHost) brief(lacking []string) *strongroomv1.HeartbeatRequest {
 		full[vm.GetId()], req.Digests = vm, append(req.Digests, &strongroomv1.VMDigest{Id: vm.GetId(), Digest: digest[:]})
 	}
 	req.Vms = nil
+	size := proto.Size(req)
 	for _, id := range lacking {
-		if vm := full[id]; vm != nil && proto.Size(req)+proto.Size(vm) < 1<<20 {
-			req.Vms = append(req.Vms, vm)
+		if n := proto.Size(full[id]) + 8; full[id] != nil && size+n < 1<<20 { // 8: for its tag and length
+			req.Vms, size = append(req.Vms, full[id]), size+n
 		}
 	}
 	return req
