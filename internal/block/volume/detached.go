@@ -62,13 +62,13 @@ func (d *Detached) route(off int64) (blockdev.Device, int64) {
 	return d.data, off - detachedBase
 }
 
-// routeWrite is route for a request that changes something.
-func (d *Detached) routeWrite(off int64) (blockdev.Device, int64) {
-	dev, off := d.route(off)
-	if dev == d.header {
+// changed notes that a request at off that changes something was done, whatever came
+// of it. Before, it would be lost on a flush that runs beside the request and does
+// not cover it.
+func (d *Detached) changed(off int64) {
+	if off < detachedBase {
 		d.written.Store(true)
 	}
-	return dev, off
 }
 
 // ReadAt implements [blockdev.Device].
@@ -79,20 +79,23 @@ func (d *Detached) ReadAt(p []byte, off int64) (int, error) {
 
 // WriteAt implements [blockdev.Device].
 func (d *Detached) WriteAt(p []byte, off int64) (int, error) {
-	dev, off := d.routeWrite(off)
-	return dev.WriteAt(p, off)
+	defer d.changed(off)
+	dev, at := d.route(off)
+	return dev.WriteAt(p, at)
 }
 
 // WriteZeroes implements [blockdev.Device].
 func (d *Detached) WriteZeroes(off, n int64, mayPunch bool) error {
-	dev, off := d.routeWrite(off)
-	return dev.WriteZeroes(off, n, mayPunch)
+	defer d.changed(off)
+	dev, at := d.route(off)
+	return dev.WriteZeroes(at, n, mayPunch)
 }
 
 // Discard implements [blockdev.Device].
 func (d *Detached) Discard(off, n int64) error {
-	dev, off := d.routeWrite(off)
-	return dev.Discard(off, n)
+	defer d.changed(off)
+	dev, at := d.route(off)
+	return dev.Discard(at, n)
 }
 
 // Flush implements [blockdev.Device].
