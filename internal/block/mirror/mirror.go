@@ -16,7 +16,8 @@
 //     not given up: then a write or Flush that fails on either fails.
 //   - A request waits for the copy of its own chunk at most.
 //
-// Requests allocate nothing. Everything here is safe for concurrent use.
+// Requests allocate nothing: what goes to both devices does so through buffers of the
+// Mirror, of which there is a fixed number. Everything here is safe for concurrent use.
 package mirror
 
 import (
@@ -44,6 +45,7 @@ type Mirror struct {
 	boundary atomic.Int64      // to has what is below; changes over a range that is held exclusively
 	requests atomic.Uint64     // of users; by it the copy sees that somebody is at work
 	copying  atomic.Bool       // Copy was called
+	buffers  chan []byte       // not in use; nil: not yet made
 
 	mu     sync.Mutex // guards what follows
 	parted error      // why to was given up; nil: it was not
@@ -53,14 +55,24 @@ type Mirror struct {
 
 var _ blockdev.Extenter = (*Mirror)(nil)
 
+const (
+	// bufferSize is how much of a write goes to both devices at once, in bytes.
+	bufferSize = 64 << 10
+	// bufferCount is how many writes do so at once; more wait.
+	bufferCount = 16
+)
+
 // New returns a Mirror from one device to another of the same size, which reads
 // as zeros. The devices are the Mirror's until [Mirror.Release].
 func New(from, to blockdev.Device) (*Mirror, error) {
 	if from.Size() != to.Size() {
 		return nil, fmt.Errorf("cannot mirror %d bytes to %d bytes: %w", from.Size(), to.Size(), blockdev.ErrBadSize)
 	}
-	m := &Mirror{from: from, to: to}
+	m := &Mirror{from: from, to: to, buffers: make(chan []byte, bufferCount)}
 	m.extents, _ = from.(blockdev.Extenter)
+	for range bufferCount {
+		m.buffers <- nil
+	}
 	return m, nil
 }
 
@@ -135,18 +147,43 @@ func (m *Mirror) WriteAt(p []byte, off int64) (int, error) {
 		return 0, err
 	}
 	defer m.guard.Leave(pass)
-	n, err := m.from.WriteAt(p, off)
-	if err != nil {
-		return n, m.failed(err)
-	}
-	if k := m.below(off, int64(len(p))); k > 0 {
-		if _, err := m.to.WriteAt(p[:k], off); err != nil {
-			if err := m.part(err); err != nil {
-				return 0, err
-			}
+	k := m.below(off, int64(len(p)))
+	if k > 0 {
+		if err := m.writeBoth(p[:k], off); err != nil {
+			return 0, err
 		}
 	}
-	return n, nil
+	if k == 0 || k < int64(len(p)) {
+		if _, err := m.from.WriteAt(p[k:], off+k); err != nil {
+			return int(k), m.failed(err)
+		}
+	}
+	return len(p), nil
+}
+
+// writeBoth writes p, which is held, to both devices. Whoever gave p may change it
+// meanwhile, such as a guest whose memory it is: the devices get the same copy.
+func (m *Mirror) writeBoth(p []byte, off int64) error {
+	buf := <-m.buffers
+	defer func() { m.buffers <- buf }() // also if p is not there any more, which panics
+	if buf == nil {
+		buf = make([]byte, bufferSize)
+	}
+	for len(p) > 0 {
+		part := buf[:copy(buf[:bufferSize-off%bufferSize], p)]
+		if _, err := m.from.WriteAt(part, off); err != nil {
+			return m.failed(err)
+		}
+		if m.Parted() == nil {
+			if _, err := m.to.WriteAt(part, off); err != nil {
+				if err := m.part(err); err != nil {
+					return err
+				}
+			}
+		}
+		p, off = p[len(part):], off+int64(len(part))
+	}
+	return nil
 }
 
 // WriteZeroes implements [blockdev.Device].
