@@ -62,7 +62,7 @@ func (v *Volume) noteFilled() error {
 		if err := errors.Join(v.unchanged(h), h.SetThin(false)); err != nil {
 			return err
 		}
-		return h.Commit(v.dev)
+		return h.Commit(watchedStorage{v})
 	})
 }
 

@@ -225,7 +225,7 @@ func (v *Volume) Inspect() (Info, error) {
 // has succeeded. It returns [ErrWrongSafe] if the safe is nil or its owner is
 // not the volume's, [ErrRekeying] during a deep rekey, and then changes nothing.
 func ReplaceSafe(dev blockdev.Device, safe *keysafe.Safe) error {
-	return replaceSafe(dev, safe, func(*luks.Header) error { return nil })
+	return replaceSafe(dev, dev, safe, func(*luks.Header) error { return nil })
 }
 
 // Reidentify makes of a copy of a volume, which is not open, a volume of its own:
@@ -235,7 +235,7 @@ func ReplaceSafe(dev blockdev.Device, safe *keysafe.Safe) error {
 // its owner is not [Owner] of uuid, [ErrRekeying] during a deep rekey, and then
 // changes nothing.
 func Reidentify(dev blockdev.Device, uuid string, safe *keysafe.Safe) error {
-	return replaceSafe(dev, safe, func(h *luks.Header) error { return h.SetUUID(uuid) })
+	return replaceSafe(dev, dev, safe, func(h *luks.Header) error { return h.SetUUID(uuid) })
 }
 
 // ReplaceSafe does the same for an open volume, which goes on working
@@ -252,7 +252,7 @@ func (v *Volume) ReplaceSafe(safe *keysafe.Safe) error {
 	defer v.guard.Leave(pass)
 	v.header.Lock()
 	defer v.header.Unlock()
-	return replaceSafe(v.dev, safe, v.unchanged)
+	return replaceSafe(v.dev, watchedStorage{v}, safe, v.unchanged)
 }
 
 // unchanged returns an error if h is not the header of the volume that was
@@ -269,10 +269,10 @@ func (v *Volume) unchanged(h *luks.Header) error {
 	return nil
 }
 
-// replaceSafe commits a header with the safe if the header passes check, which may
-// change it. The header is read anew each time: a failed commit leaves what only
-// the storage knows.
-func replaceSafe(dev blockdev.Device, safe *keysafe.Safe, check func(*luks.Header) error) error {
+// replaceSafe commits a header with the safe to storage, which is dev's, if the header
+// passes check, which may change it. The header is read anew each time: a failed
+// commit leaves what only the storage knows.
+func replaceSafe(dev blockdev.Device, storage luks.Storage, safe *keysafe.Safe, check func(*luks.Header) error) error {
 	if safe == nil {
 		return fmt.Errorf("cannot replace key safe: %w: there is none", ErrWrongSafe)
 	}
@@ -290,7 +290,7 @@ func replaceSafe(dev blockdev.Device, safe *keysafe.Safe, check func(*luks.Heade
 		if err := h.SetSafe(safe); err != nil {
 			return err
 		}
-		return h.Commit(dev)
+		return h.Commit(storage)
 	})
 	if err != nil {
 		return fmt.Errorf("cannot replace key safe: %w", err)

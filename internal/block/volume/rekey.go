@@ -160,8 +160,9 @@ type rekey struct {
 	buf     []byte // what is encrypted at once
 }
 
-// watchedStorage is the Device below, for writes and flushes of the rekey. A
-// flush that fails may have lost what the guest wrote, and is reported but once.
+// watchedStorage is the Device below, for writes and flushes of the header and of a
+// rekey. A flush that fails may have lost what the guest wrote, and is reported but
+// once.
 type watchedStorage struct{ v *Volume }
 
 func (s watchedStorage) WriteAt(p []byte, off int64) (int, error) { return s.v.dev.WriteAt(p, off) }

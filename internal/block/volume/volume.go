@@ -315,6 +315,9 @@ func (v *Volume) Resize(size int64) error {
 		return fail(err)
 	}
 	defer v.guard.Leave(pass)
+	if lost := v.lost.Load(); lost != nil { // or it were not known which key what is added is under
+		return fail(lost.err)
+	}
 	if v.next != nil && size < v.size.Load() {
 		return fail(ErrRekeying)
 	}
