@@ -2,6 +2,7 @@ package luks
 
 import (
 	"fmt"
+	"math"
 	"slices"
 	"strconv"
 )
@@ -211,9 +212,13 @@ func (s segment) encode() object {
 	return o
 }
 
-// checkWritable returns an error for a header that this package may not write:
-// one with requirements, but for those of a re-encryption or encryption of ours.
+// checkWritable returns an error for a header that this package may not write: one
+// with requirements, but for those of a re-encryption or encryption of ours, or one
+// after which no commit would count as later.
 func (h *Header) checkWritable() error {
+	if h.bin.seqid == math.MaxUint64 {
+		return fmt.Errorf("%w: no number is left for a later commit", ErrUnsupported)
+	}
 	if len(h.meta.mandatory) == 0 {
 		return nil
 	}

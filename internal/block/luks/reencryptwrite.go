@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"runtime"
 	"slices"
 	"strconv"
@@ -49,6 +50,9 @@ func (h *Header) beginReencryption(opts ReencryptionOptions) error {
 	}
 	if s.Size != 0 {
 		return fmt.Errorf("%w: its data have a fixed size", ErrUnsupported)
+	}
+	if h.bin.seqid > math.MaxUint64/2 { // it must not end in the middle
+		return fmt.Errorf("%w: no numbers are left for its commits", ErrUnsupported)
 	}
 	if err := h.VerifyKey(opts.OldDEK); err != nil {
 		return err

@@ -34,8 +34,8 @@ func Open(key *keymem.Key, context string, text []byte) ([]byte, error) {
 		return nil, err
 	}
 	defer r.Close()
-	plaintext, err := io.ReadAll(r)
-	if err != nil {
+	plaintext := make([]byte, r.Size()) // no more than text; one that grew would leave copies
+	if _, err := io.ReadFull(r, plaintext); err != nil {
 		clear(plaintext)
 		return nil, err
 	}

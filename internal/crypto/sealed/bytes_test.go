@@ -15,8 +15,12 @@ func TestSealBytes(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got, err := Open(key, "test", text); err != nil || !bytes.Equal(got, plaintext) {
+		got, err := Open(key, "test", text)
+		if err != nil || !bytes.Equal(got, plaintext) {
 			t.Errorf("%d bytes: %d come back, %v", len(plaintext), len(got), err)
+		}
+		if cap(got) != len(got) {
+			t.Errorf("%d bytes come back in room for %d: copies that nobody wipes were made on the way", len(got), cap(got))
 		}
 		if _, err := Open(other, "test", text); err == nil {
 			t.Error("another key opens it")
