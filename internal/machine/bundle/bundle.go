@@ -284,7 +284,8 @@ func canonicalUUID(s string) bool {
 }
 
 // Parse decodes and validates the text of vm.json. Unknown and repeated fields
-// are refused: what this program does not understand it must not drop.
+// are refused: what this program does not understand it must not drop, and what
+// another one may understand in another way it must not use.
 func Parse(text []byte) (*VM, error) {
 	if len(text) > SizeMax {
 		return nil, errs.New(errs.Invalid, "%s has %d bytes, more than %d", FileName, len(text), SizeMax)
@@ -298,10 +299,46 @@ func Parse(text []byte) (*VM, error) {
 	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
 		return nil, errs.New(errs.Invalid, "%s: something follows its end", FileName)
 	}
+	if err := checkFields(json.NewDecoder(bytes.NewReader(text))); err != nil {
+		return nil, errs.New(errs.Invalid, "%s: %w", FileName, err)
+	}
 	if err := vm.Validate(); err != nil {
 		return nil, err
 	}
 	return &vm, nil
+}
+
+// fieldPattern is that of all names of fields; [json.Unmarshal] takes other letters
+// for the same.
+var fieldPattern = regexp.MustCompile(`^[a-z_]+$`)
+
+// checkFields refuses names of fields that are spelled in another way or occur twice
+// in an object. The value that dec reads has been decoded, so it is not deep.
+func checkFields(dec *json.Decoder) error {
+	token, err := dec.Token()
+	delim, nested := token.(json.Delim)
+	if err != nil || !nested {
+		return err
+	}
+	seen := map[string]bool{}
+	for dec.More() {
+		if delim == '{' {
+			token, err := dec.Token()
+			if err != nil {
+				return err
+			}
+			name, _ := token.(string)
+			if !fieldPattern.MatchString(name) || seen[name] {
+				return fmt.Errorf("field %.64q is unknown or occurs twice", name)
+			}
+			seen[name] = true
+		}
+		if err := checkFields(dec); err != nil {
+			return err
+		}
+	}
+	_, err = dec.Token() // the closing delimiter
+	return err
 }
 
 // Encode returns the text of vm.json.

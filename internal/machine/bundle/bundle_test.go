@@ -121,6 +121,10 @@ func TestParseRefuses(t *testing.T) {
 	}
 	for name, text := range map[string]string{
 		"unknown field": strings.Replace(string(good), `"name"`, `"extra": 1, "name"`, 1),
+		"twice":         strings.Replace(string(good), `"name": "web-1"`, `"name": "web-2", "name": "web-1"`, 1),
+		"twice, inside": strings.Replace(string(good), `"file": "disk-0.luks"`, `"file": "x", "file": "disk-0.luks"`, 1),
+		"other letters": strings.Replace(string(good), `"name": "web-1"`, `"Name": "web-1"`, 1),
+		"other case":    strings.Replace(string(good), `"name": "web-1"`, `"NAME": "web-2", "name": "web-1"`, 1),
 		"trailing":      string(good) + "{}",
 		"empty":         "",
 		"not JSON":      "vm",
