@@ -94,9 +94,9 @@ func read(r io.ReaderAt, size int64) (*Header, error) {
 	case primary.err == nil && secondary.err == nil:
 		if secondary.bin.seqid > primary.bin.seqid {
 			chosen = secondary
-			h.damage[Primary] = staleError(primary, secondary)
+			h.damage[Primary] = staleError{primary.bin.seqid, secondary.bin.seqid}
 		} else if secondary.bin.seqid < primary.bin.seqid {
-			h.damage[Secondary] = staleError(secondary, primary)
+			h.damage[Secondary] = staleError{secondary.bin.seqid, primary.bin.seqid}
 		}
 	case primary.err == nil:
 		h.damage[Secondary] = secondary.err
@@ -190,8 +190,21 @@ func mayBePrimary(start []byte, secondary binaryHeader) bool {
 		err == nil && id == secondary.uuid && id != ""
 }
 
-func staleError(stale, current candidate) error {
-	return fmt.Errorf("it is from commit %d, the other copy from commit %d", stale.bin.seqid, current.bin.seqid)
+// staleError is the damage of a copy that is sound and behind the other one.
+type staleError struct{ stale, current uint64 } // numbers of the commits
+
+func (e staleError) Error() string {
+	return fmt.Sprintf("it is from commit %d, the other copy from commit %d", e.stale, e.current)
+}
+
+// Behind reports whether one copy is sound and of an earlier commit than the other.
+// That may be in the kernel's memory only, as whoever wrote it was killed or has failed
+// there: until the next [Header.Commit], a power loss may make the earlier one count.
+func (h *Header) Behind() bool {
+	return slices.ContainsFunc(h.damage[:], func(err error) bool {
+		_, stale := errors.AsType[staleError](err)
+		return stale
+	})
 }
 
 // Damaged returns the header copy that is bad or out of date, if one is.

@@ -114,9 +114,11 @@ var (
 
 // Open opens the volume on dev with its DEK, which stays the caller's and is
 // not needed after Open. On success dev belongs to the Volume, on error to the
-// caller. Open writes nothing: a damaged header copy is repaired by the next
-// [Volume.ReplaceSafe]; [Inspect] tells of it. But with a NextDEK it makes good
-// what an interrupted [Volume.Rekey] left, unless it is read-only.
+// caller. Of two sound header copies of different commits, which an interrupted
+// change has left, the earlier one is written again, durably, unless the volume is
+// opened read-only; with a NextDEK, what an interrupted [Volume.Rekey] left is made
+// good. Otherwise Open writes nothing: a damaged header copy is repaired by the next
+// [Volume.ReplaceSafe]; [Inspect] tells of it.
 //
 // Errors: [ErrWrongKey], [ErrRekeying], [ErrNotVolume], [ErrCorrupt], [ErrTruncated],
 // [ErrUnsupported], or those of dev.
@@ -157,7 +159,34 @@ func open(dev blockdev.Device, dek *keymem.Key, opts Options) (*Volume, error) {
 		v.dropKeys()
 		return nil, err
 	}
+	if err := v.settle(h); err != nil {
+		v.dropKeys()
+		return nil, err
+	}
 	return v, nil
+}
+
+// settle makes the header h, whose keys were verified, the only one that is found from
+// now on. Else a power loss could bring one back that knows nothing of what is written
+// under this one: a zone would be recovered again, or be taken for one under another key.
+func (v *Volume) settle(h *luks.Header) error {
+	if v.readOnly || !h.Behind() {
+		return nil
+	}
+	err := withHeaderLock(v.dev, blockdev.Exclusive, func() error {
+		superseded, err := h.Superseded(v.dev)
+		if err == nil && superseded {
+			err = ErrChanged
+		}
+		if err != nil {
+			return err
+		}
+		return h.Commit(v.dev)
+	})
+	if err != nil {
+		return fmt.Errorf("cannot write the header copy that is behind: %w", err)
+	}
+	return nil
 }
 
 // layout returns where on dev the data of the volume lie, and their length.
