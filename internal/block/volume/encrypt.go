@@ -253,6 +253,15 @@ func (s offsetStorage) WriteAt(p []byte, off int64) (int, error) {
 
 func (e *encryption) recordOffset() int64 { return e.state.StorageMin() - headersSize }
 
+// writeRecord writes the record again, durably: where it was found it may be in the
+// kernel's memory only.
+func (e *encryption) writeRecord() error {
+	if _, err := e.dev.WriteAt(e.header.Image(), e.recordOffset()); err != nil {
+		return err
+	}
+	return e.dev.Flush()
+}
+
 // writeImage writes the header that the record holds to its place.
 func (e *encryption) writeImage() error {
 	return withHeaderLock(e.dev, blockdev.Exclusive, func() error {
@@ -277,6 +286,9 @@ func (e *encryption) resume(found *foundEncryption, opts EncryptOptions) error {
 	}
 	if found.fromRecord {
 		if err := e.unused(); err != nil {
+			return err
+		}
+		if err := e.writeRecord(); err != nil {
 			return err
 		}
 		if err := e.writeImage(); err != nil {

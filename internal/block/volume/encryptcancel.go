@@ -37,10 +37,7 @@ func cancelEncryption(dev blockdev.Resizer, size int64) error {
 			return err
 		}
 	}
-	if _, err := dev.WriteAt(e.header.Image(), e.recordOffset()); err != nil {
-		return err
-	}
-	if err := dev.Flush(); err != nil {
+	if err := e.writeRecord(); err != nil {
 		return err
 	}
 	for _, part := range []luks.Area{{Offset: headersSize, Size: e.state.Shift - headersSize}, {Size: headersSize}} {
