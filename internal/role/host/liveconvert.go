@@ -290,7 +290,7 @@ func (h *Host) commitConversion(ctx context.Context, m *machine, run *running, p
 	if err != nil {
 		return err
 	}
-	if err := process.SwitchDisk(ctx, d.Name); err != nil {
+	if err := switchDisk(ctx, recrypt.Dir{Path: dir}, process, d.Name); err != nil {
 		// One that is started again opens the new file, and so does the next agent
 		// that finds this one. Until then it must not lose the old one.
 		h.log.LogAttrs(ctx, slog.LevelError, "disk not switched yet", slog.String("disk", d.Name), slog.Any("err", err))
@@ -345,6 +345,19 @@ func switchSteps(dir string, vm *bundle.VM, disk string, c conversion) (next *bu
 	}, nil
 }
 
+// switchDisk ends the writing to the old file of a disk, once the vm.json that names the
+// new one is durable: whoever wrote it may have been killed before, or failed at that.
+// Until then a power loss may bring the old one back, and both files hold everything.
+func switchDisk(ctx context.Context, folder interface{ Sync() error }, process interface {
+	SwitchDisk(ctx context.Context, disk string) error
+}, disk string,
+) error {
+	if err := folder.Sync(); err != nil {
+		return err
+	}
+	return process.SwitchDisk(ctx, disk)
+}
+
 // undoConversion has the volume process drop the new file, and deletes it. The old
 // one, which vm.json names, is the disk.
 func (h *Host) undoConversion(m *machine, run *running, process *volumeproc.Process, dir string, d bundle.Disk, c conversion) error {
@@ -392,7 +405,7 @@ func (h *Host) settle(ctx context.Context, reg registered, process *volumeproc.P
 		}
 		i := slices.IndexFunc(vm.Disks, func(d bundle.Disk) bool { return d.Name == s.Disk })
 		if decided := i >= 0 && vm.Disks[i].Format != string(s.Format); decided {
-			err = process.SwitchDisk(ctx, s.Disk)
+			err = switchDisk(ctx, recrypt.Dir{Path: dir}, process, s.Disk)
 		} else {
 			err = process.StopConversion(ctx, s.Disk)
 		}

@@ -3,6 +3,7 @@ package host
 import (
 	"bytes"
 	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
@@ -123,5 +124,37 @@ func TestSettle(t *testing.T) {
 			t.Errorf("after step %d the folder holds %v", done, files)
 		}
 		m.setRunning(nil)
+	}
+}
+
+// recorder notes what is done to it, and fails at one step.
+type recorder struct {
+	steps []string
+	fails string
+}
+
+func (r *recorder) do(step string) error {
+	r.steps = append(r.steps, step)
+	if step == r.fails {
+		return errors.New("it fails")
+	}
+	return nil
+}
+
+func (r *recorder) Sync() error                                  { return r.do("sync") }
+func (r *recorder) SwitchDisk(_ context.Context, _ string) error { return r.do("switch") }
+
+// TestSwitchOfDurable: the old file is written to until the vm.json that names the new
+// one is durable.
+func TestSwitchOfDurable(t *testing.T) {
+	t.Parallel()
+	for fails, want := range map[string][]string{"": {"sync", "switch"}, "sync": {"sync"}, "switch": {"sync", "switch"}} {
+		r := &recorder{fails: fails}
+		if err := switchDisk(t.Context(), r, r, "disk-0"); (err != nil) != (fails != "") {
+			t.Errorf("%s fails: %v", fails, err)
+		}
+		if !slices.Equal(r.steps, want) {
+			t.Errorf("%s fails: %v were done", fails, r.steps)
+		}
 	}
 }
