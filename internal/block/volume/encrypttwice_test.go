@@ -31,7 +31,7 @@ func TestEncryptInPlaceTwice(t *testing.T) {
 				dev.Inject(&faultdev.Fault{Op: second, Dead: true})
 				_ = volume.EncryptInPlace(t.Context(), dev, opts)
 				more = dev.Injected() != faultdev.None
-				for range 6 {
+				for range 4 {
 					mem := dev.PowerLoss(rng)
 					if err := volume.EncryptInPlace(t.Context(), mem, opts); err != nil {
 						t.Fatalf("dead=%v, fault %d, power loss %d: %v", dead, first, second, err)

@@ -54,7 +54,7 @@ func TestRekeyTwice(t *testing.T) {
 	}
 	for _, dead := range []bool{false, true} {
 		for first, reached := 0, true; reached; first += blockdevtest.FaultStep {
-			for second := range 6 {
+			for second := range 4 {
 				dev := left{faultdev.New(start.Clone(), nil)}
 				v, err := volume.Open(dev, oldDEK, volume.Options{})
 				check(t, err)
@@ -72,7 +72,7 @@ func TestRekeyTwice(t *testing.T) {
 				dev.Inject(&faultdev.Fault{Op: second, Dead: true})
 				_ = rekeyZones(v, 2, opts, nil) // refused if it is done
 				check(t, v.Close())
-				for range 4 {
+				for range 3 {
 					v := reopen(dev.PowerLoss(rng))
 					if !bytes.Equal(contents(t, v), want) {
 						t.Fatalf("dead=%v, fault %d, power loss %d: contents differ", dead, first, second)
