@@ -41,34 +41,45 @@ const (
 // does.
 const SectorSize = 512
 
-// open opens the image at path and returns the size in bytes of its disk.
-func open(path string) (*os.File, int64, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0) // a FIFO is refused, not waited for
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, 0, errs.New(errs.NotFound, "there is no image %s", path)
-	}
-	if err != nil {
-		return nil, 0, fmt.Errorf("cannot open image: %w", err)
-	}
-	size, err := inspect(f)
-	if err != nil {
-		return nil, 0, errors.Join(errs.Wrap(err, "cannot use image %s", path), f.Close())
-	}
-	return f, size, nil
+// opened is an image whose header has been looked at.
+type opened struct {
+	file  *os.File
+	path  string
+	size  int64  // of its disk, in bytes
+	start []byte // the header and all that belongs to it, as it was looked at
 }
 
-func inspect(f *os.File) (int64, error) {
+// open opens the image at path.
+func open(path string) (*opened, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0) // a FIFO is refused, not waited for
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, errs.New(errs.NotFound, "there is no image %s", path)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("cannot open image: %w", err)
+	}
+	start, size, err := inspect(f)
+	if err != nil {
+		return nil, errors.Join(errs.Wrap(err, "cannot use image %s", path), f.Close())
+	}
+	return &opened{file: f, path: path, size: size, start: start}, nil
+}
+
+// inspect returns the start of the image in f, and the size in bytes of its disk.
+func inspect(f *os.File) (start []byte, size int64, err error) {
 	if info, err := f.Stat(); err != nil {
-		return 0, err
+		return nil, 0, err
 	} else if !info.Mode().IsRegular() {
-		return 0, errs.New(errs.Invalid, "it is not a regular file")
+		return nil, 0, errs.New(errs.Invalid, "it is not a regular file")
 	}
-	header := make([]byte, headerSizeV3)
-	n, err := f.ReadAt(header, 0)
+	start = make([]byte, 1<<clusterBitsMax)
+	n, err := f.ReadAt(start, 0)
 	if err != nil && err != io.EOF {
-		return 0, err
+		return nil, 0, err
 	}
-	return parse(header[:n])
+	start = start[:n]
+	size, err = parse(start[:min(n, headerSizeV3)])
+	return start, size, err
 }
 
 // parse returns the size in bytes of the disk in an image with that header, of

@@ -4,7 +4,8 @@
 //
 // An image is hostile input: its format is what the user says and never
 // guessed; one that refers to other files is refused by its header, because
-// qemu-img would open them, also only to tell about the image; and qemu-img runs
+// qemu-img would open them, also only to tell about the image; qemu-img sees the
+// header that was looked at, whatever becomes of the file meanwhile; and it runs
 // with a limit on its memory and ends with the caller's context. All functions
 // are safe for concurrent use.
 package image
@@ -17,7 +18,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"os/exec"
 	"strconv"
 	"strings"
@@ -36,11 +36,11 @@ const messageMax = 2 << 10
 // what is no qcow2, refers to another file or is encrypted, and one of kind
 // [errs.NotFound] if there is nothing.
 func VirtualSize(path string) (int64, error) {
-	f, size, err := open(path)
+	o, err := open(path)
 	if err != nil {
 		return 0, err
 	}
-	return size, f.Close()
+	return o.size, o.file.Close()
 }
 
 // Convert writes the disk in the qcow2 image at path to an NBD export on a unix
@@ -52,30 +52,45 @@ func VirtualSize(path string) (int64, error) {
 // read or an export that it cannot write, and of kind [errs.NoSpace] if there
 // is no room below the export.
 func Convert(ctx context.Context, path, socket, export string, zeroed bool, progress func(part float64)) error {
-	f, _, err := open(path)
+	o, err := open(path)
 	if err != nil {
 		return err
 	}
-	defer f.Close()
-	target, err := json.Marshal(map[string]any{
-		"driver": "raw",
-		"file":   map[string]any{"driver": "nbd", "export": export, "server": map[string]string{"type": "unix", "path": socket}},
-	})
+	return o.convert(ctx, socket, export, zeroed, progress)
+}
+
+// convert is [Convert] of an open image, which it closes.
+func (o *opened) convert(ctx context.Context, socket, export string, zeroed bool, progress func(part float64)) (err error) {
+	source, stop, err := o.serve()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, stop()) }()
+	from, err := json.Marshal(map[string]any{"driver": "qcow2", "backing": nil, "file": source})
+	if err != nil {
+		return err
+	}
+	to, err := json.Marshal(map[string]any{"driver": "raw", "file": over(socket, export)})
 	if err != nil {
 		return err
 	}
 	// qemu-img reads zeros where a damaged or truncated image has nothing.
 	const leaks = 3 // exit status: space is wasted, nothing is wrong
 	var exit *exec.ExitError
-	if err := run(command(ctx, f, "check", "-q", "-f", "qcow2", "--", inherited), nil); err != nil && (!errors.As(err, &exit) || exit.ExitCode() != leaks) {
-		return explain(ctx, path, err)
+	if err := run(command(ctx, "check", "-q", "--", "json:"+string(from)), nil); err != nil && (!errors.As(err, &exit) || exit.ExitCode() != leaks) {
+		return explain(ctx, o.path, err)
 	}
-	args := []string{"convert", "-n", "-p", "-f", "qcow2", "-O", "raw"}
+	args := []string{"convert", "-n", "-p", "-O", "raw"}
 	if zeroed {
 		args = append(args, "--target-is-zero")
 	}
-	cmd := command(ctx, f, append(args, "--", inherited, "json:"+string(target))...)
-	return explain(ctx, path, run(cmd, progress))
+	cmd := command(ctx, append(args, "--", "json:"+string(from), "json:"+string(to))...)
+	return explain(ctx, o.path, run(cmd, progress))
+}
+
+// over is an NBD export on a unix socket, for qemu-img.
+func over(socket, export string) map[string]any {
+	return map[string]any{"driver": "nbd", "export": export, "server": map[string]string{"type": "unix", "path": socket}}
 }
 
 // run runs cmd and adds to its error what it complained about.
@@ -112,16 +127,11 @@ func explain(ctx context.Context, path string, err error) error {
 	return errs.New(errs.Invalid, "cannot convert image %s: %w", path, err).WithHint("qemu-img check %s", path)
 }
 
-// inherited is the path by which qemu-img gets the image: the open file that was
-// looked at, whatever its name leads to by then.
-const inherited = "/proc/self/fd/3"
-
-// command returns qemu-img with the image as [inherited], and with limits: 4 GiB
-// of address space, so that a crafted image cannot eat the host's memory.
-func command(ctx context.Context, image *os.File, args ...string) *exec.Cmd {
+// command returns qemu-img with limits: 4 GiB of address space, so that a crafted
+// image cannot eat the host's memory.
+func command(ctx context.Context, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, "prlimit", append([]string{"--as=4294967296", "--core=0", "qemu-img"}, args...)...)
 	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C"}
-	cmd.ExtraFiles = []*os.File{image}
 	cmd.WaitDelay = 10 * time.Second
 	return cmd
 }
