@@ -54,7 +54,7 @@ func Bounds() []Bound {
 		{"Connections at once from one address", fmt.Sprint(l.PerAddress)},
 		{"Time for the TLS handshake", wait(l.Handshake)},
 		{"Time between two requests of a connection", wait(l.Idle)},
-		{"Time for a request to come, and for its answer to be taken", wait(l.Request)},
+		{"Time for a request to come, for its answer to be taken, and for a client to show who it is", wait(l.Request)},
 		{"Length of a request", size(l.Message)},
 		{"Length of an answer", size(l.Answer)},
 		{"Structures within structures", fmt.Sprint(l.Depth)},

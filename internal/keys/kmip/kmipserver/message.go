@@ -282,6 +282,7 @@ func (r *request) authenticate(a *kmip.Authentication) error {
 		credentials = append(append(credentials, a.Credential), a.AdditionalCredential...)
 	}
 	client, err := r.server.authenticate(r.ctx, r.conn.state, credentials)
+	r.conn.known = err == nil
 	if err == nil {
 		r.client = client
 		return nil

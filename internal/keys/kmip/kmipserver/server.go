@@ -42,7 +42,7 @@ type Limits struct {
 	PerAddress  int           // of these from one network address, 256
 	Handshake   time.Duration // for the TLS handshake, 10 s
 	Idle        time.Duration // between two requests of a connection, 15 min
-	Request     time.Duration // from a request's first byte to its last, and for sending the answer, 30 s
+	Request     time.Duration // from a request's first byte to its last, for sending the answer, and for a client to show who it is, 30 s
 	Message     int           // bytes of a message with its header, 1 MiB
 	Depth       int           // nested structures, 16
 	Values      int           // values in a message, 8192
@@ -210,8 +210,14 @@ func (s *Server) serveConnection(ctx context.Context, raw net.Conn) {
 	}
 	c := &connection{state: conn.ConnectionState(), peer: conn.RemoteAddr().String()}
 	in := bufio.NewReaderSize(conn, 4096)
+	until := time.Now().Add(s.limits.Request)
 	for ctx.Err() == nil {
-		conn.SetReadDeadline(time.Now().Add(s.limits.Idle))
+		idle := until
+		if c.known {
+			now := time.Now()
+			idle, until = now.Add(s.limits.Idle), now.Add(s.limits.Request)
+		}
+		conn.SetReadDeadline(idle)
 		if _, err := in.Peek(1); err != nil {
 			return
 		}
@@ -238,6 +244,7 @@ func (s *Server) serveConnection(ctx context.Context, raw net.Conn) {
 type connection struct {
 	state tls.ConnectionState
 	peer  string // network address, for the record
+	known bool   // who sent the last request; strangers do not keep connections
 	next  page   // of its last Locate; used by one request at a time
 }
 

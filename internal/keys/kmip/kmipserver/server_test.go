@@ -332,6 +332,25 @@ func TestDeadlinesAndConnectionLimit(t *testing.T) {
 	slow.Write([]byte{0x42, 0x00, 0x78})
 	wantClosed(t, slow)
 
+	t.Log("a client that nobody knows, whatever it asks, and one that is known")
+	b = newBench(t, Limits{Request: time.Second}, func(s *Server) {
+		s.authenticate = func(ctx context.Context, state tls.ConnectionState, credentials []kmip.Credential) (Client, error) {
+			if state.PeerCertificates[0].Subject.CommonName == "stranger" {
+				return Client{}, errors.New("unknown")
+			}
+			return byCommonName(ctx, state, credentials)
+		}
+	})
+	known, stranger := b.dial(t, "known"), b.dial(t, "stranger")
+	do[payloads.CreateResponsePayload](known, newKey())
+	m := kmip.NewRequestMessage(kmip.V1_4, newKey())
+	if item := stranger.send(&m).BatchItem[0]; item.ResultReason != kmip.ResultReasonAuthenticationNotSuccessful {
+		t.Errorf("a stranger: %v", item.Err())
+	}
+	wantClosed(t, b.dial(t, "silent"))
+	wantClosed(t, stranger)
+	do[payloads.CreateResponsePayload](known, newKey())
+
 	t.Log("a third connection")
 	b = newBench(t, Limits{Connections: 2})
 	one, two := b.dial(t, "one"), b.dial(t, "two")
