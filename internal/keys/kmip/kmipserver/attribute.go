@@ -280,6 +280,7 @@ func (r *request) addAttribute(p *payloads.AddAttributeRequestPayload) (kmip.Ope
 			o.startUsage()
 			out.Attribute = o.Attributes[o.index(a.AttributeName, 0)]
 		}
+		o.noteHistory(false)
 		return nil
 	})
 	return out, err
@@ -314,6 +315,7 @@ func (r *request) modifyAttribute(p *payloads.ModifyAttributeRequestPayload) (km
 		o.Attributes[i].AttributeValue = uncounted(a.AttributeValue)
 		o.startUsage()
 		out.UniqueIdentifier, out.Attribute = o.ID, o.Attributes[i]
+		o.noteHistory(false)
 		return nil
 	})
 	return out, err

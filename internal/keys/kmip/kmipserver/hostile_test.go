@@ -177,6 +177,44 @@ func TestRightsDoNotGrow(t *testing.T) {
 	}
 }
 
+// TestSensitiveHistory: whether an object has always been sensitive, and never
+// extractable, its attributes say (KMIP 1.4 sections 3.49 and 3.51).
+func TestSensitiveHistory(t *testing.T) {
+	t.Parallel()
+	s := newSplitter(t)
+	told := func(id string) map[kmip.AttributeName]any {
+		out := must[payloads.GetAttributesResponsePayload](s, &payloads.GetAttributesRequestPayload{UniqueIdentifier: id, AttributeName: []kmip.AttributeName{
+			kmip.AttributeNameAlwaysSensitive, kmip.AttributeNameNeverExtractable,
+		}})
+		is := map[kmip.AttributeName]any{}
+		for _, a := range out.Attribute {
+			is[a.AttributeName] = a.AttributeValue
+		}
+		return is
+	}
+	check := func(what, id string, always, never any) {
+		t.Helper()
+		if is := told(id); is[kmip.AttributeNameAlwaysSensitive] != always || is[kmip.AttributeNameNeverExtractable] != never {
+			t.Errorf("%s: %v", what, is)
+		}
+	}
+	sensitive, hidden := with(kmip.AttributeNameSensitive, true), with(kmip.AttributeNameExtractable, false)
+	kept := s.create(sensitive, hidden)
+	check("from the beginning", kept, true, true)
+	must[payloads.ModifyAttributeResponsePayload](s, &payloads.ModifyAttributeRequestPayload{UniqueIdentifier: kept, Attribute: sensitive})
+	check("set again", kept, true, true)
+	check("its replacement", must[payloads.RekeyResponsePayload](s, &payloads.RekeyRequestPayload{UniqueIdentifier: kept}).UniqueIdentifier, true, true)
+	later := s.create()
+	check("neither", later, nil, nil)
+	must[payloads.AddAttributeResponsePayload](s, &payloads.AddAttributeRequestPayload{UniqueIdentifier: later, Attribute: sensitive})
+	must[payloads.AddAttributeResponsePayload](s, &payloads.AddAttributeRequestPayload{UniqueIdentifier: later, Attribute: hidden})
+	check("later", later, false, false)
+	changed := s.create(with(kmip.AttributeNameSensitive, false), with(kmip.AttributeNameExtractable, true))
+	must[payloads.ModifyAttributeResponsePayload](s, &payloads.ModifyAttributeRequestPayload{UniqueIdentifier: changed, Attribute: sensitive})
+	must[payloads.ModifyAttributeResponsePayload](s, &payloads.ModifyAttributeRequestPayload{UniqueIdentifier: changed, Attribute: hidden})
+	check("changed", changed, false, false)
+}
+
 // TestRekeyKeepsToPolicy: a replacement is of a type that the client may have.
 func TestRekeyKeepsToPolicy(t *testing.T) {
 	t.Parallel()

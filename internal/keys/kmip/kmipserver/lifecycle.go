@@ -74,6 +74,21 @@ func (r *request) born(o *Object) {
 		o.set(kmip.AttributeNameFresh, true)
 	}
 	o.startUsage()
+	o.noteHistory(true)
+}
+
+// noteHistory has Always Sensitive and Never Extractable say what Sensitive and
+// Extractable, which have just been set, have been since the object was born (KMIP 1.4
+// sections 3.49 and 3.51). Objects with neither of these have neither of those.
+func (o *Object) noteHistory(born bool) {
+	if sensitive, ok := attribute[bool](o, kmip.AttributeNameSensitive); ok {
+		always, _ := attribute[bool](o, kmip.AttributeNameAlwaysSensitive)
+		o.set(kmip.AttributeNameAlwaysSensitive, sensitive && (born || always))
+	}
+	if extractable, ok := attribute[bool](o, kmip.AttributeNameExtractable); ok {
+		never, _ := attribute[bool](o, kmip.AttributeNameNeverExtractable)
+		o.set(kmip.AttributeNameNeverExtractable, !extractable && (born || never))
+	}
 }
 
 // startUsage starts the count of usage limits that have none at their total.
