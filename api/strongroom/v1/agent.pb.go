@@ -2452,8 +2452,12 @@ func (*AgentDeleteVMResponse) Descriptor() ([]byte, []int) {
 }
 
 type AgentGetVMRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// Settled: the answer waits for the operation under way on the VM, also for one
+	// whose caller has gone: what that was about to write is in it. One that takes
+	// longer is an error, with the reason "VMBusy".
+	Settled       bool `protobuf:"varint,2,opt,name=settled,proto3" json:"settled,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2493,6 +2497,13 @@ func (x *AgentGetVMRequest) GetId() string {
 		return x.Id
 	}
 	return ""
+}
+
+func (x *AgentGetVMRequest) GetSettled() bool {
+	if x != nil {
+		return x.Settled
+	}
+	return false
 }
 
 type AgentFindVMRequest struct {
@@ -2915,9 +2926,10 @@ const file_strongroom_v1_agent_proto_rawDesc = "" +
 	"\x19AgentUnregisterVMResponse\"&\n" +
 	"\x14AgentDeleteVMRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"\x17\n" +
-	"\x15AgentDeleteVMResponse\"#\n" +
+	"\x15AgentDeleteVMResponse\"=\n" +
 	"\x11AgentGetVMRequest\x12\x0e\n" +
-	"\x02id\x18\x01 \x01(\tR\x02id\"Z\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
+	"\asettled\x18\x02 \x01(\bR\asettled\"Z\n" +
 	"\x12AgentFindVMRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
 	"\tdatastore\x18\x02 \x01(\tR\tdatastore\x12\x16\n" +

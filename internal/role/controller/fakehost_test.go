@@ -57,6 +57,9 @@ type fakeHost struct {
 	reverts  []string                           // ids of the reverts that were asked for
 	encrypts []*strongroomv1.AgentEncryptVMRequest
 	found    *strongroomv1.AgentFindVMResponse // nil: nothing on its datastores
+	// latecomer: a rekey that is broken off is done when the host was asked to settle.
+	latecomer bool
+	unsettled map[string]*strongroomv1.KeyRef // by VM id
 	// fault is asked before each call and says how it ends; nil: as it should.
 	fault func(method string, call int) fault
 }
@@ -128,7 +131,7 @@ func (s *site) host(cluster, name string) *fakeHost {
 	h := &fakeHost{
 		t: s.t, id: res.Msg.GetHostId(), name: name, address: l.Addr().String(), recipient: recipient,
 		enroll: s.enrollClient(pki.ClientConfig(cred, s.c.ca.Certificate(), s.c.identity())),
-		held:   map[string]string{}, keks: map[string]bool{}, instance: "first", vms: map[string]*strongroomv1.VM{}, calls: map[string]int{},
+		held:   map[string]string{}, keks: map[string]bool{}, instance: "first", vms: map[string]*strongroomv1.VM{}, calls: map[string]int{}, unsettled: map[string]*strongroomv1.KeyRef{},
 	}
 	h.serve(l, cred, s.c.ca.Certificate(), s.c.identity())
 	h.beat()

@@ -169,7 +169,17 @@ func (h *fakeHost) DecryptVM(_ context.Context, req *connect.Request[strongroomv
 	})
 }
 
-func (h *fakeHost) RekeyVM(_ context.Context, req *connect.Request[strongroomv1.AgentRekeyVMRequest], out *connect.ServerStream[strongroomv1.AgentProgress]) error {
+func (h *fakeHost) RekeyVM(ctx context.Context, req *connect.Request[strongroomv1.AgentRekeyVMRequest], out *connect.ServerStream[strongroomv1.AgentProgress]) error {
+	late := false
+	h.change(func() {
+		if late = h.latecomer; late {
+			h.unsettled[req.Msg.GetId()] = req.Msg.GetKey()
+		}
+	})
+	if late {
+		<-ctx.Done()
+		return ctx.Err()
+	}
 	return h.work(out, req.Msg.GetId(), func(vm *strongroomv1.VM) {
 		if !req.Msg.GetOwnKey() || len(req.Msg.GetDisks()) > 0 {
 			wrap(vm, req.Msg.GetKey(), req.Msg.GetDisks()...)
@@ -199,7 +209,17 @@ func (h *fakeHost) answer(id string, f func(*strongroomv1.VM)) (*connect.Respons
 }
 
 func (h *fakeHost) GetVM(_ context.Context, req *connect.Request[strongroomv1.AgentGetVMRequest]) (*connect.Response[strongroomv1.AgentVMResponse], error) {
-	return h.answer(req.Msg.GetId(), func(*strongroomv1.VM) {})
+	return h.answer(req.Msg.GetId(), func(vm *strongroomv1.VM) {
+		if req.Msg.GetSettled() {
+			h.settle(vm.GetId())
+		}
+	})
+}
+
+// settle ends what was broken off. The host is locked.
+func (h *fakeHost) settle(id string) {
+	wrap(h.vms[id], h.unsettled[id])
+	delete(h.unsettled, id)
 }
 
 func (h *fakeHost) PowerOnVM(_ context.Context, req *connect.Request[strongroomv1.AgentPowerOnVMRequest]) (*connect.Response[strongroomv1.AgentVMResponse], error) {

@@ -149,20 +149,29 @@ func (c *Controller) discard(ctx context.Context, r *task.Run, provider, object 
 	return nil
 }
 
-// mayUse reports whether a VM uses a key, or cannot be said not to.
+// mayUse reports whether a VM uses a key, or cannot be said not to. The host answers
+// when it is done with what a task that was canceled had it do.
 func (c *Controller) mayUse(ctx context.Context, h inventory.Host, vm string, key inventory.KeyRef) (bool, error) {
 	users, err := c.inv.Usage(ctx, key.Provider, key.KeyID)
 	if err != nil || len(users) > 0 {
 		return true, err
 	}
-	res, err := callHost(ctx, h, c.agents.of(h).GetVM, &strongroomv1.AgentGetVMRequest{Id: vm})
+	res, err := callHost(ctx, h, c.agents.of(h).GetVM, &strongroomv1.AgentGetVMRequest{Id: vm, Settled: true})
 	if errs.KindOf(err) == errs.NotFound {
-		return false, nil // it came to no VM, or to none that was kept
+		// It came to no VM, or to none that was kept. Of one that is registered the
+		// folder may be out of sight only.
+		if _, err = c.inv.VMByID(ctx, vm); errs.KindOf(err) == errs.NotFound {
+			return false, nil
+		}
+		return true, err
 	}
 	if err != nil {
 		return true, err
 	}
 	said := res.GetVm()
+	if unread(said) {
+		return true, nil
+	}
 	is := func(k *strongroomv1.KeyRef) bool { return k.GetProvider() == key.Provider && k.GetKeyId() == key.KeyID }
 	unknown := func(d *strongroomv1.Disk) bool {
 		return d.GetEncrypted() && d.GetKey() == nil || is(d.GetKey()) || is(d.GetRekey().GetKey())

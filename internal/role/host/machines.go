@@ -113,6 +113,10 @@ func (m *machine) take(ctx context.Context, stop <-chan time.Time) (release func
 	for {
 		select {
 		case <-m.op:
+			if ctx.Err() != nil { // of two that are ready, select takes any: who has gone must begin nothing
+				m.op <- struct{}{}
+				return nil, context.Cause(ctx)
+			}
 			return func() { m.op <- struct{}{} }, nil
 		case <-stop:
 			m.stopInterruptible()
