@@ -20,7 +20,8 @@ type Retired struct {
 }
 
 // KeptVM is a VM that was unregistered. Its folder is still there and can be
-// registered again, so its keys are needed. There is one for a folder.
+// registered again, so its keys are needed. There is one for each VM that was in a
+// folder: that another is there now does not say that it is gone.
 type KeptVM struct {
 	ID        string    `json:"id"`
 	Name      string    `json:"name"`
@@ -82,6 +83,54 @@ func (inv *Inventory) ForgetRetired(ctx context.Context, k KeyRef) error {
 	return errs.Wrap(err, "cannot forget key %s of key provider %s", k.KeyID, k.Provider)
 }
 
+// keptOf returns what is kept of v, which is or was in its folder, and the record's
+// key; nil if nothing is, and then the key for it.
+func (inv *Inventory) keptOf(ctx context.Context, tx *store.Tx, v VM) (key string, kept *KeptVM, err error) {
+	free := true
+	for _, key := range []string{folderKey(v), folderKey(v) + "/" + v.ID} { // the second if another VM has the first
+		k, err := inv.kept.In(tx).Get(ctx, key)
+		switch {
+		case err == nil && k.ID == v.ID:
+			return key, &k, nil
+		case err == nil && key == folderKey(v):
+			free = false
+		case err != nil && !errors.Is(err, store.ErrNotFound):
+			return "", nil, err
+		}
+	}
+	if free {
+		return folderKey(v), nil, nil
+	}
+	return folderKey(v) + "/" + v.ID, nil, nil
+}
+
+// keep notes that a VM's folder, which is not touched, needs keys. What it was known
+// to need before, and did not tell since, it may need still.
+func (inv *Inventory) keep(ctx context.Context, tx *store.Tx, v VM, keys []KeyRef) error {
+	key, before, err := inv.keptOf(ctx, tx, v)
+	if err != nil {
+		return err
+	}
+	if before != nil {
+		keys = append(slices.Clone(keys), slices.DeleteFunc(slices.Clone(before.Keys), func(k KeyRef) bool { return slices.Contains(keys, k) })...)
+	}
+	return inv.kept.In(tx).Put(ctx, key, KeptVM{ID: v.ID, Name: v.Name, Datastore: v.Datastore, Folder: v.Folder, Keys: keys, Since: inv.now()})
+}
+
+// unkeep forgets what is kept of v, which is registered: unless v does not tell of a
+// key that its folder needed, as of a snapshot that cannot be read.
+func (inv *Inventory) unkeep(ctx context.Context, tx *store.Tx, v VM) error {
+	key, kept, err := inv.keptOf(ctx, tx, v)
+	if err != nil || kept == nil {
+		return err
+	}
+	needed := v.Keys()
+	if slices.ContainsFunc(kept.Keys, func(k KeyRef) bool { return !slices.Contains(needed, k) }) {
+		return nil
+	}
+	return inv.kept.In(tx).Delete(ctx, key)
+}
+
 // KeptVMs returns the VMs that were unregistered and not registered or deleted
 // since.
 func (inv *Inventory) KeptVMs(ctx context.Context) ([]KeptVM, error) { return inv.kept.List(ctx) }
@@ -97,14 +146,13 @@ func (inv *Inventory) UnregisterVM(ctx context.Context, id string) error {
 // gone. Its keys are retired from now on, for all that is known here. It returns
 // an error of kind [errs.NotFound] if that VM is not kept for that folder.
 func (inv *Inventory) ForgetKept(ctx context.Context, id, datastore, folder string) error {
-	key := folderKey(VM{Datastore: datastore, Folder: folder})
 	err := inv.db.Txn(ctx, func(tx *store.Tx) error {
-		kept, err := inv.kept.In(tx).Get(ctx, key)
-		if errors.Is(err, store.ErrNotFound) || err == nil && kept.ID != id {
-			return errs.New(errs.NotFound, "no VM %s was unregistered from there", id)
-		}
+		key, kept, err := inv.keptOf(ctx, tx, VM{ID: id, Datastore: datastore, Folder: folder})
 		if err != nil {
 			return err
+		}
+		if kept == nil {
+			return errs.New(errs.NotFound, "no VM %s was unregistered from there", id)
 		}
 		if err := inv.retire(ctx, tx, kept.Name, kept.Keys); err != nil {
 			return err

@@ -115,3 +115,51 @@ func TestRetired(t *testing.T) {
 		t.Error("a forgotten key is known")
 	}
 }
+
+// TestKeptBesideOthers: what an unregistered VM needs is known until that VM is
+// registered again with all of it, whoever is in its folder meanwhile.
+func TestKeptBesideOthers(t *testing.T) {
+	t.Parallel()
+	l, ctx := newLab(t), t.Context()
+	must(l.CreateProvider(ctx, inventory.Provider{Name: "kms-1", Type: inventory.StandardType, Standard: &inventory.Standard{}}))(t)
+	key := func(id string) inventory.KeyRef { return inventory.KeyRef{Provider: "kms-1", KeyID: id} }
+	unregister := func(v inventory.VM) {
+		t.Helper()
+		if err := l.UnregisterVM(ctx, v.ID); err != nil {
+			t.Fatal(err)
+		}
+	}
+	kept := func(what string, want map[string][]inventory.KeyRef) {
+		t.Helper()
+		got := map[string][]inventory.KeyRef{}
+		for _, v := range must(l.KeptVMs(ctx))(t) {
+			got[v.ID] = v.Keys
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("%s: %s", what, diff)
+		}
+	}
+	one := must(l.CreateVM(ctx, l.vm("one", key("1"), key("2"))))(t)
+	unregister(one)
+	other := l.vm("other", key("3"))
+	other.Folder = "one" // the folder was moved away, and its name given to another
+	other = must(l.CreateVM(ctx, other))(t)
+	kept("another VM in its folder", map[string][]inventory.KeyRef{one.ID: {key("1"), key("2")}})
+	unregister(other)
+	kept("both unregistered", map[string][]inventory.KeyRef{one.ID: {key("1"), key("2")}, other.ID: {key("3")}})
+
+	part := one
+	part.Disks = part.Disks[:1] // of a snapshot, perhaps, whose key cannot be told
+	must(l.CreateVM(ctx, part))(t)
+	kept("registered without one of its keys", map[string][]inventory.KeyRef{one.ID: {key("1"), key("2")}, other.ID: {key("3")}})
+	must(l.UpdateVM(ctx, one.ID, func(v *inventory.VM) error { k := key("4"); v.Disks[0].Key = &k; return nil }))(t)
+	unregister(one)
+	kept("unregistered again", map[string][]inventory.KeyRef{one.ID: {key("4"), key("1"), key("2")}, other.ID: {key("3")}})
+
+	must(l.CreateVM(ctx, other))(t)
+	kept("the other registered", map[string][]inventory.KeyRef{one.ID: {key("4"), key("1"), key("2")}})
+	if err := l.ForgetKept(ctx, one.ID, "ds", "one"); err != nil {
+		t.Fatal(err)
+	}
+	kept("forgotten", map[string][]inventory.KeyRef{})
+}

@@ -253,10 +253,7 @@ func (inv *Inventory) CreateVM(ctx context.Context, v VM) (VM, error) {
 		if err != nil {
 			return err
 		}
-		if err := inv.kept.In(tx).Delete(ctx, folderKey(v)); err != nil && !errors.Is(err, store.ErrNotFound) {
-			return err
-		}
-		return nil
+		return inv.unkeep(ctx, tx, v)
 	})
 	if err != nil {
 		return VM{}, errs.Wrap(err, "cannot register VM %s", v.Name)
@@ -383,8 +380,7 @@ func (inv *Inventory) removeVM(ctx context.Context, id string, keep bool) error 
 			return err
 		}
 		if keep && len(keys) > 0 {
-			kept := KeptVM{ID: id, Name: v.Name, Datastore: v.Datastore, Folder: v.Folder, Keys: keys, Since: inv.now()}
-			if err := inv.kept.In(tx).Put(ctx, folderKey(v), kept); err != nil {
+			if err := inv.keep(ctx, tx, v, keys); err != nil {
 				return err
 			}
 		}
