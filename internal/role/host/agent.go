@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"net/http"
 	"path/filepath"
 	"slices"
@@ -19,9 +18,9 @@ import (
 	"strongroom/api/rule"
 	strongroomv1 "strongroom/api/strongroom/v1"
 	"strongroom/api/strongroom/v1/strongroomv1connect"
+	"strongroom/internal/control/guard"
 	"strongroom/internal/control/pki"
 	"strongroom/internal/crypto/keysafe"
-	"strongroom/internal/daemon"
 	"strongroom/internal/errs"
 	"strongroom/internal/keys/keyprovider"
 )
@@ -34,8 +33,9 @@ type agent struct {
 var _ strongroomv1connect.AgentServiceHandler = (*agent)(nil)
 
 // agentServer returns the server of the agent API. Only the controller of the
-// host's cluster gets through the TLS handshake.
-func (h *Host) agentServer() (*http.Server, error) {
+// host's cluster gets through the TLS handshake; strangers take no more than a
+// bounded number of connections, for the time of that.
+func (h *Host) agentServer() (*guard.Server, error) {
 	rules, err := rule.Of(strongroomv1connect.AgentServiceName)
 	if err != nil {
 		return nil, err
@@ -54,11 +54,10 @@ func (h *Host) agentServer() (*http.Server, error) {
 	mux := http.NewServeMux()
 	mux.Handle(strongroomv1connect.NewAgentServiceHandler(&agent{h},
 		connect.WithReadMaxBytes(requestMax), connect.WithInterceptors(connect.UnaryInterceptorFunc(explainUnary))))
-	return &http.Server{
-		Handler: mux, TLSConfig: pki.ServerConfig(h.credential, h.secrets.ca, false, accept),
-		ReadHeaderTimeout: daemon.HeaderTimeout, MaxHeaderBytes: daemon.HeaderMax, ErrorLog: slog.NewLogLogger(h.log.Handler(), slog.LevelWarn),
-		HTTP2: &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 15 * time.Second},
-	}, nil
+	server := guard.NewServer(mux, guard.Limits{}, h.log)
+	server.HTTP.TLSConfig = pki.ServerConfig(h.credential, h.secrets.ca, false, accept)
+	server.HTTP.HTTP2.SendPingTimeout, server.HTTP.HTTP2.PingTimeout = 15*time.Second, 15*time.Second
+	return server, nil
 }
 
 func (a *agent) SyncHost(ctx context.Context, req *connect.Request[strongroomv1.SyncHostRequest]) (*connect.Response[strongroomv1.SyncHostResponse], error) {

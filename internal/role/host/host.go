@@ -117,7 +117,7 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) error {
 		return errors.Join(err, agentListener.Close())
 	}
 	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error { return daemon.Serve(ctx, agent, agentListener) })
+	group.Go(func() error { return agent.Serve(ctx, agentListener) })
 	group.Go(func() error { return daemon.Serve(ctx, h.localServer(), localListener) })
 	group.Go(func() error { return h.heartbeats(ctx) })
 	group.Go(func() error { return h.fetchLacking(ctx) })

@@ -2,11 +2,13 @@ package host
 
 import (
 	"context"
+	"errors"
 	"net"
 	"net/http"
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"connectrpc.com/connect"
 	"github.com/google/uuid"
@@ -21,11 +23,11 @@ import (
 )
 
 // serve serves until the test ends.
-func serve(t testing.TB, server *http.Server, l net.Listener) {
+func serve(t testing.TB, server func(context.Context, net.Listener) error, l net.Listener) {
 	t.Helper()
 	ctx, stop := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
-	go func() { ended <- daemon.Serve(ctx, server, l) }()
+	go func() { ended <- server(ctx, l) }()
 	t.Cleanup(func() {
 		stop()
 		if err := <-ended; err != nil {
@@ -42,7 +44,7 @@ func TestAgentAPI(t *testing.T) {
 	check(t, err)
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	check(t, err)
-	serve(t, server, l)
+	serve(t, server.Serve, l)
 	self := pki.Identity{Cluster: b.secrets.identity.ClusterID, Role: pki.Host, Name: b.secrets.identity.HostID}
 	// call makes a request with a certificate that ca has issued for id.
 	call := func(ca *pki.CA, id pki.Identity, do func(strongroomv1connect.AgentServiceClient) error) error {
@@ -103,6 +105,31 @@ func TestAgentAPI(t *testing.T) {
 	}
 }
 
+// TestAgentStrangers: whoever can reach the port takes no more than a bounded number
+// of connections.
+func TestAgentStrangers(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	server, err := b.agentServer()
+	check(t, err)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	check(t, err)
+	serve(t, server.Serve, l)
+	const most = 64 // from one address
+	for n := range most + 1 {
+		c, err := net.Dial("tcp", l.Addr().String())
+		check(t, err)
+		defer c.Close()
+		if n < most {
+			continue
+		}
+		check(t, c.SetReadDeadline(time.Now().Add(5*time.Second)))
+		if _, err := c.Read(make([]byte, 1)); errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("connection %d of one stranger stays open", n+1)
+		}
+	}
+}
+
 // localClient returns a client of a local socket.
 func localClient(t testing.TB, path string) *http.Client {
 	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
@@ -120,7 +147,7 @@ func TestLocalAPI(t *testing.T) {
 	path := b.cfg.LocalSocket
 	l, err := daemon.ListenLocal(path)
 	check(t, err)
-	serve(t, b.localServer(), l)
+	serve(t, func(ctx context.Context, l net.Listener) error { return daemon.Serve(ctx, b.localServer(), l) }, l)
 	if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o600 {
 		t.Errorf("the socket has mode %v, error %v", info.Mode(), err)
 	}
