@@ -133,8 +133,10 @@ func (v VM) Encrypted() bool {
 // Keys returns each key that the VM and its snapshots need, once.
 func (v VM) Keys() []KeyRef {
 	var refs []KeyRef
+	seen := map[KeyRef]bool{} // a host may tell of as many as it likes
 	for _, u := range v.keyUsers() {
-		if !slices.Contains(refs, u.Key) {
+		if !seen[u.Key] {
+			seen[u.Key] = true
 			refs = append(refs, u.Key)
 		}
 	}

@@ -25,6 +25,9 @@ const (
 	agentDial = 5 * time.Second
 	// agentPing finds a host that vanished during a long call.
 	agentPing = 15 * time.Second
+	// answerMax bounds an answer of a host, in bytes: those keys that it lacks, of
+	// all VMs of its cluster, are the largest.
+	answerMax = 16 << 20
 )
 
 // agents keeps the connections to the hosts' agents. It is safe for concurrent
@@ -64,7 +67,9 @@ func (a *agents) of(h inventory.Host) strongroomv1connect.AgentServiceClient {
 		TLSClientConfig: pki.ClientConfig(a.credential, a.ca, want), ForceAttemptHTTP2: true, TLSHandshakeTimeout: agentDial,
 		HTTP2: &http.HTTP2Config{SendPingTimeout: agentPing, PingTimeout: agentPing},
 	}
-	c := &agentClient{strongroomv1connect.NewAgentServiceClient(&http.Client{Transport: transport}, "https://"+h.Address), h.Address, transport}
+	// Nor does a host lead the controller elsewhere, or fill its memory.
+	caller := &http.Client{Transport: transport, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+	c := &agentClient{strongroomv1connect.NewAgentServiceClient(caller, "https://"+h.Address, connect.WithReadMaxBytes(answerMax)), h.Address, transport}
 	a.clients[h.ID] = c
 	return c
 }

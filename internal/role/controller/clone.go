@@ -3,6 +3,9 @@ package controller
 import (
 	"cmp"
 	"context"
+	"path/filepath"
+	"slices"
+	"strings"
 
 	"connectrpc.com/connect"
 	"github.com/google/uuid"
@@ -66,6 +69,43 @@ func (c vms) mayClone(ctx context.Context, v inventory.VM, m *strongroomv1.Clone
 		err = c.access.Check(ctx, who, "Cryptographer.Recrypt", source)
 	}
 	return err
+}
+
+// mayCopy checks that the caller may clone each VM from whose folder a new VM would
+// have something: a disk or a boot image that is made of its disk is a clone of it.
+func (c vms) mayCopy(ctx context.Context, m *strongroomv1.CreateVMRequest) error {
+	files := []string{m.GetSettings().GetKernel(), m.GetSettings().GetInitrd()}
+	for _, d := range m.GetDisks() {
+		files = append(files, d.GetImage())
+	}
+	var folders []string
+	for _, f := range files {
+		if folder, _, inside := strings.Cut(filepath.Clean(f), "/"); inside {
+			folders = append(folders, folder)
+		}
+	}
+	if len(folders) == 0 {
+		return nil
+	}
+	vms, err := c.inv.VMs(ctx, "")
+	if err != nil {
+		return err
+	}
+	kept, err := c.inv.KeptVMs(ctx)
+	if err != nil {
+		return err
+	}
+	for _, v := range kept {
+		vms = append(vms, inventory.VM{Name: v.Name, Datastore: v.Datastore, Folder: v.Folder})
+	}
+	for _, v := range vms {
+		if v.Datastore == m.GetDatastore() && slices.Contains(folders, v.Folder) {
+			if err := c.access.Check(ctx, guard.CallerOf(ctx).Principal, "VirtualMachine.Provisioning.Clone", vmObject(v.Name)); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 func (c *Controller) cloneOnHost(ctx context.Context, r *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {

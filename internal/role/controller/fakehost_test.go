@@ -57,6 +57,7 @@ type fakeHost struct {
 	reverts  []string                           // ids of the reverts that were asked for
 	encrypts []*strongroomv1.AgentEncryptVMRequest
 	found    *strongroomv1.AgentFindVMResponse // nil: nothing on its datastores
+	lie      func(*strongroomv1.VM)            // changes what it answers to GetVM
 	// latecomer: a rekey that is broken off is done when the host was asked to settle.
 	latecomer bool
 	unsettled map[string]*strongroomv1.KeyRef // by VM id

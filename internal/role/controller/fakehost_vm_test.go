@@ -209,9 +209,34 @@ func (h *fakeHost) answer(id string, f func(*strongroomv1.VM)) (*connect.Respons
 }
 
 func (h *fakeHost) GetVM(_ context.Context, req *connect.Request[strongroomv1.AgentGetVMRequest]) (*connect.Response[strongroomv1.AgentVMResponse], error) {
-	return h.answer(req.Msg.GetId(), func(vm *strongroomv1.VM) {
+	res, err := h.answer(req.Msg.GetId(), func(vm *strongroomv1.VM) {
 		if req.Msg.GetSettled() {
 			h.settle(vm.GetId())
+		}
+	})
+	if err == nil {
+		h.change(func() {
+			if h.lie != nil {
+				h.lie(res.Msg.GetVm())
+			}
+		})
+	}
+	return res, err
+}
+
+// RegisterVM registers a VM that a test has put into its folder.
+func (h *fakeHost) RegisterVM(_ context.Context, req *connect.Request[strongroomv1.AgentRegisterVMRequest]) (*connect.Response[strongroomv1.AgentVMResponse], error) {
+	var id string
+	h.change(func() {
+		for _, vm := range h.vms {
+			if vm.GetDatastore() == req.Msg.GetDatastore() && vm.GetFolder() == req.Msg.GetFolder() {
+				id = vm.GetId()
+			}
+		}
+	})
+	return h.answer(id, func(vm *strongroomv1.VM) {
+		if req.Msg.GetName() != "" {
+			vm.Name = req.Msg.GetName()
 		}
 	})
 }

@@ -62,7 +62,7 @@ func (w *word) stale(d *strongroomv1.Description) bool {
 
 // note notes that d is the last word.
 func (w *word) note(d *strongroomv1.Description) {
-	if d.GetSequence() == 0 {
+	if d.GetSequence() == 0 || len(d.GetInstance()) > factMax {
 		return
 	}
 	if w.last != nil && w.last.GetInstance() != d.GetInstance() {

@@ -314,6 +314,9 @@ func (c *Controller) takeOver(ctx context.Context, said *strongroomv1.VM) error 
 	if reflect.DeepEqual(old, next) {
 		return nil
 	}
+	if err := c.mayNeed(ctx, next, old.Keys()); err != nil {
+		return err
+	}
 	// What it was just before this change: a heartbeat and a task may tell the
 	// same change, and it is told to users once.
 	var keys []inventory.KeyRef

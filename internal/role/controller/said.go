@@ -26,6 +26,20 @@ type told struct {
 	at     time.Time          // when it told the VM in full; zero: never
 	keys   []inventory.KeyRef // that the VM needs; nil: it has not told
 	digest []byte             // of what the inventory has; nil: not known
+	size   int                // of keys, in bytes, about
+}
+
+// keysMax bounds what is kept of the keys of a host's VMs, in bytes: some hundred
+// thousand keys. VMs beyond it count as not told.
+const keysMax = 64 << 20
+
+// sizeOf returns about how many bytes of memory keys take.
+func sizeOf(keys []inventory.KeyRef) int {
+	n := 0
+	for _, k := range keys {
+		n += len(k.Provider) + len(k.KeyID) + 64
+	}
+	return n
 }
 
 // note notes which VMs a host has, those that digests has and, if that is empty,
@@ -33,19 +47,26 @@ type told struct {
 func (s *said) note(hostID string, full []*strongroomv1.VM, digests map[string][]byte, now time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	old, vms := s.hosts[hostID], map[string]told{}
+	old, vms, size := s.hosts[hostID], map[string]told{}, 0
 	for id := range digests {
 		vms[id] = old[id]
+		size += old[id].size
 	}
 	for _, vm := range full {
 		if _, ok := digests[vm.GetId()]; !ok && len(digests) > 0 {
 			continue
 		}
-		t := told{at: now, keys: old[vm.GetId()].keys}
+		counted := vms[vm.GetId()].size
+		t := told{at: now, keys: old[vm.GetId()].keys, size: old[vm.GetId()].size}
 		if !unread(vm) { // else it could be read once, perhaps
 			var v inventory.VM
 			apply(&v, vm)
 			t.keys = append([]inventory.KeyRef{}, v.Keys()...)
+			t.size = sizeOf(t.keys)
+		}
+		if size += t.size - counted; size > keysMax {
+			size -= t.size
+			t = told{}
 		}
 		vms[vm.GetId()] = t
 	}

@@ -158,6 +158,38 @@ func (c *Controller) equipWith(ctx context.Context, h inventory.Host, a vmArgs, 
 	return c.equip(ctx, h, refs)
 }
 
+// mayNeed refuses that a VM, which needed the keys before, needs one that a VM of
+// another cluster has for itself: a host says what its VMs need, and gets that, so
+// that whoever has one host would get the keys of all. Those in its own cluster get
+// them anyway.
+func (c *Controller) mayNeed(ctx context.Context, v inventory.VM, before []inventory.KeyRef) error {
+	fresh, err := c.standardKeys(ctx, slices.DeleteFunc(v.Keys(), func(k inventory.KeyRef) bool { return slices.Contains(before, k) }))
+	if err != nil || len(fresh) == 0 {
+		return err
+	}
+	vms, err := c.inv.VMs(ctx, "")
+	if err != nil {
+		return err
+	}
+	for _, other := range vms {
+		if other.ClusterID == v.ClusterID {
+			continue
+		}
+		for _, k := range other.Keys() {
+			if !slices.Contains(fresh, k) {
+				continue
+			}
+			if p, err := c.inv.Provider(ctx, k.Provider); err != nil {
+				return err
+			} else if p.Standard == nil || !p.Standard.Wrapping.Holds(k.KeyID) {
+				return errs.New(errs.Invalid, "key %s of key provider %s, which VM %s is said to need, is that of VM %s in another cluster", k.KeyID, k.Provider, v.Name, other.Name).
+					WithHint("if one is a copy of the other, give the original another key: strongroom vm rekey %s", other.Name)
+			}
+		}
+	}
+	return nil
+}
+
 // standardKeys returns those of refs that standard providers have.
 func (c *Controller) standardKeys(ctx context.Context, refs []inventory.KeyRef) ([]inventory.KeyRef, error) {
 	if len(refs) == 0 {

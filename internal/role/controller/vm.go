@@ -147,6 +147,9 @@ func (c vms) CreateVM(ctx context.Context, req *connect.Request[strongroomv1.Cre
 		return nil, errs.New(errs.Exists, "there is a VM %s already", m.GetName()).WithHint("strongroom vm show %s", m.GetName())
 	}
 	h, err := c.place(ctx, m.GetDatastore(), m.GetHost())
+	if err == nil {
+		err = c.mayCopy(ctx, m)
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -345,19 +345,29 @@ func (c *Controller) deleteOnHost(ctx context.Context, _ *task.Run, h inventory.
 }
 
 func (c *Controller) addCreated(ctx context.Context, _ *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {
-	return nil, c.addToInventory(ctx, h, a.ID, a.Runs)
+	a.Folder = a.Name
+	return nil, c.addToInventory(ctx, h, a.ID, a)
 }
 
-// addToInventory takes a VM in as its host describes it, which runs those parts of
-// the site. One that is there is no error.
-func (c *Controller) addToInventory(ctx context.Context, h inventory.Host, id string, runs []string) error {
+// addToInventory takes in the VM with that id, which a task has made or registered
+// as its arguments say, as its host describes it. One that is there is no error.
+func (c *Controller) addToInventory(ctx context.Context, h inventory.Host, id string, a vmArgs) error {
 	res, err := callHost(ctx, h, c.agents.of(h).GetVM, &strongroomv1.AgentGetVMRequest{Id: id})
 	if err != nil {
 		return err
 	}
 	said := res.GetVm()
-	if _, err := c.inv.VMByID(ctx, id); err == nil {
+	// The caller has privileges on what was asked for, not on what the host may tell of.
+	if said.GetId() != id || said.GetDatastore() != a.Datastore || said.GetFolder() != a.Folder || a.Name != "" && said.GetName() != a.Name {
+		return errs.New(errs.Corrupt, "host %s tells of VM %.80q in folder %.80q of datastore %.80q, which is not what it was asked for", h.Name, said.GetName(), said.GetFolder(), said.GetDatastore()).
+			WithHint("strongroom host show %s", h.Name)
+	}
+	switch v, err := c.inv.VMByID(ctx, id); {
+	case err == nil && v.HostID == h.ID && v.Datastore == a.Datastore && v.Folder == a.Folder:
 		return c.noteVM(ctx, h.ID, said)
+	case err == nil:
+		return errs.New(errs.Exists, "VM %s, in folder %s of datastore %s, has the same id: one is a copy of the other", v.Name, v.Folder, v.Datastore).
+			WithHint("strongroom vm unregister %s", v.Name)
 	}
 	last, done, err := c.heard.turn(ctx, h.ID, id)
 	if err != nil {
@@ -366,9 +376,12 @@ func (c *Controller) addToInventory(ctx context.Context, h inventory.Host, id st
 	defer done()
 	v := inventory.VM{
 		ID: id, Name: said.GetName(), ClusterID: h.ClusterID, HostID: h.ID, Datastore: said.GetDatastore(), Folder: said.GetFolder(),
-		Created: said.GetCreated().AsTime(), Runs: runs,
+		Created: said.GetCreated().AsTime(), Runs: a.Runs,
 	}
 	apply(&v, said)
+	if err := c.mayNeed(ctx, v, nil); err != nil {
+		return err
+	}
 	for _, d := range v.Disks {
 		if encrypted(d) && d.Key == nil {
 			return errs.New(errs.Corrupt, "cannot tell which key %s needs: %s", d.Name, said.GetLockReason())
@@ -397,16 +410,16 @@ func (c *Controller) registerOnHost(ctx context.Context, r *task.Run, h inventor
 	if err != nil {
 		return nil, err
 	}
-	_, err = c.inv.VMByID(ctx, res.GetVm().GetId())
-	return nil, r.SetData(ctx, registered{ID: res.GetVm().GetId(), Before: err == nil})
+	v, err := c.inv.VMByID(ctx, res.GetVm().GetId())
+	return nil, r.SetData(ctx, registered{ID: res.GetVm().GetId(), Before: err == nil && v.HostID == h.ID})
 }
 
-func (c *Controller) addRegistered(ctx context.Context, r *task.Run, h inventory.Host, _ vmArgs) (*strongroomv1.VM, error) {
+func (c *Controller) addRegistered(ctx context.Context, r *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {
 	var reg registered
 	if err := r.Data(&reg); err != nil {
 		return nil, err
 	}
-	if err := c.addToInventory(ctx, h, reg.ID, nil); err != nil {
+	if err := c.addToInventory(ctx, h, reg.ID, a); err != nil {
 		return nil, err
 	}
 	// It is wanted from now on. Without its keys it is locked, which says why.
