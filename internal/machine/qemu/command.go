@@ -40,7 +40,8 @@ func (c *Config) arguments() []string {
 	}
 	serial := "socket,id=serial,path=" + escape(serialSocket(c.RunDir)) + ",server=on,wait=off"
 	if c.SerialLog != "" {
-		serial += ",logappend=on,logfile=" + escape(c.SerialLog)
+		args = append(args, "-add-fd", "fd=3,set=1") // see launch
+		serial += ",logappend=on,logfile=/dev/fdset/1"
 	}
 	args = append(args, "-chardev", serial, "-serial", "chardev:serial")
 

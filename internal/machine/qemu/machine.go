@@ -147,7 +147,21 @@ func isAbsent(err error) bool {
 	return errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ECONNREFUSED)
 }
 
-// launch runs QEMU, detached from us: own session, own log, nothing inherited.
+// openSerialLog opens the file that gets what the guest writes. A folder from
+// elsewhere may have a link in its place, by which the guest would write anywhere.
+func openSerialLog(path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY|os.O_APPEND|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
+		return nil, errors.Join(fmt.Errorf("%s is not a regular file", path), err, f.Close())
+	}
+	return f, nil
+}
+
+// launch runs QEMU, detached from us: own session, own log, and of our files that
+// for the serial port.
 func launch(c *Config) (*process.Process, error) {
 	binary := c.Binary
 	if binary == "" {
@@ -166,6 +180,14 @@ func launch(c *Config) (*process.Process, error) {
 	cmd.Env = []string{"PATH=/usr/local/bin:/usr/bin:/bin", "LC_ALL=C"}
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if c.SerialLog != "" {
+		serial, err := openSerialLog(c.SerialLog)
+		if err != nil {
+			return nil, err
+		}
+		defer serial.Close()
+		cmd.ExtraFiles = []*os.File{serial}
+	}
 	if err := cmd.Start(); err != nil {
 		return nil, err
 	}

@@ -64,8 +64,9 @@ type Config struct {
 	// is missing; only its owner may enter. One machine per directory. Its
 	// path must leave room for socket names: at most 90 bytes.
 	RunDir string
-	// SerialLog gets what the guest writes to its first serial port, appended.
-	// The port can also be used live at RunDir/serial.sock. Empty: no log.
+	// SerialLog gets what the guest writes to its first serial port, appended: a
+	// regular file, made if it is missing. The port can also be used live at
+	// RunDir/serial.sock. Empty: no log.
 	SerialLog string
 
 	// Paused leaves the machine stopped before its first instruction; it runs

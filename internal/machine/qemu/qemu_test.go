@@ -107,6 +107,29 @@ func TestStartAndKill(t *testing.T) {
 	}
 }
 
+// TestSerialLogElsewhere: what a guest writes gets into the VM's log, or nowhere.
+func TestSerialLogElsewhere(t *testing.T) {
+	t.Parallel()
+	c := config(t)
+	dir := shortDir(t)
+	link, fifo, outside := filepath.Join(dir, "link"), filepath.Join(dir, "fifo"), filepath.Join(dir, "outside")
+	if err := errors.Join(os.Symlink(outside, link), unix.Mkfifo(fifo, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	for _, c.SerialLog = range []string{link, fifo, dir} {
+		if m, err := qemu.Start(t.Context(), c); err == nil {
+			t.Errorf("it started with %s as its log", c.SerialLog)
+			if err := m.Kill(t.Context()); err != nil {
+				t.Error(err)
+			}
+			m.Close()
+		}
+	}
+	if _, err := os.Lstat(outside); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("QEMU has opened what a link leads to: %v", err)
+	}
+}
+
 // checkProcess checks that QEMU runs as it must: sandboxed, in its own session,
 // without core dumps, without our environment.
 func checkProcess(t *testing.T, pid int) {
