@@ -343,11 +343,13 @@ func (a *agent) RegisterVM(ctx context.Context, req *connect.Request[strongroomv
 
 func (a *agent) GetVM(ctx context.Context, req *connect.Request[strongroomv1.AgentGetVMRequest]) (*connect.Response[strongroomv1.AgentVMResponse], error) {
 	if req.Msg.GetSettled() {
-		_, release, err := a.host.reserve(ctx, req.Msg.GetId())
+		m, err := a.host.machine(req.Msg.GetId())
+		if err == nil {
+			err = m.settle(ctx)
+		}
 		if err != nil {
 			return nil, err
 		}
-		release()
 	}
 	return a.answer(ctx, req.Msg.GetId(), nil)
 }

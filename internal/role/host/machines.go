@@ -36,6 +36,9 @@ type machine struct {
 	// rekeyRate is that of the deep rekey that this agent has under way; nil:
 	// there is none.
 	rekeyRate *volume.Rate
+	// rekeyEnds is closed when the call returns that has a deep rekey under way; nil:
+	// there is none.
+	rekeyEnds chan struct{}
 }
 
 func newMachine(reg registered) *machine {
@@ -63,14 +66,44 @@ func (m *machine) setPlace(reg registered) {
 func (m *machine) rekeysAt(rate *volume.Rate) (end func()) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.rekeyRate = rate
+	ends := make(chan struct{})
+	m.rekeyRate, m.rekeyEnds = rate, ends
 	return func() {
 		m.mu.Lock()
 		defer m.mu.Unlock()
-		if m.rekeyRate == rate {
-			m.rekeyRate = nil
+		close(ends)
+		if m.rekeyEnds == ends {
+			m.rekeyRate, m.rekeyEnds = nil, nil
 		}
 	}
+}
+
+// settle waits until nothing is under way on the VM that was before: neither what
+// has it reserved, nor a deep rekey, which has not while the VM runs.
+func (m *machine) settle(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, busyWait)
+	defer cancel()
+	m.mu.Lock()
+	ends := m.rekeyEnds
+	m.mu.Unlock()
+	if ends != nil {
+		select {
+		case <-ends:
+		case <-ctx.Done():
+			return errVMBusy()
+		}
+	}
+	release, err := m.acquire(ctx)
+	if err == nil {
+		release()
+	} else if ctx.Err() != nil {
+		err = errVMBusy()
+	}
+	return err
+}
+
+func errVMBusy() error {
+	return errs.New(errs.InvalidState, "%w", errBusy).WithReason(strongroomv1.ReasonVMBusy).WithHint("strongroom task ls --active")
 }
 
 func (m *machine) run() *running {
@@ -125,7 +158,7 @@ func (m *machine) take(ctx context.Context, stop <-chan time.Time) (release func
 			return nil, context.Cause(ctx)
 		case <-timeout.C:
 		}
-		return nil, errs.New(errs.InvalidState, "%w", errBusy).WithReason(strongroomv1.ReasonVMBusy).WithHint("strongroom task ls --active")
+		return nil, errVMBusy()
 	}
 }
 
