@@ -57,7 +57,8 @@ By default it is vhost-user on hosts where that works. "vm show" tells which a
 running VM has.
 
 It can be undone with "strongroom vm delete". Needs the privilege
-VirtualMachine.Inventory.Create.`,
+VirtualMachine.Inventory.Create; for an image or boot file in the folder of another
+VM also VirtualMachine.Provisioning.Clone on that.`,
 		Example: `  strongroom vm create web-1 --datastore ds-1 --disk 10G --encrypt
   strongroom vm create db-1 --datastore ds-1 --encrypt --provider kp-2 \
     --disk image=images/debian.qcow2,format=qcow2,size=20G --disk 100G
