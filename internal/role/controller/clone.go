@@ -108,6 +108,23 @@ func (c vms) mayCopy(ctx context.Context, m *strongroomv1.CreateVMRequest) error
 	return nil
 }
 
+// mayRegister checks that the caller may register again the VM that was unregistered
+// from the folder, whatever it is to be called.
+func (c vms) mayRegister(ctx context.Context, m *strongroomv1.RegisterVMRequest) error {
+	kept, err := c.inv.KeptVMs(ctx)
+	if err != nil {
+		return err
+	}
+	for _, v := range kept {
+		if v.Datastore == m.GetDatastore() && v.Folder == m.GetFolder() {
+			if err := c.access.Check(ctx, guard.CallerOf(ctx).Principal, "Cryptographer.RegisterVM", vmObject(v.Name)); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
 func (c *Controller) cloneOnHost(ctx context.Context, r *task.Run, h inventory.Host, a vmArgs) (*strongroomv1.VM, error) {
 	if err := c.syncHost(ctx, h.ID); err != nil {
 		return nil, err

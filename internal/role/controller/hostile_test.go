@@ -203,6 +203,24 @@ func TestImageOfAnother(t *testing.T) {
 	}
 }
 
+// TestRegisterAsAnother: who may register one VM does not get another by calling it so.
+func TestRegisterAsAnother(t *testing.T) {
+	t.Parallel()
+	s, h := ready(t)
+	s.success(s.create("payroll", true))
+	v := s.vm("payroll")
+	s.success(client.Call(t.Context(), s.admin.VM().UnregisterVM, &strongroomv1.UnregisterVMRequest{Name: "payroll"}))
+	h.change(func() { h.vms[v.ID] = h.newVM(v.ID, "payroll", "lab", keyToAPI(v.Key), 2) })
+	ann := s.user("ann")
+	if err := s.c.access.Grant(t.Context(), access.Permission{Principal: "user:ann", Object: "/vm/mine", Roles: []string{access.Administrator}, Propagate: true}); err != nil {
+		t.Fatal(err)
+	}
+	register := &strongroomv1.RegisterVMRequest{Datastore: "lab", Folder: "payroll", Name: "mine"}
+	_, err := client.Call(t.Context(), ann.VM().RegisterVM, register)
+	wantKind(t, err, errs.Denied)
+	s.success(client.Call(t.Context(), s.admin.VM().RegisterVM, register))
+}
+
 // TestTellingTooMuch: what is kept of what a host tells is bounded, and what was not
 // kept counts as not told.
 func TestTellingTooMuch(t *testing.T) {

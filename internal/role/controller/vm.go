@@ -553,6 +553,9 @@ func (c vms) ExportDiskKey(ctx context.Context, req *connect.Request[strongroomv
 func (c vms) RegisterVM(ctx context.Context, req *connect.Request[strongroomv1.RegisterVMRequest]) (*connect.Response[strongroomv1.Task], error) {
 	m := req.Msg
 	h, err := c.place(ctx, m.GetDatastore(), m.GetHost())
+	if err == nil {
+		err = c.mayRegister(ctx, m)
+	}
 	if err != nil {
 		return nil, err
 	}
