@@ -98,7 +98,7 @@ func TestHelpNamesPrivileges(t *testing.T) {
 			continue
 		}
 		p, _, _ := strings.Cut(rest, " ")
-		p = strings.TrimRight(p, ".,")
+		p = strings.TrimRight(p, ".,;")
 		if !slices.Contains(known, access.Privilege(p)) {
 			t.Errorf("%s: %q is no privilege", name, p)
 		}
