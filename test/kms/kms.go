@@ -65,7 +65,7 @@ func StartPyKMIP(t testing.TB, ca *testca.Authority, clients []byte, versions ..
 	if _, err := os.Stat(program); err != nil {
 		t.Fatalf("%v (scripts/setup.sh installs it)", err)
 	}
-	s := &PyKMIP{Addr: address(t), dir: t.TempDir(), speaks: versions}
+	s := &PyKMIP{Addr: port.For(t), dir: t.TempDir(), speaks: versions}
 	host, port, _ := net.SplitHostPort(s.Addr)
 	cert, key := testca.KeyPEM(t, ca.Server(t))
 	policies := filepath.Join(s.dir, "policies")
@@ -137,15 +137,6 @@ func (s *PyKMIP) Kill() {
 	s.cmd = nil
 }
 
-func address(t testing.TB) string {
-	t.Helper()
-	addr, err := port.Reserve()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return addr
-}
-
 // Server is our own KMIP server with a store in memory, which outlives a stop
 // and ends with its test. Change its fields before Start only.
 type Server struct {
@@ -167,7 +158,7 @@ type Server struct {
 // NewServer returns a server that is not started yet.
 func NewServer(t testing.TB, ca *testca.Authority) *Server {
 	t.Helper()
-	s := &Server{Addr: address(t), Store: kmipserver.NewMemory(), Certificate: ca.Server(t), Clients: ca.Pool()}
+	s := &Server{Addr: port.For(t), Store: kmipserver.NewMemory(), Certificate: ca.Server(t), Clients: ca.Pool()}
 	t.Cleanup(func() {
 		if err := errors.Join(s.Stop(), s.Store.Close()); err != nil {
 			t.Error(err)

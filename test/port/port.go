@@ -9,6 +9,7 @@ package port
 import (
 	"fmt"
 	"strconv"
+	"testing"
 
 	"golang.org/x/sys/unix"
 )
@@ -30,6 +31,16 @@ func Reserve() (string, error) {
 		return "", fmt.Errorf("cannot reserve a port: %w", err)
 	}
 	return "127.0.0.1:" + strconv.Itoa(port), nil
+}
+
+// For is [Reserve] for a test, which it ends if that fails.
+func For(t testing.TB) string {
+	t.Helper()
+	addr, err := Reserve()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return addr
 }
 
 func bind(fd int) (port int, err error) {

@@ -14,10 +14,7 @@ func TestReserve(t *testing.T) {
 	seen := map[string]bool{}
 	var addr string
 	for range 500 {
-		var err error
-		if addr, err = Reserve(); err != nil {
-			t.Fatal(err)
-		}
+		addr = For(t)
 		if seen[addr] {
 			t.Fatalf("%s is reserved twice", addr)
 		}

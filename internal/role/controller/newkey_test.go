@@ -7,13 +7,12 @@ import (
 	"strongroom/client"
 	"strongroom/internal/errs"
 	"strongroom/internal/keys/kmip/testca"
+	"strongroom/test/kms"
 )
 
-// TestFolderOutOfSight: a host that was at work with a new key and then does not see
-// the VM's folder any more, because the datastore is not mounted after its restart,
-// does not get the key destroyed that the disks have by now.
-func TestFolderOutOfSight(t *testing.T) {
-	t.Parallel()
+// newRekeySite is a site with the VM web-1, whose key is of a key server, on a host.
+func newRekeySite(t *testing.T) (*site, *kms.Server, *fakeHost) {
+	t.Helper()
 	s := newSite(t)
 	server := anyClient(t, testca.New(t))
 	s.cluster("east")
@@ -21,6 +20,15 @@ func TestFolderOutOfSight(t *testing.T) {
 	s.addStandard("kms-1", standardSettings(server))
 	must[strongroomv1.Provider](t)(s.check("kms-1"))
 	s.success(client.Call(t.Context(), s.admin.VM().CreateVM, createVM("web-1", "east", "kms-1")))
+	return s, server, h
+}
+
+// TestFolderOutOfSight: a host that was at work with a new key and then does not see
+// the VM's folder any more, because the datastore is not mounted after its restart,
+// does not get the key destroyed that the disks have by now.
+func TestFolderOutOfSight(t *testing.T) {
+	t.Parallel()
+	s, server, h := newRekeySite(t)
 	v := s.vm("web-1")
 	gone := errs.New(errs.NotFound, "cannot read VM folder web-1: it has no vm.json")
 	h.change(func() {
@@ -51,13 +59,7 @@ func TestFolderOutOfSight(t *testing.T) {
 // new key does not get it destroyed: the host is asked once it is done.
 func TestCanceledAtItsEnd(t *testing.T) {
 	t.Parallel()
-	s := newSite(t)
-	server := anyClient(t, testca.New(t))
-	s.cluster("east")
-	h := s.host("east", "host-1")
-	s.addStandard("kms-1", standardSettings(server))
-	must[strongroomv1.Provider](t)(s.check("kms-1"))
-	s.success(client.Call(t.Context(), s.admin.VM().CreateVM, createVM("web-1", "east", "kms-1")))
+	s, server, h := newRekeySite(t)
 	v := s.vm("web-1")
 	h.change(func() { h.latecomer = true })
 	task := must[strongroomv1.Task](t)(client.Call(t.Context(), s.admin.VM().RekeyVM, &strongroomv1.RekeyVMRequest{Name: "web-1"}))

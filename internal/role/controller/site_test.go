@@ -72,11 +72,7 @@ func newSite(t testing.TB) *site {
 // listenLoopback listens at an address at which a test can listen again.
 func listenLoopback(t testing.TB) net.Listener {
 	t.Helper()
-	addr, err := port.Reserve()
-	if err != nil {
-		t.Fatal(err)
-	}
-	l, err := net.Listen("tcp", addr)
+	l, err := net.Listen("tcp", port.For(t))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -17,6 +17,7 @@ import (
 	"strongroom/client"
 	"strongroom/internal/control/audit"
 	"strongroom/internal/errs"
+	"strongroom/test/port"
 	"strongroom/test/swtpm"
 )
 
@@ -35,7 +36,7 @@ func startSealed(t testing.TB, dir string) *waiting {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	w := &waiting{t: t, cfg: configOf(t, dir), ready: make(chan *KMS, 1), ended: make(chan error, 1)}
-	w.cfg.MetricsListen = address(t) // it is not told before the KMS is unsealed
+	w.cfg.MetricsListen = port.For(t) // it is not told before the KMS is unsealed
 	go func() {
 		w.ended <- RunReady(ctx, w.cfg, slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelError})), func(k *KMS) error {
 			w.ready <- k

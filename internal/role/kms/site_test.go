@@ -64,16 +64,6 @@ type site struct {
 	conn   *http.Transport
 }
 
-// address returns one at which a node can listen as often as wanted.
-func address(t testing.TB) string {
-	t.Helper()
-	addr, err := port.Reserve()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return addr
-}
-
 func newSite(t *testing.T, name string) *site {
 	t.Helper()
 	dir := t.TempDir()
@@ -87,7 +77,7 @@ api_listen = %q
 name = %q
 listen = %q
 store_listen = %q
-`, filepath.Join(dir, "kms"), address(t), address(t), filepath.Join(socketDir(t), "s"), address(t), name, address(t), address(t))
+`, filepath.Join(dir, "kms"), port.For(t), port.For(t), filepath.Join(socketDir(t), "s"), port.For(t), name, port.For(t), port.For(t))
 	if err := os.WriteFile(s.config, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}

@@ -24,7 +24,6 @@ import (
 	"strongroom/internal/keys/kmip/kmipserver"
 	"strongroom/internal/keys/kmip/testca"
 	"strongroom/test/kms"
-	"strongroom/test/port"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -73,18 +72,6 @@ func start(t *testing.T, ca *testca.Authority, store kmipserver.Store, addr stri
 	return l, stop
 }
 
-// address returns one at which a server can be stopped and started again.
-func address(t *testing.T) string {
-	t.Helper()
-	addr, err := port.Reserve()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return addr
-}
-
-// newClient returns a client that is patient, unless edit says otherwise: a machine
-// may be busy.
 func newClient(t *testing.T, ca *testca.Authority, edit func(*Config), servers ...string) *Client {
 	t.Helper()
 	c := Config{

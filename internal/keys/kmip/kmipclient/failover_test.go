@@ -16,6 +16,7 @@ import (
 	"strongroom/internal/errs"
 	"strongroom/internal/keys/kmip/kmipserver"
 	"strongroom/internal/keys/kmip/testca"
+	"strongroom/test/port"
 )
 
 // losing is a listener that can lose an answer: armed with n, the n-th write
@@ -57,7 +58,7 @@ func TestFailoverAndReturn(t *testing.T) {
 	ca := testca.New(t)
 	store := kmipserver.NewMemory()
 	defer store.Close()
-	addr := address(t)
+	addr := port.For(t)
 	_, stopFirst := start(t, ca, store, addr)
 	second, stopSecond := start(t, ca, store, "127.0.0.1:0")
 	c := newClient(t, ca, nil, addr, second.Addr().String())
@@ -231,7 +232,7 @@ func TestReturnToPreferred(t *testing.T) {
 	ca := testca.New(t)
 	store := kmipserver.NewMemory()
 	defer store.Close()
-	addr := address(t)
+	addr := port.For(t)
 	first, stopFirst := start(t, ca, store, addr)
 	second, _ := start(t, ca, store, "127.0.0.1:0")
 	c := newClient(t, ca, func(c *Config) { c.Retry = time.Hour }, addr, second.Addr().String())

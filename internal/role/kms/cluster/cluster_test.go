@@ -76,14 +76,10 @@ func newBench(t *testing.T, nodes int) *bench {
 		}
 	})
 	for i := range nodes {
-		addr, err := port.Reserve()
-		if err != nil {
-			t.Fatal(err)
-		}
 		n := &node{bench: b, self: Member{
 			ID: "00000000-0000-4000-8000-00000000000" + string(rune('a'+i)), Name: string(rune('a' + i)),
 			// All have the one database, at the address that it says it has.
-			Address: addr, StoreAddress: "127.0.0.1:2380", Voter: true, Format: 1,
+			Address: port.For(t), StoreAddress: "127.0.0.1:2380", Voter: true, Format: 1,
 		}}
 		if i > 0 {
 			excerpt, err := b.nodes[0].ring.Excerpt()
